@@ -1,0 +1,149 @@
+"""The nouns: places in a source, places in our log, and what the log's records hold. No I/O here.
+
+`Position` is a place in the source, `Offset` a place in our log. `after` is exclusive and
+`through` inclusive wherever they occur.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple
+
+Offset = int
+"""A place in our log: dense integers from 1. 0 stands before the first entry."""
+
+Op = Literal["c", "u", "d", "r", "t"]
+"""Debezium's letters: create, update, delete, read by the copy, truncate."""
+
+Kind = Literal["rows", "schema", "truncate", "message", "marker"]
+
+RESERVED = (
+    "_op",
+    "_epoch",
+    "_commit",
+    "_ordinal",
+    "_offset",
+    "_committed_at",
+    "_txid",
+    "_unchanged",
+    "_before",
+    "_source",
+    "_source_key",
+)
+"""Column names that staging and destinations add to the source's own."""
+
+
+class Position(NamedTuple):
+    """A place in the source; compares in the order in which the source committed.
+
+    `commit` grows with each source transaction (Postgres: the LSN of the end of its commit record);
+    `ordinal` numbers the rows inside it, from 1; `epoch` rises only where positions before and
+    after cannot be compared.
+    """
+
+    epoch: int
+    commit: int
+    ordinal: int
+
+
+START = Position(0, 0, 0)
+
+
+class TableId(NamedTuple):
+    """A source table by its schema and its own name, as the source spells them."""
+
+    schema: str
+    name: str
+
+    @property
+    def label(self) -> str:
+        """What a project calls the table: `orders` in the schema public, else `sales.orders`."""
+        return self.name if self.schema == "public" else f"{self.schema}.{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.name}"
+
+
+class Mark(NamedTuple):
+    """How far a sink got: a log's identity, the last offset it holds, and that entry's hash (hex)."""
+
+    log_id: str
+    offset: Offset
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a source table.
+
+    `type` is the source's own name for it, with modifiers (`numeric(12,2)`); `base` says what a type
+    is underneath where its name does not: `enum`, `array`, `domain`, `composite`, `range`, or ''.
+    """
+
+    name: str
+    type: str
+    base: str = ""
+    not_null: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TableSchema:
+    """The shape of a source table from one position on.
+
+    `key` names the columns that identify a row; `version` counts the shapes of this table from 1.
+    """
+
+    table: TableId
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    version: int = 1
+
+    def to_json(self) -> str:
+        """Render as one line of JSON, the payload of a schema entry."""
+        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> TableSchema:
+        """Read back what `to_json` wrote."""
+        raw = json.loads(text)
+        return cls(
+            table=TableId(*raw["table"]),
+            columns=tuple(Column(**c) for c in raw["columns"]),
+            key=tuple(raw["key"]),
+            version=raw["version"],
+        )
+
+    def same_shape(self, other: TableSchema) -> bool:
+        """Whether columns and key agree, whatever the version."""
+        return self.columns == other.columns and self.key == other.key
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One record of the log before it has an offset.
+
+    `payload` by kind: rows: an Arrow IPC stream; schema: `TableSchema` as JSON; message: JSON of
+    prefix and content; truncate: empty; marker: JSON that says what the marker marks.
+    """
+
+    kind: Kind
+    table: TableId | None
+    first: Position
+    last: Position
+    committed_at: int
+    """Source commit time of the last change, microseconds since 1970 in UTC."""
+    rows: int
+    schema_version: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedEntry:
+    """An entry as the log holds it."""
+
+    offset: Offset
+    entry: Entry
+    appended_at: int
+    ends_group: bool
+    hash: str

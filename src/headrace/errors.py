@@ -1,0 +1,136 @@
+"""Every failure has a verdict and a remedy; this module is the one table of both.
+
+    HeadraceError
+    ├── UserError              the user can mend it by an edit or a command (exit code 2)
+    │   ├── ConfigError        headrace.toml, or a value in it
+    │   └── ModelError         a model file that does not parse, bind or fit
+    ├── SourceError
+    │   ├── SourceUnavailable  connection refused or lost: RETRY
+    │   ├── SourceGap          changes we do not hold are gone from the source: the source stops
+    │   └── MalformedMessage   bytes that are not what the protocol says
+    ├── LogError
+    │   └── LogDamaged         a hash, an offset or an order that does not hold
+    ├── DestinationError
+    │   ├── DestinationBusy    another process holds it: RETRY
+    │   └── ForeignDestination its progress belongs to another log: refused before anything is read
+    ├── StateInUse             another process runs on this state folder
+    └── ModelBroken            a model that cannot run at all: SUSPEND
+
+Verdicts: RETRY, the world is broken and not the record; QUARANTINE, the record is broken; SUSPEND,
+the model (or the source) is broken and stops alone. Each message says what happened, to what, and
+`remedy` says what to do.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Verdict(enum.Enum):
+    """What to do with a failure."""
+
+    RETRY = "retry"
+    QUARANTINE = "quarantine"
+    SUSPEND = "suspend"
+
+
+class HeadraceError(Exception):
+    """A failure that Headrace understands.
+
+    `remedy` is one sentence for the operator, or '' where there is nothing to do but wait.
+    """
+
+    verdict = Verdict.SUSPEND
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
+
+    def paragraph(self) -> str:
+        """Message and remedy as one paragraph for a terminal."""
+        return f"{self} {self.remedy}".strip()
+
+
+class UserError(HeadraceError):
+    """Something that the user can mend."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """headrace.toml is not what it should be; the message lists every mistake at once."""
+
+
+class ModelError(UserError):
+    """A model file that does not parse, bind or fit its table."""
+
+
+class SourceError(HeadraceError):
+    """The source database refused, or is not what it was."""
+
+
+class SourceUnavailable(SourceError):
+    """The source cannot be reached now."""
+
+    verdict = Verdict.RETRY
+
+
+class SourceGap(SourceError):
+    """Changes that the log does not hold are no longer to be had from the source."""
+
+
+class MalformedMessage(SourceError):
+    """Bytes from the source that the protocol does not allow."""
+
+
+class LogError(HeadraceError):
+    """The log cannot be used."""
+
+
+class LogDamaged(LogError):
+    """The log's content is not what was written."""
+
+
+class DestinationError(HeadraceError):
+    """The destination refused."""
+
+
+class DestinationBusy(DestinationError):
+    """Another process holds the destination; it is waited for."""
+
+    verdict = Verdict.RETRY
+
+
+class ForeignDestination(DestinationError):
+    """The destination's progress was written by another log, or by a copy of this one."""
+
+    exit_code = 2
+
+
+class StateInUse(UserError):
+    """Another process runs on this state folder."""
+
+
+class ModelBroken(HeadraceError):
+    """A model that cannot run: it is suspended, everything else goes on."""
+
+
+_RETRY_SQLSTATES = ("08", "40", "53", "57", "58")
+_QUARANTINE_SQLSTATES = ("22", "23")
+
+
+def verdict_of(error: BaseException) -> Verdict:
+    """Judge any error.
+
+    SQLSTATE classes 08, 40, 53, 57, 58 and operating-system errors are infrastructure; 22 and 23
+    are the record's fault; what is unknown suspends.
+    """
+    if isinstance(error, HeadraceError):
+        return error.verdict
+    state = getattr(error, "sqlstate", None) or ""
+    if state[:2] in _RETRY_SQLSTATES or isinstance(error, OSError | MemoryError):
+        return Verdict.RETRY
+    if state[:2] in _QUARANTINE_SQLSTATES:
+        return Verdict.QUARANTINE
+    return Verdict.SUSPEND
