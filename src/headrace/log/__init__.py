@@ -1,0 +1,1 @@
+"""The immutable log of what was captured."""

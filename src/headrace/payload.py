@@ -1,0 +1,30 @@
+"""What a `rows` entry holds: an Arrow IPC stream, LZ4-compressed.
+
+Columns, in this order: `_op` string, `_commit` int64, `_ordinal` int64, `_committed_at` int64
+(microseconds), `_txid` int64, then the source's columns as strings, then only where a row needs
+them `_unchanged` list<string> (cells that the source did not send) and `_before` map<string, string>
+(the old row's known cells).
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+HEAD = ("_op", "_commit", "_ordinal", "_committed_at", "_txid")
+UNCHANGED = pa.list_(pa.string())
+BEFORE = pa.map_(pa.string(), pa.string())
+
+_OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
+
+
+def encode_rows(batch: pa.RecordBatch) -> bytes:
+    """Write a batch as a payload."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema, options=_OPTIONS) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def decode_rows(payload: bytes) -> pa.RecordBatch:
+    """Read a payload back; raises pyarrow.ArrowInvalid when it is none."""
+    return pa.ipc.open_stream(payload).read_next_batch()

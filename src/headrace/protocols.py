@@ -1,0 +1,232 @@
+"""The seams: the map of the system.
+
+    Source ──capture──▶ Log ──load──▶ Staging ──prepare──▶ Model ──apply──▶ Destination
+
+Every hop copies from a stream to a sink, and the sink remembers how far it got in the same
+transaction as the data. A restart asks the sink, not a side file; the backlog is a subtraction;
+a replay is a sink that starts again from an earlier offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from headrace.change import Entry, LoggedEntry, Mark, Offset, Position, TableId, TableSchema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Source(Protocol):
+    """A database whose committed changes can be read in order."""
+
+    name: str
+
+    def read(self, log: Log) -> Iterator[Sequence[Entry]]:
+        """Yield groups: whole source transactions, in commit order, from where `log` ends.
+
+        Reads `log` for its last position, its schemas and its notes, and writes notes only. Yields
+        an empty group at least twice a second when there is nothing, so that the caller can stop.
+        A group that the caller did not append before the iterator is closed is yielded again by
+        the next call. The trap: what `read` yielded is not yet safe; only `confirm` says so.
+
+        Raises SourceUnavailable (ask again later) and SourceGap (never skip).
+        """
+        ...
+
+    def confirm(self, through: Position) -> None:
+        """Allow the source to forget changes through `through`. Called after the log's fsync only."""
+        ...
+
+    def close(self) -> None:
+        """Give connections back. The slot stays."""
+        ...
+
+
+class Log(Protocol):
+    """The immutable sequence of all that was captured from one source. One writer, many readers."""
+
+    id: str
+
+    def append(self, entries: Iterable[Entry]) -> Mark:
+        """Append one group in one transaction and return the new end, after fsync.
+
+        Either all entries are readable from then on, or none ever will be.
+        """
+        ...
+
+    def read(self, after: Offset, max_bytes: int) -> Sequence[LoggedEntry]:
+        """Return whole groups after `after`, in order: at least one if there is one, then as many
+        as fit in `max_bytes` of payload."""
+        ...
+
+    def end(self) -> Mark:
+        """Return the last durable entry's mark; offset 0 when the log is empty."""
+        ...
+
+    def mark(self, offset: Offset) -> Mark | None:
+        """Return the mark of an entry, or None if the log has no such entry."""
+        ...
+
+    def position(self) -> Position | None:
+        """Return the last durable position in the source, from which capture resumes."""
+        ...
+
+    def schemas(self) -> dict[TableId, TableSchema]:
+        """Return the newest shape of every table."""
+        ...
+
+    def note(self, key: str) -> str | None:
+        """Return a durable fact about the source (its identity, its slot, its copy)."""
+        ...
+
+    def set_note(self, key: str, value: str) -> None:
+        """Record a fact durably."""
+        ...
+
+
+class Staging(Protocol):
+    """Raw tables: every change as the source wrote it, text cells, in log order."""
+
+    def write(self, entries: Sequence[LoggedEntry]) -> None:
+        """Stage whole groups; return when they are durable. Staging an entry twice changes nothing."""
+        ...
+
+    def through(self) -> Offset:
+        """Return the last offset that is staged for every table."""
+        ...
+
+    def read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
+        """Return the changes of a table in `(after, through]`, in source order.
+
+        Columns: those of the newest schema at `through` as strings, then `_op`, `_epoch`,
+        `_commit`, `_ordinal`, `_offset`, `_committed_at` (microseconds), `_txid`, `_unchanged`
+        (names of cells that the source did not send), `_before` (map of the old row's known cells).
+        """
+        ...
+
+    def count(self, table: TableId, after: Offset, through: Offset) -> int:
+        """Return how many changes `read` would return, without reading them."""
+        ...
+
+    def schemas(self, through: Offset) -> dict[TableId, TableSchema]:
+        """Return the shape of every table as of an offset."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Where the changes of a slice went, for one model. `read` is the sum of all others."""
+
+    read: int = 0
+    applied: int = 0
+    superseded: int = 0
+    filtered: int = 0
+    quarantined: int = 0
+    waiting: int = 0
+    blocked: int = 0
+
+    def closes(self) -> bool:
+        """Whether every change that was read is accounted for."""
+        parts = self.applied + self.superseded + self.filtered + self.quarantined
+        return self.read == parts + self.waiting + self.blocked
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a model makes of some changes: a value, the same whoever computes it, however often.
+
+    Applied in this order: if `reset`, all rows of the model's source go; then the rows of `removed`
+    (string array of source keys, each key that has settled); then `rows` come (`_source_key` and
+    the output columns, one row per source key). `records` has the columns of headrace.quarantine
+    that a change determines.
+    """
+
+    reset: bool
+    removed: pa.Array
+    rows: pa.Table
+    records: pa.Table
+    counts: Counts
+
+
+class Model(Protocol):
+    """What a destination table is made of."""
+
+    name: str
+    """The destination table, `orders` or `shop.orders`."""
+    table: TableId
+    """The raw table that it reads."""
+    source: str
+    version: str
+    """Hash of all that determines its output."""
+
+    def output(self) -> pa.Schema:
+        """Return names and types of the output columns, without hidden ones."""
+        ...
+
+    def prepare(self, changes: pa.Table) -> Prepared:
+        """Check and convert changes (as `Staging.read` returns them, unchanged cells resolved).
+
+        Pure. A record that fails is in `records`, never an exception. Raises ModelBroken when the
+        model can't run on any row.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """How a model stands in the destination."""
+
+    name: str
+    source: str
+    version: str
+    state: str
+    reason: str
+    offset: Offset
+    open_records: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One model's share of a slice, ready to apply."""
+
+    model: Model
+    prepared: Prepared
+    in_sync: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The changes of one source in `(after, through]`, prepared for all models that stand there."""
+
+    source: str
+    after: Mark
+    through: Mark
+    position: Position
+    committed_at: int
+    parts: tuple[Part, ...]
+    schemas: dict[TableId, TableSchema]
+
+
+class Destination(Protocol):
+    """Where rows arrive, with the progress, the quarantine and the ledger of their arrival."""
+
+    def progress(self, source: str) -> Mark | None:
+        """Return how far this source was applied, or None before its first slice."""
+        ...
+
+    def models(self, source: str) -> dict[str, ModelState]:
+        """Return how each model of this source stands."""
+        ...
+
+    def apply(self, work: Slice) -> Sequence[str]:
+        """Apply a slice in one transaction: data, quarantine, ledger and progress; return the ids of
+        issues that are new.
+
+        The models named in `work` move from `work.after` to `work.through`; a model that does not
+        stand at `work.after` is refused, and nothing changes: a second owner, or a repeated call,
+        can do no harm. Raises DestinationBusy while another process holds the destination.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Changes that could not be applied, and their way back."""

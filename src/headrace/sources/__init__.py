@@ -1,0 +1,1 @@
+"""Databases whose changes can be captured, one folder each."""

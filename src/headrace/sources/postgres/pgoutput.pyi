@@ -1,0 +1,24 @@
+from typing import final
+
+from _typeshed import ReadableBuffer
+
+from headrace.sources.postgres.events import Event as Event
+from headrace.sources.postgres.events import Message as Message
+from headrace.sources.postgres.events import Relation as Relation
+from headrace.sources.postgres.events import RelationColumn as RelationColumn
+from headrace.sources.postgres.events import RelationSeen as RelationSeen
+from headrace.sources.postgres.events import Rows as Rows
+from headrace.sources.postgres.events import Transaction as Transaction
+from headrace.sources.postgres.events import Truncate as Truncate
+
+@final
+class Decoder:
+    def __init__(self, max_batch_rows: int = 65536, max_batch_bytes: int = 16 << 20) -> None: ...
+    @property
+    def in_transaction(self) -> bool: ...
+    @property
+    def pending_rows(self) -> int: ...
+    @property
+    def pending_bytes(self) -> int: ...
+    def push(self, message: ReadableBuffer, start: int = 0) -> None: ...
+    def take(self) -> tuple[list[Transaction], list[Event]]: ...

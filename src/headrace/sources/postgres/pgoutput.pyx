@@ -1,0 +1,428 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True
+"""pgoutput, the protocol of Postgres' logical replication, decoded into Arrow columns of text.
+
+Version 1 of the protocol, text format; see "Logical Replication Message Formats" in the Postgres
+manual. Integers are big-endian, `name:4` is a field of four bytes, `s` a string that ends with NUL:
+
+    B begin     commit_lsn:8 committed_at:8 xid:4
+    C commit    flags:1 commit_lsn:8 end_lsn:8 committed_at:8
+    O origin    lsn:8 name:s
+    R relation  id:4 schema:s name:s replica_identity:1 n:2 (flags:1 name:s type:4 modifier:4) * n
+    Y type      id:4 schema:s name:s
+    I insert    id:4 'N' tuple
+    U update    id:4 ['K' tuple | 'O' tuple] 'N' tuple
+    D delete    id:4 ('K' tuple | 'O' tuple)
+    T truncate  n:4 options:1 (id:4) * n
+    M message   flags:1 lsn:8 prefix:s length:4 byte * length
+    tuple       n:2 ('n' | 'u' | 't' length:4 byte * length) * n
+
+A message is read to its last byte before anything of it is kept, and every read is checked against
+its end. No Python object is made for a row: its text goes from the message into the memory that
+Arrow later adopts.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport INT32_MAX, int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memchr
+
+from copy import copy
+
+from headrace.errors import MalformedMessage
+from headrace.sources.postgres.events import (
+    Event, Message, Relation, RelationColumn, RelationSeen, Rows, Transaction, Truncate,
+)
+
+include "columns.pxi"
+
+POSTGRES_EPOCH = 946_684_800_000_000  # 2000-01-01 in microseconds since 1970
+REMEDY = "Restart the source; if it happens again, check what stands between Headrace and the server."
+
+cdef enum:
+    RECENT_TABLES = 1024  # slots that find a table by its id without making a Python int
+    ROW_BYTES = 24  # what operation, serial and ordinal of a row weigh
+    EVENT_BYTES = 128  # what an event without rows, or a transaction, weighs; so that all is counted
+
+
+cdef struct Wire:
+    const uint8_t* start
+    const uint8_t* at
+    const uint8_t* end
+
+
+cdef int fault(Wire* wire, str what) except -1:
+    """Raise MalformedMessage: names the message's kind and the byte that reading had reached."""
+    kind = ascii(chr(wire.start[0])) if wire.end > wire.start else "of no length"
+    raise MalformedMessage(
+        f"pgoutput message {kind} is malformed at byte {wire.at - wire.start}: {what}.", REMEDY
+    )
+
+
+cdef inline int need(Wire* wire, Py_ssize_t count) except -1:
+    if wire.end - wire.at < count:
+        fault(wire, "it ends too early")
+    return 0
+
+
+cdef inline int finish(Wire* wire) except -1:
+    if wire.at != wire.end:
+        fault(wire, "bytes follow its end")
+    return 0
+
+
+cdef inline uint64_t integer(Wire* wire, int width) except? 0xFFFF_FFFF_FFFF_FFFF:
+    """Read an integer of `width` bytes; the caller's cast to the width's type gives it its sign."""
+    cdef uint64_t value = 0
+    cdef int i
+    need(wire, width)
+    for i in range(width):
+        value = value << 8 | wire.at[i]
+    wire.at += width
+    return value
+
+
+cdef inline int32_t length(Wire* wire) except -1:
+    """Read a number of bytes, all of which follow."""
+    cdef int32_t count = <int32_t> integer(wire, 4)
+    if count < 0:
+        fault(wire, "a length is negative")
+    need(wire, count)
+    return count
+
+
+cdef str string(Wire* wire):
+    """Read text up to its NUL."""
+    cdef const uint8_t* text = wire.at
+    cdef const uint8_t* nul = <const uint8_t*> memchr(text, 0, wire.end - text)
+    if nul == NULL:
+        fault(wire, "a string has no end")
+    try:
+        decoded = text[:nul - text].decode("utf-8")
+    except UnicodeDecodeError:
+        decoded = None
+    if decoded is None:  # raised out here: the other error would show the bytes
+        fault(wire, "a string is not UTF-8")
+    wire.at = nul + 1
+    return decoded
+
+
+cdef int read_tuple(Wire* wire, Cell* cells, Py_ssize_t width) except -1:
+    """Point `width` cells into the message; whether one of them is unchanged."""
+    cdef int16_t count = <int16_t> integer(wire, 2)
+    cdef Py_ssize_t i
+    cdef Cell* cell
+    cdef bint unchanged = False
+    if count != width:
+        fault(wire, f"a tuple of {count} columns, where the relation has {width}")
+    for i in range(width):
+        cell = &cells[i]
+        cell.kind = <char> integer(wire, 1)
+        cell.length = 0
+        if cell.kind == c"t":
+            cell.length = length(wire)
+            cell.text = wire.at
+            wire.at += cell.length
+        elif cell.kind == c"u":
+            unchanged = True
+        elif cell.kind != c"n":
+            fault(wire, "a cell is neither text nor null nor unchanged")
+    return unchanged
+
+
+@cython.final
+cdef class Decoder:
+    """Turns pgoutput messages into transactions and events.
+
+    A transaction has a serial (0, 1, 2, … for the decoder's life), an event inside it an ordinal
+    (from 1: each row, truncate message and logical message). The columns of `Rows.batch`:
+
+        _op         string                'c', 'u' or 'd'
+        _serial     int64
+        _ordinal    int64
+        …           string                the relation's columns in its order; found by position, since
+                                          a source column may have any name. Null is also what is
+                                          unchanged, or absent from the key that a delete carries
+        _unchanged  list<string>          columns whose value the row does not tell, as they did not
+                                          change; null if none; there only if some row has any
+        _before     map<string, string>   an update's old tuple, its key ('K') or the whole ('O'); null
+                                          without one; there only if some row has one
+
+    A cell that is unchanged in the new tuple has its value from the old tuple, if that tells it.
+
+    Rows of one relation stay in order; its open batch is closed when it reaches `max_batch_rows` rows
+    or `max_batch_bytes` bytes of Arrow data (before it would pass 2 GiB - 1), when the relation is
+    truncated, changes or loses its name to another, and by `take`. Batches of different relations
+    interleave in the order of their closing.
+
+    `pending_rows` and `pending_bytes` count all that `take` would hand over: text, offsets and names,
+    and 128 bytes for a transaction or an event without rows.
+
+    Bytes that the protocol does not allow raise MalformedMessage, without their content. After any
+    failure to decode each further `push` raises it again; `take` still gives what came before.
+    """
+
+    cdef readonly Py_ssize_t pending_rows
+    cdef readonly Py_ssize_t pending_bytes
+    cdef Py_ssize_t max_batch_rows
+    cdef Py_ssize_t max_batch_bytes
+    cdef object failure
+    cdef int64_t serials
+    cdef int64_t serial  # -1 outside of a transaction
+    cdef int64_t ordinal
+    cdef uint64_t commit_lsn
+    cdef uint32_t xid
+    cdef dict tables  # by id
+    cdef dict named  # by (schema, name): the table that bears it now
+    cdef list recent  # by id % RECENT_TABLES, so that a row needs no Python int
+    cdef list building  # tables with an open batch, in the order of their first rows
+    cdef list transactions
+    cdef list events
+
+    def __cinit__(self, Py_ssize_t max_batch_rows=65536, Py_ssize_t max_batch_bytes=16 << 20):
+        if max_batch_rows < 1 or max_batch_bytes < 1:
+            raise ValueError("a batch holds at least one row and one byte")
+        self.max_batch_rows, self.max_batch_bytes = max_batch_rows, max_batch_bytes
+        self.pending_rows = self.pending_bytes = 0
+        self.serials, self.serial, self.ordinal = 0, -1, 0
+        self.tables, self.named, self.recent = {}, {}, [None] * RECENT_TABLES
+        self.building, self.transactions, self.events = [], [], []
+
+    @property
+    def in_transaction(self):
+        """Whether a Begin still waits for its Commit."""
+        return self.serial >= 0
+
+    def push(self, message, Py_ssize_t start=0):
+        """Decode the one pgoutput message in `message[start:]`; it may be changed afterwards.
+
+        Raises MalformedMessage, and ValueError for a `start` outside of the message.
+        """
+        cdef Py_buffer view
+        cdef Wire wire
+        if self.failure is not None:
+            raise copy(self.failure)
+        PyObject_GetBuffer(message, &view, PyBUF_SIMPLE)
+        try:
+            if start < 0 or start > view.len:
+                raise ValueError(f"start {start} is outside of a message of {view.len} bytes")
+            wire.start = wire.at = <const uint8_t*> view.buf + start
+            wire.end = <const uint8_t*> view.buf + view.len
+            self.decode(&wire)
+        finally:
+            PyBuffer_Release(&view)
+
+    def take(self):
+        """Hand over the transactions completed since the last take, and all events held.
+
+        Rows of a transaction that is still open are among them, under its serial.
+        """
+        for table in list(self.building):
+            self.close(<Table> table)
+        taken = self.transactions, self.events
+        self.transactions, self.events = [], []
+        self.pending_rows = self.pending_bytes = 0
+        return taken
+
+    cdef int decode(self, Wire* wire) except -1:
+        try:
+            if wire.end - wire.start > INT32_MAX:
+                fault(wire, "it is longer than 2 GiB - 1")
+            kind = <char> integer(wire, 1)
+            if kind == c"I" or kind == c"U" or kind == c"D":
+                self.row(wire, kind)
+            elif kind == c"B":
+                self.begin(wire)
+            elif kind == c"C":
+                self.commit(wire)
+            elif kind == c"R":
+                self.describe(wire)
+            elif kind == c"T":
+                self.truncate(wire)
+            elif kind == c"M":
+                self.message(wire)
+            elif kind == c"O" or kind == c"Y":
+                self.skip(wire, kind)
+            else:
+                fault(wire, "there is no such kind")
+        except Exception as error:
+            self.failure = copy(error)  # without its traceback, which would keep the caller's frames
+            raise
+        return 0
+
+    cdef int row(self, Wire* wire, char kind) except -1:
+        cdef char old = 0
+        cdef bint unchanged = False
+        if self.serial < 0:
+            fault(wire, "a row outside of a transaction")
+        cdef Table table = self.table(wire)
+        cdef char tag = <char> integer(wire, 1)
+        if kind != c"I" and (tag == c"K" or tag == c"O"):
+            old = tag
+            unchanged = read_tuple(wire, table.old, table.width)
+            if kind == c"U":
+                tag = <char> integer(wire, 1)
+        if kind == c"D":
+            if not old:
+                fault(wire, "a delete without its old tuple")
+            finish(wire)
+            return self.keep(table, c"d", table.old, unchanged, 0)
+        if tag != c"N":
+            fault(wire, "a row without its new tuple")
+        unchanged = read_tuple(wire, table.new, table.width)
+        finish(wire)
+        if unchanged:
+            unchanged = table.fill(old)
+        return self.keep(table, c"c" if kind == c"I" else c"u", table.new, unchanged, old)
+
+    cdef int keep(self, Table table, char op, const Cell* cells, bint unchanged, char old) except -1:
+        """Add a row to the open batch; `old` is the kind of an update's old tuple, or 0."""
+        cdef Py_ssize_t weight = ROW_BYTES + weigh(cells, table.width)
+        if unchanged:
+            weight += table.names_weight
+        if old:
+            weight += table.names_weight + weigh(table.old, table.width)
+        if table.bytes + weight > INT32_MAX:
+            self.close(table)
+        if table.rows == 0:
+            table.begin_batch()
+        table.put(op, self.serial, self.ordinal + 1, cells)
+        if unchanged:
+            table.put_unchanged(cells)
+        if old:
+            table.put_before(old)
+        if table.rows == 0:
+            self.building.append(table)
+        table.rows += 1
+        table.bytes += weight
+        self.ordinal += 1
+        self.pending_rows += 1
+        self.pending_bytes += weight
+        if table.rows >= self.max_batch_rows or table.bytes >= self.max_batch_bytes:
+            self.close(table)
+        return 0
+
+    cdef Table table(self, Wire* wire):
+        cdef uint32_t id = <uint32_t> integer(wire, 4)
+        table = self.recent[id % RECENT_TABLES]
+        if table is None or (<Table> table).id != id:
+            table = self.tables.get(id)
+            if table is None:
+                fault(wire, f"relation {id} was never described")
+            self.recent[id % RECENT_TABLES] = table
+        return <Table> table
+
+    cdef int close(self, Table table) except -1:
+        if table.rows:
+            self.events.append(Rows(table.relation, table.batch()))
+            table.end_batch()
+            self.building.remove(table)
+        return 0
+
+    cdef int append(self, event) except -1:
+        self.events.append(event)
+        self.pending_bytes += EVENT_BYTES
+        return 0
+
+    cdef int begin(self, Wire* wire) except -1:
+        commit_lsn = integer(wire, 8)
+        integer(wire, 8)
+        xid = <uint32_t> integer(wire, 4)
+        finish(wire)
+        if self.serial >= 0:
+            fault(wire, "a transaction within a transaction")
+        self.commit_lsn, self.xid = commit_lsn, xid
+        self.serial, self.ordinal = self.serials, 0
+        self.serials += 1
+        return 0
+
+    cdef int commit(self, Wire* wire) except -1:
+        integer(wire, 1)
+        commit_lsn = integer(wire, 8)
+        end_lsn = integer(wire, 8)
+        committed_at = <int64_t> integer(wire, 8) + POSTGRES_EPOCH
+        finish(wire)
+        if self.serial < 0:
+            fault(wire, "a commit without a begin")
+        if commit_lsn != self.commit_lsn:
+            fault(wire, "a commit at another place than its begin said")
+        self.transactions.append(Transaction(self.serial, end_lsn, self.xid, committed_at, self.ordinal))
+        self.pending_bytes += EVENT_BYTES
+        self.serial, self.ordinal = -1, 0
+        return 0
+
+    cdef int skip(self, Wire* wire, char kind) except -1:
+        """Origins tell where a transaction was first made, types what an oid is called: nobody asks."""
+        if kind == c"O":
+            integer(wire, 8)
+        else:
+            integer(wire, 4)
+            string(wire)
+        string(wire)
+        return finish(wire)
+
+    cdef int describe(self, Wire* wire) except -1:
+        columns = []
+        id = <uint32_t> integer(wire, 4)
+        schema = string(wire) or "pg_catalog"
+        name = string(wire)
+        replica_identity = chr(<uint8_t> integer(wire, 1))
+        if replica_identity not in "dnfi":
+            fault(wire, "there is no such replica identity")
+        cdef int16_t count = <int16_t> integer(wire, 2)
+        if count < 0:
+            fault(wire, "a number of columns is negative")
+        for _ in range(count):
+            is_key = integer(wire, 1) & 1 != 0
+            column = string(wire)
+            type_oid = <uint32_t> integer(wire, 4)
+            columns.append(RelationColumn(column, type_oid, <int32_t> integer(wire, 4), is_key))
+        finish(wire)
+        return self.learn(Relation(id, schema, name, replica_identity, tuple(columns)))
+
+    cdef int learn(self, relation) except -1:
+        """Note a new or changed relation, after the rows of the one it replaces."""
+        key = (relation.schema, relation.name)
+        known, namesake = self.tables.get(relation.id), self.named.get(key)
+        if known is not None and known is namesake and (<Table> known).relation == relation:
+            return 0
+        for table in (known, namesake):
+            if table is not None:
+                self.close(<Table> table)
+        if known is not None:
+            former = (<Table> known).relation
+            if self.named.get((former.schema, former.name)) is known:
+                del self.named[former.schema, former.name]
+        table = Table(relation)
+        self.tables[relation.id] = self.named[key] = self.recent[relation.id % RECENT_TABLES] = table
+        return self.append(RelationSeen(relation, self.serial, self.ordinal))
+
+    cdef int truncate(self, Wire* wire) except -1:
+        cdef int32_t count = <int32_t> integer(wire, 4)
+        options = integer(wire, 1)
+        if self.serial < 0:
+            fault(wire, "a truncate outside of a transaction")
+        if count < 0:
+            fault(wire, "a number of relations is negative")
+        tables = [self.table(wire) for _ in range(count)]
+        finish(wire)
+        for table in tables:
+            self.close(<Table> table)
+        self.ordinal += 1
+        relations = tuple([(<Table> table).relation for table in tables])
+        cascade, restart_identity = options & 1 != 0, options & 2 != 0
+        return self.append(Truncate(relations, self.serial, self.ordinal, cascade, restart_identity))
+
+    cdef int message(self, Wire* wire) except -1:
+        transactional = integer(wire, 1) & 1 != 0
+        lsn = integer(wire, 8)
+        prefix = string(wire)
+        cdef int32_t size = length(wire)
+        content = wire.at[:size]
+        wire.at += size
+        finish(wire)
+        if self.serial >= 0:
+            self.ordinal += 1
+        elif transactional:
+            fault(wire, "a transactional message outside of a transaction")
+        self.pending_bytes += len(prefix) + size
+        return self.append(Message(self.serial, self.ordinal, prefix, content, transactional, lsn))

@@ -1,0 +1,1 @@
+"""Raw tables: every change as the source wrote it."""

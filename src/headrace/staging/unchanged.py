@@ -1,0 +1,117 @@
+"""Filling cells that the source did not send because they had not changed (TOAST).
+
+Resolved from raw only, never from the destination, whose value may be older because a change was
+quarantined. A cell's value is that of the newest earlier change of the row that carries the cell;
+where the row's key changed on the way, the search goes on under its old key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.change import Offset, TableId
+from headrace.keys import key_before, key_of_row, literal, quoted
+
+_FIRST_LOOK = 200_000
+_HISTORY = ("_op", "_commit", "_ordinal", "_offset", "_unchanged", "_before")
+
+
+class _History(Protocol):
+    def read_back(
+        self, table: TableId, before: Offset, columns: Sequence[str], rows: int
+    ) -> tuple[pa.Table, Offset]: ...
+
+
+def fill_unchanged(history: _History, table: TableId, key: Sequence[str], changes: pa.Table) -> pa.Table:
+    """Return `changes` with every unchanged cell filled that raw can tell.
+
+    What it cannot tell stays named in `_unchanged`. Reads raw backwards from the newest of
+    `changes`, twice as far each time, and no further than needed.
+    """
+    lists = changes["_unchanged"]
+    if lists.null_count == changes.num_rows:
+        return changes
+    names = pc.unique(pc.list_flatten(lists)).to_pylist()
+    with duckdb.connect() as db:
+        db.register("changes", changes)
+        db.execute("CREATE TABLE numbered AS SELECT row_number() OVER () - 1 AS i, * FROM changes")
+        for name in names:
+            found = _find(db, history, table, key, name, pc.max(changes["_offset"]).as_py())
+            changes = _fill(changes, name, found)
+    return changes
+
+
+def _find(
+    db: duckdb.DuckDBPyConnection,
+    history: _History,
+    table: TableId,
+    key: Sequence[str],
+    name: str,
+    before: Offset,
+) -> pa.Table:
+    """Return the columns `i`, `value` of every cell of column `name` that was found, ordered by i."""
+    db.execute("CREATE OR REPLACE TEMP TABLE found (i BIGINT, value VARCHAR)")
+    db.execute(
+        f"""CREATE OR REPLACE TEMP TABLE pending AS
+        SELECT i, {key_before(key)} AS k, (_commit, _ordinal) AS place FROM numbered
+        WHERE list_contains(_unchanged, {literal(name)})"""
+    )
+    columns = list(dict.fromkeys([*key, name, *_HISTORY]))
+    rows = _FIRST_LOOK
+    while before > 0 and _number(db, "SELECT count(*) FROM pending"):
+        chunk, before = history.read_back(table, before, columns, rows)
+        rows *= 2
+        db.register("chunk", chunk)
+        db.execute(
+            f"""CREATE OR REPLACE TEMP VIEW past AS
+            SELECT {key_of_row(key)} AS k, {key_before(key)} AS old_k, (_commit, _ordinal) AS place,
+                   {quoted(name)} AS value,
+                   _op <> 'd' AND NOT coalesce(list_contains(_unchanged, {literal(name)}), false) AS known
+            FROM chunk"""
+        )
+        while _step(db):
+            pass
+    return db.execute("SELECT i, value FROM found ORDER BY i").to_arrow_table()
+
+
+def _step(db: duckdb.DuckDBPyConnection) -> bool:
+    """Look every pending cell up once; True while one moved to an older key and must look again."""
+    db.execute(
+        """CREATE OR REPLACE TEMP TABLE hits AS
+        SELECT i, arg_max({'known': known, 'value': value, 'k': old_k, 'place': past.place}, past.place) AS hit
+        FROM pending JOIN past ON past.k = pending.k AND past.place < pending.place
+        WHERE known OR old_k IS DISTINCT FROM past.k GROUP BY i"""
+    )
+    db.execute("INSERT INTO found SELECT i, hit.value FROM hits WHERE hit.known")
+    db.execute("DELETE FROM pending WHERE i IN (SELECT i FROM hits WHERE hit.known)")
+    db.execute(
+        """UPDATE pending SET k = hit.k, place = hit.place FROM hits
+        WHERE hits.i = pending.i AND NOT hit.known"""
+    )
+    return _number(db, "SELECT count(*) FROM hits WHERE NOT hit.known") > 0
+
+
+def _fill(changes: pa.Table, name: str, found: pa.Table) -> pa.Table:
+    mask = pc.is_in(pa.array(range(changes.num_rows), pa.int64()), value_set=found["i"].combine_chunks())
+    values = found["value"].combine_chunks().cast(pa.string())
+    cells = changes[name].combine_chunks() if changes.num_rows else changes[name]
+    filled = pc.replace_with_mask(_one(cells), mask, values)
+    changes = changes.set_column(changes.schema.get_field_index(name), name, filled)
+    lists = changes["_unchanged"].to_pylist()
+    for i in found["i"].to_pylist():
+        lists[i] = [other for other in lists[i] if other != name] or None
+    at = changes.schema.get_field_index("_unchanged")
+    return changes.set_column(at, "_unchanged", pa.array(lists, pa.list_(pa.string())))
+
+
+def _one(cells: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return cells.combine_chunks() if isinstance(cells, pa.ChunkedArray) else cells
+
+
+def _number(db: duckdb.DuckDBPyConnection, query: str) -> int:
+    return int(db.execute(query).fetchall()[0][0])

@@ -1,0 +1,1 @@
+"""Models: from raw changes to typed, checked rows."""

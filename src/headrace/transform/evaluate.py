@@ -1,0 +1,199 @@
+"""Running a model's expressions so that a bad row fails alone.
+
+`TRY({'a': expr_a, …})` is null exactly where a row fails, and costs what the plain query costs when
+rows are good. The filter is an output too, and outputs stand under it, so that a guard in WHERE
+protects its casts. What TRY cannot hold is found by bisection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import duckdb
+import pyarrow as pa
+
+from headrace.errors import ModelBroken
+from headrace.keys import literal, quoted
+
+if TYPE_CHECKING:
+    from headrace.transform.model import RowModel
+
+_ASKED_ROWS = 200
+"""Bad rows per evaluation whose message is asked of the engine one by one; more rows of the same
+column share the message of the first."""
+_MESSAGE = 4096
+
+
+class Evaluation:
+    """One model on one connection: converts rows, then tells why the failed ones failed."""
+
+    def __init__(self, db: duckdb.DuckDBPyConnection, model: RowModel) -> None:
+        self._db = db
+        self._model = model
+        self._fatal: dict[int, str] = {}
+        self._db.execute("DROP TABLE IF EXISTS judged")
+
+    def query(self, events: str) -> str:
+        """Return the query that judges the rows of relation `events`.
+
+        Columns: `_hr_n`, `_hr_k`, `_hr_failed`, `_hr_filtered`, one `_hr_v<i>` per check that is
+        true where it is violated, then the outputs.
+        """
+        model = self._model
+        struct = ", ".join(f"{literal(name)}: ({expression})" for name, expression, _ in model.outputs)
+        made = f"TRY({{{struct}}})"
+        failed, filtered = "r IS NULL", "false"
+        keep = "true"
+        if model.where:
+            keep = f"TRY({{'keep': ({model.where})}})"
+            made = f"CASE WHEN {keep}.keep THEN {made} END"
+            failed = "f IS NULL OR (f.keep AND r IS NULL)"
+            filtered = "f IS NOT NULL AND f.keep IS NOT TRUE"
+        checks = "".join(f", {self._violation(i)} AS _hr_v{i}" for i in range(len(model.checks)))
+        return (
+            f"SELECT *{checks} FROM (SELECT _hr_n, _hr_k, {failed} AS _hr_failed, "
+            f"{filtered} AS _hr_filtered, unnest(r) FROM (SELECT _hr_n, _hr_k, {keep} AS f, {made} AS r "
+            f"FROM {events} AS {quoted(model.alias)}))"
+        )
+
+    def run(self, events: pa.Table) -> pa.Table:
+        """Judge events and return `n`, `k` and `verdict` (good, filtered or bad) of each.
+
+        Raises ModelBroken when the query fails even without rows.
+        """
+        self._events(events)
+        self._ensure_table()
+        self._judge(events)
+        return self._db.sql(
+            f"SELECT _hr_n AS n, _hr_k AS k, CASE WHEN {self.bad()} THEN 'bad' "
+            f"WHEN _hr_filtered THEN 'filtered' ELSE 'good' END AS verdict FROM judged"
+        ).to_arrow_table()
+
+    def rows(self, settled: pa.Array | None) -> pa.Table:
+        """Return the good rows as `_source_key` and outputs; only those numbered in `settled`, if given."""
+        outputs = ", ".join(f"{quoted(name)}" for name, _, _ in self._model.outputs)
+        where = f"NOT ({self.bad()}) AND NOT _hr_filtered"
+        if settled is not None:
+            self._db.register("settled", pa.table({"n": settled}))
+            where += " AND _hr_n IN (SELECT n FROM settled)"
+        return self._db.sql(f"SELECT _hr_k AS _source_key, {outputs} FROM judged WHERE {where}").to_arrow_table()
+
+    def faults(self, events: pa.Table) -> Iterator[tuple[int, str, str, str, str]]:
+        """Yield (n, stage, reason, columns, message) for each of these bad events that was judged;
+        messages are scrubbed of values."""
+        self._events(events)
+        wanted = set(events["_hr_n"].to_pylist())
+        checks = ", ".join(f"_hr_v{i}" for i in range(len(self._model.checks)))
+        judged = self._db.execute(
+            f"SELECT _hr_n, _hr_failed{', ' + checks if checks else ''} FROM judged WHERE {self.bad()}"
+        ).fetchall()
+        failed = sorted(row[0] for row in judged if row[1] and row[0] in wanted)
+        for n, *violated in ((row[0], *row[2:]) for row in judged if not row[1] and row[0] in wanted):
+            check = self._model.checks[violated.index(True)]
+            yield n, "constraint", check.reason, check.column, f"{check.column}: {check.text} is violated"
+        for n in sorted(wanted & self._fatal.keys()):
+            yield n, "transform", "transform.expression", "", self._fatal[n]
+        yield from self._expression_faults(failed)
+
+    def bad(self) -> str:
+        """Return the condition of a bad row over the judged columns."""
+        return " OR ".join(["_hr_failed", *(f"_hr_v{i}" for i in range(len(self._model.checks)))])
+
+    def fatal(self) -> list[int]:
+        """Return the rows that took the query down; they are in no judgement."""
+        return sorted(self._fatal)
+
+    def _violation(self, i: int) -> str:
+        check = self._model.checks[i]
+        live = "NOT _hr_failed AND NOT _hr_filtered"
+        if not check.expression:
+            return f"({live} AND {quoted(check.column)} IS NULL)"
+        held = f"TRY({{'held': ({check.expression})}})"
+        return f"({live} AND ({held} IS NULL OR {held}.held IS FALSE))"
+
+    def _ensure_table(self) -> None:
+        try:
+            self._db.execute(
+                f"CREATE TEMP TABLE IF NOT EXISTS judged AS {self.query('(SELECT * FROM events LIMIT 0)')}"
+            )
+        except duckdb.Error as error:
+            raise ModelBroken(
+                f"Model {self._model.name} cannot run: {scrub(str(error))}", "Mend the model."
+            ) from error
+
+    def _events(self, events: pa.Table) -> None:
+        self._db.register("arrow_events", events)
+        self._db.execute(
+            "CREATE OR REPLACE TEMP VIEW events AS SELECT * REPLACE "
+            "(make_timestamptz(_committed_at) AS _committed_at) FROM arrow_events"
+        )
+
+    def _judge(self, events: pa.Table) -> None:
+        """Judge events all at once; where the engine gives up, half by half down to the single row."""
+        if not events.num_rows:
+            return
+        self._events(events)
+        try:
+            self._db.execute(f"INSERT INTO judged {self.query('events')}")
+        except duckdb.OutOfMemoryException:
+            raise
+        except duckdb.Error as error:
+            if events.num_rows == 1:
+                self._fatal[events["_hr_n"][0].as_py()] = scrub(str(error))
+                return
+            middle = events.num_rows // 2
+            self._judge(events.slice(0, middle))
+            self._judge(events.slice(middle))
+
+    def _expression_faults(self, failed: list[int]) -> Iterator[tuple[int, str, str, str, str]]:
+        if not failed:
+            return
+        parts = [(name, expression) for name, expression, _ in self._model.outputs]
+        if self._model.where:
+            parts.insert(0, ("", self._model.where))
+        known: dict[str, tuple[str, str]] = {}
+        asked = 0
+        for n, column, expression in self._blame(failed, parts):
+            if asked < _ASKED_ROWS or column not in known:
+                asked += 1
+                known[column] = self._ask(n, expression)
+            reason, message = known[column]
+            yield n, "transform", reason if column else "transform.filter", column, message
+
+    def _blame(
+        self, failed: list[int], parts: list[tuple[str, str]]
+    ) -> Iterator[tuple[int, str, str]]:
+        """Yield for each failed row the first expression that fails on it."""
+        self._db.register("failed_rows", pa.table({"n": pa.array(failed, pa.int64())}))
+        tests = ", ".join(f"TRY({{'v': ({expression})}}) IS NULL" for _, expression in parts)
+        rows = self._db.execute(
+            f"SELECT _hr_n, {tests} FROM events AS {quoted(self._model.alias)} "
+            "WHERE _hr_n IN (SELECT n FROM failed_rows) ORDER BY 1"
+        ).fetchall()
+        for n, *fails in rows:
+            name, expression = parts[fails.index(True)] if True in fails else parts[0]
+            yield n, name, expression
+
+    def _ask(self, n: int, expression: str) -> tuple[str, str]:
+        """Ask the engine for its message about one row; returns (reason, message)."""
+        try:
+            self._db.execute(
+                f"SELECT ({expression}) FROM events AS {quoted(self._model.alias)} WHERE _hr_n = {n}"
+            ).fetchall()
+        except duckdb.ConversionException as error:
+            return "transform.cast", scrub(str(error))
+        except duckdb.Error as error:
+            return "transform.expression", scrub(str(error))
+        return "transform.expression", "the expression fails together with the others"
+
+
+_QUOTED = re.compile(r"'.*'|\".*\"", re.DOTALL)
+_VALUE = re.compile(r"(\bvalue\s+)(?!…)\S+")
+
+
+def scrub(message: str) -> str:
+    """Remove cell values from an engine's message: what is quoted, and what follows `value`."""
+    first = message.split("\n\nLINE")[0].strip()
+    return _VALUE.sub(r"\1…", _QUOTED.sub("'…'", first))[:_MESSAGE]

@@ -1,0 +1,213 @@
+"""From changes in source order to one outcome per source key.
+
+A later good change of a key supersedes what came before it, so only the last change of each key is
+converted; the earlier ones are looked at where the last one is bad, for the value that then stands.
+The outcome does not depend on how the changes were cut into slices, and folding twice changes
+nothing: apply, redrive and verify are all this one function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.keys import key_before, key_of_row, literal, quoted
+from headrace.protocols import Counts, Prepared
+
+if TYPE_CHECKING:
+    from headrace.transform.evaluate import Evaluation
+
+RECORD = pa.schema(
+    {
+        "key": pa.string(),
+        "stage": pa.string(),
+        "reason": pa.string(),
+        "columns": pa.string(),
+        "message": pa.string(),
+        "op": pa.string(),
+        "is_partial": pa.bool_(),
+        "epoch": pa.int64(),
+        "commit": pa.int64(),
+        "ordinal": pa.int64(),
+        "txid": pa.int64(),
+        "committed_at": pa.int64(),
+        "offset": pa.int64(),
+        "preview": pa.string(),
+    }
+)
+_PREVIEW_CELL = 120
+_PREVIEW = 4096
+
+
+def fold(key: Sequence[str], changes: pa.Table, evaluation: Evaluation) -> Prepared:
+    """Fold changes (as `Staging.read` returns them) under one model.
+
+    `key` names the source's key columns. Raises ModelBroken when the model cannot run at all.
+    """
+    total = changes.num_rows
+    resets = np.flatnonzero(pc.equal(changes["_op"], "t").to_numpy(zero_copy_only=False))
+    live = changes.slice(int(resets[-1]) + 1) if len(resets) else changes
+    with duckdb.connect() as db:
+        events = _events(db, key, live)
+        points, lasts = _lasts(db, key, events)
+        verdicts = evaluation.run(_undecided(_take(events, lasts)))
+        verdicts = _with_fatal(evaluation, verdicts, events)
+        if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
+            again = _earlier_of_bad(db, points, verdicts)
+            verdicts = evaluation.run(_undecided(_take(events, again)))
+            verdicts = _with_fatal(evaluation, verdicts, events)
+        settled, removed, bad = _settle(db, points, verdicts)
+    filtered = _count_in(verdicts, "filtered", settled)
+    records = _records(evaluation, events, bad)
+    return Prepared(
+        reset=bool(len(resets)),
+        removed=removed,
+        rows=evaluation.rows(settled if len(settled) < events.num_rows else None),
+        records=records,
+        counts=Counts(
+            read=total,
+            applied=len(settled) - filtered + len(resets),
+            superseded=total - len(settled) - len(resets) - records.num_rows,
+            filtered=filtered,
+            quarantined=records.num_rows,
+        ),
+    )
+
+
+def _events(db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table) -> pa.Table:
+    """Add `_hr_n`, the place in the slice, and `_hr_k`, the source key."""
+    if len(key) == 1:
+        keys = changes[key[0]]
+    else:
+        db.register("changes", changes.select(list(dict.fromkeys(key))))
+        keys = db.sql(f"SELECT {key_of_row(key)} AS k FROM changes").to_arrow_table()["k"]
+    numbers = pa.array(np.arange(changes.num_rows, dtype=np.int64))
+    return changes.append_column("_hr_n", numbers).append_column("_hr_k", keys)
+
+
+def _lasts(
+    db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table
+) -> tuple[pa.Table, pa.Array]:
+    """Return every effect (`n`, `k`, `gone`) and the numbers of each key's last change.
+
+    A change of the key itself has two effects: the old key's row goes, the new key's comes.
+    """
+    gone = pc.equal(events["_op"], "d")
+    points = pa.table({"n": events["_hr_n"], "k": events["_hr_k"], "gone": gone, "own": pa.repeat(True, events.num_rows)})
+    if events["_before"].null_count < events.num_rows:
+        db.register("events", events)
+        moved = db.sql(
+            f"SELECT _hr_n AS n, {key_before(key)} AS k, true AS gone, false AS own FROM events "
+            "WHERE _op <> 'd' AND _before IS NOT NULL AND k IS DISTINCT FROM _hr_k"
+        ).to_arrow_table()
+        points = pa.concat_tables([points, moved])
+    elif pc.count_distinct(events["_hr_k"]).as_py() == events.num_rows:
+        return points, events["_hr_n"]
+    db.register("points", points)
+    lasts = db.sql(
+        "SELECT n FROM (SELECT max(n) AS n, arg_max(own, n) AS own FROM points GROUP BY k) WHERE own ORDER BY n"
+    ).to_arrow_table()
+    return points, lasts["n"]
+
+
+def _take(events: pa.Table, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
+    return events if len(numbers) == events.num_rows else events.take(numbers)
+
+
+def _undecided(events: pa.Table) -> pa.Table:
+    """Leave out what needs no conversion, and what cannot be converted for want of a cell."""
+    mask = pc.not_equal(events["_op"], "d")
+    if events["_unchanged"].null_count < events.num_rows:
+        mask = pc.and_(mask, pc.is_null(events["_unchanged"]))
+    return events.filter(mask)
+
+
+def _with_fatal(evaluation: Evaluation, verdicts: pa.Table, events: pa.Table) -> pa.Table:
+    """Add the rows that no query could judge, and those with a cell that raw does not know."""
+    fatal = pa.array(evaluation.fatal(), pa.int64())
+    partial = events.filter(pc.is_valid(events["_unchanged"]))["_hr_n"].combine_chunks()
+    bad = pa.concat_arrays([fatal, partial.cast(pa.int64())]) if len(partial) else fatal
+    if not len(bad):
+        return verdicts
+    keys = events["_hr_k"].take(bad)
+    return pa.concat_tables(
+        [verdicts, pa.table({"n": bad, "k": keys, "verdict": pa.repeat("bad", len(bad))})]
+    )
+
+
+def _earlier_of_bad(
+    db: duckdb.DuckDBPyConnection, points: pa.Table, verdicts: pa.Table
+) -> pa.ChunkedArray:
+    """Return the numbers of all other changes of keys whose last change is bad."""
+    db.register("points", points)
+    db.register("verdicts", verdicts)
+    return db.sql(
+        "SELECT n FROM points WHERE own AND k IN (SELECT k FROM verdicts WHERE verdict = 'bad') "
+        "AND n NOT IN (SELECT n FROM verdicts) ORDER BY n"
+    ).to_arrow_table()["n"]
+
+
+def _settle(
+    db: duckdb.DuckDBPyConnection, points: pa.Table, verdicts: pa.Table
+) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """Decide each key: numbers of the settling changes, keys that settled, numbers of open bad ones."""
+    db.register("points", points)
+    db.register("verdicts", verdicts)
+    db.execute(
+        """CREATE OR REPLACE TEMP TABLE settled AS
+        SELECT p.k, max(p.n) AS n, arg_max(p.own, p.n) AS own
+        FROM points p LEFT JOIN verdicts v ON v.n = p.n AND p.own
+        WHERE p.gone OR v.verdict IN ('good', 'filtered') GROUP BY p.k"""
+    )
+    own = db.sql("SELECT n FROM settled WHERE own ORDER BY n").to_arrow_table()["n"].combine_chunks()
+    keys = db.sql("SELECT k FROM settled").to_arrow_table()["k"].combine_chunks()
+    bad = db.sql(
+        "SELECT v.n FROM verdicts v LEFT JOIN settled s ON s.k = v.k "
+        "WHERE v.verdict = 'bad' AND (s.n IS NULL OR v.n > s.n) ORDER BY v.n"
+    ).to_arrow_table()["n"]
+    return own, keys, bad.combine_chunks()
+
+
+def _count_in(verdicts: pa.Table, verdict: str, settled: pa.Array) -> int:
+    chosen = verdicts.filter(pc.equal(verdicts["verdict"], verdict))["n"]
+    return int(pc.sum(pc.is_in(chosen, value_set=settled)).as_py() or 0) if len(chosen) else 0
+
+
+def _records(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Table:
+    if not len(bad):
+        return RECORD.empty_table()
+    rows = events.take(bad)
+    faults = {n: fault for n, *fault in evaluation.faults(rows)}
+    missing = ["decode", "decode.unchanged", "", "a cell that the source did not send is not in raw"]
+    found = [faults.get(n, missing) for n in bad.to_pylist()]
+    columns = {name: [fault[i] for fault in found] for i, name in enumerate(("stage", "reason", "columns", "message"))}
+    return pa.table(
+        {
+            "key": rows["_hr_k"],
+            **columns,
+            "op": rows["_op"],
+            "is_partial": pc.is_valid(rows["_unchanged"]),
+            **{name: rows[f"_{name}"] for name in ("epoch", "commit", "ordinal", "txid", "committed_at", "offset")},
+            "preview": _previews(rows),
+        },
+        schema=RECORD,
+    )
+
+
+def _previews(rows: pa.Table) -> pa.ChunkedArray:
+    """Return the source's cells as JSON, cut to a size that a person reads."""
+    names = [name for name in rows.schema.names if not name.startswith("_hr_") and name not in _META]
+    cells = ", ".join(f"{literal(name)}: left({quoted(name)}, {_PREVIEW_CELL})" for name in names)
+    with duckdb.connect() as db:
+        db.register("rows", rows)
+        return db.sql(f"SELECT left(to_json({{{cells}}})::VARCHAR, {_PREVIEW}) AS p FROM rows").to_arrow_table()["p"]
+
+
+_META = frozenset(
+    ("_op", "_epoch", "_commit", "_ordinal", "_offset", "_committed_at", "_txid", "_unchanged", "_before")
+)

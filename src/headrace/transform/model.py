@@ -1,0 +1,176 @@
+"""Row models: SQL files, and the mirrors that stand in where a table has none."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import duckdb
+import pyarrow as pa
+
+from headrace.change import RESERVED, TableId, TableSchema
+from headrace.errors import ModelBroken, ModelError
+from headrace.keys import quoted
+from headrace.protocols import Prepared
+from headrace.transform.evaluate import Evaluation
+from headrace.transform.fold import fold
+from headrace.transform.sql import Check, ModelText
+from headrace.transform.types import cast_keeps_apart, duckdb_type, mirror_expression
+
+_local = threading.local()
+
+
+def engine() -> duckdb.DuckDBPyConnection:
+    """Return this thread's DuckDB for prepare, with the settings that isolation needs.
+
+    `common_subexpressions` is off: DuckDB otherwise lifts a cast that occurs twice out of its TRY,
+    and one bad row fails the query.
+    """
+    connection: duckdb.DuckDBPyConnection | None = getattr(_local, "connection", None)
+    if connection is None:
+        connection = duckdb.connect()
+        connection.execute("SET TimeZone = 'UTC'")
+        connection.execute("SET disabled_optimizers = 'common_subexpressions'")
+        connection.execute("SET preserve_insertion_order = true")
+        connection.execute("SET enable_progress_bar = false")
+        _local.connection = connection
+    return connection.cursor()
+
+
+@dataclass(frozen=True, slots=True)
+class RowModel:
+    """One destination table made of one raw table, row by row. Made by `bind` and `mirror`."""
+
+    name: str
+    source: str
+    table: TableId
+    schema: TableSchema
+    alias: str
+    outputs: tuple[tuple[str, str, str], ...]
+    """(name, expression, DuckDB type) of each output column."""
+    where: str
+    checks: tuple[Check, ...]
+    version: str
+
+    def prepare(self, changes: pa.Table) -> Prepared:
+        """See `Model.prepare`."""
+        with engine() as db:
+            return fold(self.schema.key, changes, Evaluation(db, self))
+
+    def output(self) -> pa.Schema:
+        """See `Model.output`."""
+        columns = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, _, type_ in self.outputs)
+        with engine() as db:
+            return db.sql(f"SELECT {columns} LIMIT 0").to_arrow_table().schema
+
+
+def mirror(source: str, schema: TableSchema) -> RowModel:
+    """Return the model of a table that has none: every column with its source type."""
+    outputs = tuple(
+        (column.name, mirror_expression(column), duckdb_type(column)) for column in schema.columns
+    )
+    return RowModel(
+        name=f"{source}.{schema.table.label}",
+        source=source,
+        table=schema.table,
+        schema=schema,
+        alias=schema.table.name,
+        outputs=outputs,
+        where="",
+        checks=(),
+        version="mirror:" + hashlib.blake2b(repr(outputs).encode(), digest_size=8).hexdigest(),
+    )
+
+
+def bind(text: ModelText, schema: TableSchema) -> RowModel:
+    """Bind a model file to the shape of its table.
+
+    Raises ModelBroken with the engine's own words when an expression names a missing column or
+    does not type-check, and ModelError when its key is not the source's key.
+    """
+    types = dict(text.types)
+    with engine() as db:
+        _empty_events(db, schema)
+        found = _types(db, text)
+        outputs = tuple((name, _typed(e, types.get(name)), types.get(name, found[name])) for name, e in text.outputs)
+        model = RowModel(
+            text.name, text.source, schema.table, schema, text.alias, outputs, text.where, text.checks, text.version
+        )  # fmt: skip
+        _try(db, text, Evaluation(db, model).query("events"))
+        outputs = tuple(
+            (name, expression, _type_name(db, text, type_)) for name, expression, type_ in outputs
+        )
+    _check_key(text, schema, outputs)
+    return RowModel(
+        text.name, text.source, schema.table, schema, text.alias, outputs, text.where, text.checks, text.version
+    )  # fmt: skip
+
+
+def _typed(expression: str, type_: str | None) -> str:
+    return f"CAST(({expression}) AS {type_})" if type_ else expression
+
+
+def _empty_events(db: duckdb.DuckDBPyConnection, schema: TableSchema) -> None:
+    names = [column.name for column in schema.columns]
+    cells = [f"NULL::VARCHAR AS {quoted(name)}" for name in names]
+    meta = [
+        f"NULL::{'VARCHAR' if name == '_op' else 'TIMESTAMPTZ' if name == '_committed_at' else 'BIGINT'} AS {name}"
+        for name in RESERVED
+        if name not in {"_unchanged", "_before", "_source", "_source_key"}
+    ]
+    hidden = ["0::BIGINT AS _hr_n", "NULL::VARCHAR AS _hr_k"]
+    db.execute(f"CREATE OR REPLACE TEMP TABLE events AS SELECT {', '.join(cells + meta + hidden)} LIMIT 0")
+
+
+def _types(db: duckdb.DuckDBPyConnection, text: ModelText) -> dict[str, str]:
+    columns = ", ".join(f"({expression}) AS {quoted(name)}" for name, expression in text.outputs)
+    rows = _try(db, text, f"DESCRIBE SELECT {columns} FROM events AS {quoted(text.alias)}")
+    return {str(row[0]): str(row[1]) for row in rows}
+
+
+def _type_name(db: duckdb.DuckDBPyConnection, text: ModelText, type_: str) -> str:
+    return str(_try(db, text, f"DESCRIBE SELECT NULL::{type_}")[0][1])
+
+
+def _try(db: duckdb.DuckDBPyConnection, text: ModelText, query: str) -> list[tuple[object, ...]]:
+    try:
+        return db.execute(query).fetchall()
+    except duckdb.Error as error:
+        words = str(error).split("\n\nLINE")[0].strip().replace("\n", " ")
+        raise ModelBroken(
+            f"Model {text.name} does not fit raw.{text.source}.{text.table}: {words}",
+            f"Mend models/{text.name}.sql.",
+        ) from error
+
+
+def _check_key(
+    text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, str, str]]
+) -> None:
+    """Accept a key that is unique because the source's key is."""
+    if not text.key:
+        return
+    expressions = {name: (expression, type_) for name, expression, type_ in outputs}
+    covered = set()
+    for name in text.key:
+        expression, type_ = expressions[name]
+        for column in schema.columns:
+            if column.name in schema.key and _reads(expression, column.name, text.alias):
+                if cast_keeps_apart(column.type, type_):
+                    covered.add(column.name)
+    if covered != set(schema.key):
+        raise ModelError(
+            f"Model {text.name}: its key {list(text.key)} does not hold the key of its table, "
+            f"{list(schema.key)}, so it may not be unique.",
+            "Put the table's key columns, cast to their own types, into the key.",
+        )
+
+
+def _reads(expression: str, column: str, alias: str) -> bool:
+    """Whether an expression is a column, perhaps cast."""
+    bare = expression.strip()
+    if bare.upper().startswith("CAST((") and ") AS " in bare:
+        bare = bare[len("CAST((") : bare.rindex(") AS ")]
+    bare = bare.split("::", maxsplit=1)[0].strip()
+    return bare.replace('"', "").lower() in {column.lower(), f"{alias}.{column}".lower()}

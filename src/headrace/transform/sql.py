@@ -1,0 +1,283 @@
+"""Reading a model file: a SELECT over one raw table, with a comment of TOML before it.
+
+The user's expressions run verbatim: this module finds where each begins and ends and renders
+nothing again (rendering corrupts some statements). DuckDB's own parser decides what is valid.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import sqlglot
+from sqlglot.tokens import Token, TokenType
+
+from headrace.errors import ModelError
+
+_HEADER = re.compile(r"\A\s*/\*\s*headrace\b(.*?)\*/", re.DOTALL)
+_KEYS = ("key", "contract")
+_CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
+_RULE = re.compile(r"\b(NOT\s+NULL|CHECK\s*\()", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One rule of a contract. `expression` is over output columns; '' means NOT NULL."""
+
+    column: str
+    expression: str
+
+    @property
+    def reason(self) -> str:
+        """The reason code of a violation."""
+        return "constraint.check" if self.expression else "constraint.not_null"
+
+    @property
+    def text(self) -> str:
+        """The rule as the contract has it."""
+        return f"CHECK ({self.expression})" if self.expression else "NOT NULL"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """A model file, taken apart.
+
+    `outputs` are (name, expression) pairs and `where` is '' or an expression, both verbatim;
+    `types` are the contract's types by output column.
+    """
+
+    name: str
+    source: str
+    table: str
+    alias: str
+    outputs: tuple[tuple[str, str], ...]
+    where: str
+    key: tuple[str, ...]
+    types: tuple[tuple[str, str], ...]
+    checks: tuple[Check, ...]
+    version: str
+
+
+def read_model(path: Path) -> ModelText:
+    """Read a model file.
+
+    Raises ModelError, naming file and line, when it does not parse, is no plain SELECT over one raw
+    table, or uses what a row model may not: joins, aggregates, windows, subqueries, clocks.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path.name} cannot be read: {error}.") from error
+    settings = _settings(path.name, text)
+    node = _parse(path.name, text)
+    _refuse_what_rows_cannot_do(path.name, node)
+    source, table, alias = _table(path.name, node)
+    outputs, where = _spans(path.name, text)
+    types, checks = _contract(path.name, settings.get("contract", {}), [name for name, _ in outputs])
+    key = _key(path.name, settings, outputs)
+    checks = (*(Check(column, "") for column in key if Check(column, "") not in checks), *checks)
+    version = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return ModelText(path.stem, source, table, alias, outputs, where, key, types, checks, version)
+
+
+def _settings(file: str, text: str) -> dict[str, Any]:
+    header = _HEADER.match(text)
+    if not header:
+        return {}
+    try:
+        settings = tomllib.loads(header[1])
+    except tomllib.TOMLDecodeError as error:
+        raise ModelError(f"{file}: the header is not TOML: {error}.") from error
+    for key in settings:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, 1)
+            hint = f'; did you mean "{near[0]}"?' if near else f"; known are {', '.join(_KEYS)}."
+            raise ModelError(f"{file}: the header has an unknown key {key!r}{hint}")
+    return settings
+
+
+def _parse(file: str, text: str) -> dict[str, Any]:
+    with duckdb.connect() as db:
+        row = db.execute("SELECT json_serialize_sql(?)", [text]).fetchall()[0]
+    parsed = json.loads(row[0])
+    if parsed["error"]:
+        place = int(parsed["position"]) if "position" in parsed else 0
+        line = text.count("\n", 0, place) + 1
+        raise ModelError(
+            f"{file}:{line}: {parsed['error_message']}.", "A model is one SELECT in DuckDB's SQL."
+        )
+    statements = parsed["statements"]
+    if len(statements) != 1 or statements[0]["node"]["type"] != "SELECT_NODE":
+        raise ModelError(f"{file}: a model is one plain SELECT, without UNION or a second statement.")
+    node: dict[str, Any] = statements[0]["node"]
+    return node
+
+
+def _refuse_what_rows_cannot_do(file: str, node: dict[str, Any]) -> None:
+    if node["cte_map"]["map"]:
+        raise ModelError(f"{file}: a row model has no WITH.")
+    if node["group_expressions"] or node["having"] or node["qualify"] or node["modifiers"] or node["sample"]:
+        raise ModelError(
+            f"{file}: a row model filters and projects single rows: no DISTINCT, GROUP BY, HAVING, "
+            "QUALIFY, ORDER BY, LIMIT or SAMPLE."
+        )
+    functions = _functions()
+    for part in _walk([node["select_list"], node["where_clause"]]):
+        kind = part.get("class")
+        if kind in {"SUBQUERY", "WINDOW", "STAR"}:
+            what = {"STAR": "* (name the columns)", "WINDOW": "a window"}.get(kind, "a subquery")
+            raise ModelError(f"{file}: a row model cannot use {what}.")
+        name = str(part.get("function_name", "")).lower()
+        columns = [str(column).lower() for column in part.get("column_names", ())]
+        clock = name if functions.get(name, "") == "clock" else ""
+        if len(columns) == 1 and columns[0] in _CLOCKS:
+            clock = columns[0]
+        if clock:
+            raise ModelError(
+                f"{file}: {clock} gives another value at each run, so a replay would not repeat.",
+                "Use _committed_at, the time at which the source committed the change.",
+            )
+        if functions.get(name) == "aggregate" or name == "unnest":
+            raise ModelError(f"{file}: {name}() makes one row of many or many of one: a row model cannot.")
+
+
+def _functions() -> dict[str, str]:
+    """Say which functions are aggregates and which depend on when they run."""
+    with duckdb.connect() as db:
+        rows = db.execute(
+            """SELECT DISTINCT function_name, CASE WHEN function_type = 'aggregate' THEN 'aggregate' ELSE 'clock' END
+            FROM duckdb_functions() WHERE function_type = 'aggregate'
+            OR (function_type = 'scalar' AND stability <> 'CONSISTENT')"""
+        ).fetchall()
+    return dict(rows)
+
+
+def _walk(part: object) -> Iterator[dict[str, Any]]:
+    if isinstance(part, dict):
+        yield part
+        for value in part.values():
+            yield from _walk(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _walk(value)
+
+
+def _table(file: str, node: dict[str, Any]) -> tuple[str, str, str]:
+    table = node["from_table"]
+    path = table.get("qualified_name", {}).get("path") or [
+        part for part in (table.get("catalog_name"), table.get("schema_name"), table.get("table_name")) if part
+    ]
+    if table["type"] != "BASE_TABLE" or len(path) != 3 or path[0].lower() != "raw":
+        raise ModelError(
+            f"{file}: a row model reads one raw table.",
+            'Write FROM raw.<source>.<table>, or raw.<source>."schema.table" outside of public.',
+        )
+    return path[1], path[2], table["alias"] or path[2]
+
+
+def _spans(file: str, text: str) -> tuple[tuple[tuple[str, str], ...], str]:
+    """Find the texts of the output expressions and of WHERE by their tokens."""
+    tokens = sqlglot.tokenize(text, read="duckdb")
+    while tokens and tokens[-1].token_type is TokenType.SEMICOLON:
+        tokens.pop()
+    depth, items, item, where_at = 0, [], list[Token](), None
+    in_list = False
+    for i, token in enumerate(tokens):
+        if token.token_type in {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}:
+            depth += 1
+        elif token.token_type in {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}:
+            depth -= 1
+        if depth == 0 and token.token_type is TokenType.SELECT:
+            in_list = True
+        elif in_list and depth == 0 and token.token_type in {TokenType.COMMA, TokenType.FROM}:
+            if item:
+                items.append(_output(file, text, item))
+            item, in_list = [], token.token_type is TokenType.COMMA
+        elif depth == 0 and token.token_type is TokenType.WHERE:
+            where_at = i
+        elif in_list:
+            item.append(token)
+    where = "" if where_at is None else _cut(text, tokens[where_at + 1 :])
+    names = [name.lower() for name, _ in items]
+    for name in names:
+        if names.count(name) > 1 or name.startswith("_"):
+            raise ModelError(f"{file}: the output name {name!r} is used twice, or begins with an underscore.")
+    return tuple(items), where
+
+
+def _output(file: str, text: str, tokens: list[Token]) -> tuple[str, str]:
+    if len(tokens) > 2 and tokens[-2].token_type is TokenType.ALIAS:
+        return tokens[-1].text, _cut(text, tokens[:-2])
+    path = tokens[::2]
+    dots = tokens[1::2]
+    if len(path) == len(dots) + 1 and all(dot.token_type is TokenType.DOT for dot in dots):
+        return path[-1].text, _cut(text, tokens)
+    raise ModelError(f"{file}: {_cut(text, tokens)} needs a name.", "Write `expression AS name`.")
+
+
+def _cut(text: str, tokens: list[Token]) -> str:
+    return text[tokens[0].start : tokens[-1].end + 1]
+
+
+def _key(file: str, settings: dict[str, Any], outputs: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    key = settings.get("key", [])
+    if not isinstance(key, list) or not all(isinstance(column, str) for column in key):
+        raise ModelError(f'{file}: key must be a list of output columns, such as ["order_id"].')
+    for column in key:
+        if column not in dict(outputs):
+            raise ModelError(f"{file}: key names {column!r}, which the SELECT does not put out.")
+    return tuple(key)
+
+
+def _contract(
+    file: str, contract: dict[str, Any], names: list[str]
+) -> tuple[tuple[tuple[str, str], ...], tuple[Check, ...]]:
+    types, checks = [], []
+    for column, rule in contract.items():
+        if column not in names:
+            near = difflib.get_close_matches(column, names, 1)
+            hint = f' Did you mean "{near[0]}"?' if near else ""
+            raise ModelError(f"{file}: the contract names {column!r}, which the SELECT does not put out.{hint}")
+        if not isinstance(rule, str):
+            raise ModelError(f'{file}: the contract of {column!r} must be a string such as "BIGINT NOT NULL".')
+        type_, column_checks = _rules(file, column, rule)
+        checks += column_checks
+        if type_:
+            types.append((column, type_))
+    return tuple(types), tuple(checks)
+
+
+def _rules(file: str, column: str, rule: str) -> tuple[str, list[Check]]:
+    """Split `DECIMAL(12,2) NOT NULL CHECK (amount >= 0)` into its type and its checks."""
+    checks: list[Check] = []
+    match = _RULE.search(rule)
+    type_ = rule[: match.start()].strip() if match else rule.strip()
+    rest = rule[match.start() :] if match else ""
+    while rest:
+        match = _RULE.match(rest)
+        if not match:
+            raise ModelError(f"{file}: in the contract of {column!r}, {rest!r} is not understood.")
+        if not match[1].upper().startswith("CHECK"):
+            checks.append(Check(column, ""))
+            rest = rest[match.end() :].strip()
+            continue
+        tokens = sqlglot.tokenize(rest[match.end() - 1 :], read="duckdb")
+        depth = 0
+        for token in tokens:
+            depth += (token.token_type is TokenType.L_PAREN) - (token.token_type is TokenType.R_PAREN)
+            if depth == 0:
+                break
+        else:
+            raise ModelError(f"{file}: in the contract of {column!r}, a CHECK is not closed.")
+        close = match.end() - 1 + token.start
+        checks.append(Check(column, rest[match.end() : close].strip()))
+        rest = rest[close + 1 :].strip()
+    return type_, checks
