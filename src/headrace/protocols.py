@@ -162,8 +162,8 @@ class Model(Protocol):
     version: str
     """Hash of all that determines its output."""
 
-    def output(self) -> pa.Schema:
-        """Return names and types of the output columns, without hidden ones."""
+    def types(self) -> dict[str, str]:
+        """Return the output columns, without hidden ones, with their types in DuckDB's words."""
         ...
 
     def prepare(self, changes: pa.Table) -> Prepared:

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -399,7 +400,7 @@ LINES = [
     "# [source.none]",
     'top = """',
     "[source.fake]",
-    '"quoted" = 1 \\""\\" """"""',
+    '"quoted" = 1 \\""\\" """""',
     "",
     "\"quoted key\" = 'it'",
     '[source."shop"]  # the [header]',
@@ -425,7 +426,9 @@ LINES = [
 
 
 def test_lines_of_everything_toml_can_write() -> None:
-    assert _lines("\n".join(LINES)) == {
+    text = "\n".join(LINES)
+    assert tomllib.loads(text)
+    assert _lines(text) == {
         ("top",): 2,
         ("quoted key",): 6,
         ("source",): 7,
@@ -433,7 +436,6 @@ def test_lines_of_everything_toml_can_write() -> None:
         ("source", "shop", "url"): 8,
         ("source", "shop", "sl\\ot"): 9,
         ("source", "shop", "tables"): 13,
-        ("source", "shop", "tables", "inner"): 13,
         ("source", "shop", "a"): 18,
         ("source", "shop", "a", "b.c"): 18,
         ("source", "shop", "a", "b.c", "d"): 18,
@@ -677,7 +679,7 @@ def test_the_secret_stays_closed(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.text(st.characters(exclude_categories=("Cs",)), max_size=12),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
     st.sampled_from(
         [
             "postgresql://u:{}@h/db",

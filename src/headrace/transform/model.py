@@ -17,7 +17,7 @@ from headrace.protocols import Prepared
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
 from headrace.transform.sql import Check, ModelText
-from headrace.transform.types import cast_keeps_apart, duckdb_type, mirror_expression
+from headrace.transform.types import canonical, cast_keeps_apart, duckdb_type, mirror_expression
 
 _local = threading.local()
 
@@ -59,17 +59,15 @@ class RowModel:
         with engine() as db:
             return fold(self.schema.key, changes, Evaluation(db, self))
 
-    def output(self) -> pa.Schema:
-        """See `Model.output`."""
-        columns = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, _, type_ in self.outputs)
-        with engine() as db:
-            return db.sql(f"SELECT {columns} LIMIT 0").to_arrow_table().schema
+    def types(self) -> dict[str, str]:
+        """See `Model.types`."""
+        return {name: type_ for name, _, type_ in self.outputs}
 
 
 def mirror(source: str, schema: TableSchema) -> RowModel:
     """Return the model of a table that has none: every column with its source type."""
     outputs = tuple(
-        (column.name, mirror_expression(column), duckdb_type(column)) for column in schema.columns
+        (column.name, mirror_expression(column), canonical(duckdb_type(column))) for column in schema.columns
     )
     return RowModel(
         name=f"{source}.{schema.table.label}",

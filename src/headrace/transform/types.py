@@ -56,6 +56,11 @@ def duckdb_type(column: Column) -> str:
     return "TIME" if _TIME.fullmatch(column.type) else "VARCHAR"
 
 
+def canonical(type_: str) -> str:
+    """Return a type as DuckDB itself prints it."""
+    return type_.replace("TIMESTAMPTZ", "TIMESTAMP WITH TIME ZONE")
+
+
 def mirror_expression(column: Column) -> str:
     """Return the DuckDB expression that reads a source column's text as its mirror type."""
     cell, type_ = quoted(column.name), duckdb_type(column)

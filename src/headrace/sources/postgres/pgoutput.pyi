@@ -1,4 +1,4 @@
-from typing import final
+from typing import Self, final
 
 from _typeshed import ReadableBuffer
 
@@ -13,7 +13,7 @@ from headrace.sources.postgres.events import Truncate as Truncate
 
 @final
 class Decoder:
-    def __init__(self, max_batch_rows: int = 65536, max_batch_bytes: int = 16 << 20) -> None: ...
+    def __new__(cls, max_batch_rows: int = 65536, max_batch_bytes: int = 16 << 20) -> Self: ...
     @property
     def in_transaction(self) -> bool: ...
     @property

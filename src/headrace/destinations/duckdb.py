@@ -1,0 +1,320 @@
+"""DuckDB as a destination.
+
+The file is opened for each apply and closed again: a process that holds it, even read-only, holds
+up apply. Tables carry no index and no declared constraint (models check); rows are changed by
+`DELETE … USING` and `INSERT`, never MERGE or `INSERT OR REPLACE`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from headrace.change import Mark, Position
+from headrace.errors import DestinationBusy, DestinationError, ForeignDestination, ModelBroken
+from headrace.failpoints import failpoint
+from headrace.keys import literal, quoted
+from headrace.protocols import Counts, Model, ModelState, Part, Prepared, Slice
+from headrace.destinations.tables import CREATE, LEDGER_COUNTS, OPEN, RECORD_COLUMNS
+
+_HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re.DOTALL)
+
+
+class DuckDBDestination:
+    """One DuckDB file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def open(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """Open the file for a moment.
+
+        Raises DestinationBusy, naming the holder, while another process has it, and
+        DestinationError when it cannot be opened at all.
+        """
+        try:
+            connection = duckdb.connect(str(self.path))
+        except duckdb.IOException as error:
+            text = str(error)
+            if "lock" in text.lower():
+                holder = _HOLDER.search(text)
+                who = holder[1].strip() if holder else "another process"
+                raise DestinationBusy(
+                    f"{self.path} is held by {who}.",
+                    "Close it there; the pipeline waits and goes on by itself.",
+                ) from error
+            raise DestinationError(
+                f"{self.path} cannot be opened: {text.splitlines()[0]}",
+                "Check that the folder exists and can be written, and that there is room on the disk.",
+            ) from error
+        except duckdb.Error as error:
+            raise DestinationError(
+                f"{self.path} is no DuckDB file that this version can read: {str(error).splitlines()[0]}",
+                "Move it away, or name another file in [destination] path.",
+            ) from error
+        try:
+            connection.execute("SET TimeZone = 'UTC'")
+            connection.execute("SET enable_progress_bar = false")
+            yield connection
+        finally:
+            connection.close()
+
+    def progress(self, source: str) -> Mark | None:
+        """See `Destination.progress`."""
+        if not self.path.exists():
+            return None
+        with self.open() as db:
+            db.execute(CREATE)
+            return _progress(db, source)
+
+    def models(self, source: str) -> dict[str, ModelState]:
+        """See `Destination.models`."""
+        if not self.path.exists():
+            return {}
+        with self.open() as db:
+            db.execute(CREATE)
+            rows = db.execute(
+                'SELECT model, source, version, state, reason, "offset", open_records '
+                "FROM headrace.models WHERE source = ?",
+                [source],
+            ).fetchall()
+        return {str(row[0]): ModelState(*row) for row in rows}
+
+    def apply(self, work: Slice) -> Sequence[str]:
+        """See `Destination.apply`. In this order, in one transaction:
+
+        1. progress is compared with what the slice says it starts from;
+        2. each model's table is made or widened, its rows are changed;
+        3. its open records that a later good change has healed become superseded;
+        4. its new records and its ledger row are written;
+        5. the models' and the source's progress move; commit.
+        """
+        with self.open() as db:
+            db.execute(CREATE)
+            db.execute("BEGIN")
+            self._check(db, work)
+            new_issues: list[str] = []
+            for part in work.parts:
+                self._change_rows(db, work.source, part.model, part.prepared)
+                new_issues += self._settle_quarantine(db, work, part)
+            self._move(db, work)
+            failpoint("destination.apply.commit")
+            db.execute("COMMIT")
+        failpoint("destination.apply.committed")
+        return new_issues
+
+    def redrive(self, model: Model, keys: pa.Array, prepared: Prepared, position: Position) -> dict[str, int]:
+        """Apply what the current model makes of whole histories of some keys, in one transaction.
+
+        Records of these keys that are no longer bad become resolved (their change now stands) or
+        superseded (a later one does); those still bad count one more attempt. Returns how many
+        there are of each.
+        """
+        with self.open() as db:
+            db.execute("BEGIN")
+            db.register("redriven", pa.table({"key": keys}))
+            db.register("still_bad", prepared.records)
+            self._change_rows(db, model.source, model, prepared)
+            mine = f"model = {literal(model.name)} AND {OPEN} AND key IN (SELECT key FROM redriven)"
+            same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
+            still = db.execute(
+                "UPDATE headrace.quarantine q SET attempts = attempts + 1, last_attempt = now(), "
+                f"message = b.message, model_version = {literal(model.version)} FROM still_bad b WHERE {mine} AND {same}"
+            ).fetchall()[0][0]
+            resolved = db.execute(
+                "UPDATE headrace.quarantine q SET status = 'resolved', attempts = attempts + 1, "
+                "last_attempt = now(), resolved_at = now(), resolution = 'redriven', "
+                f"model_version = {literal(model.version)} WHERE {mine} AND NOT EXISTS "
+                f"(SELECT 1 FROM still_bad b WHERE {same})"
+            ).fetchall()[0][0]
+            counts = Counts(applied=resolved, quarantined=-resolved)
+            _ledger(db, "redrive", model, Mark("", 0, ""), Mark("", 0, ""), counts)
+            db.execute(
+                f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
+                f"WHERE model = {literal(model.name)} AND {OPEN}) WHERE model = {literal(model.name)}"
+            )
+            failpoint("destination.redrive.commit")
+            db.execute("COMMIT")
+        return {"resolved": resolved, "still_quarantined": still}
+
+    def suspend(self, model: str, source: str, reason: str) -> bool:
+        """Mark a model suspended with its reason; True if it was not already so."""
+        with self.open() as db:
+            db.execute(CREATE)
+            changed = db.execute(
+                "UPDATE headrace.models SET state = 'suspended', reason = ?, updated_at = now() "
+                "WHERE model = ? AND (state <> 'suspended' OR reason <> ?)",
+                [reason, model, reason],
+            ).fetchall()[0][0]
+            known = db.execute("SELECT count(*) FROM headrace.models WHERE model = ?", [model]).fetchall()[0][0]
+            if not known:
+                db.execute(
+                    "INSERT INTO headrace.models (model, source, version, state, reason, \"offset\", "
+                    "open_records, updated_at) VALUES (?, ?, '', 'suspended', ?, 0, 0, now())",
+                    [model, source, reason],
+                )
+            return bool(changed) or not known
+
+    def _check(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
+        progress = _progress(db, work.source)
+        if progress is None and work.after.offset:
+            raise ForeignDestination(f"{self.path} has no progress for source {work.source}.")
+        if progress is not None and progress.log_id != work.after.log_id:
+            raise foreign(self.path, work.source)
+        if progress is not None and work.through.offset > progress.offset and progress != work.after:
+            raise ForeignDestination(
+                f"{self.path} stands at offset {progress.offset}, this pipeline at {work.after.offset}: "
+                "another pipeline writes to it.",
+                "Run one pipeline only.",
+            )
+        rows = db.execute('SELECT model, "offset" FROM headrace.models WHERE source = ?', [work.source])
+        stands = dict(rows.fetchall())
+        for part in work.parts:
+            if stands.get(part.model.name, 0) != work.after.offset:
+                raise DestinationError(f"Model {part.model.name} does not stand at {work.after.offset}.")
+
+    def _change_rows(
+        self, db: duckdb.DuckDBPyConnection, source: str, model: Model, prepared: Prepared
+    ) -> None:
+        schema, table = _place(model.name)
+        target = f"{quoted(schema)}.{quoted(table)}"
+        try:
+            _shape(db, schema, table, model)
+        except duckdb.Error as error:
+            raise ModelBroken(
+                f"Table {model.name} cannot take the model's columns: {str(error).splitlines()[0]}",
+                "Drop or mend the table.",
+            ) from error
+        if prepared.reset:
+            db.execute(f"DELETE FROM {target} WHERE _source = ?", [source])
+        if len(prepared.removed):
+            db.register("removed", pa.table({"key": prepared.removed}))
+            db.execute(
+                f"DELETE FROM {target} USING removed WHERE _source = ? AND _source_key = removed.key", [source]
+            )
+        if prepared.rows.num_rows:
+            db.register("arrived", prepared.rows)
+            db.execute(f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM arrived")
+
+    def _settle_quarantine(
+        self, db: duckdb.DuckDBPyConnection, work: Slice, part: Part
+    ) -> list[str]:
+        model, prepared = part.model, part.prepared
+        open_before = db.execute(
+            "SELECT count(*) FROM headrace.quarantine WHERE model = ? AND " + OPEN, [model.name]
+        ).fetchall()[0][0]
+        healed = 0
+        if open_before and (prepared.reset or len(prepared.removed)):
+            db.register("settled", pa.table({"key": prepared.removed}))
+            where = "" if prepared.reset else "AND key IN (SELECT key FROM settled)"
+            healed = db.execute(
+                "UPDATE headrace.quarantine SET status = 'superseded', superseded_by = ?, "
+                f"resolved_at = now() WHERE model = ? AND {OPEN} {where}",
+                [work.position.commit, model.name],
+            ).fetchall()[0][0]
+        new_issues = _record(db, work, part) if prepared.records.num_rows else []
+        _ledger(db, "apply", model, work.after, work.through, prepared.counts)
+        if healed:
+            moved = Counts(superseded=healed, quarantined=-healed)
+            _ledger(db, "superseded", model, work.after, work.through, moved)
+        db.execute("DELETE FROM headrace.models WHERE model = ?", [model.name])
+        db.execute(
+            "INSERT INTO headrace.models VALUES (?, ?, ?, ?, '', ?, ?, ?, ?, ?, now())",
+            [
+                model.name, model.source, model.version, "in_sync" if part.in_sync else "joining",
+                work.through.offset, work.position.epoch, work.position.commit, work.committed_at,
+                open_before - healed + prepared.records.num_rows,
+            ],
+        )  # fmt: skip
+        return new_issues
+
+    def _move(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
+        progress = _progress(db, work.source)
+        if progress is not None and progress.offset >= work.through.offset:
+            return
+        db.execute("DELETE FROM headrace.progress WHERE source = ?", [work.source])
+        db.execute(
+            "INSERT INTO headrace.progress VALUES (?, ?, ?, ?, ?, ?, ?, now())",
+            [work.source, *work.through, work.position.epoch, work.position.commit, work.committed_at],
+        )
+
+
+def foreign(path: Path, source: str) -> ForeignDestination:
+    """Build the refusal of a destination whose progress is another log's."""
+    return ForeignDestination(
+        f"{path} was filled from another log than the one in this state folder (source {source}): the "
+        "state folder was deleted, restored or copied.",
+        "Restore the state folder that belongs to it, or name a new file in [destination] path and "
+        "let it be filled again.",
+    )
+
+
+def _progress(db: duckdb.DuckDBPyConnection, source: str) -> Mark | None:
+    rows = db.execute(
+        'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = ?', [source]
+    ).fetchall()
+    return Mark(*rows[0]) if rows else None
+
+
+def _place(name: str) -> tuple[str, str]:
+    schema, dot, table = name.partition(".")
+    return (schema, table) if dot else ("main", schema)
+
+
+def _shape(db: duckdb.DuckDBPyConnection, schema: str, table: str, model: Model) -> None:
+    """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""
+    target = f"{quoted(schema)}.{quoted(table)}"
+    known = dict(
+        db.execute(
+            "SELECT column_name, data_type FROM information_schema.columns "
+            "WHERE table_schema = ? AND table_name = ?",
+            [schema, table],
+        ).fetchall()
+    )
+    wanted = model.types()
+    if not known:
+        db.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)}")
+        columns = ", ".join(f"{quoted(name)} {type_}" for name, type_ in wanted.items())
+        db.execute(f"CREATE TABLE {target} (_source VARCHAR, _source_key VARCHAR, {columns})")
+    for name, type_ in wanted.items() if known else ():
+        if name not in known:
+            db.execute(f"ALTER TABLE {target} ADD COLUMN {quoted(name)} {type_}")
+        elif known[name] != type_:
+            db.execute(f"ALTER TABLE {target} ALTER COLUMN {quoted(name)} SET DATA TYPE {type_}")
+
+
+def _record(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> list[str]:
+    """Write new records; return the ids of issues that no record had before."""
+    model = part.model
+    db.register("records", part.prepared.records)
+    db.execute(
+        f"""CREATE OR REPLACE TEMP TABLE incoming AS SELECT
+        md5(concat_ws('|', {literal(work.source)}, {literal(model.name)}, epoch, commit, ordinal))::UUID AS id,
+        'v1:' || left(md5(concat_ws('|', {literal(model.name)}, stage, reason, columns, message)), 16) AS issue,
+        {literal(work.source)} AS source, {literal(model.name)} AS model, {literal(str(model.table))} AS table_name,
+        stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
+        make_timestamptz(committed_at) AS committed_at, "offset", preview,
+        {literal(model.version)} AS model_version, 'quarantined' AS status, 1 AS attempts,
+        now() AS first_seen, now() AS last_attempt FROM records"""
+    )
+    issues = db.execute(
+        "SELECT DISTINCT issue FROM incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
+    ).fetchall()
+    db.execute(f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM incoming")
+    return [str(row[0]) for row in issues]
+
+
+def _ledger(
+    db: duckdb.DuckDBPyConnection, kind: str, model: Model, after: Mark, through: Mark, counts: Counts
+) -> None:
+    numbers = [getattr(counts, name) for name in LEDGER_COUNTS]
+    db.execute(
+        f"INSERT INTO headrace.ledger VALUES (?, ?, ?, ?, ?, {', '.join('?' * len(numbers))}, ?, now())",
+        [model.source, model.name, kind, after.offset, through.offset, *numbers, model.version],
+    )

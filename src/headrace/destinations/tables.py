@@ -1,0 +1,36 @@
+"""The tables that Headrace keeps in a destination, beside the data and in its transactions."""
+
+LEDGER_COUNTS = ("read", "applied", "superseded", "filtered", "quarantined", "waiting", "blocked")
+
+RECORD_COLUMNS = (
+    "id, issue, source, model, table_name, stage, reason, columns, message, op, is_partial, key, epoch, "
+    'commit, ordinal, txid, committed_at, "offset", preview, model_version, status, attempts, '
+    "first_seen, last_attempt"
+)
+
+OPEN = "status IN ('quarantined', 'waiting', 'blocked')"
+
+CREATE = """
+CREATE SCHEMA IF NOT EXISTS headrace;
+CREATE TABLE IF NOT EXISTS headrace.progress (
+  source VARCHAR, log_id VARCHAR, "offset" BIGINT, hash VARCHAR,
+  epoch BIGINT, commit BIGINT, committed_at BIGINT, applied_at TIMESTAMPTZ
+);
+CREATE TABLE IF NOT EXISTS headrace.models (
+  model VARCHAR, source VARCHAR, version VARCHAR, state VARCHAR, reason VARCHAR, "offset" BIGINT,
+  epoch BIGINT, commit BIGINT, committed_at BIGINT, open_records BIGINT, updated_at TIMESTAMPTZ
+);
+CREATE TABLE IF NOT EXISTS headrace.quarantine (
+  id UUID, issue VARCHAR, source VARCHAR, model VARCHAR, table_name VARCHAR, stage VARCHAR,
+  reason VARCHAR, columns VARCHAR, message VARCHAR, op VARCHAR, is_partial BOOLEAN, key VARCHAR,
+  epoch BIGINT, commit BIGINT, ordinal BIGINT, txid BIGINT, committed_at TIMESTAMPTZ,
+  "offset" BIGINT, preview VARCHAR, model_version VARCHAR, status VARCHAR, superseded_by BIGINT,
+  attempts INTEGER, first_seen TIMESTAMPTZ, last_attempt TIMESTAMPTZ, resolution VARCHAR,
+  resolved_at TIMESTAMPTZ
+);
+CREATE TABLE IF NOT EXISTS headrace.ledger (
+  source VARCHAR, model VARCHAR, kind VARCHAR, "after" BIGINT, "through" BIGINT,
+  read BIGINT, applied BIGINT, superseded BIGINT, filtered BIGINT, quarantined BIGINT,
+  waiting BIGINT, blocked BIGINT, model_version VARCHAR, at TIMESTAMPTZ
+);
+"""
