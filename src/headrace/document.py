@@ -1,0 +1,181 @@
+"""headrace.toml as a document: its text, where each key stands, and every mistake in it at once."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import ConfigError
+
+FILE_NAME = "headrace.toml"
+MAX_FILE_BYTES = 1 << 20
+MAX_MISTAKES = 50
+
+
+class Invalid(Exception):  # noqa: N818 - a value's verdict, never seen outside this module
+    """What is wrong with a value: one message for each argument."""
+
+
+Parser = Callable[[Any], Any]
+SECTIONS = ("source", "log", "staging", "destination", "scale")
+
+
+class Document:
+    """headrace.toml while it is read: its values, where they stand, and what is wrong with them."""
+
+    def __init__(self, text: str) -> None:
+        self._mistakes: list[tuple[int, str]] = []
+        self._lines: dict[tuple[str, ...], int] = {}
+        self.values: dict[str, Any] = {}
+        fault = ""
+        try:
+            self.values = tomllib.loads(text)
+        except RecursionError:
+            fault = "nested too deeply"
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            self._syntax(fault, text)
+            self.raise_mistakes()
+        self._lines = _lines(text)
+        for key, value in self.values.items():
+            if key not in SECTIONS:
+                self._unknown((key,), SECTIONS, section=isinstance(value, dict))
+
+    def _syntax(self, fault: str, text: str) -> None:
+        place = re.search(r" \(at line (\d+), column \d+\)", fault)
+        line = int(place[1]) if place else text.rstrip().count("\n") + 1
+        # The parser quotes keys, and a key may be a misplaced url.
+        fault = re.sub(r"\(['\"].*['\"],?\)", "this table", fault[: place.start()] if place else fault)
+        fault = re.sub(r" key ['\"].*['\"]", " key", fault)
+        self._mistakes.append((line, f"not valid TOML: {fault}"))
+
+    def fail(self, path: tuple[str, ...], message: str, *, section: bool = False) -> None:
+        """Note a mistake in a key, or in a whole section."""
+        names = [shown(name) or "***" for name in path]
+        table, key = (names, "") if section else (names[:-1], names[-1])
+        place = " ".join(part for part in (f"[{'.'.join(table)}]" if table else "", key) if part)
+        self._mistakes.append((self._line(path), f"{place}: {message}"))
+
+    def _line(self, path: tuple[str, ...]) -> int:
+        while path and path not in self._lines:
+            path = path[:-1]
+        return self._lines.get(path, 1)
+
+    def _unknown(self, path: tuple[str, ...], known: Iterable[str], *, section: bool = False) -> None:
+        known = tuple(known)
+        close = get_close_matches(path[-1].lower(), known, 1)
+        hint = f'did you mean "{close[0]}"?' if close else f"known here: {', '.join(known)}"
+        self.fail(path, f"unknown {'section' if section else 'key'}; {hint}", section=section)
+
+    def section(self, name: str, parsers: dict[str, Parser]) -> dict[str, Any]:
+        """Parse the top-level table `name`; keys that are absent or wrong are left out."""
+        return self.table((name,), self.values.get(name, {}), parsers)
+
+    def table(self, path: tuple[str, ...], raw: object, parsers: dict[str, Parser]) -> dict[str, Any]:
+        """Parse the table at `path`; keys that are absent or wrong are left out."""
+        parsed: dict[str, Any] = {}
+        if not isinstance(raw, dict):
+            self.fail(path, f"must be a table, not {kind_of(raw)}", section=True)
+            return parsed
+        for key, value in raw.items():
+            if key not in parsers:
+                self._unknown((*path, key), parsers)
+                continue
+            try:
+                parsed[key] = parsers[key](value)
+            except Invalid as error:
+                for message in error.args:
+                    self.fail((*path, key), message)
+        return parsed
+
+    def raise_mistakes(self) -> None:
+        """Raise `ConfigError` if there was any mistake."""
+        if self._mistakes:
+            ordered = sorted(self._mistakes, key=lambda mistake: mistake[0])
+            lines = [f"{FILE_NAME}:{line}: {text}" for line, text in ordered[:MAX_MISTAKES]]
+            more = len(ordered) - len(lines)
+            raise ConfigError("\n".join(lines) + (f"\n… and {more} more" if more else ""))
+
+
+def read_text(root: Path) -> str:
+    path = root / FILE_NAME
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"There is no {FILE_NAME} in {root}.", "Make a project with: headrace init URL"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.", "Mend its access rights.") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_FILE_BYTES} bytes.", "Is it the right file?")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+    raise ConfigError(f"{FILE_NAME}:{line}: not UTF-8 text; save the file as UTF-8")
+
+
+def _lines(text: str) -> dict[tuple[str, ...], int]:
+    """Find the line of every table header and key in a text that is valid TOML.
+
+    tomllib gives no lines, but it can say where a statement ends: where the lines since the last one
+    first parse by themselves. So quoted, dotted and inline keys need no second grammar here.
+    """
+    found: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    statement, start = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        start = start if statement else number
+        statement += line + "\n"
+        if number > start and not re.search(r"[]}]|\"{3}|'{3}", line):
+            continue  # a value of several lines cannot end here
+        try:
+            paths = list(_paths(tomllib.loads(statement)))
+        except ValueError:
+            continue
+        if statement.lstrip().startswith("["):
+            table = paths[-1]
+            found[table] = start
+        else:
+            paths = [table + path for path in paths]
+        for path in paths:
+            found.setdefault(path, start)
+        statement = ""
+    return found
+
+
+def _paths(value: object, depth: int = 4) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of all keys, outer ones first, down to a depth that no known key reaches."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, dict) and depth:
+        for key, inner in value.items():
+            yield (key,)
+            yield from ((key, *rest) for rest in _paths(inner, depth - 1))
+
+
+
+
+def shown(value: object) -> str:
+    """Give a text as it may be quoted in a message; '' for what might be a misplaced url or password."""
+    if not isinstance(value, str) or not 0 < len(value) <= 64:
+        return ""
+    return value if value.isprintable() and not set(value) & set(':@=%"$') else ""
+
+
+def quoted(value: str) -> str:
+    return f'"{value}"' if shown(value) else "this value"
+
+
+def kind_of(value: object) -> str:
+    names = {bool: "a boolean", int: "an integer", float: "a float", str: "a string"}
+    return {**names, list: "an array", dict: "a table"}.get(type(value), "a date or time")

@@ -1,0 +1,89 @@
+"""What Postgres's catalog says about tables and types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import psycopg
+
+from headrace.change import Column, TableId, TableSchema
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+_TYPE = """
+format_type(t.oid, {modifier}), CASE WHEN t.typcategory = 'A' THEN 'array'
+  WHEN t.typtype = 'e' THEN 'enum' WHEN t.typtype = 'd' THEN 'domain' WHEN t.typtype = 'c' THEN 'composite'
+  WHEN t.typtype IN ('r', 'm') THEN 'range' ELSE '' END
+"""
+
+_SHAPES = f"""
+SELECT n.nspname, c.relname, c.relreplident::text, a.attname, {_TYPE.format(modifier="a.atttypmod")},
+  coalesce(a.attnum = ANY (p.indkey), false), coalesce(a.attnum = ANY (i.indkey), false)
+FROM pg_class c
+JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+JOIN pg_type t ON t.oid = a.atttypid
+LEFT JOIN pg_index p ON p.indrelid = c.oid AND p.indisprimary
+LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisreplident
+WHERE c.oid = ANY (%s::oid[])
+ORDER BY n.nspname, c.relname, a.attnum
+"""
+
+
+def list_tables(db: Connection) -> list[TableId]:
+    """Return every table that can be captured: ordinary and partitioned ones, not the partitions."""
+    rows = db.execute(
+        """SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence = 'p'
+        AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg\\_%'
+        ORDER BY 1, 2"""
+    ).fetchall()
+    return [TableId(*row) for row in rows]
+
+
+def read_shapes(db: Connection, tables: Iterable[TableId]) -> dict[TableId, TableSchema]:
+    """Return the shape of each table that exists, as `db`'s snapshot sees it.
+
+    The key is the replica identity's index where one is set, else the primary key; empty if none.
+    """
+    names = [_regclass(table) for table in tables]
+    oids = [row[0] for row in db.execute("SELECT to_regclass(n)::oid FROM unnest(%s::text[]) n", [names])]
+    shapes: dict[TableId, tuple[list[Column], list[str], list[str]]] = {}
+    for schema, name, identity, column, type_, base, in_primary, in_identity in db.execute(
+        _SHAPES, [[oid for oid in oids if oid is not None]]
+    ):
+        columns, primary, index = shapes.setdefault(TableId(schema, name), ([], [], []))
+        columns.append(Column(column, type_, base))
+        if in_primary:
+            primary.append(column)
+        if in_identity and identity == "i":
+            index.append(column)
+    return {
+        table: TableSchema(table, tuple(columns), tuple(index or primary))
+        for table, (columns, primary, index) in shapes.items()
+    }
+
+
+def name_types(db: Connection, types: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
+    """Return (name, base) of types given as (oid, modifier); a type that is gone is `text`."""
+    rows = db.execute(
+        f"""SELECT {_TYPE.format(modifier="w.modifier")} FROM unnest(%s::oid[], %s::int[])
+        WITH ORDINALITY AS w(oid, modifier, i) LEFT JOIN pg_type t ON t.oid = w.oid ORDER BY w.i""",
+        [[oid for oid, _ in types], [modifier for _, modifier in types]],
+    ).fetchall()
+    return [(name if name and name != "???" else "text", base) for name, base in rows]
+
+
+def quoted(name: str) -> str:
+    """Quote an identifier for Postgres."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _regclass(table: TableId) -> str:
+    return f"{quoted(table.schema)}.{quoted(table.name)}"
+
+
+def qualified(table: TableId) -> str:
+    """Return a table's name for SQL."""
+    return _regclass(table)

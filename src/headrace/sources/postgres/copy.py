@@ -1,0 +1,83 @@
+"""The initial copy: every row of every table under one snapshot, as text.
+
+The text must be what the stream would send, which is a type's output function; `::text` is that for
+most types, but not where Postgres has an explicit cast (`true` for `t`, `1.2.3.4/32` for `1.2.3.4`).
+`format('%s', …)` always is.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from headrace.change import Entry, Position, TableId, TableSchema
+from headrace.payload import encode_rows
+from headrace.sources.postgres.catalog import qualified, quoted
+
+_SAME_AS_OUTPUT = (
+    "smallint", "integer", "bigint", "numeric", "real", "double precision", "text", "character varying",
+    "date", "timestamp", "time", "interval", "uuid", "json", "jsonb", "bytea",
+)  # fmt: skip
+
+
+def select_text(schema: TableSchema) -> str:
+    """Return the query that reads a table with every column as the stream would send it."""
+    cells = []
+    for column in schema.columns:
+        name = quoted(column.name)
+        base = column.type.partition("(")[0].removesuffix(" with time zone").removesuffix(" without time zone")
+        if base in _SAME_AS_OUTPUT or column.base in {"enum", "array"}:
+            cells.append(f"{name}::text AS {name}")
+        else:
+            cells.append(f"CASE WHEN {name} IS NOT NULL THEN pg_catalog.format('%s', {name}) END AS {name}")
+    return f"SELECT {', '.join(cells)} FROM {qualified(schema.table)}"
+
+
+def copy_tables(
+    bulk: Any, shapes: Sequence[TableSchema], commit: int
+) -> Iterator[Sequence[Entry]]:
+    """Yield groups that hold every row of the tables as of the snapshot that `bulk` has adopted.
+
+    Each table begins with a marker, before which nothing of it counts any more: an interrupted copy
+    is made good by the next one. `commit` is the snapshot's consistent point; rows take the
+    positions (0, commit, n).
+    """
+    now = time.time_ns() // 1000
+    ordinal = 0
+    with bulk.cursor() as cursor:
+        for shape in shapes:
+            at = Position(0, commit, ordinal)
+            begin = json.dumps({"marker": "copy_begin"}).encode()
+            yield [
+                Entry("schema", shape.table, at, at, now, 0, shape.version, shape.to_json().encode()),
+                Entry("marker", shape.table, at, at, now, 1, shape.version, begin),
+            ]
+            cursor.execute(select_text(shape))
+            for batch in cursor.fetch_record_batch():
+                if batch.num_rows:
+                    yield [_rows(shape.table, shape.version, batch, commit, ordinal, now)]
+                    ordinal += batch.num_rows
+        end = Position(0, commit, ordinal)
+        payload = json.dumps({"marker": "copy_end"}).encode()
+        yield [Entry("marker", None, end, end, now, 0, 0, payload)]
+
+
+def _rows(
+    table: TableId, version: int, batch: pa.RecordBatch, commit: int, after: int, now: int
+) -> Entry:
+    count = batch.num_rows
+    head = {
+        "_op": pa.repeat("r", count),
+        "_commit": pa.repeat(pa.scalar(commit, pa.int64()), count),
+        "_ordinal": pa.array(range(after + 1, after + count + 1), pa.int64()),
+        "_committed_at": pa.repeat(pa.scalar(now, pa.int64()), count),
+        "_txid": pa.repeat(pa.scalar(0, pa.int64()), count),
+    }
+    cells = {name: batch.column(i).cast(pa.string()) for i, name in enumerate(batch.schema.names)}
+    full = pa.RecordBatch.from_pydict({**head, **cells})
+    first, last = Position(0, commit, after + 1), Position(0, commit, after + count)
+    return Entry("rows", table, first, last, now, count, version, encode_rows(full))
