@@ -6,30 +6,60 @@ its messages quote the input, which may hold a password.
 
 from __future__ import annotations
 
-import codecs
 import os
 import re
-import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from urllib.parse import unquote
+from typing import Any, Literal
 
 from headrace.change import TableId
+from headrace.document import (
+    FILE_NAME,
+    MAX_FILE_BYTES,
+    MAX_MISTAKES,
+    Document,
+    Invalid,
+    Parser,
+    _lines,
+    kind_of,
+    quoted,
+    read_text,
+)
 from headrace.errors import ConfigError
+from headrace.secret import Secret, place_of
 
-FILE_NAME = "headrace.toml"
+__all__ = [
+    "FILE_NAME",
+    "MAX_FILE_BYTES",
+    "MAX_MISTAKES",
+    "MAX_SECRET_FILE_BYTES",
+    "MAX_SOURCE_NAME",
+    "MODELS_FOLDER",
+    "STATE_FOLDER",
+    "DestinationConfig",
+    "LogConfig",
+    "Project",
+    "ScaleConfig",
+    "Secret",
+    "SourceConfig",
+    "StagingConfig",
+    "_lines",
+    "load_project",
+    "read_url",
+    "select_tables",
+    "source_config",
+]
+
 STATE_FOLDER = ".headrace"
 MODELS_FOLDER = "models"
 
-MAX_FILE_BYTES = 1 << 20
 MAX_SECRET_FILE_BYTES = 64 << 10
-MAX_MISTAKES = 50
 MAX_SOURCE_NAME = 40
 """Characters; `headrace_<source>` then fits the 63 bytes that Postgres allows a slot's name."""
+
+_URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +152,26 @@ def load_project(folder: Path) -> Project:
         destination=DestinationConfig(**{"type": "duckdb", "path": root / "warehouse.duckdb", **destination}),
         scale=ScaleConfig(**scale),
     )
+
+
+def source_config(name: str, url: Secret, **values: Any) -> SourceConfig:
+    """Return a source's settings, with the defaults for all that `values` does not give."""
+    default = f"headrace_{name}"
+    defaults = {"type": "postgres", "tables": ("public.*",), "heartbeat": 10.0}
+    return SourceConfig(
+        **{"name": name, "url": url, "slot": default, "publication": default, **defaults, **values}
+    )
+
+
+def read_url(text: str, root: Path) -> Secret:
+    """Read a source's url as it may stand in the file, with its references filled in.
+
+    Raises `ConfigError`, which quotes nothing of it.
+    """
+    try:
+        return _url(text, Path(root))
+    except Invalid as error:
+        raise ConfigError(f"The url {'; '.join(error.args)}.", _URL_REMEDY) from None
 
 
 def select_tables(patterns: Iterable[str], available: Iterable[TableId]) -> tuple[TableId, ...]:
@@ -294,10 +344,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         if "url" not in table:
             document.fail((*path, "url"), 'missing; add for example url = "${env:SHOP_URL}"')
         if "url" in values:
-            default = f"headrace_{name}"
-            defaults = {"type": "postgres", "tables": ("public.*",), "heartbeat": 10.0}
-            names = {"name": name, "slot": default, "publication": default}
-            found.append(SourceConfig(**{**defaults, **names, **values}))
+            found.append(source_config(name, **values))
     return tuple(found)
 
 
@@ -355,5 +402,3 @@ def _secret_file(name: str, root: Path) -> str:
     if fault:
         raise Invalid(f"${{file:{name}}}: {path} {fault}")
     return text
-
-

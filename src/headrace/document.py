@@ -104,6 +104,7 @@ class Document:
 
 
 def read_text(root: Path) -> str:
+    """Read `root/headrace.toml`; raises `ConfigError` where there is none or it is no text of fair size."""
     path = root / FILE_NAME
     try:
         with path.open("rb") as file:
@@ -163,8 +164,6 @@ def _paths(value: object, depth: int = 4) -> Iterator[tuple[str, ...]]:
             yield from ((key, *rest) for rest in _paths(inner, depth - 1))
 
 
-
-
 def shown(value: object) -> str:
     """Give a text as it may be quoted in a message; '' for what might be a misplaced url or password."""
     if not isinstance(value, str) or not 0 < len(value) <= 64:
@@ -173,9 +172,11 @@ def shown(value: object) -> str:
 
 
 def quoted(value: str) -> str:
+    """Quote a text for a message, where it may be shown."""
     return f'"{value}"' if shown(value) else "this value"
 
 
 def kind_of(value: object) -> str:
+    """Name the TOML type of a value."""
     names = {bool: "a boolean", int: "an integer", float: "a float", str: "a string"}
     return {**names, list: "an array", dict: "a table"}.get(type(value), "a date or time")

@@ -113,7 +113,11 @@ class StateInUse(UserError):
 
 
 class ModelBroken(HeadraceError):
-    """A model that cannot run: it is suspended, everything else goes on."""
+    """The model called `model` cannot run: it is suspended, everything else goes on."""
+
+    def __init__(self, model: str, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.model = model
 
 
 _RETRY_SQLSTATES = ("08", "40", "53", "57", "58")

@@ -207,7 +207,6 @@ class Slice:
     position: Position
     committed_at: int
     parts: tuple[Part, ...]
-    schemas: dict[TableId, TableSchema]
 
 
 class Destination(Protocol):

@@ -48,6 +48,18 @@ class Secret:
         return text + (f"?host={host}" if socket else "")
 
 
+def has_password(text: str) -> bool:
+    """Whether a connection string carries a password of any kind, or what cannot be told from one."""
+    userinfo = re.search(r"://[^@/?]*:[^@]*@", text)
+    return bool(userinfo or re.search(r"(password|secret|_key)\s*=", text, re.IGNORECASE))
+
+
+def without_passwords(text: str) -> str:
+    """Return a message with every connection string's password, and anything after `password=`, as ***."""
+    text = re.sub(r"(\w+://[^:/@\s]*:)\S+(?=@)", r"\1***", text)
+    return re.sub(r"(?i)(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)", r"\1***", text)
+
+
 class Place(NamedTuple):
     """Where a connection string leads; '' for what it leaves to libpq."""
 

@@ -1,1 +1,190 @@
-"""The command line."""
+"""The command line: which commands there are, and what becomes of an error.
+
+The overview is printed from the table below, without the parser: that alone takes 0.1 s to import,
+and every command's own module comes only when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
+from typing import TYPE_CHECKING
+
+from headrace import __version__
+from headrace.errors import HeadraceError, UserError
+from headrace.secret import without_passwords
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+TRACEBACK = "HEADRACE_TRACEBACK"
+"""The environment variable that lets an unexpected error through with its traceback."""
+
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "init": ("headrace.cli.init:init", "Make a project for a database: headrace init URL [DIR]."),
+    "check": ("headrace.cli.check:check", "Look for all that would stop a pipeline, and how to mend it."),
+    "run": ("headrace.cli.run:run", "Run the pipeline, until it is stopped or, with --once, has caught up."),
+    "status": ("headrace.cli.status:status", "Show how far each hop is, what waits and what is quarantined."),
+    "query": ("headrace.cli.query:query", "Ask the destination in SQL, also while the pipeline runs."),
+    "verify": ("headrace.cli.verify:verify", "Compare source, staging and destination, value by value."),
+    "quarantine": ("", "List, show and redrive the changes that could not be applied."),
+    "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
+}
+"""Each command's function and what it does; one without a function is a group of its own."""
+
+QUARANTINE: Mapping[str, tuple[str, str]] = {
+    "list": ("headrace.cli.quarantine:list_records", "List the open records, by cause."),
+    "show": (
+        "headrace.cli.quarantine:show",
+        "Show one record: its values, its reason, its place in the log.",
+    ),
+    "redrive": ("headrace.cli.quarantine:redrive", "Try records again with the models as they are now."),
+}
+
+_GROUPS = {"quarantine": QUARANTINE}
+_ABOUT = "Every change of an operational database into an analytical store, and none lost."
+_HELP = ("--help", "-h", "help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, 1 for a failure, 2 for the user's mistake.
+
+    Every error becomes one paragraph on stderr.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _dispatch(given)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _fail("Interrupted. What was durable stays; the same command goes on from there.", 130)
+    except HeadraceError as error:
+        return _fail(error.paragraph(), error.exit_code)
+    except BrokenPipeError as error:
+        return 1 if _reader_is_gone() else _unexpected(error)
+    except Exception as error:
+        return _unexpected(error)
+
+
+def app() -> App:
+    """Return the parser with every command; a command's module is imported when it is called."""
+    from cyclopts import App
+
+    make = partial(App, version=__version__, help_format="plaintext", suppress_keyboard_interrupt=False)
+    top = make(name="headrace", help=_ABOUT)
+    for name, (function, about) in COMMANDS.items():
+        if function:
+            top.command(function, name=name, help=about)
+        else:
+            group = make(name=name, help=about)
+            for inner, (inner_function, inner_about) in _GROUPS[name].items():
+                group.command(inner_function, name=inner, help=inner_about)
+            top.command(group)
+    return top
+
+
+def _dispatch(given: list[str]) -> int:
+    if not given or given[0] in _HELP:
+        print(_overview("headrace", COMMANDS, _ABOUT))
+        return 0
+    if given[0] in ("--version", "-V"):
+        print(__version__)
+        return 0
+    _refuse_unknown("headrace", given[0], COMMANDS)
+    if group := _GROUPS.get(given[0]):
+        title = f"headrace {given[0]}"
+        if len(given) == 1 or given[1] in _HELP:
+            print(_overview(title, group, COMMANDS[given[0]][1]))
+            return 0
+        _refuse_unknown(title, given[1], group)
+    return _call(given)
+
+
+def _call(given: list[str]) -> int:
+    from cyclopts import CycloptsError
+
+    try:
+        result = app()(given, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        raise UserError(
+            _without(given, " ".join(str(error).split())), f"See: {_usage(given)} --help"
+        ) from None
+    return result if type(result) is int else 0
+
+
+def _refuse_unknown(title: str, name: str, known: Mapping[str, object]) -> None:
+    if name in known:
+        return
+    if name.startswith("-"):
+        option = name.partition("=")[0]
+        raise UserError(
+            f"{title} has no option {option}.", f"Options stand after a command. See: {title} --help"
+        )
+    near = get_close_matches(name.lower(), known, 1)
+    # What is no plain word may be a url with its password.
+    shown = f'"{name}"' if name.replace("-", "").isalpha() and len(name) <= 20 else "this"
+    hint = f'Did you mean "{near[0]}"?' if near else f"There are: {', '.join(known)}."
+    raise UserError(f"{title} has no command {shown}.", hint)
+
+
+def _overview(title: str, commands: Mapping[str, tuple[str, str]], about: str) -> str:
+    width = max(map(len, commands))
+    lines = [f"Usage: {title} COMMAND [OPTIONS]", "", about, "", "Commands:"]
+    lines += [f"  {name:<{width}}  {help_}" for name, (_, help_) in commands.items()]
+    lines += ["", "A command works on the project in the current folder; --project DIR names another."]
+    lines += [f"More about one: {title} COMMAND --help", *_top_options(title)]
+    return "\n".join(lines)
+
+
+def _top_options(title: str) -> list[str]:
+    return ["Which version this is: headrace --version"] if title == "headrace" else []
+
+
+def _usage(given: Sequence[str]) -> str:
+    depth = 2 if given[0] in _GROUPS else 1
+    return " ".join(("headrace", *given[:depth]))
+
+
+def _without(given: Sequence[str], text: str) -> str:
+    for word in given:
+        if "://" in word or "=" in word:
+            text = text.replace(word, "***")
+    return without_passwords(text)
+
+
+def _unexpected(error: Exception) -> int:
+    if os.environ.get(TRACEBACK):
+        raise error
+    words = without_passwords(" ".join(str(error).split()))
+    what = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return _fail(
+        f"Headrace met an error that it does not understand: {what.rstrip('.')}. Nothing durable is lost. "
+        f"Run again with {TRACEBACK}=1 to see where, and report it.",
+        1,
+    )
+
+
+def _fail(paragraph: str, code: int) -> int:
+    _silently(sys.stdout.flush)
+    print(paragraph, file=sys.stderr)
+    return code
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout leads nowhere, as after `headrace … | head`; then nothing more is written there."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _silently(act: Callable[[], object]) -> None:
+    try:
+        act()
+    except OSError:
+        return

@@ -15,13 +15,24 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Mark, Position
-from headrace.errors import DestinationBusy, DestinationError, ForeignDestination, ModelBroken
+from headrace.change import Mark, Offset
+from headrace.errors import (
+    DestinationBusy,
+    DestinationError,
+    ForeignDestination,
+    ModelBroken,
+    UserError,
+)
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
 from headrace.protocols import Counts, Model, ModelState, Part, Prepared, Slice
 from headrace.destinations.tables import CREATE, LEDGER_COUNTS, OPEN, RECORD_COLUMNS
 
+_READING = {
+    duckdb.StatementType.SELECT,
+    duckdb.StatementType.EXPLAIN,
+    duckdb.StatementType.RELATION,
+}
 _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re.DOTALL)
 
 
@@ -32,14 +43,14 @@ class DuckDBDestination:
         self.path = path
 
     @contextmanager
-    def open(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def open(self, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
         """Open the file for a moment.
 
         Raises DestinationBusy, naming the holder, while another process has it, and
         DestinationError when it cannot be opened at all.
         """
         try:
-            connection = duckdb.connect(str(self.path))
+            connection = duckdb.connect(str(self.path), read_only=read_only)
         except duckdb.IOException as error:
             text = str(error)
             if "lock" in text.lower():
@@ -64,6 +75,23 @@ class DuckDBDestination:
             yield connection
         finally:
             connection.close()
+
+    def read(self, queries: Sequence[str], *, read_only: bool = False) -> list[pa.Table]:
+        """Run queries that only read, in one transaction.
+
+        `read_only` opens the file so (where no apply of this process may have it open). Raises
+        UserError for anything but a query, and for what the engine says of one.
+        """
+        try:
+            for query in queries:
+                kinds = {statement.type for statement in duckdb.extract_statements(query)}
+                if not kinds <= _READING:
+                    raise UserError("Only queries are answered: the destination is written by the pipeline alone.")
+            with self.open(read_only=read_only) as db:
+                db.execute("BEGIN TRANSACTION READ ONLY")
+                return [db.sql(query).to_arrow_table() for query in queries]
+        except duckdb.Error as error:
+            raise UserError(str(error).strip()) from error
 
     def progress(self, source: str) -> Mark | None:
         """See `Destination.progress`."""
@@ -109,57 +137,96 @@ class DuckDBDestination:
         failpoint("destination.apply.committed")
         return new_issues
 
-    def redrive(self, model: Model, keys: pa.Array, prepared: Prepared, position: Position) -> dict[str, int]:
-        """Apply what the current model makes of whole histories of some keys, in one transaction.
+    def redrive(self, model: Model, prepared: Prepared) -> dict[str, int]:
+        """Apply what the current model makes of the whole histories of some keys (`prepared.removed`),
+        in one transaction.
 
-        Records of these keys that are no longer bad become resolved (their change now stands) or
-        superseded (a later one does); those still bad count one more attempt. Returns how many
-        there are of each.
+        Open records of these keys that are no longer bad become resolved; those still bad count one
+        more attempt. Returns how many there are of each.
         """
+        name = literal(model.name)
+        mine = f"model = {name} AND {OPEN} AND key IN (SELECT key FROM redriven)"
+        same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
+        touched = f"attempts = attempts + 1, last_attempt = now(), model_version = {literal(model.version)}"
         with self.open() as db:
             db.execute("BEGIN")
-            db.register("redriven", pa.table({"key": keys}))
+            db.register("redriven", pa.table({"key": prepared.removed}))
             db.register("still_bad", prepared.records)
             self._change_rows(db, model.source, model, prepared)
-            mine = f"model = {literal(model.name)} AND {OPEN} AND key IN (SELECT key FROM redriven)"
-            same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
-            still = db.execute(
-                "UPDATE headrace.quarantine q SET attempts = attempts + 1, last_attempt = now(), "
-                f"message = b.message, model_version = {literal(model.version)} FROM still_bad b WHERE {mine} AND {same}"
-            ).fetchall()[0][0]
-            resolved = db.execute(
-                "UPDATE headrace.quarantine q SET status = 'resolved', attempts = attempts + 1, "
-                "last_attempt = now(), resolved_at = now(), resolution = 'redriven', "
-                f"model_version = {literal(model.version)} WHERE {mine} AND NOT EXISTS "
-                f"(SELECT 1 FROM still_bad b WHERE {same})"
-            ).fetchall()[0][0]
-            counts = Counts(applied=resolved, quarantined=-resolved)
-            _ledger(db, "redrive", model, Mark("", 0, ""), Mark("", 0, ""), counts)
+            resolved = _number(
+                db,
+                f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
+                f"resolved_at = now(), {touched} WHERE {mine} "
+                f"AND NOT EXISTS (SELECT 1 FROM still_bad b WHERE {same})",
+            )
+            still = _number(
+                db,
+                f"UPDATE headrace.quarantine q SET message = b.message, {touched} FROM still_bad b "
+                f"WHERE {mine} AND {same}",
+            )
+            if resolved:
+                _ledger(db, "redrive", model, (0, 0), Counts(applied=resolved, quarantined=-resolved))
             db.execute(
                 f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
-                f"WHERE model = {literal(model.name)} AND {OPEN}) WHERE model = {literal(model.name)}"
+                f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
             )
             failpoint("destination.redrive.commit")
             db.execute("COMMIT")
         return {"resolved": resolved, "still_quarantined": still}
 
-    def suspend(self, model: str, source: str, reason: str) -> bool:
-        """Mark a model suspended with its reason; True if it was not already so."""
+    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
+        """Mark a version of a model suspended with its reason; True if it was not already so."""
         with self.open() as db:
             db.execute(CREATE)
-            changed = db.execute(
-                "UPDATE headrace.models SET state = 'suspended', reason = ?, updated_at = now() "
-                "WHERE model = ? AND (state <> 'suspended' OR reason <> ?)",
-                [reason, model, reason],
-            ).fetchall()[0][0]
-            known = db.execute("SELECT count(*) FROM headrace.models WHERE model = ?", [model]).fetchall()[0][0]
-            if not known:
+            known = db.execute(
+                "SELECT state, version, reason FROM headrace.models WHERE model = ?", [model]
+            ).fetchall()
+            if known == [("suspended", version, reason)]:
+                return False
+            if known:
                 db.execute(
-                    "INSERT INTO headrace.models (model, source, version, state, reason, \"offset\", "
-                    "open_records, updated_at) VALUES (?, ?, '', 'suspended', ?, 0, 0, now())",
-                    [model, source, reason],
+                    "UPDATE headrace.models SET state = 'suspended', version = ?, reason = ?, "
+                    "updated_at = now() WHERE model = ?",
+                    [version, reason, model],
                 )
-            return bool(changed) or not known
+            else:
+                db.execute(
+                    "INSERT INTO headrace.models VALUES (?, ?, ?, 'suspended', ?, 0, 0, 0, 0, 0, now())",
+                    [model, source, version, reason],
+                )
+            return True
+
+    def forget_if_reshaped(self, model: Model) -> bool:
+        """Drop a model's table, and its place, where its columns are no longer the model's.
+
+        Its open records become superseded and its ledger rows void: it is built again from staging.
+        """
+        schema, table = _place(model.name)
+        with self.open() as db:
+            known = _columns(db, schema, table)
+            if not known or known == model.types():
+                return False
+            db.execute("BEGIN")
+            db.execute(f"DROP TABLE {quoted(schema)}.{quoted(table)}")
+            db.execute(
+                f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
+                f"resolved_at = now() WHERE model = ? AND {OPEN}",
+                [model.name],
+            )
+            db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = ?", [model.name])
+            db.execute("DELETE FROM headrace.models WHERE model = ?", [model.name])
+            db.execute("COMMIT")
+        return True
+
+    def issue(self, issue: str) -> tuple[str, str, str, str, int]:
+        """Return model, reason, columns, message and number of records of an issue."""
+        with self.open() as db:
+            row = db.execute(
+                "SELECT any_value(model), any_value(reason), any_value(columns), any_value(message), count(*) "
+                "FROM headrace.quarantine WHERE issue = ?",
+                [issue],
+            ).fetchall()[0]
+        return row  # type: ignore[no-any-return]
 
     def _check(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
         progress = _progress(db, work.source)
@@ -188,6 +255,7 @@ class DuckDBDestination:
             _shape(db, schema, table, model)
         except duckdb.Error as error:
             raise ModelBroken(
+                model.name,
                 f"Table {model.name} cannot take the model's columns: {str(error).splitlines()[0]}",
                 "Drop or mend the table.",
             ) from error
@@ -219,10 +287,12 @@ class DuckDBDestination:
                 [work.position.commit, model.name],
             ).fetchall()[0][0]
         new_issues = _record(db, work, part) if prepared.records.num_rows else []
-        _ledger(db, "apply", model, work.after, work.through, prepared.counts)
+        span = (work.after.offset, work.through.offset)
+        if prepared.counts.read:
+            _ledger(db, "apply", model, span, prepared.counts)
         if healed:
             moved = Counts(superseded=healed, quarantined=-healed)
-            _ledger(db, "superseded", model, work.after, work.through, moved)
+            _ledger(db, "superseded", model, span, moved)
         db.execute("DELETE FROM headrace.models WHERE model = ?", [model.name])
         db.execute(
             "INSERT INTO headrace.models VALUES (?, ?, ?, ?, '', ?, ?, ?, ?, ?, now())",
@@ -267,16 +337,20 @@ def _place(name: str) -> tuple[str, str]:
     return (schema, table) if dot else ("main", schema)
 
 
+def _columns(db: duckdb.DuckDBPyConnection, schema: str, table: str) -> dict[str, str]:
+    """Return a table's columns with their types, without hidden ones; empty if there is none."""
+    rows = db.execute(
+        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = ? "
+        "AND table_name = ? AND column_name NOT IN ('_source', '_source_key') ORDER BY ordinal_position",
+        [schema, table],
+    )
+    return dict(rows.fetchall())
+
+
 def _shape(db: duckdb.DuckDBPyConnection, schema: str, table: str, model: Model) -> None:
     """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""
     target = f"{quoted(schema)}.{quoted(table)}"
-    known = dict(
-        db.execute(
-            "SELECT column_name, data_type FROM information_schema.columns "
-            "WHERE table_schema = ? AND table_name = ?",
-            [schema, table],
-        ).fetchall()
-    )
+    known = _columns(db, schema, table)
     wanted = model.types()
     if not known:
         db.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)}")
@@ -311,10 +385,15 @@ def _record(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> list[str]
 
 
 def _ledger(
-    db: duckdb.DuckDBPyConnection, kind: str, model: Model, after: Mark, through: Mark, counts: Counts
+    db: duckdb.DuckDBPyConnection, kind: str, model: Model, span: tuple[Offset, Offset], counts: Counts
 ) -> None:
     numbers = [getattr(counts, name) for name in LEDGER_COUNTS]
     db.execute(
         f"INSERT INTO headrace.ledger VALUES (?, ?, ?, ?, ?, {', '.join('?' * len(numbers))}, ?, now())",
-        [model.source, model.name, kind, after.offset, through.offset, *numbers, model.version],
+        [model.source, model.name, kind, *span, *numbers, model.version],
     )
+
+
+def _number(db: duckdb.DuckDBPyConnection, statement: str) -> int:
+    """Run a change and return how many rows it changed."""
+    return int(db.execute(statement).fetchall()[0][0])

@@ -31,6 +31,6 @@ CREATE TABLE IF NOT EXISTS headrace.quarantine (
 CREATE TABLE IF NOT EXISTS headrace.ledger (
   source VARCHAR, model VARCHAR, kind VARCHAR, "after" BIGINT, "through" BIGINT,
   read BIGINT, applied BIGINT, superseded BIGINT, filtered BIGINT, quarantined BIGINT,
-  waiting BIGINT, blocked BIGINT, model_version VARCHAR, at TIMESTAMPTZ
+  waiting BIGINT, blocked BIGINT, model_version VARCHAR, recorded_at TIMESTAMPTZ
 );
 """

@@ -23,6 +23,7 @@ from headrace.errors import LogDamaged, LogError
 from headrace.failpoints import failpoint
 
 FORMAT = 1
+MAX_SLICE_ROWS = 250_000
 NO_HASH = "0" * 64
 _CHECKPOINT_PAGES = 4096  # 64 MB of WAL before it is copied into the file
 
@@ -38,7 +39,8 @@ CREATE TABLE entries (
   hash TEXT NOT NULL, bytes INTEGER NOT NULL, payload BLOB NOT NULL
 );
 CREATE INDEX by_table ON entries (table_schema, table_name, "offset", rows);
-CREATE INDEX group_ends ON entries ("offset", bytes) WHERE ends_group;
+CREATE INDEX sizes ON entries ("offset", rows, bytes, ends_group);
+CREATE INDEX markers ON entries ("offset", table_name) WHERE kind = 'marker';
 """
 _HEADER = (
     '"offset", kind, table_schema, table_name, first_epoch, first_commit, first_ordinal, '
@@ -104,13 +106,54 @@ class SQLiteLog:
 
     def read(self, after: Offset, max_bytes: int) -> Sequence[LoggedEntry]:
         """See `Log.read`."""
-        db = self._connection()
-        through = self._group_end(db, after, max_bytes)
-        rows = db.execute(
+        through = self.slice_end(after, self._end.offset, max_bytes)
+        rows = self._connection().execute(
             f'SELECT {_COLUMNS} FROM entries WHERE "offset" > ? AND "offset" <= ? ORDER BY "offset"',
             (after, through),
         )
         return [_from_row(row) for row in rows]
+
+    def slice_end(self, after: Offset, limit: Offset, max_bytes: int) -> Offset:
+        """Return the last group end up to `limit` that keeps `(after, …]` within `max_bytes` of payload
+        and `MAX_SLICE_ROWS` rows; at least one group's, if there is one."""
+        through, total, rows = after, 0, 0
+        for offset, count, size, ends in self._connection().execute(
+            'SELECT "offset", rows, bytes, ends_group FROM entries '
+            'WHERE "offset" > ? AND "offset" <= ? ORDER BY "offset"',
+            (after, limit),
+        ):
+            total += int(size)
+            rows += int(count)
+            if through > after and (total > max_bytes or rows > MAX_SLICE_ROWS):
+                break
+            if ends:
+                through = int(offset)
+        return through
+
+    def copying(self, through: Offset) -> bool:
+        """Whether an initial copy is under way as of an offset."""
+        row = (
+            self._connection()
+            .execute(
+                "SELECT table_name FROM entries WHERE kind = 'marker' AND \"offset\" <= ? "
+                'ORDER BY "offset" DESC LIMIT 1',
+                (through,),
+            )
+            .fetchone()
+        )
+        return row is not None and row[0] is not None
+
+    def place(self, offset: Offset) -> tuple[Position, int]:
+        """Return the last position and the source commit time (microseconds) of an entry."""
+        row = (
+            self._connection()
+            .execute(
+                'SELECT last_epoch, last_commit, last_ordinal, committed_at FROM entries WHERE "offset" = ?',
+                (offset,),
+            )
+            .fetchone()
+        )
+        return (Position(*row[:3]), int(row[3])) if row else (Position(0, 0, 0), 0)
 
     def headers(self, after: Offset, through: Offset) -> Iterator[LoggedEntry]:
         """Yield entries in `(after, through]` without payloads."""
@@ -242,19 +285,6 @@ class SQLiteLog:
             (*header, digest, len(entry.payload), entry.payload),
         )
         return Mark(self.id, end.offset + 1, digest)
-
-    def _group_end(self, db: apsw.Connection, after: Offset, max_bytes: int) -> Offset:
-        through, total = after, 0
-        for offset, size, ends in db.execute(
-            'SELECT "offset", bytes, ends_group FROM entries WHERE "offset" > ? ORDER BY "offset"',
-            (after,),
-        ):
-            total += int(size)
-            if total > max_bytes and through > after:
-                break
-            if ends:
-                through = int(offset)
-        return through
 
     def _read_end(self) -> Mark:
         row = (

@@ -79,13 +79,14 @@ class _Table:
 class DeltaStaging:
     """The raw tables of one source. One writer; `read` may be called from other threads."""
 
-    def __init__(self, root: Path, source: str, log_id: str) -> None:
-        """Open what is there and repair what a power cut left half written.
+    def __init__(self, root: Path, source: str, log_id: str, *, read_only: bool = False) -> None:
+        """Open what is there and, unless `read_only`, repair what a power cut left half written.
 
         Raises StagingForeign when the folder belongs to another log.
         """
         self._root = root / "raw" / _encode(source)
         self._log_id = log_id
+        self._read_only = read_only
         self._tables: dict[TableId, _Table] = {}
         self._cache: OrderedDict[Path, pa.Table] = OrderedDict()
         self._cached_bytes = 0
@@ -299,7 +300,8 @@ class DeltaStaging:
 
     def _open(self, table: TableId) -> None:
         path = self._root / _encode(table.schema) / _encode(table.name)
-        _drop_torn_commits(path)
+        if not self._read_only:
+            _drop_torn_commits(path)
         if not any((path / "_delta_log").glob("*.json")):
             return
         delta = DeltaTable(path)

@@ -76,7 +76,7 @@ def _find(
         )
         while _step(db):
             pass
-    return db.execute("SELECT i, value FROM found ORDER BY i").to_arrow_table()
+    return db.sql("SELECT i, value FROM found ORDER BY i").to_arrow_table()
 
 
 def _step(db: duckdb.DuckDBPyConnection) -> bool:

@@ -119,9 +119,8 @@ class Evaluation:
                 f"CREATE TEMP TABLE IF NOT EXISTS judged AS {self.query('(SELECT * FROM events LIMIT 0)')}"
             )
         except duckdb.Error as error:
-            raise ModelBroken(
-                f"Model {self._model.name} cannot run: {scrub(str(error))}", "Mend the model."
-            ) from error
+            name = self._model.name
+            raise ModelBroken(name, f"Model {name} cannot run: {scrub(str(error))}", "Mend it.") from error
 
     def _events(self, events: pa.Table) -> None:
         self._db.register("arrow_events", events)

@@ -59,6 +59,11 @@ class RowModel:
         with engine() as db:
             return fold(self.schema.key, changes, Evaluation(db, self))
 
+    @property
+    def is_mirror(self) -> bool:
+        """Whether the model follows its table's shape instead of a file."""
+        return self.version.startswith("mirror:")
+
     def types(self) -> dict[str, str]:
         """See `Model.types`."""
         return {name: type_ for name, _, type_ in self.outputs}
@@ -138,6 +143,7 @@ def _try(db: duckdb.DuckDBPyConnection, text: ModelText, query: str) -> list[tup
     except duckdb.Error as error:
         words = str(error).split("\n\nLINE")[0].strip().replace("\n", " ")
         raise ModelBroken(
+            text.name,
             f"Model {text.name} does not fit raw.{text.source}.{text.table}: {words}",
             f"Mend models/{text.name}.sql.",
         ) from error

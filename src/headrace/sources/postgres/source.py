@@ -255,10 +255,10 @@ class PostgresSource:
         try:
             while True:
                 more, asked = self._pump(self._stream.pgconn, decoder)
-                if decoder.pending_rows and collected_since is None:
+                if decoder.pending_bytes and collected_since is None:
                     collected_since = time.monotonic()
                 waited = time.monotonic() - (collected_since or time.monotonic())
-                if decoder.pending_bytes >= self._max_bytes or not more or waited >= self._linger:
+                if decoder.pending_bytes >= self._max_bytes or waited >= self._linger:
                     yield from self._take(decoder, builder, after)
                     collected_since = None
                 if asked or feedback.due():
@@ -268,7 +268,8 @@ class PostgresSource:
                 if not more:
                     yield ()
                     self._report_if_moved(self._stream.pgconn)
-                    select.select([self._stream.pgconn.socket], [], [], _IDLE)
+                    idle = _IDLE if collected_since is None else max(0.0, self._linger - waited)
+                    select.select([self._stream.pgconn.socket], [], [], idle)
         finally:
             builder.close()
 

@@ -1,0 +1,265 @@
+"""`headrace check`: everything that would stop a pipeline, found before it runs."""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from cyclopts import Parameter
+
+from headrace.change import TableId, TableSchema
+from headrace.config import MODELS_FOLDER, Project, SourceConfig, load_project, select_tables
+from headrace.destinations.duckdb import DuckDBDestination
+from headrace.errors import DestinationBusy, HeadraceError
+from headrace.secret import place_of
+from headrace.sources.postgres.catalog import list_tables, read_shapes
+from headrace.sources.postgres.connection import connect
+from headrace.sources.postgres.preflight import Finding, inspect
+from headrace.transform.model import bind
+from headrace.transform.sql import ModelText, read_model
+
+OWN_SCHEMAS = ("headrace", "information_schema", "pg_catalog")
+"""Schemas of the destination that no source and no model may fill."""
+
+_MARKS = {"ok": "✔", "warn": "⚠", "fail": "✘"}
+_WORDS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+_COLOURS = {"ok": "32", "warn": "33", "fail": "31"}
+
+Shapes = Mapping[TableId, TableSchema]
+
+
+class Line(NamedTuple):
+    """A finding and the part of the project that it is about."""
+
+    area: str
+    finding: Finding
+
+
+def check(
+    project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
+    *,
+    json: Annotated[bool, Parameter(help="Print one JSON object instead of lines.", negative="")] = False,
+) -> int:
+    """Look for all that would stop a pipeline, and say how to mend it; exit code 2 if there is any.
+
+    Reads only: neither the source nor the destination is changed.
+    """
+    lines = list(examine(load_project(project)))
+    _print_json(lines) if json else _print_lines(lines)
+    return 2 if any(line.finding.level == "fail" for line in lines) else 0
+
+
+def examine(project: Project) -> Iterator[Line]:
+    """Look at sources, destination, folders and models of a project, in this order."""
+    shapes: dict[str, Shapes | None] = {}
+    fresh = not project.state.exists()
+    for source in project.sources:
+        area = f"source {source.name}"
+        yield from (Line(area, finding) for finding in inspect(source, fresh=fresh))
+        shapes[source.name] = _shapes(source)
+    yield from (Line("sources", finding) for finding in _shared_slots(project.sources))
+    yield from (Line("destination", finding) for finding in _destination(project.destination.path))
+    yield from (Line("state", finding) for finding in _folders(project))
+    yield from (Line("models", finding) for finding in _models(project, shapes))
+
+
+# ---------------------------------------------------------------------------------------- sources
+
+
+def _shapes(source: SourceConfig) -> Shapes | None:
+    """Return the shapes of the selected tables, None where the source does not tell; `inspect` says why."""
+    import psycopg
+
+    try:
+        with connect(source.url.reveal()) as db:
+            return read_shapes(db, select_tables(source.tables, list_tables(db)))
+    except (HeadraceError, psycopg.Error):
+        return None
+
+
+def _shared_slots(sources: Sequence[SourceConfig]) -> Iterator[Finding]:
+    taken: dict[tuple[str, str, str], str] = {}
+    for source in sources:
+        where = place_of(source.url.reveal())
+        for kind, name in (("slot", source.slot), ("publication", source.publication)):
+            # A slot belongs to the whole server, a publication to one database.
+            scope = f"{where.host}:{where.port}" + (f"/{where.database}" if kind == "publication" else "")
+            other = taken.setdefault((kind, name, scope), source.name)
+            if other != source.name:
+                yield Finding(
+                    "fail",
+                    f"sources {other} and {source.name} share the {kind} {name}",
+                    f'Give each its own: [source.{source.name}] {kind} = "{name}_2"',
+                )
+
+
+# --------------------------------------------------------------------------- destination, folders
+
+
+def _destination(path: Path) -> Iterator[Finding]:
+    if not path.exists():
+        fault = _folder_fault(path.parent)
+        yield Finding("fail", *fault) if fault else Finding("ok", f"{path} can be made")
+        return
+    try:
+        with DuckDBDestination(path).open():
+            yield Finding("ok", f"{path} opens")
+    except DestinationBusy as error:
+        yield Finding("warn", _clause(error), error.remedy)
+    except HeadraceError as error:
+        yield Finding("fail", _clause(error), error.remedy)
+
+
+def _folders(project: Project) -> Iterator[Finding]:
+    places = dict.fromkeys((project.state, project.staging.path))
+    for folder in places:
+        fault = _folder_fault(folder)
+        yield Finding("fail", *fault) if fault else Finding("ok", f"{folder} can be written")
+
+
+def _folder_fault(folder: Path) -> tuple[str, str] | None:
+    """Say why files cannot be made in a folder, or in the one in which it would be made."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return None
+    except NotADirectoryError:
+        return f"{existing} is no folder", f"Move it away, or name another than {folder}."
+    except OSError as error:
+        return (
+            f"{existing} cannot be written: {error.strerror}",
+            f"Let the user that runs headrace write there, or name another folder than {folder}.",
+        )
+
+
+# ----------------------------------------------------------------------------------------- models
+
+
+def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[Finding]:
+    texts: list[ModelText] = []
+    for path in sorted(project.models.glob("*.sql")):
+        try:
+            text = read_model(path)
+        except HeadraceError as error:
+            yield Finding("fail", _clause(error), error.remedy or f"Mend {MODELS_FOLDER}/{path.name}.")
+        else:
+            texts.append(text)
+            yield _bound(text, shapes)
+    yield from _collisions(project, texts, shapes)
+    if not texts:
+        yield Finding("ok", "no model in use: every table is mirrored with its own types")
+
+
+def _bound(text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
+    file = f"{MODELS_FOLDER}/{text.name}.sql"
+    if text.source not in shapes:
+        what = f"model {text.name} reads raw.{text.source}.{text.table}, and there is no source {text.source}"
+        return Finding("fail", what, f"{_near(text.source, shapes)} Mend {file}.".strip())
+    known = shapes[text.source]
+    if known is None:
+        return Finding(
+            "warn", f"model {text.name} is not bound: source {text.source} does not answer", "See above."
+        )
+    labels = {table.label: schema for table, schema in known.items()}
+    if text.table not in labels:
+        what = f"model {text.name} reads raw.{text.source}.{text.table}, and no such table is captured"
+        remedy = f"{_near(text.table, labels)} Mend {file}, or select the table in tables.".strip()
+        return Finding("fail", what, remedy)
+    try:
+        bind(text, labels[text.table])
+    except HeadraceError as error:
+        return Finding("fail", _clause(error), error.remedy or f"Mend {file}.")
+    return Finding("ok", f"model {text.name} fits raw.{text.source}.{text.table}")
+
+
+def _collisions(
+    project: Project, texts: Iterable[ModelText], shapes: Mapping[str, Shapes | None]
+) -> Iterator[Finding]:
+    """Find destination tables that two would fill: names are compared as DuckDB does, case ignored."""
+    catalog = project.destination.path.stem.casefold()
+    texts = list(texts)
+    filled: dict[str, str] = {}
+    read = {(text.source, text.table) for text in texts}
+    names = [(text.name, f"model {text.name}") for text in texts]
+    for source, known in shapes.items():
+        mirrored = [table for table in known or () if (source, table.label) not in read]
+        names += [
+            (f"{source}.{table.label}", f"the mirror of {table} (source {source})") for table in mirrored
+        ]
+    for name, who in names:
+        schema, dot, table = name.casefold().partition(".")
+        schema, table = (schema, table) if dot else ("main", schema)
+        other = filled.setdefault(f"{schema}.{table}", who)
+        # Two mirrors of one name are a matter of the source, and said there.
+        if other is not who and other.startswith("model "):
+            file = f"{MODELS_FOLDER}/{other.removeprefix('model ')}.sql"
+            yield Finding(
+                "fail", f"{other} and {who} would fill one table, {schema}.{table}", f"Rename {file}."
+            )
+    for schema in sorted({"headrace", "main", *shapes, *(name.split(".")[0] for name in filled)}):
+        used = schema in shapes or any(name.startswith(f"{schema}.") for name in filled)
+        if schema in OWN_SCHEMAS and used:
+            what = (
+                f"a source or model would fill the schema {schema}, which has another use in the destination"
+            )
+            yield Finding("fail", what, "Give it another name.")
+        elif schema == catalog:
+            what = (
+                f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
+            )
+            yield Finding("fail", what, f'Name another: [destination] path = "{schema}_warehouse.duckdb"')
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), 1)
+    return f'Did you mean "{close[0]}"?' if close else ""
+
+
+def _clause(error: HeadraceError) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+# ----------------------------------------------------------------------------------------- output
+
+
+def _print_json(lines: Sequence[Line]) -> None:
+    findings = [
+        {"area": area, "level": finding.level, "what": finding.what, "remedy": finding.remedy}
+        for area, finding in lines
+    ]
+    ok = all(finding["level"] != "fail" for finding in findings)
+    print(json_text.dumps({"ok": ok, "findings": findings}, ensure_ascii=False))
+
+
+def _print_lines(lines: Sequence[Line]) -> None:
+    fancy = sys.stdout.isatty() and (sys.stdout.encoding or "").lower().startswith("utf")
+    colour = fancy and not os.environ.get("NO_COLOR")
+    marks = _MARKS if fancy else _WORDS
+    area = ""
+    for line in lines:
+        if line.area != area:
+            area = line.area
+            print(area)
+        level, what, remedy = line.finding.level, line.finding.what, line.finding.remedy
+        mark = f"\x1b[{_COLOURS[level]}m{marks[level]}\x1b[0m" if colour else marks[level]
+        print(f"  {mark} {what}")
+        if remedy:
+            print(" " * (3 + len(marks[level])) + remedy)
+    levels = [line.finding.level for line in lines]
+    print(_verdict(levels.count("fail"), levels.count("warn")))
+
+
+def _verdict(fails: int, warnings: int) -> str:
+    aside = f"{warnings} warning{'s' * (warnings != 1)}" if warnings else ""
+    if fails:
+        also = f", and {aside}" if aside else ""
+        return f"{fails} thing{'s' * (fails != 1)} to mend before a pipeline can run{also}."
+    return f"Ready to run{', with ' + aside if aside else ''}."

@@ -1,0 +1,290 @@
+"""One source's way through the system: capture, load, prepare and apply, redrive.
+
+Each verb is a step that can stand still without the one before it noticing:
+
+- capture: source → log.       Append, fsync, then confirm to the source.
+- load:    log → staging.      Write and fsync; the raw tables remember the offset.
+- apply:   staging → models → destination. One transaction of data, quarantine, ledger, progress.
+- redrive: quarantine → the same path again, by folding the key's whole raw history.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.change import Mark, Offset, TableSchema
+from headrace.config import Project, SourceConfig
+from headrace.destinations.duckdb import DuckDBDestination, foreign
+from headrace.errors import ForeignDestination, HeadraceError, ModelBroken
+from headrace.keys import key_before, key_of_row
+from headrace.log.sqlite import SQLiteLog
+from headrace.protocols import ModelState, Part, Prepared, Slice
+from headrace.sources.postgres.source import PostgresSource
+from headrace.staging.delta import DeltaStaging
+from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.model import RowModel, bind, mirror
+from headrace.transform.sql import ModelText
+
+logger = logging.getLogger("headrace.lane")
+alerts = logging.getLogger("headrace.alert")
+
+_LOAD_BYTES = 32 << 20
+_SLICE_BYTES = 32 << 20
+
+
+class Lane:
+    """One source with its log, its staging and its models."""
+
+    def __init__(
+        self,
+        project: Project,
+        config: SourceConfig,
+        destination: DuckDBDestination,
+        texts: Sequence[ModelText],
+        *,
+        read_only: bool = False,
+    ) -> None:
+        """Open log and staging.
+
+        Raises ForeignDestination when staging or destination belong to another log: before anything
+        is read from the source.
+        """
+        self.config = config
+        self.destination = destination
+        self.source = PostgresSource(config, project.log.max_group_bytes, project.log.group_linger)
+        self.log = SQLiteLog(project.state / "log" / f"{config.name}.db", read_only=read_only)
+        self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
+        self.staging.recover(self.log.last_offsets(), self.log.end().offset)
+        self._texts = [text for text in texts if text.source == config.name]
+        self._bound: dict[str, tuple[TableSchema, RowModel | HeadraceError]] = {}
+        self._stands: dict[str, ModelState] | None = None
+        self._read_only = read_only
+        self.applying = threading.Lock()
+
+    def capture(self, stop: threading.Event, until: int | None = None) -> None:
+        """Copy from the source to the log until `stop`, or until the log is past LSN `until`."""
+        for group in self.source.read(self.log):
+            entries = list(group)
+            if entries:
+                self.log.append(entries)
+                self.source.confirm(entries[-1].last)
+            position = self.log.position()
+            if stop.is_set() or (until is not None and position is not None and position.commit > until):
+                return
+
+    def load(self) -> bool:
+        """Stage the next groups; False when all of the log is staged."""
+        entries = self.log.read(self.staging.through(), _LOAD_BYTES)
+        if not entries:
+            return False
+        self.staging.write(entries)
+        return True
+
+    def check_destination(self) -> None:
+        """Refuse a destination whose progress is not of this log.
+
+        Raises ForeignDestination with the remedy, DestinationBusy while another process holds it.
+        """
+        progress = self.destination.progress(self.config.name)
+        if progress is None:
+            return
+        if progress.log_id != self.log.id:
+            raise foreign(self.destination.path, self.config.name)
+        mark = self.log.mark(progress.offset)
+        if mark is None or mark.hash != progress.hash:
+            raise ForeignDestination(
+                f"{self.destination.path} holds offset {progress.offset} of this log, but the log here ends at "
+                f"{self.log.end().offset} or differs there: the state folder is an older copy.",
+                "Restore the newest state folder, or name a new file in [destination] path.",
+            )
+
+    def apply(self) -> bool:
+        """Apply the next slice, to the models that stand furthest behind; False when all is applied."""
+        with self.applying:
+            if self._stands is None:
+                self._stands = self._where_models_stand()
+            staged = self.staging.through()
+            models = list(self._runnable(staged))
+            if not models:
+                return False
+            stands = {model.name: self._offset(model) for model in models}
+            after = min(stands.values())
+            if after >= staged:
+                return False
+            limit = min((offset for offset in stands.values() if offset > after), default=staged)
+            through = self.log.slice_end(after, min(limit, staged), _SLICE_BYTES)
+            chosen = [model for model in models if stands[model.name] == after]
+            self._apply(chosen, after, through, caught_up=through >= max(stands.values()))
+            return True
+
+    def idle(self) -> bool:
+        """Whether everything in the log is staged, and applied to every model that runs."""
+        staged = self.staging.through()
+        if staged < self.log.end().offset or self._stands is None:
+            return False
+        return all(self._offset(model) >= staged for model in self._runnable(staged))
+
+    def models(self) -> list[RowModel]:
+        """Return every model that binds, as of what is staged."""
+        return list(self._models(self.staging.through()))
+
+    def suspended(self) -> dict[str, str]:
+        """Return the suspended models with their reasons."""
+        states = self.destination.models(self.config.name)
+        return {name: state.reason for name, state in states.items() if state.state == "suspended"}
+
+    def changes(self, model: RowModel, after: Offset, through: Offset) -> pa.Table:
+        """Return the staged changes of a model's table, unchanged cells filled."""
+        changes = self.staging.read(model.table, after, through)
+        return fill_unchanged(self.staging, model.table, model.schema.key, changes)
+
+    def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:
+        """Fold the whole raw history of some source keys under the model as it is now, and apply it.
+
+        Everything up to where the model stands counts: an old value can never overwrite a newer one,
+        and redriving twice changes nothing. Returns how many records are resolved and how many stay.
+        """
+        with self.applying:
+            stands = self.destination.models(self.config.name).get(model_name)
+            model = next((m for m in self._models(self.staging.through()) if m.name == model_name), None)
+            if model is None or stands is None:
+                raise HeadraceError(
+                    f"Model {model_name} does not run now.", "Mend it; `headrace status` says why."
+                )
+            wanted = pa.array(keys, pa.string())
+            prepared = _only(model.prepare(self._history(model, wanted, stands.offset)), wanted)
+            if dry_run:
+                still = len(set(prepared.records["key"].to_pylist()))
+                return {"resolved": len(keys) - still, "still_quarantined": still}
+            return self.destination.redrive(model, prepared)
+
+    def close(self) -> None:
+        """Close source and log."""
+        self.source.close()
+        self.log.close()
+
+    def _where_models_stand(self) -> dict[str, ModelState]:
+        """Ask the destination; a model whose mended file has other columns starts from the beginning."""
+        stands = self.destination.models(self.config.name)
+        for model in self._models(self.staging.through()):
+            state = stands.get(model.name)
+            if state is None or state.version == model.version or model.is_mirror:
+                continue
+            if self.destination.forget_if_reshaped(model):
+                logger.info("model %s has other columns now: it is built again from staging", model.name)
+                del stands[model.name]
+        return stands
+
+    def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
+        in_sync = caught_up and not self.log.copying(through)
+        parts = []
+        for model in models:
+            try:
+                parts.append(Part(model, model.prepare(self.changes(model, after, through)), in_sync))
+            except ModelBroken as error:
+                self._suspend(model.name, model.version, error)
+        if not parts:
+            return
+        position, committed_at = self.log.place(through)
+        work = Slice(
+            self.config.name, self._mark(after), self._mark(through), position, committed_at, tuple(parts)
+        )
+        try:
+            issues = self.destination.apply(work)
+        except ModelBroken as error:
+            broken = next(part.model for part in parts if part.model.name == error.model)
+            self._suspend(broken.name, broken.version, error)
+            return
+        except BaseException:
+            self._stands = None
+            raise
+        self._moved(parts, through)
+        for issue in issues:
+            self._alert(issue)
+
+    def _moved(self, parts: Sequence[Part], through: Offset) -> None:
+        if self._stands is None:
+            return
+        for part in parts:
+            name, version = part.model.name, part.model.version
+            state = "in_sync" if part.in_sync else "joining"
+            self._stands[name] = ModelState(name, self.config.name, version, state, "", through, 0)
+
+    def _offset(self, model: RowModel) -> Offset:
+        state = (self._stands or {}).get(model.name)
+        return state.offset if state else 0
+
+    def _runnable(self, through: Offset) -> Iterator[RowModel]:
+        """Yield the models that are not suspended; one whose file was mended runs again."""
+        for model in self._models(through):
+            state = (self._stands or {}).get(model.name)
+            if state is None or state.state != "suspended" or state.version != model.version:
+                yield model
+
+    def _models(self, through: Offset) -> Iterator[RowModel]:
+        """Yield the models that bind to their tables' shapes; one that does not is suspended, once."""
+        for table, schema in self.staging.schemas(through).items():
+            texts = [text for text in self._texts if text.table == table.label]
+            for text in texts or [None]:
+                name = text.name if text else f"{self.config.name}.{table.label}"
+                known = self._bound.get(name)
+                if known is None or known[0] != schema:
+                    known = self._bound[name] = (schema, self._bind(schema, text))
+                if isinstance(known[1], RowModel):
+                    yield known[1]
+
+    def _bind(self, schema: TableSchema, text: ModelText | None) -> RowModel | HeadraceError:
+        if text is None:
+            return mirror(self.config.name, schema)
+        try:
+            return bind(text, schema)
+        except HeadraceError as error:
+            self._suspend(text.name, text.version, error)
+            return error
+
+    def _suspend(self, name: str, version: str, error: HeadraceError) -> None:
+        if self._read_only:
+            return
+        self._stands = None
+        if self.destination.suspend(name, self.config.name, version, str(error)):
+            alerts.error("SUSPENDED model %s: %s", name, error.paragraph())
+
+    def _history(self, model: RowModel, keys: pa.Array, through: Offset) -> pa.Table:
+        """Return all changes of some keys up to an offset, with the table-wide ones among them."""
+        changes = self.staging.read(model.table, 0, through)
+        mine = pc.equal(changes["_op"], "t")
+        for expression in (key_of_row(model.schema.key), key_before(model.schema.key)):
+            mine = pc.or_(mine, pc.is_in(_evaluate(changes, expression), value_set=keys))
+        return fill_unchanged(self.staging, model.table, model.schema.key, changes.filter(mine))
+
+    def _mark(self, offset: Offset) -> Mark:
+        mark = self.log.mark(offset)
+        assert mark is not None, f"offset {offset} is not in the log"
+        return mark
+
+    def _alert(self, issue: str) -> None:
+        model, reason, columns, message, count = self.destination.issue(issue)
+        alerts.warning(
+            "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
+            "`headrace quarantine redrive --issue %s`.",
+            issue, model, reason, columns, message, count, issue,
+        )  # fmt: skip
+
+
+def _only(prepared: Prepared, keys: pa.Array) -> Prepared:
+    """Restrict an outcome to some keys: their rows go, and what they became comes."""
+    rows = prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys))
+    records = prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys))
+    return Prepared(reset=False, removed=keys, rows=rows, records=records, counts=prepared.counts)
+
+
+def _evaluate(changes: pa.Table, expression: str) -> pa.ChunkedArray:
+    with duckdb.connect() as db:
+        db.register("changes", changes)
+        return db.sql(f"SELECT {expression} AS k FROM changes").to_arrow_table()["k"]

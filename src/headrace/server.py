@@ -1,0 +1,159 @@
+"""Asking the running pipeline, over a Unix socket: queries, status, redrive.
+
+A request is one line of JSON; the answer is a line of JSON, and for queries an Arrow IPC stream per
+query behind it, each after its length. While a pipeline runs it alone has the destination open; when
+none runs, queries open the file themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import struct
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from headrace.config import Project
+from headrace.destinations.duckdb import DuckDBDestination
+from headrace.errors import HeadraceError, UserError
+
+logger = logging.getLogger("headrace.server")
+
+_MAX_REQUEST = 16 << 20
+_LENGTH = struct.Struct(">q")
+
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def socket_path(state: Path) -> Path:
+    """Return where the pipeline of a state folder listens: short, since such paths are limited to
+    about 100 bytes, and in a folder of this user's own."""
+    folder = Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    owner = folder.lstat()
+    if owner.st_uid != os.getuid() or owner.st_mode & 0o077 or folder.is_symlink():
+        raise UserError(f"{folder} belongs to somebody else or is open to others.", "Remove it or set TMPDIR.")
+    return folder / f"{hashlib.blake2b(str(state.resolve()).encode(), digest_size=12).hexdigest()}.sock"
+
+
+class Server:
+    """Answers requests while the pipeline runs, one thread per connection."""
+
+    def __init__(self, state: Path, destination: DuckDBDestination, handlers: dict[str, Handler]) -> None:
+        """`handlers` answer every request but `query`, by its `op`."""
+        self._path = socket_path(state)
+        self._destination = destination
+        self._handlers = handlers
+        self._path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self._path))
+        self._path.chmod(0o600)
+        self._listener.listen(16)
+        self._thread = threading.Thread(target=self._accept, name="server", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._path.unlink(missing_ok=True)
+        self._thread.join(5)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, connection.makefile("rwb") as stream:
+            try:
+                request = json.loads(stream.readline(_MAX_REQUEST))
+                if request.get("op") == "query":
+                    tables = self._destination.read(request["sql"])
+                    stream.write(b'{"ok": true}\n')
+                    for table in tables:
+                        _send_table(stream, table)
+                else:
+                    answer = self._handlers[request["op"]](request)
+                    stream.write(json.dumps({"ok": True, **answer}).encode() + b"\n")
+            except HeadraceError as error:
+                stream.write(json.dumps({"error": str(error), "remedy": error.remedy}).encode() + b"\n")
+            except (KeyError, TypeError, ValueError) as error:
+                stream.write(json.dumps({"error": f"bad request: {error!r}", "remedy": ""}).encode() + b"\n")
+            with suppress(OSError):
+                stream.flush()
+
+
+def is_running(project: Project) -> bool:
+    """Whether a pipeline of this project listens."""
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(socket_path(project.state)))
+        return True
+    return False
+
+
+def ask(project: Project, request: dict[str, Any]) -> dict[str, Any]:
+    """Send a request to the running pipeline and return its answer.
+
+    Raises UserError with the pipeline's words when it refuses, OSError when none runs.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(socket_path(project.state)))
+        with connection.makefile("rwb") as stream:
+            return _exchange(stream, request)
+
+
+def read(project: Project, queries: Sequence[str]) -> list[pa.Table]:
+    """Run queries on the destination in one read transaction: in the running pipeline, else here.
+
+    Raises UserError for a query that does not run, DestinationBusy when neither can be.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(socket_path(project.state)))
+            with connection.makefile("rwb") as stream:
+                _exchange(stream, {"op": "query", "sql": list(queries)})
+                return [_receive_table(stream) for _ in queries]
+    except (FileNotFoundError, ConnectionRefusedError):
+        pass
+    if not project.destination.path.exists():
+        raise UserError(
+            f"There is no destination at {project.destination.path} yet.", "Start the pipeline: `headrace run`."
+        )
+    return DuckDBDestination(project.destination.path).read(queries, read_only=True)
+
+
+def _exchange(stream: Any, request: dict[str, Any]) -> dict[str, Any]:
+    stream.write(json.dumps(request).encode() + b"\n")
+    stream.flush()
+    answer: dict[str, Any] = json.loads(stream.readline() or b'{"error": "the pipeline ended", "remedy": ""}')
+    if "error" in answer:
+        raise UserError(answer["error"], answer["remedy"])
+    return answer
+
+
+def _send_table(stream: Any, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue()
+    stream.write(_LENGTH.pack(data.size))
+    stream.write(data)
+
+
+def _receive_table(stream: Any) -> pa.Table:
+    (size,) = _LENGTH.unpack(stream.read(_LENGTH.size))
+    return pa.ipc.open_stream(stream.read(size)).read_all()
