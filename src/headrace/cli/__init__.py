@@ -7,6 +7,7 @@ and every command's own module comes only when it is called.
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -175,12 +176,12 @@ def _fail(paragraph: str, code: int) -> int:
 
 def _reader_is_gone() -> bool:
     """Whether stdout leads nowhere, as after `headrace … | head`; then nothing more is written there."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    out = select.poll()
+    out.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in out.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _silently(act: Callable[[], object]) -> None:

@@ -94,17 +94,13 @@ class DuckDBDestination:
             raise UserError(str(error).strip()) from error
 
     def progress(self, source: str) -> Mark | None:
-        """See `Destination.progress`."""
-        if not self.path.exists():
-            return None
+        """See `Destination.progress`. Makes the file and Headrace's own tables in it if need be."""
         with self.open() as db:
             db.execute(CREATE)
             return _progress(db, source)
 
     def models(self, source: str) -> dict[str, ModelState]:
         """See `Destination.models`."""
-        if not self.path.exists():
-            return {}
         with self.open() as db:
             db.execute(CREATE)
             rows = db.execute(
@@ -145,7 +141,7 @@ class DuckDBDestination:
         more attempt. Returns how many there are of each.
         """
         name = literal(model.name)
-        mine = f"model = {name} AND {OPEN} AND key IN (SELECT key FROM redriven)"
+        mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM redriven r)"
         same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
         touched = f"attempts = attempts + 1, last_attempt = now(), model_version = {literal(model.version)}"
         with self.open() as db:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import duckdb
 import pyarrow as pa
@@ -85,6 +85,12 @@ def mirror(source: str, schema: TableSchema) -> RowModel:
         checks=(),
         version="mirror:" + hashlib.blake2b(repr(outputs).encode(), digest_size=8).hexdigest(),
     )
+
+
+def as_text(source: str, schema: TableSchema) -> RowModel:
+    """Return the model that keeps every column as the source's own text: the state of the raw table."""
+    outputs = tuple((column.name, quoted(column.name), "VARCHAR") for column in schema.columns)
+    return replace(mirror(source, schema), outputs=outputs, version="text")
 
 
 def bind(text: ModelText, schema: TableSchema) -> RowModel:

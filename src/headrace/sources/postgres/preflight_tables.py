@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from headrace.change import RESERVED, TableId
 from headrace.config import SourceConfig, select_tables
@@ -107,7 +107,7 @@ class Table:
         elif self.weak_partitions:
             yield (
                 f"partitions have no key of their own ({shortened(self.weak_partitions)}): {fails}",
-                f"ALTER TABLE {self.weak_partitions[0]} REPLICA IDENTITY FULL; and so for each",
+                f"ALTER TABLE {self.weak_partitions[0]} REPLICA IDENTITY FULL; for each of them,",
             )
 
 
@@ -147,7 +147,7 @@ def read_tables(db: Connection) -> list[Table]:
     ]
 
 
-def _settled(value: object) -> object:
+def _settled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -121,7 +121,7 @@ class PostgresSource:
                 cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
             known = log.schemas()
             shapes = [_next_version(shape, known) for shape in self._shapes(db, tables)]
-            logger.info("copy of %d tables begins at %s", len(shapes), _lsn(point))
+            logger.info("copy of %d tables begins at %s", len(shapes), format_lsn(point))
             yield from copy_tables(bulk, shapes, point)
         log.set_note("copied", str(point))
         logger.info("copy is complete")
@@ -208,7 +208,7 @@ class PostgresSource:
         point, snapshot = result.get_value(0, 1), result.get_value(0, 2)
         assert point is not None
         assert snapshot is not None
-        return _parse_lsn(point.decode()), snapshot.decode()
+        return parse_lsn(point.decode()), snapshot.decode()
 
     def _slot_can_resume(self, log: Log) -> None:
         """Refuse to go on where the slot stands beyond what the log holds: a gap is never skipped."""
@@ -234,9 +234,9 @@ class PostgresSource:
                 "(max_slot_wal_keep_size).",
                 remedy,
             )
-        if row[0] and _parse_lsn(str(row[0])) > durable:
+        if row[0] and parse_lsn(str(row[0])) > durable:
             raise SourceGap(
-                f"Source {self.name}: the slot stands at {row[0]}, the log at {_lsn(durable)}: another reader "
+                f"Source {self.name}: the slot stands at {row[0]}, the log at {format_lsn(durable)}: another reader "
                 "moved it, or the state folder is older than it.",
                 remedy,
             )
@@ -287,7 +287,7 @@ class PostgresSource:
     def _start(self, pgconn: pq.abc.PGconn, after: int) -> None:
         publication = self._config.publication.replace("'", "''").replace('"', '""')
         command = (
-            f"START_REPLICATION SLOT {quoted(self._config.slot)} LOGICAL {_lsn(after)} "
+            f"START_REPLICATION SLOT {quoted(self._config.slot)} LOGICAL {format_lsn(after)} "
             f"(proto_version '1', publication_names '\"{publication}\"', messages 'true')"
         )
         result = pgconn.exec_(command.encode())
@@ -351,7 +351,7 @@ class _Every:
 
 def _emit(db: Connection, content: str) -> int:
     row = db.execute("SELECT pg_logical_emit_message(true, 'headrace', %s)::text", [content]).fetchone()
-    return _parse_lsn(str(row[0])) if row else 0
+    return parse_lsn(str(row[0])) if row else 0
 
 
 def _next_version(shape: TableSchema, known: dict[TableId, TableSchema]) -> TableSchema:
@@ -368,10 +368,12 @@ def _replication_error(result: pq.abc.PGresult, what: str) -> HeadraceError:
     return UserError(f"{what}: {words}", "Run `headrace check` for what the server lacks.")
 
 
-def _lsn(value: int) -> str:
+def format_lsn(value: int) -> str:
+    """Return an LSN as Postgres prints it."""
     return f"{value >> 32:X}/{value & 0xFFFFFFFF:X}"
 
 
-def _parse_lsn(text: str) -> int:
+def parse_lsn(text: str) -> int:
+    """Read an LSN as Postgres prints it."""
     high, _, low = text.partition("/")
     return (int(high, 16) << 32) + int(low, 16)

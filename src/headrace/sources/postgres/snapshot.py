@@ -1,0 +1,78 @@
+"""Reading the source as it was at one exact position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import adbc_driver_postgresql.dbapi as adbc
+import pyarrow as pa
+
+from headrace.change import TableSchema
+from headrace.config import SourceConfig
+from headrace.errors import SourceError, SourceUnavailable
+from headrace.sources.postgres.connection import connect, connect_bulk, connect_replication, without_password
+from headrace.sources.postgres.copy import select_text
+from headrace.sources.postgres.source import format_lsn, parse_lsn
+
+_ROW_MESSAGES = (b"I"[0], b"U"[0], b"D"[0], b"T"[0])
+
+
+class SourceSnapshot:
+    """The source as of `commit`: everything committed up to there, and nothing else."""
+
+    def __init__(self, commit: int, bulk: Any) -> None:
+        self.commit = commit
+        self._bulk = bulk
+
+    def read(self, schema: TableSchema) -> pa.Table:
+        """Return all rows of a table, every column as the source's own text.
+
+        Raises SourceError when the table is no longer of that shape.
+        """
+        try:
+            with self._bulk.cursor() as cursor:
+                cursor.execute(select_text(schema))
+                table = cursor.fetch_arrow_table()
+        except adbc.Error as error:
+            raise SourceError(f"{schema.table}: {without_password(str(error)).splitlines()[0]}") from error
+        return table.cast(pa.schema([(name, pa.string()) for name in table.schema.names]))
+
+
+@contextmanager
+def take_snapshot(url: str) -> Iterator[SourceSnapshot]:
+    """Hold a snapshot together with its position: a temporary slot is the only exact pair of both.
+
+    The slot and the snapshot are gone when the block ends. Raises SourceUnavailable.
+    """
+    with connect_replication(url) as holder, connect_bulk(url) as bulk:
+        result = holder.pgconn.exec_(
+            b"CREATE_REPLICATION_SLOT headrace_verify_%d TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"
+            % holder.pgconn.backend_pid
+        )
+        point, snapshot = (result.get_value(0, column) for column in (1, 2)) if result.ntuples else (None, None)
+        if point is None or snapshot is None:
+            raise SourceUnavailable(
+                "No temporary slot can be made for the comparison: "
+                + (result.error_message or b"").decode(errors="replace").strip(),
+                "Raise max_replication_slots.",
+            )
+        with bulk.cursor() as cursor:
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot.decode()}'")
+        yield SourceSnapshot(parse_lsn(point.decode()), bulk)
+
+
+def pending_changes(config: SourceConfig, through: int, after: int) -> int:
+    """Count row changes up to position `through` that the slot has still to deliver beyond `after`.
+
+    Looks without taking anything; call it only while no pipeline reads the slot.
+    """
+    with connect(config.url.reveal()) as db:
+        rows = db.execute(
+            "SELECT data, lsn::text FROM pg_logical_slot_peek_binary_changes(%s, %s::pg_lsn, NULL, "
+            "'proto_version', '1', 'publication_names', %s)",
+            [config.slot, format_lsn(through), '"' + config.publication.replace('"', '""') + '"'],
+        )
+        return sum(row[0][0] in _ROW_MESSAGES and parse_lsn(row[1]) > after for row in rows)

@@ -1,0 +1,261 @@
+"""Proving that nothing is lost or doubled, beside a running pipeline.
+
+Four comparisons, each at an exact position:
+
+- the log's chain, from its first entry to its end;
+- the source, under a snapshot that a temporary slot exports together with its position P, with the
+  fold of staging up to P;
+- each destination table, in one read transaction with its stored position, with the fold of staging
+  up to that position under its model; and the open records of its quarantine likewise;
+- the ledger: every row closes, and together they account for every staged change.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import duckdb
+import psycopg
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.change import TableSchema
+from headrace.config import Project
+from headrace.errors import HeadraceError
+from headrace.keys import literal, quoted, source_key
+from headrace.lane import Lane
+from headrace.pipeline import open_lanes
+from headrace.server import is_running, read
+from headrace.sources.postgres.snapshot import SourceSnapshot, pending_changes, take_snapshot
+from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.model import RowModel, as_text
+
+_SHOWN_KEYS = 10
+_CATCH_UP = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of one comparison. `rows` were compared; `keys` are some of those that differ."""
+
+    what: str
+    ok: bool
+    detail: str
+    rows: int = 0
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Report:
+    """All comparisons of a project."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def verified(self) -> bool:
+        """Whether every comparison agrees."""
+        return all(finding.ok for finding in self.findings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return {"verified": self.verified, "findings": [asdict(finding) for finding in self.findings]}
+
+
+def verify(project: Project) -> Report:
+    """Compare source, log, staging and destination of every lane.
+
+    Raises HeadraceError when something cannot be read at all; what differs is in the report.
+    """
+    report = Report()
+    for source in project.sources:
+        report.findings += _log(project, source.name)
+        report.findings += _source(project, source.name)
+        report.findings += _destination(project, source.name)
+    return report
+
+
+def _lane(project: Project, source: str) -> Lane:
+    """Open the lane as it stands now, to read only."""
+    lanes = open_lanes(project, read_only=True)
+    return next(lane for lane in lanes if lane.config.name == source)
+
+
+def _log(project: Project, source: str) -> list[Finding]:
+    what = f"log {source}"
+    try:
+        lane = _lane(project, source)
+        end = lane.log.verify()
+    except HeadraceError as error:
+        return [Finding(what, False, str(error))]
+    return [Finding(what, True, f"chain holds to offset {end.offset}, hash {end.hash[:12]}…", end.offset)]
+
+
+def _source(project: Project, source: str) -> list[Finding]:
+    """Compare every captured table with the fold of staging at one position of the source."""
+    what = f"source {source}"
+    config = next(item for item in project.sources if item.name == source)
+    lane = _lane(project, source)
+    try:
+        with take_snapshot(config.url.reveal()) as snapshot:
+            if is_running(project):
+                lane = _wait_past(project, lane, snapshot.commit)
+            else:
+                position = lane.log.position()
+                behind = pending_changes(config, snapshot.commit, position.commit if position else 0)
+                if behind:
+                    return [Finding(what, False, f"{behind} changes are not captured yet: run the pipeline")]
+            schemas = lane.staging.schemas(lane.staging.through())
+            return [_compare_source(lane, snapshot, schema) for schema in schemas.values()]
+    except psycopg.Error as error:
+        return [Finding(what, False, f"cannot be read: {type(error).__name__}")]
+
+
+def _wait_past(project: Project, lane: Lane, commit: int) -> Lane:
+    """Wait until staging holds everything up to a position of the source; returns a newer look."""
+    head = lane.source.head()
+    deadline = time.monotonic() + _CATCH_UP
+    while time.monotonic() < deadline:
+        lane.close()
+        lane = _lane(project, lane.config.name)
+        position, _ = lane.log.place(lane.staging.through())
+        if position.commit > max(head, commit):
+            return lane
+        time.sleep(0.2)
+    raise HeadraceError(
+        f"The pipeline did not reach the source's position within {_CATCH_UP:.0f} s.", "See `headrace status`."
+    )
+
+
+def _compare_source(lane: Lane, snapshot: SourceSnapshot, schema: TableSchema) -> Finding:
+    changes = lane.staging.read(schema.table, 0, lane.staging.through())
+    changes = changes.filter(pc.less_equal(changes["_commit"], snapshot.commit))
+    changes = fill_unchanged(lane.staging, schema.table, schema.key, changes)
+    model = as_text(lane.config.name, schema)
+    expected = model.prepare(changes).rows
+    try:
+        found = snapshot.read(schema)
+    except HeadraceError as error:
+        return Finding(f"source table {schema.table}", False, str(error))
+    with duckdb.connect() as db:
+        db.register("found_raw", found)
+        key = source_key([quoted(name) for name in schema.key])
+        keyed = f"SELECT {key} AS _source_key, * FROM found_raw"
+        db.register("expected_raw", expected)
+        what = f"source table {schema.table} = staging"
+        return _compare(db, what, "SELECT * FROM expected_raw", keyed, list(model.types()))
+
+
+def _destination(project: Project, source: str) -> list[Finding]:
+    """Compare the destination with the fold of staging at the position that it says it stands at."""
+    lane = _lane(project, source)
+    models = lane.models()
+    queries = [
+        f"SELECT model, state, version, \"offset\" FROM headrace.models WHERE source = {literal(source)}",
+        "SELECT model, key, model_version, epoch, commit, ordinal FROM headrace.quarantine "
+        f"WHERE source = {literal(source)} AND status IN ('quarantined', 'waiting', 'blocked')",
+        "SELECT model, kind, read, applied + superseded + filtered + quarantined + waiting + blocked AS parts, "
+        f"quarantined FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
+        *(f"SELECT _source_key, {_columns(model)} FROM {_target(model)}" for model in models),
+    ]
+    try:
+        states, records, ledger, *tables = read(project, queries)
+    except HeadraceError as error:
+        return [Finding(f"destination of {source}", False, str(error))]
+    lane.close()
+    lane = _lane(project, source)
+    findings = []
+    for model, table in zip(models, tables, strict=True):
+        state = next((row for row in states.to_pylist() if row["model"] == model.name), None)
+        if state is None or state["state"] == "suspended":
+            reason = "suspended: not compared" if state else "not applied yet"
+            findings.append(Finding(f"model {model.name}", state is not None, reason))
+            continue
+        mine = records.filter(pc.equal(records["model"], model.name))
+        own = ledger.filter(pc.equal(ledger["model"], model.name)).to_pylist()
+        findings += _compare_model(lane, model, state, table, mine)
+        findings.append(_check_ledger(lane, model, state["offset"], own, mine.num_rows))
+    return findings
+
+
+def _columns(model: RowModel) -> str:
+    return ", ".join(quoted(name) for name in model.types())
+
+
+def _target(model: RowModel) -> str:
+    schema, dot, table = model.name.partition(".")
+    return f"{quoted(schema)}.{quoted(table)}" if dot else f"main.{quoted(schema)}"
+
+
+def _compare_model(
+    lane: Lane, model: RowModel, state: dict[str, Any], table: pa.Table, records: pa.Table
+) -> list[Finding]:
+    """Compare rows and open records; keys that wait for a redrive under a mended model are left out."""
+    prepared = model.prepare(lane.changes(model, 0, state["offset"]))
+    outdated = records.filter(pc.not_equal(records["model_version"], model.version))["key"].combine_chunks()
+    with duckdb.connect() as db:
+        db.execute("SET TimeZone = 'UTC'")
+        columns = ", ".join(f"{quoted(name)} {type_}" for name, type_ in model.types().items())
+        db.register("waiting", pa.table({"key": outdated.cast(pa.string())}))
+        for name, rows in (("expected_raw", prepared.rows), ("found_raw", table)):
+            db.execute(f"CREATE TABLE {name[:-4]} (_source_key VARCHAR, {columns})")
+            db.register(name, rows)
+            db.execute(
+                f"INSERT INTO {name[:-4]} BY NAME SELECT * FROM {name} "
+                "WHERE _source_key NOT IN (SELECT key FROM waiting)"
+            )
+        where = f"model {model.name} at offset {state['offset']}"
+        rows = _compare(db, where, "SELECT * FROM expected", "SELECT * FROM found", list(model.types()))
+    place = ["epoch", "commit", "ordinal"]
+    stays = records.filter(pc.equal(records["model_version"], model.version)).select(place).to_pylist()
+    wanted = prepared.records.filter(
+        pc.invert(pc.is_in(prepared.records["key"], value_set=outdated.cast(pa.string())))
+    )
+    found = {tuple(row.values()) for row in stays}
+    expected = {tuple(row.values()) for row in wanted.select(place).to_pylist()}
+    same = found == expected and len(stays) == len(found)
+    detail = f"{len(found)} open records" if same else f"{len(found)} open records, {len(expected)} expected"
+    if len(outdated):
+        detail += f"; {len(outdated)} of an earlier model version wait for `headrace quarantine redrive`"
+    return [rows, Finding(f"quarantine of {model.name}", same, detail, len(found))]
+
+
+def _check_ledger(
+    lane: Lane, model: RowModel, offset: int, rows: Sequence[dict[str, Any]], open_records: int
+) -> Finding:
+    what = f"ledger of {model.name}"
+    open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
+    if open_rows:
+        return Finding(what, False, f"{len(open_rows)} rows do not close", len(rows))
+    total = sum(row["read"] for row in rows)
+    staged = lane.staging.count(model.table, 0, offset)
+    if total != staged:
+        return Finding(what, False, f"accounts for {total} changes, {staged} are staged", len(rows))
+    quarantined = sum(row["quarantined"] for row in rows)
+    if quarantined != open_records:
+        return Finding(what, False, f"says {quarantined} open records, there are {open_records}", len(rows))
+    return Finding(what, True, f"closes over {total} changes", len(rows))
+
+
+def _compare(
+    db: duckdb.DuckDBPyConnection, what: str, expected: str, found: str, columns: Sequence[str]
+) -> Finding:
+    """Compare two relations by count, by an order-independent hash of every column, and by key."""
+    cells = ", ".join(f"hash({quoted(name)})" for name in columns)
+    for name, query in (("a", expected), ("b", found)):
+        db.execute(
+            f"CREATE OR REPLACE TEMP TABLE {name} AS SELECT _source_key AS k, [{cells}] AS h FROM ({query})"
+        )
+    sums = ", ".join(f"sum(hash(k, h[{i + 1}])::HUGEINT) AS s{i}" for i in range(len(columns)))
+    (left, right) = (db.execute(f"SELECT count(*), {sums} FROM {name}").fetchall()[0] for name in "ab")
+    if left == right:
+        return Finding(what, True, f"{left[0]} rows, {len(columns)} columns agree", int(left[0]))
+    wrong = [name for i, name in enumerate(columns) if left[i + 1] != right[i + 1]]
+    keys = db.execute(
+        "SELECT k FROM (SELECT k, h FROM a EXCEPT ALL SELECT k, h FROM b) UNION SELECT k FROM "
+        f"(SELECT k, h FROM b EXCEPT ALL SELECT k, h FROM a) ORDER BY k LIMIT {_SHOWN_KEYS}"
+    ).fetchall()
+    detail = f"{left[0]} rows expected, {right[0]} found; columns that differ: {', '.join(wrong) or 'none'}"
+    return Finding(what, False, detail, int(right[0]), tuple(str(row[0]) for row in keys))
