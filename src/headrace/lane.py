@@ -74,9 +74,12 @@ class Lane:
             if entries:
                 self.log.append(entries)
                 self.source.confirm(entries[-1].last)
-            position = self.log.position()
-            if stop.is_set() or (until is not None and position is not None and position.commit > until):
+            if stop.is_set() or (until is not None and self._captured_past(until)):
                 return
+
+    def _captured_past(self, lsn: int) -> bool:
+        position = self.log.position()
+        return position is not None and position.commit > lsn and self.log.note("copied") is not None
 
     def load(self) -> bool:
         """Stage the next groups; False when all of the log is staged."""

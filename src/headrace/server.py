@@ -89,6 +89,9 @@ class Server:
                 else:
                     answer = self._handlers[request["op"]](request)
                     stream.write(json.dumps({"ok": True, **answer}).encode() + b"\n")
+            except OSError:
+                logger.debug("a client left before its answer")
+                return
             except HeadraceError as error:
                 stream.write(json.dumps({"error": str(error), "remedy": error.remedy}).encode() + b"\n")
             except (KeyError, TypeError, ValueError) as error:

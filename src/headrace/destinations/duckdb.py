@@ -60,21 +60,26 @@ class DuckDBDestination:
                     f"{self.path} is held by {who}.",
                     "Close it there; the pipeline waits and goes on by itself.",
                 ) from error
+            if "not a valid DuckDB" in text:
+                raise self._not_ours(text) from error
             raise DestinationError(
                 f"{self.path} cannot be opened: {text.splitlines()[0]}",
                 "Check that the folder exists and can be written, and that there is room on the disk.",
             ) from error
         except duckdb.Error as error:
-            raise DestinationError(
-                f"{self.path} is no DuckDB file that this version can read: {str(error).splitlines()[0]}",
-                "Move it away, or name another file in [destination] path.",
-            ) from error
+            raise self._not_ours(str(error)) from error
         try:
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET enable_progress_bar = false")
             yield connection
         finally:
             connection.close()
+
+    def _not_ours(self, text: str) -> DestinationError:
+        return DestinationError(
+            f"{self.path} is no DuckDB file that this version can read: {text.splitlines()[0]}",
+            "Move it away, or name another file in [destination] path.",
+        )
 
     def read(self, queries: Sequence[str], *, read_only: bool = False) -> list[pa.Table]:
         """Run queries that only read, in one transaction.

@@ -23,7 +23,7 @@ from headrace.errors import LogDamaged, LogError
 from headrace.failpoints import failpoint
 
 FORMAT = 1
-MAX_SLICE_ROWS = 250_000
+MAX_SLICE_ROWS = 100_000
 NO_HASH = "0" * 64
 _CHECKPOINT_PAGES = 4096  # 64 MB of WAL before it is copied into the file
 

@@ -50,7 +50,7 @@ _META = {
     "_before": BEFORE,
 }
 _NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
-_CACHE_BYTES = 96 << 20
+_CACHE_BYTES = 48 << 20
 
 
 class StagingForeign(HeadraceError):
@@ -131,8 +131,7 @@ class DeltaStaging:
                 shape = TableSchema.from_json(item.entry.payload)
                 shapes.append((item.offset, shape))
                 pending.setdefault(SCHEMAS, []).append(_schema_row(item))
-                if shape.table not in self._tables:
-                    pending.setdefault(shape.table, [])
+                pending.setdefault(shape.table, []).append(_no_rows(shape))
             elif table is not None and item.offset > self._version(table):
                 pending.setdefault(table, []).append(_staged(item))
         for table, parts in pending.items():
@@ -232,7 +231,8 @@ class DeltaStaging:
         if parts:
             self._widen(staged, columns)
             data = pa.concat_tables([self._empty(staged), *parts], promote_options="default")
-            self._commit(staged, data.combine_chunks(), through)
+            if data.num_rows:
+                self._commit(staged, data.combine_chunks(), through)
 
     def _commit(self, staged: _Table, data: pa.Table, through: Offset) -> None:
         name = f"{through:020d}.parquet"
@@ -337,6 +337,12 @@ def _staged(item: LoggedEntry) -> pa.Table:
     for name, value in zip(("_epoch", "_offset"), constant, strict=True):
         batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
     return batch
+
+
+def _no_rows(shape: TableSchema) -> pa.Table:
+    """Return a table's columns without a row: the raw table has them from its schema entry on."""
+    columns = [(column.name, pa.string()) for column in shape.columns]
+    return pa.schema([*columns, *_META.items()]).empty_table()
 
 
 def _schema_row(item: LoggedEntry) -> pa.Table:

@@ -19,7 +19,8 @@ format_type(t.oid, {modifier}), CASE WHEN t.typcategory = 'A' THEN 'array'
 
 _SHAPES = f"""
 SELECT n.nspname, c.relname, c.relreplident::text, a.attname, {_TYPE.format(modifier="a.atttypmod")},
-  coalesce(a.attnum = ANY (p.indkey), false), coalesce(a.attnum = ANY (i.indkey), false)
+  coalesce(a.attnum = ANY ((p.indkey::int2[])[0:p.indnkeyatts - 1]), false),
+  coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
 FROM pg_class c
 JOIN pg_namespace n ON n.oid = c.relnamespace
 JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''

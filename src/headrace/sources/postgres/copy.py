@@ -24,8 +24,12 @@ _SAME_AS_OUTPUT = (
 )  # fmt: skip
 
 
-def select_text(schema: TableSchema) -> str:
-    """Return the query that reads a table with every column as the stream would send it."""
+def select_text(schema: TableSchema, partitioned: bool) -> str:
+    """Return the query that reads a table with every column as the stream would send it.
+
+    A table that others inherit from is read without their rows, which are theirs; a partitioned one
+    has none of its own.
+    """
     cells = []
     for column in schema.columns:
         name = quoted(column.name)
@@ -34,7 +38,16 @@ def select_text(schema: TableSchema) -> str:
             cells.append(f"{name}::text AS {name}")
         else:
             cells.append(f"CASE WHEN {name} IS NOT NULL THEN pg_catalog.format('%s', {name}) END AS {name}")
-    return f"SELECT {', '.join(cells)} FROM {qualified(schema.table)}"
+    return f"SELECT {', '.join(cells)} FROM {'' if partitioned else 'ONLY '}{qualified(schema.table)}"
+
+
+def partitioned_tables(cursor: Any) -> set[TableId]:
+    """Return the partitioned tables, asked over a bulk connection."""
+    cursor.execute(
+        "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE c.relkind = 'p'"
+    )
+    return {TableId(*row) for row in cursor.fetchall()}
 
 
 def copy_tables(
@@ -49,6 +62,7 @@ def copy_tables(
     now = time.time_ns() // 1000
     ordinal = 0
     with bulk.cursor() as cursor:
+        partitioned = partitioned_tables(cursor)
         for shape in shapes:
             at = Position(0, commit, ordinal)
             begin = json.dumps({"marker": "copy_begin"}).encode()
@@ -56,7 +70,7 @@ def copy_tables(
                 Entry("schema", shape.table, at, at, now, 0, shape.version, shape.to_json().encode()),
                 Entry("marker", shape.table, at, at, now, 1, shape.version, begin),
             ]
-            cursor.execute(select_text(shape))
+            cursor.execute(select_text(shape, shape.table in partitioned))
             for batch in cursor.fetch_record_batch():
                 if batch.num_rows:
                     yield [_rows(shape.table, shape.version, batch, commit, ordinal, now)]

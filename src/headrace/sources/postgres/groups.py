@@ -161,7 +161,7 @@ class GroupBuilder:
                 f"Table {table} has lost its key: its changes cannot be told apart.",
                 f"Give it a primary key again, or exclude it with \"!{table}\" and start from scratch.",
             )
-        taken = [column.name for column in columns if column.name in RESERVED]
+        taken = [column.name for column in columns if column.name.lower() in RESERVED]
         if taken:
             raise SourceGap(
                 f"Table {table} has a column called {taken[0]}, a name that Headrace uses itself.",

@@ -13,7 +13,7 @@ from headrace.change import TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import SourceError, SourceUnavailable
 from headrace.sources.postgres.connection import connect, connect_bulk, connect_replication, without_password
-from headrace.sources.postgres.copy import select_text
+from headrace.sources.postgres.copy import partitioned_tables, select_text
 from headrace.sources.postgres.source import format_lsn, parse_lsn
 
 _ROW_MESSAGES = (b"I"[0], b"U"[0], b"D"[0], b"T"[0])
@@ -33,7 +33,7 @@ class SourceSnapshot:
         """
         try:
             with self._bulk.cursor() as cursor:
-                cursor.execute(select_text(schema))
+                cursor.execute(select_text(schema, schema.table in partitioned_tables(cursor)))
                 table = cursor.fetch_arrow_table()
         except adbc.Error as error:
             raise SourceError(f"{schema.table}: {without_password(str(error)).splitlines()[0]}") from error

@@ -146,7 +146,7 @@ class PostgresSource:
                 f"[…, \"!{without[0]}\"].",
             )
         for shape in shapes.values():
-            taken = [column.name for column in shape.columns if column.name in RESERVED]
+            taken = [column.name for column in shape.columns if column.name.lower() in RESERVED]
             if taken:
                 raise UserError(
                     f"Table {shape.table} has a column called {taken[0]}, a name that Headrace uses itself.",
