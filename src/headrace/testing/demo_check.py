@@ -107,22 +107,26 @@ class Result:
         """Say what differs, with a few keys of each kind; '' if nothing does."""
         kinds = {"lost": self.lost, "duplicated": self.duplicated, "differing": self.differing}
         return "; ".join(
-            f"{len(keys)} {kind}, such as {', '.join(keys[:_EXAMPLES])}" for kind, keys in kinds.items() if keys
+            f"{len(keys)} {kind}, such as {', '.join(keys[:_EXAMPLES])}"
+            for kind, keys in kinds.items()
+            if keys
         )
 
 
 def comparisons() -> tuple[Comparison, ...]:
     """Return a comparison for each of the shop's mirrors, and for the mended model."""
     return (
-        _mirror("customers", "id::text", ["id", "email", "name", "city", "vip", "born", "preferences", "@created_at"]),
+        _mirror(
+            "customers",
+            "id::text",
+            ["id", "email", "name", "city", "vip", "born", "preferences", "@created_at"],
+        ),
         _mirror(
             "products",
             "sku",
             ["sku", "name", "description", "price", "[]tags", "attributes", "active", "@updated_at"],
         ),
-        _mirror(
-            "order_items", "order_id || ':' || line", ["order_id", "line", "sku", "quantity", "price"]
-        ),
+        _mirror("order_items", "order_id || ':' || line", ["order_id", "line", "sku", "quantity", "price"]),
         _mirror("accounts", "id::text", ["id", "balance"]),
         _model(),
     )
@@ -144,7 +148,12 @@ def compare(source: psycopg.Connection[Any], read: Read) -> list[Result]:
         found = sealed.to_pylist()[0]
         results.append(
             Result(
-                comparison, int(count), found["rows"], str(seal), str(found["digest"]), *_differences(theirs, ours)
+                comparison,
+                int(count),
+                found["rows"],
+                str(seal),
+                str(found["digest"]),
+                *_differences(theirs, ours),
             )
         )
     return results

@@ -40,11 +40,14 @@ RECORD = pa.schema(
         "preview": pa.string(),
     }
 )
+_NO_ROWS = pa.table({"_source_key": pa.array([], pa.string())})
 _PREVIEW_CELL = 120
 _PREVIEW = 4096
 
 
-def fold(key: Sequence[str], changes: pa.Table, evaluation: Evaluation) -> Prepared:
+def fold(
+    db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table, evaluation: Evaluation
+) -> Prepared:
     """Fold changes (as `Staging.read` returns them) under one model.
 
     `key` names the source's key columns. Raises ModelBroken when the model cannot run at all.
@@ -52,15 +55,20 @@ def fold(key: Sequence[str], changes: pa.Table, evaluation: Evaluation) -> Prepa
     total = changes.num_rows
     resets = np.flatnonzero(pc.equal(changes["_op"], "t").to_numpy(zero_copy_only=False))
     live = changes.slice(int(resets[-1]) + 1) if len(resets) else changes
-    with duckdb.connect() as db:
-        events = _events(db, key, live)
-        points, lasts = _lasts(db, key, events)
-        verdicts = evaluation.run(_undecided(_take(events, lasts)))
+    if not total:
+        return Prepared(False, pa.array([], pa.string()), _NO_ROWS, RECORD.empty_table(), Counts())
+    events = _events(db, key, live)
+    points, lasts = _lasts(db, key, events)
+    verdicts = evaluation.run(_undecided(_take(events, lasts)))
+    verdicts = _with_fatal(evaluation, verdicts, events)
+    any_bad = pc.any(pc.equal(verdicts["verdict"], "bad")).as_py()
+    if any_bad:
+        again = _earlier_of_bad(db, points, verdicts)
+        verdicts = evaluation.run(_undecided(_take(events, again)))
         verdicts = _with_fatal(evaluation, verdicts, events)
-        if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
-            again = _earlier_of_bad(db, points, verdicts)
-            verdicts = evaluation.run(_undecided(_take(events, again)))
-            verdicts = _with_fatal(evaluation, verdicts, events)
+    if not any_bad and len(lasts) == points.num_rows:
+        settled, removed, bad = _one(lasts), _one(points["k"]), pa.array([], pa.int64())
+    else:
         settled, removed, bad = _settle(db, points, verdicts)
     filtered = _count_in(verdicts, "filtered", settled)
     records = _records(evaluation, events, bad)
@@ -100,9 +108,9 @@ def _lasts(
     gone = pc.equal(events["_op"], "d")
     points = pa.table({"n": events["_hr_n"], "k": events["_hr_k"], "gone": gone, "own": pa.repeat(True, events.num_rows)})
     if events["_before"].null_count < events.num_rows:
-        db.register("events", events)
+        db.register("moving", events)
         moved = db.sql(
-            f"SELECT _hr_n AS n, {key_before(key)} AS k, true AS gone, false AS own FROM events "
+            f"SELECT _hr_n AS n, {key_before(key)} AS k, true AS gone, false AS own FROM moving "
             "WHERE _op <> 'd' AND _before IS NOT NULL AND k IS DISTINCT FROM _hr_k"
         ).to_arrow_table()
         points = pa.concat_tables([points, moved])
@@ -113,6 +121,10 @@ def _lasts(
         "SELECT n FROM (SELECT max(n) AS n, arg_max(own, n) AS own FROM points GROUP BY k) WHERE own ORDER BY n"
     ).to_arrow_table()
     return points, lasts["n"]
+
+
+def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _take(events: pa.Table, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
@@ -159,15 +171,15 @@ def _settle(
     db.register("points", points)
     db.register("verdicts", verdicts)
     db.execute(
-        """CREATE OR REPLACE TEMP TABLE settled AS
+        """CREATE OR REPLACE TEMP TABLE outcomes AS
         SELECT p.k, max(p.n) AS n, arg_max(p.own, p.n) AS own
         FROM points p LEFT JOIN verdicts v ON v.n = p.n AND p.own
         WHERE p.gone OR v.verdict IN ('good', 'filtered') GROUP BY p.k"""
     )
-    own = db.sql("SELECT n FROM settled WHERE own ORDER BY n").to_arrow_table()["n"].combine_chunks()
-    keys = db.sql("SELECT k FROM settled").to_arrow_table()["k"].combine_chunks()
+    own = db.sql("SELECT n FROM outcomes WHERE own ORDER BY n").to_arrow_table()["n"].combine_chunks()
+    keys = db.sql("SELECT k FROM outcomes").to_arrow_table()["k"].combine_chunks()
     bad = db.sql(
-        "SELECT v.n FROM verdicts v LEFT JOIN settled s ON s.k = v.k "
+        "SELECT v.n FROM verdicts v LEFT JOIN outcomes s ON s.k = v.k "
         "WHERE v.verdict = 'bad' AND (s.n IS NULL OR v.n > s.n) ORDER BY v.n"
     ).to_arrow_table()["n"]
     return own, keys, bad.combine_chunks()

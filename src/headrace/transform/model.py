@@ -57,7 +57,7 @@ class RowModel:
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
         with engine() as db:
-            return fold(self.schema.key, changes, Evaluation(db, self))
+            return fold(db, self.schema.key, changes, Evaluation(db, self))
 
     @property
     def is_mirror(self) -> bool:

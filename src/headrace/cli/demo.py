@@ -1,0 +1,633 @@
+"""`headrace demo`: the whole path on a real Postgres that is busy, with a pipeline that is killed.
+
+In this order:
+
+1. a Postgres in a temporary folder, with a shop's history in it, and a project for it;
+2. the pipeline and the workload start, each a process of its own; a reader looks from outside;
+3. the pipeline is killed (SIGKILL) twice at random moments and started again at once;
+4. the workload ends, the pipeline catches up;
+5. the model is mended and the quarantine redriven;
+6. everything is compared, by `headrace verify` and by plain SQL on both sides.
+
+Children are started from the main thread only: the kernel kills them when the thread that started
+them ends, so they die with the demo, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+import random
+import secrets
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, Self
+
+from cyclopts import Parameter
+
+from headrace.config import MODELS_FOLDER, Project, load_project
+from headrace.errors import HeadraceError, UserError
+from headrace.testing import demo_check
+from headrace.testing.postgres import LAUNCH, PostgresServer, binaries, clean_environment
+
+if TYPE_CHECKING:
+    import psycopg
+    from rich.status import Status
+
+SECONDS = range(5, 3_601)
+"""How long the workload may run."""
+
+TRANSACTIONS_PER_SECOND = 200
+ORDERS, PRODUCTS, CUSTOMERS = 20_000, 800, 2_000
+KILLS = ((0.15, 0.4), (0.5, 0.75))
+"""Between which shares of the time each kill falls."""
+
+AROUND_A_KILL = 5.0
+"""Seconds before and after a kill in which freshness is not judged."""
+
+_POLL = 0.05
+_TOLD_EVERY = 5.0
+_START_LIMIT = 60.0
+_CATCH_UP_LIMIT = 120.0
+_DRAIN_LIMIT = 60.0
+_COMMAND_LIMIT = 300.0
+_INTERRUPTED = 130
+
+
+def demo(
+    *,
+    seconds: Annotated[int, Parameter(help="How long the workload runs.")] = 30,
+    json: Annotated[
+        bool, Parameter(help="Print one JSON object to stdout; the rest goes to stderr.", negative="")
+    ] = False,
+    keep: Annotated[
+        Path | None, Parameter(help="Keep everything in this new folder, the database too.")
+    ] = None,
+) -> int:
+    """See it at work: a shop's database, kills, bad values, and proof that nothing is lost.
+
+    Needs nothing but `pip install "headrace[demo]"`; ends by itself and leaves no process behind. Exit
+    code 0 only if nothing is lost, nothing doubled, and every row and cell agrees.
+    """
+    if seconds not in SECONDS:
+        raise UserError(f"--seconds must be {SECONDS[0]} to {SECONDS[-1]}.")
+    binaries(18)
+    show = _Show(json=json)
+    root = _folder(keep)
+    try:
+        with _stopped_by_signals():
+            report = _play(root, seconds, show, keep=keep is not None)
+    except KeyboardInterrupt:
+        show.step(f"Interrupted: every process was stopped. What there was is in {root}.")
+        return _INTERRUPTED
+    except HeadraceError:
+        show.step(f"The demo failed; the pipeline's own words are in {root / 'pipeline.log'}.")
+        raise
+    _print_end(report, root, show, keep=keep is not None)
+    if json:
+        print(json_text.dumps(report.figures()), flush=True)
+    return 0 if report.good else 1
+
+
+@dataclass(slots=True)
+class _Report:
+    """What came of it; times in seconds."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    redriven: int = 0
+    results: list[demo_check.Result] = field(default_factory=list)
+    bank: tuple[str, str, str] = ("", "", "")
+    verify_agrees: bool = False
+    resumed: list[float] = field(default_factory=list)
+    freshness: list[float] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        return sum(len(result.lost) for result in self.results)
+
+    @property
+    def duplicated(self) -> int:
+        return sum(len(result.duplicated) for result in self.results)
+
+    @property
+    def verified(self) -> bool:
+        """Whether `headrace verify`, our own SQL, the bank and the ledger all agree."""
+        equal = bool(self.results) and all(result.equal for result in self.results)
+        return self.verify_agrees and equal and len(set(self.bank)) == 1 and self.ledger_closes
+
+    @property
+    def ledger_closes(self) -> bool:
+        """Whether every row of the log was staged and is accounted for."""
+        ends = sum(self.counts[name] for name in ("applied", "superseded", "filtered", "quarantined"))
+        return self.counts["captured"] == self.counts["staged"] == ends
+
+    @property
+    def good(self) -> bool:
+        return self.verified and self.lost == self.duplicated == 0
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            **self.counts,
+            "redriven": self.redriven,
+            "lost": self.lost,
+            "duplicated": self.duplicated,
+            "verified": self.verified,
+            "resumed_after_kill_s": round(max(self.resumed), 3) if self.resumed else None,
+            "freshness_p50_s": _percentile(self.freshness, 0.50),
+            "freshness_p99_s": _percentile(self.freshness, 0.99),
+        }
+
+
+# -------------------------------------------------------------------------------------- the play
+
+
+def _play(root: Path, seconds: int, show: _Show, *, keep: bool) -> _Report:
+    import psycopg
+
+    report = _Report()
+    with ExitStack() as stack:
+        stack.enter_context(show)
+        server = stack.enter_context(PostgresServer(root / "postgres", 18))
+        db = stack.enter_context(psycopg.connect(server.url, autocommit=True))
+        _furnish(db, show)
+        project = _write_project(root / "project", server.url)
+        show.step(f"Project written to {project.root}: four mirrors, one model that fails on junk discounts.")
+        pipeline = stack.enter_context(
+            _Child(_headrace("run", "--project", str(project.root)), root / "pipeline.log")
+        )
+        pipeline.start()
+        watcher = stack.enter_context(_Watcher(project))
+        _under_fire(root, server.url, seconds, pipeline, watcher, report, show)
+        _catch_up(db, project, pipeline, show)
+        _redrive(project, report, show)
+        _verify(db, project, report, show)
+        watcher.close()
+        pipeline.stop(_DRAIN_LIMIT)
+        report.counts = _counts(project)
+    if not keep:
+        shutil.rmtree(root / "postgres", ignore_errors=True)
+    return report
+
+
+def _furnish(db: psycopg.Connection[Any], show: _Show) -> None:
+    from headrace.testing import shop
+
+    shop.create_schema(db)
+    shop.fill(db, customers=CUSTOMERS, products=PRODUCTS, orders=ORDERS)
+    version = str(db.info.server_version // 10_000)
+    show.step(
+        f"Postgres {version} is up, with a shop of {ORDERS:,} orders: text, numeric, jsonb, enum, arrays."
+    )
+
+
+def _write_project(folder: Path, url: str) -> Project:
+    (folder / MODELS_FOLDER).mkdir(parents=True)
+    (folder / "headrace.toml").write_text(demo_check.SETTINGS.format(url=url), encoding="utf-8")
+    (folder / MODELS_FOLDER / demo_check.MODEL_FILE).write_text(demo_check.MODEL, encoding="utf-8")
+    return load_project(folder)
+
+
+def _under_fire(  # noqa: PLR0913 - the cast of the play
+    root: Path, url: str, seconds: int, pipeline: _Child, watcher: _Watcher, report: _Report, show: _Show
+) -> None:
+    """Let the workload run, kill the pipeline twice, and measure from outside."""
+    seed = secrets.randbelow(1_000_000)
+    rng = random.Random(seed)
+    moments = [seconds * rng.uniform(*share) for share in KILLS]
+    command = [sys.executable, "-m", "headrace.testing.shop", url]
+    command += ["--seconds", str(seconds), "--tps", str(TRANSACTIONS_PER_SECOND), "--seed", str(seed)]
+    show.step(
+        f"The pipeline and a workload of {TRANSACTIONS_PER_SECOND} transactions/s run for {seconds} s; "
+        f"kills at {' and '.join(f'{moment:.1f} s' for moment in moments)} (seed {seed})."
+    )
+    kills: list[float] = []
+    with _Child(command, root / "workload.json") as workload:
+        workload.start()
+        began = told = time.monotonic()
+        while workload.running:
+            if moments and time.monotonic() - began >= moments[0]:
+                moments.pop(0)
+                kills.append(_kill(pipeline, watcher, show))
+            pipeline.must_run()
+            state = f"highest order visible: {watcher.highest or 'none yet'}"
+            show.passing(state)
+            if time.monotonic() - told >= _TOLD_EVERY:
+                told = time.monotonic()
+                show.line(f"  {told - began:3.0f} s  {state}")
+            if told - began > seconds + _START_LIMIT:
+                raise HeadraceError("The workload does not end.")
+            time.sleep(_POLL)
+    summary = _summary(root / "workload.json")
+    for restarted in kills:
+        report.resumed.append(_resumed(pipeline, watcher, restarted))
+    report.freshness = watcher.freshness(summary["commits"], kills)
+    show.step(
+        f"The workload is over: {summary['committed']:,} transactions, {summary['rows']:,} rows changed. The "
+        f"pipeline was visibly back {' and '.join(f'{s:.1f} s' for s in report.resumed)} after each kill."
+    )
+
+
+def _kill(pipeline: _Child, watcher: _Watcher, show: _Show) -> float:
+    pid = pipeline.kill()
+    restarted = time.time()
+    pipeline.start()
+    show.step(f"SIGKILL to the pipeline (pid {pid}) at order {watcher.highest or 'none yet'}; started again.")
+    return restarted
+
+
+def _resumed(pipeline: _Child, watcher: _Watcher, restarted: float) -> float:
+    """Return how long after a restart a reader saw something new, waiting for it if need be."""
+    deadline = time.monotonic() + _CATCH_UP_LIMIT
+    while (at := watcher.first_rise(restarted)) is None:
+        pipeline.must_run()
+        if time.monotonic() > deadline:
+            raise HeadraceError(f"Nothing new was visible {_CATCH_UP_LIMIT:.0f} s after a restart.")
+        time.sleep(_POLL)
+    return at - restarted
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        summary: dict[str, Any] = json_text.loads(lines[-1])
+    except (IndexError, ValueError):
+        words = lines[-1] if lines else "it said nothing"
+        raise HeadraceError(f"The workload failed: {words}") from None
+    return summary
+
+
+def _catch_up(db: psycopg.Connection[Any], project: Project, pipeline: _Child, show: _Show) -> None:
+    """Wait until every table shows a commit behind everything that the workload did."""
+    row = db.execute("SELECT (pg_logical_emit_message(true, 'demo', 'end') - '0/0')::bigint").fetchone()
+    assert row is not None
+    query = (
+        "SELECT count(*), min(commit), max(reason) FILTER (WHERE state = 'suspended') FROM headrace.models"
+    )
+    began = time.monotonic()
+    while True:
+        pipeline.must_run()
+        found = _first(project, query)
+        if found and found[2]:
+            raise HeadraceError(f"A model was suspended: {found[2]}")
+        if found and found[0] == demo_check.MODELS and found[1] > row[0]:
+            break
+        if time.monotonic() - began > _CATCH_UP_LIMIT:
+            raise HeadraceError(f"The pipeline did not catch up within {_CATCH_UP_LIMIT:.0f} s.")
+        time.sleep(_POLL)
+    show.step(f"Caught up {time.monotonic() - began:.1f} s later: all tables show the source's last commit.")
+
+
+def _redrive(project: Project, report: _Report, show: _Show) -> None:
+    from headrace import server
+
+    causes = (
+        "SELECT reason, columns, message, count(*) AS records FROM headrace.quarantine "
+        "WHERE status = 'quarantined' GROUP BY ALL ORDER BY records DESC LIMIT 5"
+    )
+    for cause in server.read(project, [causes])[0].to_pylist():
+        show.step("In quarantine: {records} × {reason} in {columns}: {message}".format(**cause))
+    (project.models / demo_check.MODEL_FILE).write_text(demo_check.MENDED, encoding="utf-8")
+    show.step(
+        f"Model mended: CAST(discount …) is TRY_CAST(discount …) in {MODELS_FOLDER}/{demo_check.MODEL_FILE}."
+    )
+    done = _run(_headrace("quarantine", "redrive", "--all", "--project", str(project.root)))
+    if done.returncode:
+        raise HeadraceError(f"The redrive failed: {_last_words(done)}")
+    states = "SELECT count(*) FILTER (WHERE status = 'resolved'), count(*) FROM headrace.quarantine"
+    resolved, records = _first(project, states) or (0, 0)
+    report.redriven = int(resolved)
+    show.step(
+        f"Redriven: {resolved:,} of {records:,} records resolved; the others had been superseded by a later, "
+        "good change of their row."
+    )
+
+
+# --------------------------------------------------------------------------------------- proof
+
+
+def _verify(db: psycopg.Connection[Any], project: Project, report: _Report, show: _Show) -> None:
+    from headrace import server
+
+    done = _run(_headrace("verify", "--json", "--project", str(project.root)))
+    report.verify_agrees = done.returncode == 0
+    verdict = "agrees" if report.verify_agrees else f"does not agree: {_last_words(done)}"
+    show.step(f"headrace verify, beside the running pipeline: {verdict}.")
+
+    def read(queries: Sequence[str]) -> list[Any]:
+        return server.read(project, queries)
+
+    report.results = demo_check.compare(db, read)
+    report.bank = demo_check.bank(db, read)
+    show.step("Compared by plain SQL, the md5 of every cell of every row on both sides:")
+    for result in report.results:
+        mark = "equal" if result.equal else f"DIFFERENT: {result.faults() or result.destination_digest}"
+        name = result.comparison.table
+        show.line(f"  {name:<17} {result.source_rows:>9,} rows  {result.source_digest}  {mark}")
+        show.line(f"    Postgres: {demo_check.digest(result.comparison.source)}", dim=True)
+        show.line(f"    DuckDB:   {demo_check.digest(result.comparison.destination)}", dim=True)
+    there, here, expected = report.bank
+    show.line(f"  bank: {there} in Postgres, {here} in DuckDB, {expected} at the beginning")
+    for side, query in zip(("Postgres: ", "DuckDB:   "), demo_check.bank_queries(), strict=True):
+        show.line(f"    {side}{query}", dim=True)
+
+
+def _counts(project: Project) -> dict[str, int]:
+    """Count the rows of the log and of staging, and sum up the ledger."""
+    from headrace.log.sqlite import SQLiteLog
+    from headrace.staging.delta import DeltaStaging
+
+    log = SQLiteLog(project.state / "log" / "shop.db", read_only=True)
+    end = log.end().offset
+    staging = DeltaStaging(project.staging.path, "shop", log.id, read_only=True)
+    staged = sum(staging.count(table, 0, end) for table in staging.schemas(end))
+    captured, _, _ = log.backlog(0)
+    log.close()
+    names = ("applied", "superseded", "filtered", "quarantined")
+    sums = ", ".join(f"coalesce(sum({name}), 0)::BIGINT" for name in names)
+    found = _first(project, f"SELECT {sums} FROM headrace.ledger WHERE kind <> 'void'") or (0,) * len(names)
+    return {"captured": captured, "staged": staged, **dict(zip(names, map(int, found), strict=True))}
+
+
+def _first(project: Project, query: str) -> tuple[Any, ...] | None:
+    """Return a query's first row; None while it cannot be answered."""
+    from headrace import server
+
+    try:
+        rows = server.read(project, [query])[0].to_pylist()
+    except (*_NO_ANSWER, HeadraceError):
+        return None
+    return tuple(rows[0].values()) if rows else None
+
+
+def _percentile(values: Sequence[float], share: float) -> float | None:
+    if not values:
+        return None
+    return round(sorted(values)[min(int(share * len(values)), len(values) - 1)], 3)
+
+
+# ------------------------------------------------------------------------------------- processes
+
+_NO_ANSWER = (OSError, ValueError, struct.error)
+"""What a reader meets whose pipeline dies while it answers."""
+
+
+def _headrace(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "headrace", *arguments]
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that ends by itself, and dies with us."""
+    with tempfile.TemporaryFile("w+") as out, _Child(command, out) as child:
+        child.start()
+        code = child.wait(_COMMAND_LIMIT)
+        out.seek(0)
+        return subprocess.CompletedProcess(list(command), code, out.read())
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    lines = done.stdout.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}, without a word"
+
+
+class _Child:
+    """A process of ours, in a session of its own, killed by the kernel when we are gone (on Linux)."""
+
+    def __init__(self, command: Sequence[str], output: Path | IO[str]) -> None:
+        self._command = list(command)
+        self._output = output
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start it; what it prints is added to the output."""
+        launch = [sys.executable, "-I", "-S", "-c", LAUNCH, "0", "0", str(os.getpid())]
+        with ExitStack() as stack:
+            output = self._output
+            out = stack.enter_context(output.open("a")) if isinstance(output, Path) else output
+            self._process = subprocess.Popen(
+                [*launch, *self._command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=clean_environment(),
+                start_new_session=True,
+            )
+
+    def must_run(self) -> None:
+        """Raise HeadraceError if it ended by itself."""
+        if not self.running:
+            raise HeadraceError("The pipeline ended by itself.", "Its log says why.")
+
+    def wait(self, limit: float) -> int:
+        """Wait for its end and return its exit code; raises HeadraceError after `limit` seconds."""
+        assert self._process is not None
+        try:
+            return self._process.wait(limit)
+        except subprocess.TimeoutExpired:
+            what = " ".join(self._command[2:5])
+            raise HeadraceError(f"{what} did not end within {limit:.0f} s.") from None
+
+    def kill(self) -> int:
+        """SIGKILL it; returns the process id that it had."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        return self._process.pid
+
+    def stop(self, limit: float) -> None:
+        """Ask it to end (SIGTERM) and wait."""
+        assert self._process is not None
+        self._process.terminate()
+        self.wait(limit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.running:
+            self.kill()
+
+
+class _Watcher:
+    """Looks at the destination as any reader would, every 50 ms, and remembers when it saw more."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+        self._seen: list[tuple[float, float, int]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
+
+    @property
+    def highest(self) -> int:
+        """The highest order ever seen, 0 before the first."""
+        return self._seen[-1][2] if self._seen else 0
+
+    def first_rise(self, after: float) -> float | None:
+        """Return when something new was first seen that was asked for after a moment."""
+        return next((seen for asked, seen, _ in self._seen if asked > after), None)
+
+    def freshness(self, commits: Sequence[tuple[int, float]], kills: Sequence[float]) -> list[float]:
+        """Return the seconds from commit to visible of every sampled order, outside of kills and of the
+        initial copy, that is of what was committed once the first rows were visible."""
+        if not self._seen:
+            return []
+        copied = self._seen[0][1]
+        found = []
+        for order, at in commits:
+            near = any(abs(at - kill) < AROUND_A_KILL for kill in kills)
+            seen = next((seen for _, seen, highest in self._seen if highest >= order), None)
+            if at > copied and not near and seen is not None:
+                found.append(max(seen - at, 0.0))
+        return found
+
+    def close(self) -> None:
+        """Look no more."""
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _watch(self) -> None:
+        from headrace import server
+
+        while not self._stop.wait(_POLL):
+            asked = time.time()
+            # Only the pipeline is asked: a reader of the file itself would hold up one that starts.
+            if not server.is_running(self._project):
+                continue
+            with suppress(*_NO_ANSWER, HeadraceError):
+                highest = server.read(self._project, [demo_check.HIGHEST])[0].column(0)[0].as_py() or 0
+                if highest > self.highest:
+                    self._seen.append((asked, time.time(), highest))
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does: orderly."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _folder(keep: Path | None) -> Path:
+    if keep is None:
+        return Path(tempfile.mkdtemp(prefix="headrace-demo-"))
+    root = keep.expanduser().resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        empty = not any(root.iterdir())
+    except OSError as error:
+        raise UserError(f"{root} cannot be used: {error.strerror}.", "Name another folder.") from error
+    if not empty:
+        raise UserError(f"{root} is not empty.", "Name a new folder.")
+    return root
+
+
+# ------------------------------------------------------------------------------------------ words
+
+
+class _Show:
+    """Says how it goes: on a terminal with a living line, elsewhere as plain lines."""
+
+    def __init__(self, *, json: bool) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=json, highlight=False, markup=False, soft_wrap=True)
+        self._began = time.monotonic()
+        self._status: Status | None = None
+
+    def step(self, text: str) -> None:
+        """Say what happened."""
+        self.line(f"{time.monotonic() - self._began:6.1f} s  {text}")
+
+    def line(self, text: str, *, dim: bool = False) -> None:
+        """Print a line."""
+        self._console.print(text, style="dim" if dim and self._console.is_terminal else None)
+
+    def passing(self, text: str) -> None:
+        """Show how things stand, on a terminal, until the next such line."""
+        if self._status is not None:
+            self._status.update(text)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._status = self._console.status("")
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def _print_end(report: _Report, root: Path, show: _Show, *, keep: bool) -> None:
+    figures = report.figures()
+    show.line("")
+    for name, value in figures.items():
+        shown = "–" if value is None else f"{value:,}" if type(value) is int else str(value)
+        show.line(f"  {name:<21} {shown:>12}")
+    if not report.freshness:
+        show.line(
+            f"  (freshness is judged outside of ±{AROUND_A_KILL:.0f} s of a kill: run longer to see it)"
+        )
+    if not report.ledger_closes:
+        show.line("  The ledger does not close: captured, staged and the sum of the ends should be equal.")
+    project = shlex.quote(str(root / "project"))
+    show.line("")
+    show.line(f"Everything stays in {root}, and all processes have ended. What to try next:")
+    for command in (
+        f'headrace query --project {project} "SELECT status, count(*), sum(amount) FROM sales GROUP BY ALL"',
+        f'headrace query --project {project} "SELECT * FROM headrace.ledger ORDER BY recorded_at DESC LIMIT 5"',
+        f"headrace quarantine list --project {project}",
+        *(_alive_again(root, project) if keep else ()),
+    ):
+        show.line(f"  {command}")
+    if not keep:
+        show.line("Its Postgres is removed; `headrace demo --keep DIR` keeps that too, to go on with.")
+    show.line("With your own database: headrace init postgresql://user@host/database shop")
+
+
+def _alive_again(root: Path, project: str) -> tuple[str, str]:
+    code = (
+        "from headrace.testing.postgres import PostgresServer as P; "
+        f"s = P({str(root / 'postgres')!r}); s.start(); input(s.url + ' runs until you press Enter')"
+    )
+    return (
+        f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}",
+        f"headrace run --project {project}      # beside it",
+    )

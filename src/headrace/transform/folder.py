@@ -1,0 +1,106 @@
+"""The folder of model files, looked at again while a pipeline runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from headrace.errors import HeadraceError, ModelError, UserError
+from headrace.transform.sql import ModelText, read_model
+
+alerts = logging.getLogger("headrace.alert")
+
+_LOOK_EVERY = 1.0
+_SETTLE = 0.05
+
+_Listing = tuple[tuple[str, int, int], ...]
+
+
+class ModelFolder:
+    """The models of a project as their files are now. Safe to share between threads."""
+
+    def __init__(self, path: Path, sources: Collection[str]) -> None:
+        """Read every `*.sql` in `path`, which need not exist; `sources` are those a model may read.
+
+        Raises ModelError for the first file that does not parse, UserError for one of no source.
+        """
+        self._path = path
+        self._sources = sources
+        self._lock = threading.Lock()
+        self._looked = time.monotonic()
+        self._listing = self._seen = self._list()
+        self._texts = {Path(name).stem: self._read(name) for name, _, _ in self._listing}
+        self._broken: dict[str, str] = {}
+        self._current = tuple(self._texts.values())
+
+    def current(self, *, now: bool = False) -> tuple[ModelText, ...]:
+        """Return the models; the same tuple as before while no file has changed.
+
+        Looks at most once a second, at once if `now`. A change counts when two looks in a row agree,
+        so that a file being written is not taken half. A file that does not parse leaves its old
+        version in force and is alerted once.
+        """
+        with self._lock:
+            if not now and time.monotonic() - self._looked < _LOOK_EVERY:
+                return self._current
+            self._looked = time.monotonic()
+            listing = self._list()
+            while now and listing not in (self._listing, self._seen):
+                self._seen = listing
+                time.sleep(_SETTLE)
+                listing = self._list()
+            if listing != self._listing and listing == self._seen:
+                self._reload(listing)
+            self._seen = listing
+            return self._current
+
+    def _list(self) -> _Listing:
+        found = []
+        for path in sorted(self._path.glob("*.sql")):
+            try:
+                status = path.stat()
+            except OSError:
+                continue
+            found.append((path.name, status.st_mtime_ns, status.st_size))
+        return tuple(found)
+
+    def _read(self, name: str) -> ModelText:
+        text = read_model(self._path / name)
+        if text.source not in self._sources:
+            raise UserError(
+                f"Model {text.name} reads raw.{text.source}.{text.table}, but there is no [source.{text.source}].",
+                f"Sources are: {', '.join(sorted(self._sources))}.",
+            )
+        return text
+
+    def _reload(self, listing: _Listing) -> None:
+        before = dict.fromkeys(self._listing)
+        texts: dict[str, ModelText] = {}
+        for entry in listing:
+            name = Path(entry[0]).stem
+            known = self._texts.get(name)
+            if known is not None and entry in before and name not in self._broken:
+                texts[name] = known
+                continue
+            try:
+                texts[name] = self._read(entry[0])
+                self._broken.pop(name, None)
+            except Exception as error:  # what a half-finished file may raise must not stop a pipeline
+                self._alert(name, error, kept=known is not None)
+                if known is not None:
+                    texts[name] = known
+        self._listing = listing
+        if texts != self._texts:
+            self._texts = texts
+            self._current = tuple(texts.values())
+
+    def _alert(self, name: str, error: Exception, *, kept: bool) -> None:
+        fault = error if isinstance(error, HeadraceError) else ModelError(f"{name}.sql: {type(error).__name__}.")
+        words = fault.paragraph()
+        if self._broken.get(name) != words:
+            what = "the version before stays in force" if kept else "it is left out"
+            alerts.error("MODEL %s cannot be read, %s: %s", name, what, words)
+        self._broken[name] = words
