@@ -17,7 +17,7 @@ MAX_FILE_BYTES = 1 << 20
 MAX_MISTAKES = 50
 
 
-class Invalid(Exception):  # noqa: N818 - a value's verdict, never seen outside this module
+class Invalid(Exception):
     """What is wrong with a value: one message for each argument."""
 
 

@@ -28,6 +28,7 @@ from headrace.protocols import ModelState, Part, Prepared, Slice
 from headrace.sources.postgres.source import PostgresSource
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.sql import ModelText
 
@@ -46,7 +47,7 @@ class Lane:
         project: Project,
         config: SourceConfig,
         destination: DuckDBDestination,
-        texts: Sequence[ModelText],
+        folder: ModelFolder,
         *,
         read_only: bool = False,
     ) -> None:
@@ -60,8 +61,10 @@ class Lane:
         self.source = PostgresSource(config, project.log.max_group_bytes, project.log.group_linger)
         self.log = SQLiteLog(project.state / "log" / f"{config.name}.db", read_only=read_only)
         self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
-        self.staging.recover(self.log.last_offsets(), self.log.end().offset)
-        self._texts = [text for text in texts if text.source == config.name]
+        self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
+        self._folder = folder
+        self._current = folder.current()
+        self._texts = [text for text in self._current if text.source == config.name]
         self._bound: dict[str, tuple[TableSchema, RowModel | HeadraceError]] = {}
         self._stands: dict[str, ModelState] | None = None
         self._read_only = read_only
@@ -110,9 +113,13 @@ class Lane:
     def apply(self) -> bool:
         """Apply the next slice, to the models that stand furthest behind; False when all is applied."""
         with self.applying:
+            self.reload_models()
+            staged = self.staging.through()
+            # Bound before it is asked where they stand: one that does not bind is suspended, which
+            # changes the answer.
+            list(self._models(staged))
             if self._stands is None:
                 self._stands = self._where_models_stand()
-            staged = self.staging.through()
             models = list(self._runnable(staged))
             if not models:
                 return False
@@ -125,6 +132,26 @@ class Lane:
             chosen = [model for model in models if stands[model.name] == after]
             self._apply(chosen, after, through, caught_up=through >= max(stands.values()))
             return True
+
+    def reload_models(self, *, now: bool = False) -> bool:
+        """Take over the model files that changed; True if any did.
+
+        Looks at once if `now`, else at most once a second. A file that does not parse leaves its old
+        version in force. Called by whoever holds `applying`.
+        """
+        current = self._folder.current(now=now)
+        if current is self._current:
+            return False
+        before = set(self._texts)
+        self._current = current
+        self._texts = [text for text in current if text.source == self.config.name]
+        changed = {text.name for text in before ^ set(self._texts)}
+        for name in changed:
+            self._bound.pop(name, None)
+        if changed:
+            self._stands = None
+            logger.info("changed models: %s", ", ".join(sorted(changed)))
+        return bool(changed)
 
     def idle(self) -> bool:
         """Whether everything in the log is staged, and applied to every model that runs."""
@@ -151,11 +178,19 @@ class Lane:
         """Fold the whole raw history of some source keys under the model as it is now, and apply it.
 
         Everything up to where the model stands counts: an old value can never overwrite a newer one,
-        and redriving twice changes nothing. Returns how many records are resolved and how many stay.
+        and redriving twice changes nothing. Returns how many records are resolved and how many stay
+        (`resolved`, `still_quarantined`; with `dry_run` how many keys), or `rebuilding`: how many keys
+        belong to a model that has other columns now and is built again from staging with all its rows.
         """
         with self.applying:
-            stands = self.destination.models(self.config.name).get(model_name)
+            self.reload_models(now=True)
             model = next((m for m in self._models(self.staging.through()) if m.name == model_name), None)
+            if self._stands is None and not dry_run:
+                known = model_name in self.destination.models(self.config.name)
+                self._stands = self._where_models_stand()
+                if known and model_name not in self._stands:
+                    return {"resolved": 0, "still_quarantined": 0, "rebuilding": len(keys)}
+            stands = self.destination.models(self.config.name).get(model_name)
             if model is None or stands is None:
                 raise HeadraceError(
                     f"Model {model_name} does not run now.", "Mend it; `headrace status` says why."

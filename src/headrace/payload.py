@@ -22,7 +22,7 @@ def encode_rows(batch: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema, options=_OPTIONS) as writer:
         writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+    return bytes(memoryview(sink.getvalue()))
 
 
 def decode_rows(payload: bytes) -> pa.RecordBatch:

@@ -15,17 +15,20 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from headrace.config import Project
 from headrace.destinations.duckdb import DuckDBDestination
-from headrace.errors import HeadraceError, StateInUse, UserError, Verdict, verdict_of
+from headrace.errors import DestinationBusy, HeadraceError, StateInUse, UserError, Verdict, verdict_of
 from headrace.lane import Lane
 from headrace.server import Server
-from headrace.transform.sql import ModelText, read_model
+from headrace.transform.evaluate import scrub
+from headrace.transform.folder import ModelFolder
 
 logger = logging.getLogger("headrace.pipeline")
 alerts = logging.getLogger("headrace.alert")
+
+_T = TypeVar("_T")
 
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
@@ -34,37 +37,27 @@ _POLL = 0.5
 _PACE = 0.15  # seconds between two loads or applies while changes trickle: fewer, larger steps
 
 
-def read_models(project: Project) -> list[ModelText]:
-    """Read every model file of a project; raises ModelError for the first that does not parse."""
-    if not project.models.is_dir():
-        return []
-    return [read_model(path) for path in sorted(project.models.glob("*.sql"))]
-
-
 def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
-    """Open the lanes of a project, without starting anything."""
+    """Open the lanes of a project, without starting anything.
+
+    Raises ModelError for a model file that does not parse, UserError for one of no source.
+    """
     destination = DuckDBDestination(project.destination.path)
-    texts = read_models(project)
-    known = {source.name for source in project.sources}
-    for text in texts:
-        if text.source not in known:
-            raise UserError(
-                f"Model {text.name} reads raw.{text.source}.{text.table}, but there is no [source.{text.source}].",
-                f"Sources are: {', '.join(sorted(known))}.",
-            )
-    return [Lane(project, source, destination, texts, read_only=read_only) for source in project.sources]
+    folder = ModelFolder(project.models, {source.name for source in project.sources})
+    return [Lane(project, source, destination, folder, read_only=read_only) for source in project.sources]
 
 
 class Pipeline:
     """A project that runs: owner of its state folder and of its destination."""
 
-    def __init__(self, project: Project) -> None:
-        """Take the state folder and check that log, staging and destination belong together.
+    def __init__(self, project: Project, stop: threading.Event | None = None) -> None:
+        """Take the state folder and check that log, staging and destination belong together, waiting
+        for a destination that another process holds until `stop` is set.
 
         Raises StateInUse when another process runs on it, ForeignDestination and ModelError.
         """
         self.project = project
-        self.stop = threading.Event()
+        self.stop = stop or threading.Event()
         self._errors: dict[str, HeadraceError | BaseException] = {}
         self._waits: dict[str, str] = {}
         self._lock = _take_state(project.state)
@@ -76,17 +69,25 @@ class Pipeline:
             raise
 
     def run(self) -> None:
-        """Run until `stop` is set: everything in hand is finished, nothing new begun."""
+        """Run until `stop` is set: everything in hand is finished, nothing new begun.
+
+        Raises what stopped the first of them when every source has stopped for good and what it had
+        brought is applied.
+        """
         server = self._serve()
         threads = [thread for lane in self.lanes for thread in self._threads(lane)]
+        ended: BaseException | None = None
         try:
-            self.stop.wait()
+            while ended is None and not self.stop.wait(_POLL):
+                ended = self._ended()
         finally:
             self.stop.set()
             for thread in threads:
                 thread.join()
             server.close()
             self.close()
+        if ended is not None:
+            raise ended
 
     def run_once(self) -> None:
         """Bring over everything that is committed at the sources now, then return.
@@ -96,6 +97,8 @@ class Pipeline:
         server = self._serve()
         try:
             faults = [fault for lane in self.lanes for fault in self._once(lane)]
+            for fault in faults[1:]:
+                alerts.error("%s", fault.paragraph())
             if faults:
                 raise faults[0]
         finally:
@@ -103,9 +106,11 @@ class Pipeline:
             self.close()
 
     def status(self) -> dict[str, Any]:
-        """Return what only the running process knows: stopped threads, and what is waited for."""
+        """Return what only the running process knows: `pid`, threads `stopped` and `waiting` with their
+        reasons, and the offset through which each source is `staged`."""
         stopped = {name: str(error) for name, error in self._errors.items()}
-        return {"pid": os.getpid(), "stopped": stopped, "waiting": dict(self._waits)}
+        staged = {lane.config.name: lane.staging.through() for lane in self.lanes}
+        return {"pid": os.getpid(), "stopped": stopped, "waiting": dict(self._waits), "staged": staged}
 
     def close(self) -> None:
         """Give back log, staging and state folder."""
@@ -118,7 +123,9 @@ class Pipeline:
         return Server(self.project.state, self.lanes[0].destination, handlers)
 
     def _redrive(self, request: dict[str, Any]) -> dict[str, Any]:
-        lane = next(lane for lane in self.lanes if lane.config.name == request["source"])
+        lane = next((lane for lane in self.lanes if lane.config.name == request["source"]), None)
+        if lane is None:
+            raise UserError(f"The running pipeline has no source {request['source']}.", "Restart it.")
         return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"])
 
     def _threads(self, lane: Lane) -> list[threading.Thread]:
@@ -148,7 +155,7 @@ class Pipeline:
         while not self.stop.is_set():
             try:
                 step()
-            except BaseException as error:  # noqa: BLE001 - judged, never swallowed
+            except BaseException as error:
                 if verdict_of(error) is not Verdict.RETRY:
                     self._give_up(name, error)
                     return
@@ -162,7 +169,7 @@ class Pipeline:
                 pause, failing_since = _FIRST_PAUSE, 0.0
 
     def _wait(self, name: str, error: BaseException, lasting: float) -> None:
-        text = error.paragraph() if isinstance(error, HeadraceError) else f"{type(error).__name__}: {error}"
+        text = _words(error)
         if name not in self._waits:
             logger.warning("%s waits: %s", name, text)
             self._waits[name] = text
@@ -172,10 +179,17 @@ class Pipeline:
 
     def _give_up(self, name: str, error: BaseException) -> None:
         self._errors[name] = error
-        if isinstance(error, HeadraceError):
-            alerts.error("STOPPED %s: %s", name, error.paragraph())
-        else:
-            alerts.error("STOPPED %s: %s: %s", name, type(error).__name__, error, exc_info=error)
+        unexpected = None if isinstance(error, HeadraceError) else error
+        alerts.error("STOPPED %s: %s", name, _words(error), exc_info=unexpected)
+
+    def _ended(self) -> BaseException | None:
+        """Return what stopped the first source, if none captures any more and nothing is left to apply."""
+        for lane in self.lanes:
+            name = lane.config.name
+            capture, *later = (self._errors.get(f"{name}.{verb}") for verb in ("capture", "load", "apply"))
+            if capture is None or not (any(later) or lane.idle()):
+                return None
+        return self._errors[f"{self.lanes[0].config.name}.capture"]
 
     def _once(self, lane: Lane) -> list[HeadraceError]:
         """Run one lane up to the source's present; returns what stopped it."""
@@ -185,10 +199,11 @@ class Pipeline:
             lane.capture(self.stop, until=head)
         except HeadraceError as error:
             faults.append(error)
-        while lane.load():
-            pass
-        while lane.apply():
-            pass
+        for verb, step in (("load", lane.load), ("apply", lane.apply)):
+            while self._patiently(f"{lane.config.name}.{verb}", step) and not self.stop.is_set():
+                pass
+        if self.stop.is_set():
+            return faults
         for model, reason in lane.suspended().items():
             faults.append(UserError(f"Model {model} is suspended: {reason}", "Mend it and run again."))
         return faults
@@ -196,17 +211,29 @@ class Pipeline:
     def _wait_for_destination(self) -> None:
         """Check each lane's destination, waiting while another process holds it."""
         for lane in self.lanes:
-            while not self.stop.is_set():
-                try:
-                    lane.check_destination()
-                    break
-                except HeadraceError as error:
-                    if error.verdict is not Verdict.RETRY:
-                        raise
-                    self._wait("destination", error, 0.0)
-                    self.stop.wait(_FIRST_PAUSE)
-        if self._waits.pop("destination", None):
-            logger.info("the destination is free, going on")
+            self._patiently("destination", lane.check_destination)
+
+    def _patiently(self, name: str, step: Callable[[], _T]) -> _T | None:
+        """Take a step, again while another process holds the destination; None if stopped before."""
+        since = time.monotonic()
+        while not self.stop.is_set():
+            try:
+                result = step()
+            except DestinationBusy as error:
+                self._wait(name, error, time.monotonic() - since)
+                self.stop.wait(_FIRST_PAUSE)
+                continue
+            if self._waits.pop(name, None):
+                logger.info("%s goes on", name)
+            return result
+        return None
+
+
+def _words(error: BaseException) -> str:
+    """Say what an error is, without the cell values that a library may quote."""
+    if isinstance(error, HeadraceError):
+        return error.paragraph()
+    return f"{type(error).__name__}: {error if isinstance(error, OSError) else scrub(str(error))}"
 
 
 def _take_state(state: Path) -> IO[str]:
@@ -215,7 +242,9 @@ def _take_state(state: Path) -> IO[str]:
         state.chmod(0o700)
         lock = (state / "lock").open("a+")
     except OSError as error:
-        raise UserError(f"The state folder {state} cannot be written: {error.strerror}.", "Mend its rights.") from error
+        raise UserError(
+            f"The state folder {state} cannot be written: {error.strerror}.", "Mend its rights."
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

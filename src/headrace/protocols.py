@@ -154,13 +154,25 @@ class Prepared:
 class Model(Protocol):
     """What a destination table is made of."""
 
-    name: str
-    """The destination table, `orders` or `shop.orders`."""
-    table: TableId
-    """The raw table that it reads."""
-    source: str
-    version: str
-    """Hash of all that determines its output."""
+    @property
+    def name(self) -> str:
+        """The destination table, `orders` or `shop.orders`."""
+        ...
+
+    @property
+    def table(self) -> TableId:
+        """The raw table that it reads."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """The source of that table."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Hash of all that determines its output."""
+        ...
 
     def types(self) -> dict[str, str]:
         """Return the output columns, without hidden ones, with their types in DuckDB's words."""

@@ -18,13 +18,15 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
+from typing import IO, TYPE_CHECKING, Any
 
 from headrace.config import Project
-from headrace.destinations.duckdb import DuckDBDestination
 from headrace.errors import HeadraceError, UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from headrace.destinations.duckdb import DuckDBDestination
 
 logger = logging.getLogger("headrace.server")
 
@@ -41,7 +43,9 @@ def socket_path(state: Path) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     owner = folder.lstat()
     if owner.st_uid != os.getuid() or owner.st_mode & 0o077 or folder.is_symlink():
-        raise UserError(f"{folder} belongs to somebody else or is open to others.", "Remove it or set TMPDIR.")
+        raise UserError(
+            f"{folder} belongs to somebody else or is open to others.", "Remove it or set TMPDIR."
+        )
     return folder / f"{hashlib.blake2b(str(state.resolve()).encode(), digest_size=12).hexdigest()}.sock"
 
 
@@ -78,26 +82,32 @@ class Server:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rwb") as stream:
-            try:
-                request = json.loads(stream.readline(_MAX_REQUEST))
-                if request.get("op") == "query":
-                    tables = self._destination.read(request["sql"])
-                    stream.write(b'{"ok": true}\n')
-                    for table in tables:
-                        _send_table(stream, table)
-                else:
-                    answer = self._handlers[request["op"]](request)
-                    stream.write(json.dumps({"ok": True, **answer}).encode() + b"\n")
-            except OSError:
-                logger.debug("a client left before its answer")
+        with suppress(OSError), connection, connection.makefile("rwb") as stream:
+            line = stream.readline(_MAX_REQUEST)
+            if not line:
                 return
+            try:
+                self._answer(json.loads(line), stream)
             except HeadraceError as error:
                 stream.write(json.dumps({"error": str(error), "remedy": error.remedy}).encode() + b"\n")
             except (KeyError, TypeError, ValueError) as error:
                 stream.write(json.dumps({"error": f"bad request: {error!r}", "remedy": ""}).encode() + b"\n")
-            with suppress(OSError):
-                stream.flush()
+            except OSError:
+                raise
+            except Exception as error:
+                logger.exception("a request failed")
+                words = f"the pipeline failed at it: {type(error).__name__}"
+                stream.write(json.dumps({"error": words, "remedy": "Its log says more."}).encode() + b"\n")
+
+    def _answer(self, request: dict[str, Any], stream: IO[bytes]) -> None:
+        if request["op"] != "query":
+            answer = self._handlers[request["op"]](request)
+            stream.write(json.dumps({"ok": True, **answer}).encode() + b"\n")
+            return
+        tables = self._destination.read(request["sql"])
+        stream.write(b'{"ok": true}\n')
+        for table in tables:
+            _send_table(stream, table)
 
 
 def is_running(project: Project) -> bool:
@@ -134,8 +144,12 @@ def read(project: Project, queries: Sequence[str]) -> list[pa.Table]:
         pass
     if not project.destination.path.exists():
         raise UserError(
-            f"There is no destination at {project.destination.path} yet.", "Start the pipeline: `headrace run`."
+            f"There is no destination at {project.destination.path} yet.",
+            "Start the pipeline: `headrace run`.",
         )
+    # Not above: a question to the running pipeline needs no engine here, and its import takes longer.
+    from headrace.destinations.duckdb import DuckDBDestination
+
     return DuckDBDestination(project.destination.path).read(queries, read_only=True)
 
 
@@ -149,6 +163,8 @@ def _exchange(stream: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _send_table(stream: Any, table: pa.Table) -> None:
+    import pyarrow as pa
+
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -158,5 +174,7 @@ def _send_table(stream: Any, table: pa.Table) -> None:
 
 
 def _receive_table(stream: Any) -> pa.Table:
+    import pyarrow as pa
+
     (size,) = _LENGTH.unpack(stream.read(_LENGTH.size))
     return pa.ipc.open_stream(stream.read(size)).read_all()

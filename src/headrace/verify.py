@@ -125,7 +125,8 @@ def _wait_past(project: Project, lane: Lane, commit: int) -> Lane:
             return lane
         time.sleep(0.2)
     raise HeadraceError(
-        f"The pipeline did not reach the source's position within {_CATCH_UP:.0f} s.", "See `headrace status`."
+        f"The pipeline did not reach the source's position within {_CATCH_UP:.0f} s.",
+        "See `headrace status`.",
     )
 
 
@@ -153,11 +154,12 @@ def _destination(project: Project, source: str) -> list[Finding]:
     lane = _lane(project, source)
     models = lane.models()
     queries = [
-        f"SELECT model, state, version, \"offset\" FROM headrace.models WHERE source = {literal(source)}",
+        f'SELECT model, state, version, "offset" FROM headrace.models WHERE source = {literal(source)}',
         "SELECT model, key, model_version, epoch, commit, ordinal FROM headrace.quarantine "
         f"WHERE source = {literal(source)} AND status IN ('quarantined', 'waiting', 'blocked')",
-        "SELECT model, kind, read, applied + superseded + filtered + quarantined + waiting + blocked AS parts, "
-        f"quarantined FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
+        "SELECT model, kind, read, quarantined, "
+        "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
+        f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
         *(f"SELECT _source_key, {_columns(model)} FROM {_target(model)}" for model in models),
     ]
     try:

@@ -8,39 +8,43 @@ In this order:
 4. the workload ends, the pipeline catches up;
 5. the model is mended and the quarantine redriven;
 6. everything is compared, by `headrace verify` and by plain SQL on both sides.
-
-Children are started from the main thread only: the kernel kills them when the thread that started
-them ends, so they die with the demo, whatever ends it.
 """
 
 from __future__ import annotations
 
 import json as json_text
-import os
 import random
 import secrets
 import shlex
 import shutil
-import signal
-import struct
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn, Self
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from cyclopts import Parameter
 
 from headrace.config import MODELS_FOLDER, Project, load_project
 from headrace.errors import HeadraceError, UserError
 from headrace.testing import demo_check
-from headrace.testing.postgres import LAUNCH, PostgresServer, binaries, clean_environment
+from headrace.testing.demo_stage import (
+    AROUND_A_KILL,
+    POLL,
+    Child,
+    Watcher,
+    first_row,
+    headrace_command,
+    last_words,
+    percentile,
+    run_command,
+    stopped_by_signals,
+)
+from headrace.testing.postgres import PostgresServer, binaries
 
 if TYPE_CHECKING:
     import psycopg
@@ -54,15 +58,10 @@ ORDERS, PRODUCTS, CUSTOMERS = 20_000, 800, 2_000
 KILLS = ((0.15, 0.4), (0.5, 0.75))
 """Between which shares of the time each kill falls."""
 
-AROUND_A_KILL = 5.0
-"""Seconds before and after a kill in which freshness is not judged."""
-
-_POLL = 0.05
 _TOLD_EVERY = 5.0
 _START_LIMIT = 60.0
 _CATCH_UP_LIMIT = 120.0
 _DRAIN_LIMIT = 60.0
-_COMMAND_LIMIT = 300.0
 _INTERRUPTED = 130
 
 
@@ -87,7 +86,7 @@ def demo(
     show = _Show(json=json)
     root = _folder(keep)
     try:
-        with _stopped_by_signals():
+        with stopped_by_signals():
             report = _play(root, seconds, show, keep=keep is not None)
     except KeyboardInterrupt:
         show.step(f"Interrupted: every process was stopped. What there was is in {root}.")
@@ -145,40 +144,65 @@ class _Report:
             "duplicated": self.duplicated,
             "verified": self.verified,
             "resumed_after_kill_s": round(max(self.resumed), 3) if self.resumed else None,
-            "freshness_p50_s": _percentile(self.freshness, 0.50),
-            "freshness_p99_s": _percentile(self.freshness, 0.99),
+            "freshness_p50_s": percentile(self.freshness, 0.50),
+            "freshness_p99_s": percentile(self.freshness, 0.99),
         }
 
 
 # -------------------------------------------------------------------------------------- the play
 
 
+@dataclass(slots=True)
+class _Stage:
+    """What the acts of the play have in common."""
+
+    root: Path
+    db: psycopg.Connection[Any]
+    project: Project
+    pipeline: Child
+    watcher: Watcher
+    show: _Show
+    report: _Report
+
+
+@dataclass(slots=True)
+class _Stage:
+    """What the acts of the play have in common."""
+
+    root: Path
+    db: psycopg.Connection[Any]
+    project: Project
+    pipeline: Child
+    watcher: Watcher
+    show: _Show
+    report: _Report
+
+
 def _play(root: Path, seconds: int, show: _Show, *, keep: bool) -> _Report:
     import psycopg
 
-    report = _Report()
     with ExitStack() as stack:
         stack.enter_context(show)
         server = stack.enter_context(PostgresServer(root / "postgres", 18))
         db = stack.enter_context(psycopg.connect(server.url, autocommit=True))
         _furnish(db, show)
         project = _write_project(root / "project", server.url)
-        show.step(f"Project written to {project.root}: four mirrors, one model that fails on junk discounts.")
-        pipeline = stack.enter_context(
-            _Child(_headrace("run", "--project", str(project.root)), root / "pipeline.log")
-        )
+        show.step(f"Project written to {project.root}: four mirrors, and a model that junk discounts fail.")
+        command = headrace_command("run", "--project", str(project.root))
+        pipeline = stack.enter_context(Child(command, root / "pipeline.log"))
         pipeline.start()
-        watcher = stack.enter_context(_Watcher(project))
-        _under_fire(root, server.url, seconds, pipeline, watcher, report, show)
-        _catch_up(db, project, pipeline, show)
-        _redrive(project, report, show)
-        _verify(db, project, report, show)
+        watcher = stack.enter_context(Watcher(project))
+        stage = _Stage(root, db, project, pipeline, watcher, show, _Report())
+        _under_fire(stage, server.url, seconds)
+        _catch_up(stage)
+        _redrive(stage)
+        _verify(stage)
         watcher.close()
         pipeline.stop(_DRAIN_LIMIT)
-        report.counts = _counts(project)
+        stage.report.counts = _counts(project)
     if not keep:
         shutil.rmtree(root / "postgres", ignore_errors=True)
-    return report
+    return stage.report
 
 
 def _furnish(db: psycopg.Connection[Any], show: _Show) -> None:
@@ -199,63 +223,74 @@ def _write_project(folder: Path, url: str) -> Project:
     return load_project(folder)
 
 
-def _under_fire(  # noqa: PLR0913 - the cast of the play
-    root: Path, url: str, seconds: int, pipeline: _Child, watcher: _Watcher, report: _Report, show: _Show
-) -> None:
+def _under_fire(stage: _Stage, url: str, seconds: int) -> None:
     """Let the workload run, kill the pipeline twice, and measure from outside."""
     seed = secrets.randbelow(1_000_000)
     rng = random.Random(seed)
     moments = [seconds * rng.uniform(*share) for share in KILLS]
     command = [sys.executable, "-m", "headrace.testing.shop", url]
     command += ["--seconds", str(seconds), "--tps", str(TRANSACTIONS_PER_SECOND), "--seed", str(seed)]
-    show.step(
+    stage.show.step(
         f"The pipeline and a workload of {TRANSACTIONS_PER_SECOND} transactions/s run for {seconds} s; "
         f"kills at {' and '.join(f'{moment:.1f} s' for moment in moments)} (seed {seed})."
     )
-    kills: list[float] = []
-    with _Child(command, root / "workload.json") as workload:
+    output = stage.root / "workload.json"
+    with Child(command, output) as workload:
         workload.start()
-        began = told = time.monotonic()
-        while workload.running:
-            if moments and time.monotonic() - began >= moments[0]:
-                moments.pop(0)
-                kills.append(_kill(pipeline, watcher, show))
-            pipeline.must_run()
-            state = f"highest order visible: {watcher.highest or 'none yet'}"
-            show.passing(state)
-            if time.monotonic() - told >= _TOLD_EVERY:
-                told = time.monotonic()
-                show.line(f"  {told - began:3.0f} s  {state}")
-            if told - began > seconds + _START_LIMIT:
-                raise HeadraceError("The workload does not end.")
-            time.sleep(_POLL)
-    summary = _summary(root / "workload.json")
-    for restarted in kills:
-        report.resumed.append(_resumed(pipeline, watcher, restarted))
-    report.freshness = watcher.freshness(summary["commits"], kills)
-    show.step(
-        f"The workload is over: {summary['committed']:,} transactions, {summary['rows']:,} rows changed. The "
-        f"pipeline was visibly back {' and '.join(f'{s:.1f} s' for s in report.resumed)} after each kill."
+        kills = _watch(stage, workload, moments, seconds)
+    summary = _summary(output)
+    report = stage.report
+    report.resumed = [_resumed(stage, restarted) for restarted in kills]
+    report.freshness = stage.watcher.freshness(summary["commits"], kills)
+    stage.show.step(
+        f"The workload is over: {summary['committed']:,} transactions, {summary['rows']:,} rows changed. "
+        f"After its kills the pipeline showed new rows within {_seconds(report.resumed)}."
     )
 
 
-def _kill(pipeline: _Child, watcher: _Watcher, show: _Show) -> float:
-    pid = pipeline.kill()
+def _watch(stage: _Stage, workload: Child, moments: list[float], seconds: int) -> list[float]:
+    """Kill the pipeline at each of `moments` until the workload ends; return when it was restarted."""
+    kills: list[float] = []
+    began = told = time.monotonic()
+    while workload.running:
+        now = time.monotonic()
+        if moments and now - began >= moments[0]:
+            moments.pop(0)
+            kills.append(_kill(stage))
+        stage.pipeline.must_run()
+        state = f"highest order visible: {stage.watcher.highest or 'none yet'}"
+        stage.show.passing(state)
+        if now - told >= _TOLD_EVERY:
+            told = now
+            stage.show.line(f"          {now - began:3.0f} s of {seconds}, {state}")
+        if now - began > seconds + _START_LIMIT:
+            raise HeadraceError("The workload does not end.")
+        time.sleep(POLL)
+    return kills
+
+
+def _kill(stage: _Stage) -> float:
+    highest = stage.watcher.highest or "none yet"
+    pid = stage.pipeline.kill()
     restarted = time.time()
-    pipeline.start()
-    show.step(f"SIGKILL to the pipeline (pid {pid}) at order {watcher.highest or 'none yet'}; started again.")
+    stage.pipeline.start()
+    stage.show.step(f"SIGKILL to the pipeline (pid {pid}), highest order visible: {highest}; started again.")
     return restarted
 
 
-def _resumed(pipeline: _Child, watcher: _Watcher, restarted: float) -> float:
+def _resumed(stage: _Stage, restarted: float) -> float:
     """Return how long after a restart a reader saw something new, waiting for it if need be."""
     deadline = time.monotonic() + _CATCH_UP_LIMIT
-    while (at := watcher.first_rise(restarted)) is None:
-        pipeline.must_run()
+    while (at := stage.watcher.first_rise(restarted)) is None:
+        stage.pipeline.must_run()
         if time.monotonic() > deadline:
             raise HeadraceError(f"Nothing new was visible {_CATCH_UP_LIMIT:.0f} s after a restart.")
-        time.sleep(_POLL)
+        time.sleep(POLL)
     return at - restarted
+
+
+def _seconds(times: Sequence[float]) -> str:
+    return " and ".join(f"{seconds:.1f} s" for seconds in times) or "no kill"
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -268,47 +303,51 @@ def _summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def _catch_up(db: psycopg.Connection[Any], project: Project, pipeline: _Child, show: _Show) -> None:
+def _catch_up(stage: _Stage) -> None:
     """Wait until every table shows a commit behind everything that the workload did."""
-    row = db.execute("SELECT (pg_logical_emit_message(true, 'demo', 'end') - '0/0')::bigint").fetchone()
+    row = stage.db.execute("SELECT (pg_logical_emit_message(true, 'demo', 'end') - '0/0')::bigint").fetchone()
     assert row is not None
     query = (
         "SELECT count(*), min(commit), max(reason) FILTER (WHERE state = 'suspended') FROM headrace.models"
     )
     began = time.monotonic()
     while True:
-        pipeline.must_run()
-        found = _first(project, query)
+        stage.pipeline.must_run()
+        found = first_row(stage.project, query)
         if found and found[2]:
             raise HeadraceError(f"A model was suspended: {found[2]}")
         if found and found[0] == demo_check.MODELS and found[1] > row[0]:
             break
         if time.monotonic() - began > _CATCH_UP_LIMIT:
             raise HeadraceError(f"The pipeline did not catch up within {_CATCH_UP_LIMIT:.0f} s.")
-        time.sleep(_POLL)
-    show.step(f"Caught up {time.monotonic() - began:.1f} s later: all tables show the source's last commit.")
+        time.sleep(POLL)
+    stage.show.step(
+        f"Caught up {time.monotonic() - began:.1f} s later: all tables show the source's last commit."
+    )
 
 
-def _redrive(project: Project, report: _Report, show: _Show) -> None:
+def _redrive(stage: _Stage) -> None:
     from headrace import server
 
     causes = (
         "SELECT reason, columns, message, count(*) AS records FROM headrace.quarantine "
         "WHERE status = 'quarantined' GROUP BY ALL ORDER BY records DESC LIMIT 5"
     )
-    for cause in server.read(project, [causes])[0].to_pylist():
-        show.step("In quarantine: {records} × {reason} in {columns}: {message}".format(**cause))
-    (project.models / demo_check.MODEL_FILE).write_text(demo_check.MENDED, encoding="utf-8")
-    show.step(
+    for cause in server.read(stage.project, [causes])[0].to_pylist():
+        stage.show.step("In quarantine: {records} times {reason} in {columns}: {message}".format(**cause))
+    (stage.project.models / demo_check.MODEL_FILE).write_text(demo_check.MENDED, encoding="utf-8")
+    stage.show.step(
         f"Model mended: CAST(discount …) is TRY_CAST(discount …) in {MODELS_FOLDER}/{demo_check.MODEL_FILE}."
     )
-    done = _run(_headrace("quarantine", "redrive", "--all", "--project", str(project.root)))
+    done = run_command(
+        headrace_command("quarantine", "redrive", "--all", "--project", str(stage.project.root))
+    )
     if done.returncode:
-        raise HeadraceError(f"The redrive failed: {_last_words(done)}")
+        raise HeadraceError(f"The redrive failed: {last_words(done)}")
     states = "SELECT count(*) FILTER (WHERE status = 'resolved'), count(*) FROM headrace.quarantine"
-    resolved, records = _first(project, states) or (0, 0)
-    report.redriven = int(resolved)
-    show.step(
+    resolved, records = first_row(stage.project, states) or (0, 0)
+    stage.report.redriven = int(resolved)
+    stage.show.step(
         f"Redriven: {resolved:,} of {records:,} records resolved; the others had been superseded by a later, "
         "good change of their row."
     )
@@ -317,30 +356,32 @@ def _redrive(project: Project, report: _Report, show: _Show) -> None:
 # --------------------------------------------------------------------------------------- proof
 
 
-def _verify(db: psycopg.Connection[Any], project: Project, report: _Report, show: _Show) -> None:
+def _verify(stage: _Stage) -> None:
     from headrace import server
 
-    done = _run(_headrace("verify", "--json", "--project", str(project.root)))
+    report = stage.report
+    report = stage.report
+    done = run_command(headrace_command("verify", "--json", "--project", str(stage.project.root)))
     report.verify_agrees = done.returncode == 0
-    verdict = "agrees" if report.verify_agrees else f"does not agree: {_last_words(done)}"
-    show.step(f"headrace verify, beside the running pipeline: {verdict}.")
+    verdict = "agrees" if report.verify_agrees else f"does not agree: {last_words(done)}"
+    stage.show.step(f"headrace verify, beside the running pipeline: {verdict}.")
 
     def read(queries: Sequence[str]) -> list[Any]:
-        return server.read(project, queries)
+        return server.read(stage.project, queries)
 
-    report.results = demo_check.compare(db, read)
-    report.bank = demo_check.bank(db, read)
-    show.step("Compared by plain SQL, the md5 of every cell of every row on both sides:")
+    report.results = demo_check.compare(stage.db, read)
+    report.bank = demo_check.bank(stage.db, read)
+    stage.show.step("Compared by plain SQL, the md5 of every cell of every row on both sides:")
     for result in report.results:
         mark = "equal" if result.equal else f"DIFFERENT: {result.faults() or result.destination_digest}"
         name = result.comparison.table
-        show.line(f"  {name:<17} {result.source_rows:>9,} rows  {result.source_digest}  {mark}")
-        show.line(f"    Postgres: {demo_check.digest(result.comparison.source)}", dim=True)
-        show.line(f"    DuckDB:   {demo_check.digest(result.comparison.destination)}", dim=True)
+        stage.show.line(f"  {name:<17} {result.source_rows:>9,} rows  {result.source_digest}  {mark}")
+        stage.show.line(f"    Postgres: {demo_check.digest(result.comparison.source)}", dim=True)
+        stage.show.line(f"    DuckDB:   {demo_check.digest(result.comparison.destination)}", dim=True)
     there, here, expected = report.bank
-    show.line(f"  bank: {there} in Postgres, {here} in DuckDB, {expected} at the beginning")
+    stage.show.line(f"  bank: {there} in Postgres, {here} in DuckDB, {expected} at the beginning")
     for side, query in zip(("Postgres: ", "DuckDB:   "), demo_check.bank_queries(), strict=True):
-        show.line(f"    {side}{query}", dim=True)
+        stage.show.line(f"    {side}{query}", dim=True)
 
 
 def _counts(project: Project) -> dict[str, int]:
@@ -356,189 +397,10 @@ def _counts(project: Project) -> dict[str, int]:
     log.close()
     names = ("applied", "superseded", "filtered", "quarantined")
     sums = ", ".join(f"coalesce(sum({name}), 0)::BIGINT" for name in names)
-    found = _first(project, f"SELECT {sums} FROM headrace.ledger WHERE kind <> 'void'") or (0,) * len(names)
+    found = first_row(project, f"SELECT {sums} FROM headrace.ledger WHERE kind <> 'void'") or (0,) * len(
+        names
+    )
     return {"captured": captured, "staged": staged, **dict(zip(names, map(int, found), strict=True))}
-
-
-def _first(project: Project, query: str) -> tuple[Any, ...] | None:
-    """Return a query's first row; None while it cannot be answered."""
-    from headrace import server
-
-    try:
-        rows = server.read(project, [query])[0].to_pylist()
-    except (*_NO_ANSWER, HeadraceError):
-        return None
-    return tuple(rows[0].values()) if rows else None
-
-
-def _percentile(values: Sequence[float], share: float) -> float | None:
-    if not values:
-        return None
-    return round(sorted(values)[min(int(share * len(values)), len(values) - 1)], 3)
-
-
-# ------------------------------------------------------------------------------------- processes
-
-_NO_ANSWER = (OSError, ValueError, struct.error)
-"""What a reader meets whose pipeline dies while it answers."""
-
-
-def _headrace(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "headrace", *arguments]
-
-
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command that ends by itself, and dies with us."""
-    with tempfile.TemporaryFile("w+") as out, _Child(command, out) as child:
-        child.start()
-        code = child.wait(_COMMAND_LIMIT)
-        out.seek(0)
-        return subprocess.CompletedProcess(list(command), code, out.read())
-
-
-def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    lines = done.stdout.strip().splitlines()
-    return lines[-1] if lines else f"exit code {done.returncode}, without a word"
-
-
-class _Child:
-    """A process of ours, in a session of its own, killed by the kernel when we are gone (on Linux)."""
-
-    def __init__(self, command: Sequence[str], output: Path | IO[str]) -> None:
-        self._command = list(command)
-        self._output = output
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    def start(self) -> None:
-        """Start it; what it prints is added to the output."""
-        launch = [sys.executable, "-I", "-S", "-c", LAUNCH, "0", "0", str(os.getpid())]
-        with ExitStack() as stack:
-            output = self._output
-            out = stack.enter_context(output.open("a")) if isinstance(output, Path) else output
-            self._process = subprocess.Popen(
-                [*launch, *self._command],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env=clean_environment(),
-                start_new_session=True,
-            )
-
-    def must_run(self) -> None:
-        """Raise HeadraceError if it ended by itself."""
-        if not self.running:
-            raise HeadraceError("The pipeline ended by itself.", "Its log says why.")
-
-    def wait(self, limit: float) -> int:
-        """Wait for its end and return its exit code; raises HeadraceError after `limit` seconds."""
-        assert self._process is not None
-        try:
-            return self._process.wait(limit)
-        except subprocess.TimeoutExpired:
-            what = " ".join(self._command[2:5])
-            raise HeadraceError(f"{what} did not end within {limit:.0f} s.") from None
-
-    def kill(self) -> int:
-        """SIGKILL it; returns the process id that it had."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-        return self._process.pid
-
-    def stop(self, limit: float) -> None:
-        """Ask it to end (SIGTERM) and wait."""
-        assert self._process is not None
-        self._process.terminate()
-        self.wait(limit)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.running:
-            self.kill()
-
-
-class _Watcher:
-    """Looks at the destination as any reader would, every 50 ms, and remembers when it saw more."""
-
-    def __init__(self, project: Project) -> None:
-        self._project = project
-        self._seen: list[tuple[float, float, int]] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
-
-    @property
-    def highest(self) -> int:
-        """The highest order ever seen, 0 before the first."""
-        return self._seen[-1][2] if self._seen else 0
-
-    def first_rise(self, after: float) -> float | None:
-        """Return when something new was first seen that was asked for after a moment."""
-        return next((seen for asked, seen, _ in self._seen if asked > after), None)
-
-    def freshness(self, commits: Sequence[tuple[int, float]], kills: Sequence[float]) -> list[float]:
-        """Return the seconds from commit to visible of every sampled order, outside of kills and of the
-        initial copy, that is of what was committed once the first rows were visible."""
-        if not self._seen:
-            return []
-        copied = self._seen[0][1]
-        found = []
-        for order, at in commits:
-            near = any(abs(at - kill) < AROUND_A_KILL for kill in kills)
-            seen = next((seen for _, seen, highest in self._seen if highest >= order), None)
-            if at > copied and not near and seen is not None:
-                found.append(max(seen - at, 0.0))
-        return found
-
-    def close(self) -> None:
-        """Look no more."""
-        self._stop.set()
-        self._thread.join()
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _watch(self) -> None:
-        from headrace import server
-
-        while not self._stop.wait(_POLL):
-            asked = time.time()
-            # Only the pipeline is asked: a reader of the file itself would hold up one that starts.
-            if not server.is_running(self._project):
-                continue
-            with suppress(*_NO_ANSWER, HeadraceError):
-                highest = server.read(self._project, [demo_check.HIGHEST])[0].column(0)[0].as_py() or 0
-                if highest > self.highest:
-                    self._seen.append((asked, time.time(), highest))
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the demo as Ctrl-C does: orderly."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, interrupt) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _folder(keep: Path | None) -> Path:
@@ -599,7 +461,7 @@ def _print_end(report: _Report, root: Path, show: _Show, *, keep: bool) -> None:
     figures = report.figures()
     show.line("")
     for name, value in figures.items():
-        shown = "–" if value is None else f"{value:,}" if type(value) is int else str(value)
+        shown = "-" if value is None else f"{value:,}" if type(value) is int else str(value)
         show.line(f"  {name:<21} {shown:>12}")
     if not report.freshness:
         show.line(
@@ -612,7 +474,7 @@ def _print_end(report: _Report, root: Path, show: _Show, *, keep: bool) -> None:
     show.line(f"Everything stays in {root}, and all processes have ended. What to try next:")
     for command in (
         f'headrace query --project {project} "SELECT status, count(*), sum(amount) FROM sales GROUP BY ALL"',
-        f'headrace query --project {project} "SELECT * FROM headrace.ledger ORDER BY recorded_at DESC LIMIT 5"',
+        f'headrace query --project {project} "FROM headrace.ledger ORDER BY recorded_at DESC LIMIT 5"',
         f"headrace quarantine list --project {project}",
         *(_alive_again(root, project) if keep else ()),
     ):

@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Mark, Offset
+from headrace.change import Mark
+from headrace.destinations.tables import CREATE, LEDGER_COUNTS, OPEN, RECORD_COLUMNS
 from headrace.errors import (
     DestinationBusy,
     DestinationError,
@@ -26,7 +28,6 @@ from headrace.errors import (
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
 from headrace.protocols import Counts, Model, ModelState, Part, Prepared, Slice
-from headrace.destinations.tables import CREATE, LEDGER_COUNTS, OPEN, RECORD_COLUMNS
 
 _READING = {
     duckdb.StatementType.SELECT,
@@ -91,7 +92,9 @@ class DuckDBDestination:
             for query in queries:
                 kinds = {statement.type for statement in duckdb.extract_statements(query)}
                 if not kinds <= _READING:
-                    raise UserError("Only queries are answered: the destination is written by the pipeline alone.")
+                    raise UserError(
+                        "Only queries are answered: the destination is written by the pipeline alone."
+                    )
             with self.open(read_only=read_only) as db:
                 db.execute("BEGIN TRANSACTION READ ONLY")
                 return [db.sql(query).to_arrow_table() for query in queries]
@@ -128,10 +131,17 @@ class DuckDBDestination:
             db.execute(CREATE)
             db.execute("BEGIN")
             self._check(db, work)
+            open_records = _open_records(db, work.source)
+            moves: list[_Move] = []
             new_issues: list[str] = []
             for part in work.parts:
                 self._change_rows(db, work.source, part.model, part.prepared)
-                new_issues += self._settle_quarantine(db, work, part)
+                healed = _heal(db, work, part) if open_records.get(part.model.name) else 0
+                if part.prepared.records.num_rows:
+                    new_issues += _record(db, work, part)
+                moves.append(_Move(part, healed, open_records.get(part.model.name, 0)))
+            _write_ledger(db, work, moves)
+            _write_models(db, work, moves)
             self._move(db, work)
             failpoint("destination.apply.commit")
             db.execute("COMMIT")
@@ -166,7 +176,8 @@ class DuckDBDestination:
                 f"WHERE {mine} AND {same}",
             )
             if resolved:
-                _ledger(db, "redrive", model, (0, 0), Counts(applied=resolved, quarantined=-resolved))
+                counts = _numbers(Counts(applied=resolved, quarantined=-resolved))
+                _insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
             db.execute(
                 f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
                 f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
@@ -222,12 +233,12 @@ class DuckDBDestination:
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:
         """Return model, reason, columns, message and number of records of an issue."""
         with self.open() as db:
-            row = db.execute(
-                "SELECT any_value(model), any_value(reason), any_value(columns), any_value(message), count(*) "
-                "FROM headrace.quarantine WHERE issue = ?",
+            rows: list[tuple[str, str, str, str, int]] = db.execute(
+                "SELECT any_value(model), any_value(reason), any_value(columns), any_value(message), "
+                "count(*) FROM headrace.quarantine WHERE issue = ?",
                 [issue],
-            ).fetchall()[0]
-        return row  # type: ignore[no-any-return]
+            ).fetchall()
+        return rows[0]
 
     def _check(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
         progress = _progress(db, work.source)
@@ -265,45 +276,12 @@ class DuckDBDestination:
         if len(prepared.removed):
             db.register("removed", pa.table({"key": prepared.removed}))
             db.execute(
-                f"DELETE FROM {target} USING removed WHERE _source = ? AND _source_key = removed.key", [source]
+                f"DELETE FROM {target} USING removed WHERE _source = ? AND _source_key = removed.key",
+                [source],
             )
         if prepared.rows.num_rows:
             db.register("arrived", prepared.rows)
             db.execute(f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM arrived")
-
-    def _settle_quarantine(
-        self, db: duckdb.DuckDBPyConnection, work: Slice, part: Part
-    ) -> list[str]:
-        model, prepared = part.model, part.prepared
-        open_before = db.execute(
-            "SELECT count(*) FROM headrace.quarantine WHERE model = ? AND " + OPEN, [model.name]
-        ).fetchall()[0][0]
-        healed = 0
-        if open_before and (prepared.reset or len(prepared.removed)):
-            db.register("settled", pa.table({"key": prepared.removed}))
-            where = "" if prepared.reset else "AND key IN (SELECT key FROM settled)"
-            healed = db.execute(
-                "UPDATE headrace.quarantine SET status = 'superseded', superseded_by = ?, "
-                f"resolved_at = now() WHERE model = ? AND {OPEN} {where}",
-                [work.position.commit, model.name],
-            ).fetchall()[0][0]
-        new_issues = _record(db, work, part) if prepared.records.num_rows else []
-        span = (work.after.offset, work.through.offset)
-        if prepared.counts.read:
-            _ledger(db, "apply", model, span, prepared.counts)
-        if healed:
-            moved = Counts(superseded=healed, quarantined=-healed)
-            _ledger(db, "superseded", model, span, moved)
-        db.execute("DELETE FROM headrace.models WHERE model = ?", [model.name])
-        db.execute(
-            "INSERT INTO headrace.models VALUES (?, ?, ?, ?, '', ?, ?, ?, ?, ?, now())",
-            [
-                model.name, model.source, model.version, "in_sync" if part.in_sync else "joining",
-                work.through.offset, work.position.epoch, work.position.commit, work.committed_at,
-                open_before - healed + prepared.records.num_rows,
-            ],
-        )  # fmt: skip
-        return new_issues
 
     def _move(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
         progress = _progress(db, work.source)
@@ -364,15 +342,85 @@ def _shape(db: duckdb.DuckDBPyConnection, schema: str, table: str, model: Model)
             db.execute(f"ALTER TABLE {target} ALTER COLUMN {quoted(name)} SET DATA TYPE {type_}")
 
 
+class _Move(NamedTuple):
+    """What a part moved besides its rows: records that it healed, and how many were open before."""
+
+    part: Part
+    healed: int
+    open_before: int
+
+    @property
+    def open_after(self) -> int:
+        return self.open_before - self.healed + int(self.part.prepared.records.num_rows)
+
+
+def _open_records(db: duckdb.DuckDBPyConnection, source: str) -> dict[str, int]:
+    rows = db.execute("SELECT model, open_records FROM headrace.models WHERE source = ?", [source])
+    return dict(rows.fetchall())
+
+
+def _heal(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> int:
+    """Mark the open records that a later good change has overtaken; returns how many."""
+    prepared = part.prepared
+    if not prepared.reset and not len(prepared.removed):
+        return 0
+    db.register("settled", pa.table({"key": prepared.removed}))
+    where = "" if prepared.reset else "AND key IN (SELECT key FROM settled)"
+    return _number(
+        db,
+        f"UPDATE headrace.quarantine SET status = 'superseded', superseded_by = {work.position.commit}, "
+        f"resolved_at = now() WHERE model = {literal(part.model.name)} AND {OPEN} {where}",
+    )
+
+
+def _write_ledger(db: duckdb.DuckDBPyConnection, work: Slice, moves: Sequence[_Move]) -> None:
+    rows = []
+    for part, healed, _ in moves:
+        head = (work.source, part.model.name)
+        span = (work.after.offset, work.through.offset)
+        if part.prepared.counts.read:
+            rows.append((*head, "apply", *span, *_numbers(part.prepared.counts), part.model.version))
+        if healed:
+            moved = Counts(superseded=healed, quarantined=-healed)
+            rows.append((*head, "superseded", *span, *_numbers(moved), part.model.version))
+    _insert(db, "ledger", rows)
+
+
+def _write_models(db: duckdb.DuckDBPyConnection, work: Slice, moves: Sequence[_Move]) -> None:
+    names = ", ".join(literal(move.part.model.name) for move in moves)
+    db.execute(f"DELETE FROM headrace.models WHERE model IN ({names})")
+    rows = [
+        (
+            move.part.model.name, work.source, move.part.model.version,
+            "in_sync" if move.part.in_sync else "joining", "", work.through.offset,
+            work.position.epoch, work.position.commit, work.committed_at, move.open_after,
+        )
+        for move in moves
+    ]  # fmt: skip
+    _insert(db, "models", rows)
+
+
+def _numbers(counts: Counts) -> list[int]:
+    return [getattr(counts, name) for name in LEDGER_COUNTS]
+
+
+def _insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[object]]) -> None:
+    """Insert a few rows into one of Headrace's tables, whose last column is the time now."""
+    if rows:
+        marks = ", ".join(f"({', '.join('?' * len(rows[0]))}, now())" for _ in rows)
+        db.execute(f"INSERT INTO headrace.{table} VALUES {marks}", [cell for row in rows for cell in row])
+
+
 def _record(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> list[str]:
     """Write new records; return the ids of issues that no record had before."""
     model = part.model
+    source, name, table = literal(work.source), literal(model.name), literal(str(model.table))
     db.register("records", part.prepared.records)
     db.execute(
         f"""CREATE OR REPLACE TEMP TABLE incoming AS SELECT
-        md5(concat_ws('|', {literal(work.source)}, {literal(model.name)}, epoch, commit, ordinal))::UUID AS id,
-        'v1:' || left(md5(concat_ws('|', {literal(model.name)}, stage, reason, columns, message)), 16) AS issue,
-        {literal(work.source)} AS source, {literal(model.name)} AS model, {literal(str(model.table))} AS table_name,
+        md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
+        'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
+        {source} AS source, {name} AS model, {table} AS table_name,
         stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
         make_timestamptz(committed_at) AS committed_at, "offset", preview,
         {literal(model.version)} AS model_version, 'quarantined' AS status, 1 AS attempts,
@@ -383,16 +431,6 @@ def _record(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> list[str]
     ).fetchall()
     db.execute(f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM incoming")
     return [str(row[0]) for row in issues]
-
-
-def _ledger(
-    db: duckdb.DuckDBPyConnection, kind: str, model: Model, span: tuple[Offset, Offset], counts: Counts
-) -> None:
-    numbers = [getattr(counts, name) for name in LEDGER_COUNTS]
-    db.execute(
-        f"INSERT INTO headrace.ledger VALUES (?, ?, ?, ?, ?, {', '.join('?' * len(numbers))}, ?, now())",
-        [model.source, model.name, kind, *span, *numbers, model.version],
-    )
 
 
 def _number(db: duckdb.DuckDBPyConnection, statement: str) -> int:

@@ -188,7 +188,7 @@ class SQLiteLog:
             self._connection()
             .execute(
                 "SELECT last_epoch, last_commit, last_ordinal FROM entries "
-                "WHERE ends_group ORDER BY \"offset\" DESC LIMIT 1"
+                'WHERE ends_group ORDER BY "offset" DESC LIMIT 1'
             )
             .fetchone()
         )
@@ -209,6 +209,22 @@ class SQLiteLog:
             "WHERE table_name IS NOT NULL GROUP BY 1, 2"
         )
         return {TableId(str(s), str(n)): int(o) for s, n, o in rows}
+
+    def before_unstaged(self, table: TableId, rows_through: Offset, schemas_through: Offset) -> Offset:
+        """Return the last group end before a table's first entry that is not staged, or the log's end.
+
+        Its rows are staged through `rows_through`, its schema entries through `schemas_through`.
+        """
+        row = (
+            self._connection()
+            .execute(
+                'SELECT min("offset") FROM entries WHERE table_schema = ? AND table_name = ? '
+                "AND \"offset\" > CASE kind WHEN 'schema' THEN ? ELSE ? END",
+                (*table, schemas_through, rows_through),
+            )
+            .fetchone()
+        )
+        return self.end().offset if row is None or row[0] is None else self.group_end(int(row[0]) - 1)
 
     def group_end(self, offset: Offset) -> Offset:
         """Return the last group end at or before `offset`."""
@@ -232,17 +248,20 @@ class SQLiteLog:
         """See `Log.set_note`."""
         self._connection().execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
-    def backlog(self, after: Offset) -> tuple[int, int, int | None]:
-        """Return rows, payload bytes and the oldest append time (microseconds) after `after`."""
+    def backlog(self, after: Offset, table: TableId | None = None) -> tuple[int, int, int | None]:
+        """Return rows, payload bytes and the oldest append time (microseconds) after `after`, of one
+        table or of all."""
+        mine = "" if table is None else " AND table_schema = ? AND table_name = ?"
         row = (
             self._connection()
             .execute(
                 "SELECT coalesce(sum(rows), 0), coalesce(sum(bytes), 0), min(appended_at) "
-                'FROM entries WHERE "offset" > ?',
-                (after,),
+                f'FROM entries WHERE "offset" > ?{mine}',
+                (after, *(table or ())),
             )
             .fetchone()
         )
+        assert row is not None
         return int(row[0]), int(row[1]), row[2]
 
     def verify(self) -> Mark:
@@ -297,13 +316,17 @@ class SQLiteLog:
     def _connection(self) -> apsw.Connection:
         connection: apsw.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            flags = apsw.SQLITE_OPEN_READONLY if self._read_only else (
-                apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
+            flags = (
+                apsw.SQLITE_OPEN_READONLY
+                if self._read_only
+                else (apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
             )
             try:
                 connection = apsw.Connection(str(self._path), flags=flags)
             except apsw.CantOpenError as error:
-                raise LogError(f"{self._path} cannot be opened: {error}.", "Check the folder's rights.") from error
+                raise LogError(
+                    f"{self._path} cannot be opened: {error}.", "Check the folder's rights."
+                ) from error
             connection.set_busy_timeout(10_000)
             if not self._read_only:
                 connection.execute("PRAGMA page_size = 16384; PRAGMA journal_mode = WAL")
@@ -347,7 +370,25 @@ def _with_last(entries: Iterable[Entry]) -> Iterator[tuple[Entry, bool]]:
 
 
 def _from_row(row: Sequence[object]) -> LoggedEntry:
-    (offset, kind, schema, name, e1, c1, o1, e2, c2, o2, at, rows, version, appended, ends, digest, payload) = row
+    (
+        offset,
+        kind,
+        schema,
+        name,
+        e1,
+        c1,
+        o1,
+        e2,
+        c2,
+        o2,
+        at,
+        rows,
+        version,
+        appended,
+        ends,
+        digest,
+        payload,
+    ) = row
     entry = Entry(
         kind=kind,  # type: ignore[arg-type]
         table=TableId(schema, name) if name is not None else None,  # type: ignore[arg-type]

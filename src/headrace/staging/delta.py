@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,14 +100,24 @@ class DeltaStaging:
             texts = zip(rows["_offset"].to_pylist(), rows["schema"].to_pylist(), strict=True)
             self._schemas = [(offset, TableSchema.from_json(text)) for offset, text in texts]
 
-    def recover(self, last_offsets: dict[TableId, Offset], end: Offset) -> None:
+    def recover(
+        self,
+        last_offsets: dict[TableId, Offset],
+        end: Offset,
+        before_unstaged: Callable[[TableId, Offset, Offset], Offset] = lambda _, staged, __: staged,
+    ) -> None:
         """Work out how far every table is staged, from where the log last wrote to each.
 
-        A table that lags pulls `through` back to what it holds; groups after that are read from the
-        log again and skipped where they are staged already.
+        A table that lags pulls `through` back to the group before its first entry that is not staged
+        (`before_unstaged`, from the table, the last staged offset of its rows and of schemas); without
+        that look-up, to what it holds. Groups after that are read from the log again and skipped where
+        they are staged already.
         """
+        schemas = self._version(SCHEMAS)
         lagging = [
-            self._version(table) for table, last in last_offsets.items() if self._version(table) < last
+            before_unstaged(table, self._version(table), schemas if table in self._tables else 0)
+            for table, last in last_offsets.items()
+            if self._version(table) < last
         ]
         self._through = min(lagging, default=end)
         ahead = max((table.version for table in self._tables.values()), default=0)
@@ -130,7 +140,8 @@ class DeltaStaging:
             if item.entry.kind == "schema":
                 shape = TableSchema.from_json(item.entry.payload)
                 shapes.append((item.offset, shape))
-                pending.setdefault(SCHEMAS, []).append(_schema_row(item))
+                if item.offset > self._version(SCHEMAS):
+                    pending.setdefault(SCHEMAS, []).append(_schema_row(item))
                 pending.setdefault(shape.table, []).append(_no_rows(shape))
             elif table is not None and item.offset > self._version(table):
                 pending.setdefault(table, []).append(_staged(item))
@@ -190,17 +201,13 @@ class DeltaStaging:
         staged = self._tables[table]
         return self._load(staged, _overlapping(staged.files, after, through), after, through)
 
-    def _load(
-        self, staged: _Table, files: Iterable[_File], after: Offset, through: Offset
-    ) -> pa.Table:
+    def _load(self, staged: _Table, files: Iterable[_File], after: Offset, through: Offset) -> pa.Table:
         parts = [self._empty(staged)]
         for file in files:
             part = self._content(staged.path / file.name)
             if file.first <= after or file.last > through:
                 offsets = part["_offset"]
-                part = part.filter(
-                    pc.and_(pc.greater(offsets, after), pc.less_equal(offsets, through))
-                )
+                part = part.filter(pc.and_(pc.greater(offsets, after), pc.less_equal(offsets, through)))
             parts.append(part)
         return pa.concat_tables(parts, promote_options="default")
 

@@ -83,7 +83,8 @@ def _step(db: duckdb.DuckDBPyConnection) -> bool:
     """Look every pending cell up once; True while one moved to an older key and must look again."""
     db.execute(
         """CREATE OR REPLACE TEMP TABLE hits AS
-        SELECT i, arg_max({'known': known, 'value': value, 'k': old_k, 'place': past.place}, past.place) AS hit
+        SELECT i, arg_max(
+          {'known': known, 'value': value, 'k': old_k, 'place': past.place}, past.place) AS hit
         FROM pending JOIN past ON past.k = pending.k AND past.place < pending.place
         WHERE known OR old_k IS DISTINCT FROM past.k GROUP BY i"""
     )

@@ -210,7 +210,8 @@ def _model() -> Comparison:
     here = [_cell(c, postgres=False) for c in ("order_id", *before, "discount", *after)]
     return Comparison(
         "sales",
-        f"SELECT id::text AS k, md5(concat_ws('|', {', '.join(there)})) AS h FROM orders WHERE status <> 'returned'",
+        f"SELECT id::text AS k, md5(concat_ws('|', {', '.join(there)})) AS h FROM orders "
+        "WHERE status <> 'returned'",
         f"SELECT order_id::text AS k, md5(concat_ws('|', {', '.join(here)})) AS h FROM sales",
     )
 

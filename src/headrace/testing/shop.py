@@ -205,7 +205,7 @@ class Workload:
     later than the commit by the way back, far below a millisecond on loopback.
     """
 
-    def __init__(  # noqa: PLR0913 - all but the address have defaults
+    def __init__(
         self,
         url: str,
         *,

@@ -78,7 +78,9 @@ class Evaluation:
         if settled is not None:
             self._db.register("settled", pa.table({"n": settled}))
             where += " AND _hr_n IN (SELECT n FROM settled)"
-        return self._db.sql(f"SELECT _hr_k AS _source_key, {outputs} FROM judged WHERE {where}").to_arrow_table()
+        return self._db.sql(
+            f"SELECT _hr_k AS _source_key, {outputs} FROM judged WHERE {where}"
+        ).to_arrow_table()
 
     def faults(self, events: pa.Table) -> Iterator[tuple[int, str, str, str, str]]:
         """Yield (n, stage, reason, columns, message) for each of these bad events that was judged;
@@ -161,9 +163,7 @@ class Evaluation:
             reason, message = known[column]
             yield n, "transform", reason if column else "transform.filter", column, message
 
-    def _blame(
-        self, failed: list[int], parts: list[tuple[str, str]]
-    ) -> Iterator[tuple[int, str, str]]:
+    def _blame(self, failed: list[int], parts: list[tuple[str, str]]) -> Iterator[tuple[int, str, str]]:
         """Yield for each failed row the first expression that fails on it."""
         self._db.register("failed_rows", pa.table({"n": pa.array(failed, pa.int64())}))
         tests = ", ".join(f"TRY({{'v': ({expression})}}) IS NULL" for _, expression in parts)
@@ -194,5 +194,5 @@ _VALUE = re.compile(r"(\bvalue\s+)(?!…)\S+")
 
 def scrub(message: str) -> str:
     """Remove cell values from an engine's message: what is quoted, and what follows `value`."""
-    first = message.split("\n\nLINE")[0].strip()
+    first = message.split("\n\nLINE", maxsplit=1)[0].strip()
     return _VALUE.sub(r"\1…", _QUOTED.sub("'…'", first))[:_MESSAGE]

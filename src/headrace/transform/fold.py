@@ -98,15 +98,15 @@ def _events(db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table
     return changes.append_column("_hr_n", numbers).append_column("_hr_k", keys)
 
 
-def _lasts(
-    db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table
-) -> tuple[pa.Table, pa.Array]:
+def _lasts(db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table) -> tuple[pa.Table, pa.Array]:
     """Return every effect (`n`, `k`, `gone`) and the numbers of each key's last change.
 
     A change of the key itself has two effects: the old key's row goes, the new key's comes.
     """
     gone = pc.equal(events["_op"], "d")
-    points = pa.table({"n": events["_hr_n"], "k": events["_hr_k"], "gone": gone, "own": pa.repeat(True, events.num_rows)})
+    points = pa.table(
+        {"n": events["_hr_n"], "k": events["_hr_k"], "gone": gone, "own": pa.repeat(True, events.num_rows)}
+    )
     if events["_before"].null_count < events.num_rows:
         db.register("moving", events)
         moved = db.sql(
@@ -118,7 +118,8 @@ def _lasts(
         return points, events["_hr_n"]
     db.register("points", points)
     lasts = db.sql(
-        "SELECT n FROM (SELECT max(n) AS n, arg_max(own, n) AS own FROM points GROUP BY k) WHERE own ORDER BY n"
+        "SELECT n FROM (SELECT max(n) AS n, arg_max(own, n) AS own FROM points GROUP BY k) "
+        "WHERE own ORDER BY n"
     ).to_arrow_table()
     return points, lasts["n"]
 
@@ -152,9 +153,7 @@ def _with_fatal(evaluation: Evaluation, verdicts: pa.Table, events: pa.Table) ->
     )
 
 
-def _earlier_of_bad(
-    db: duckdb.DuckDBPyConnection, points: pa.Table, verdicts: pa.Table
-) -> pa.ChunkedArray:
+def _earlier_of_bad(db: duckdb.DuckDBPyConnection, points: pa.Table, verdicts: pa.Table) -> pa.ChunkedArray:
     """Return the numbers of all other changes of keys whose last change is bad."""
     db.register("points", points)
     db.register("verdicts", verdicts)
@@ -197,14 +196,20 @@ def _records(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Tabl
     faults = {n: fault for n, *fault in evaluation.faults(rows)}
     missing = ["decode", "decode.unchanged", "", "a cell that the source did not send is not in raw"]
     found = [faults.get(n, missing) for n in bad.to_pylist()]
-    columns = {name: [fault[i] for fault in found] for i, name in enumerate(("stage", "reason", "columns", "message"))}
+    columns = {
+        name: [fault[i] for fault in found]
+        for i, name in enumerate(("stage", "reason", "columns", "message"))
+    }
     return pa.table(
         {
             "key": rows["_hr_k"],
             **columns,
             "op": rows["_op"],
             "is_partial": pc.is_valid(rows["_unchanged"]),
-            **{name: rows[f"_{name}"] for name in ("epoch", "commit", "ordinal", "txid", "committed_at", "offset")},
+            **{
+                name: rows[f"_{name}"]
+                for name in ("epoch", "commit", "ordinal", "txid", "committed_at", "offset")
+            },
             "preview": _previews(rows),
         },
         schema=RECORD,
@@ -217,7 +222,9 @@ def _previews(rows: pa.Table) -> pa.ChunkedArray:
     cells = ", ".join(f"{literal(name)}: left({quoted(name)}, {_PREVIEW_CELL})" for name in names)
     with duckdb.connect() as db:
         db.register("rows", rows)
-        return db.sql(f"SELECT left(to_json({{{cells}}})::VARCHAR, {_PREVIEW}) AS p FROM rows").to_arrow_table()["p"]
+        return db.sql(
+            f"SELECT left(to_json({{{cells}}})::VARCHAR, {_PREVIEW}) AS p FROM rows"
+        ).to_arrow_table()["p"]
 
 
 _META = frozenset(

@@ -98,7 +98,9 @@ class ModelFolder:
             self._current = tuple(texts.values())
 
     def _alert(self, name: str, error: Exception, *, kept: bool) -> None:
-        fault = error if isinstance(error, HeadraceError) else ModelError(f"{name}.sql: {type(error).__name__}.")
+        fault = (
+            error if isinstance(error, HeadraceError) else ModelError(f"{name}.sql: {type(error).__name__}.")
+        )
         words = fault.paragraph()
         if self._broken.get(name) != words:
             what = "the version before stays in force" if kept else "it is left out"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import duckdb
 import pyarrow as pa
 
-from headrace.change import RESERVED, TableId, TableSchema
+from headrace.change import TableId, TableSchema
 from headrace.errors import ModelBroken, ModelError
 from headrace.keys import quoted
 from headrace.protocols import Prepared
@@ -103,18 +103,26 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
     with engine() as db:
         _empty_events(db, schema)
         found = _types(db, text)
-        outputs = tuple((name, _typed(e, types.get(name)), types.get(name, found[name])) for name, e in text.outputs)
+        outputs = tuple(
+            (name, _typed(e, types.get(name)), types.get(name, found[name])) for name, e in text.outputs
+        )
         model = RowModel(
-            text.name, text.source, schema.table, schema, text.alias, outputs, text.where, text.checks, text.version
-        )  # fmt: skip
+            name=text.name,
+            source=text.source,
+            table=schema.table,
+            schema=schema,
+            alias=text.alias,
+            outputs=outputs,
+            where=text.where,
+            checks=text.checks,
+            version=text.version,
+        )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(
             (name, expression, _type_name(db, text, type_)) for name, expression, type_ in outputs
         )
     _check_key(text, schema, outputs)
-    return RowModel(
-        text.name, text.source, schema.table, schema, text.alias, outputs, text.where, text.checks, text.version
-    )  # fmt: skip
+    return replace(model, outputs=outputs)
 
 
 def _typed(expression: str, type_: str | None) -> str:
@@ -124,12 +132,9 @@ def _typed(expression: str, type_: str | None) -> str:
 def _empty_events(db: duckdb.DuckDBPyConnection, schema: TableSchema) -> None:
     names = [column.name for column in schema.columns]
     cells = [f"NULL::VARCHAR AS {quoted(name)}" for name in names]
-    meta = [
-        f"NULL::{'VARCHAR' if name == '_op' else 'TIMESTAMPTZ' if name == '_committed_at' else 'BIGINT'} AS {name}"
-        for name in RESERVED
-        if name not in {"_unchanged", "_before", "_source", "_source_key"}
-    ]
-    hidden = ["0::BIGINT AS _hr_n", "NULL::VARCHAR AS _hr_k"]
+    numbers = ("_epoch", "_commit", "_ordinal", "_offset", "_txid", "_hr_n")
+    meta = [f"NULL::BIGINT AS {name}" for name in numbers]
+    hidden = ["NULL::VARCHAR AS _op", "NULL::TIMESTAMPTZ AS _committed_at", "NULL::VARCHAR AS _hr_k"]
     db.execute(f"CREATE OR REPLACE TEMP TABLE events AS SELECT {', '.join(cells + meta + hidden)} LIMIT 0")
 
 
@@ -155,9 +160,7 @@ def _try(db: duckdb.DuckDBPyConnection, text: ModelText, query: str) -> list[tup
         ) from error
 
 
-def _check_key(
-    text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, str, str]]
-) -> None:
+def _check_key(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, str, str]]) -> None:
     """Accept a key that is unique because the source's key is."""
     if not text.key:
         return
@@ -166,9 +169,9 @@ def _check_key(
     for name in text.key:
         expression, type_ = expressions[name]
         for column in schema.columns:
-            if column.name in schema.key and _reads(expression, column.name, text.alias):
-                if cast_keeps_apart(column.type, type_):
-                    covered.add(column.name)
+            reads = column.name in schema.key and _reads(expression, column.name, text.alias)
+            if reads and cast_keeps_apart(column.type, type_):
+                covered.add(column.name)
     if covered != set(schema.key):
         raise ModelError(
             f"Model {text.name}: its key {list(text.key)} does not hold the key of its table, "
@@ -178,9 +181,11 @@ def _check_key(
 
 
 def _reads(expression: str, column: str, alias: str) -> bool:
-    """Whether an expression is a column, perhaps cast."""
+    """Whether an expression is a column, perhaps cast once."""
     bare = expression.strip()
     if bare.upper().startswith("CAST((") and ") AS " in bare:
         bare = bare[len("CAST((") : bare.rindex(") AS ")]
-    bare = bare.split("::", maxsplit=1)[0].strip()
-    return bare.replace('"', "").lower() in {column.lower(), f"{alias}.{column}".lower()}
+    bare, _, cast = bare.partition("::")
+    if "::" in cast:
+        return False
+    return bare.strip().replace('"', "").lower() in {column.lower(), f"{alias}.{column}".lower()}

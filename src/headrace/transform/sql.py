@@ -18,7 +18,7 @@ from typing import Any
 
 import duckdb
 import sqlglot
-from sqlglot.tokens import Token, TokenType
+from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
 
@@ -153,7 +153,8 @@ def _functions() -> dict[str, str]:
     """Say which functions are aggregates and which depend on when they run."""
     with duckdb.connect() as db:
         rows = db.execute(
-            """SELECT DISTINCT function_name, CASE WHEN function_type = 'aggregate' THEN 'aggregate' ELSE 'clock' END
+            """SELECT DISTINCT function_name,
+              CASE WHEN function_type = 'aggregate' THEN 'aggregate' ELSE 'clock' END
             FROM duckdb_functions() WHERE function_type = 'aggregate'
             OR (function_type = 'scalar' AND stability <> 'CONSISTENT')"""
         ).fetchall()
@@ -173,7 +174,9 @@ def _walk(part: object) -> Iterator[dict[str, Any]]:
 def _table(file: str, node: dict[str, Any]) -> tuple[str, str, str]:
     table = node["from_table"]
     path = table.get("qualified_name", {}).get("path") or [
-        part for part in (table.get("catalog_name"), table.get("schema_name"), table.get("table_name")) if part
+        part
+        for part in (table.get("catalog_name"), table.get("schema_name"), table.get("table_name"))
+        if part
     ]
     if table["type"] != "BASE_TABLE" or len(path) != 3 or path[0].lower() != "raw":
         raise ModelError(
@@ -245,9 +248,13 @@ def _contract(
         if column not in names:
             near = difflib.get_close_matches(column, names, 1)
             hint = f' Did you mean "{near[0]}"?' if near else ""
-            raise ModelError(f"{file}: the contract names {column!r}, which the SELECT does not put out.{hint}")
+            raise ModelError(
+                f"{file}: the contract names {column!r}, which the SELECT does not put out.{hint}"
+            )
         if not isinstance(rule, str):
-            raise ModelError(f'{file}: the contract of {column!r} must be a string such as "BIGINT NOT NULL".')
+            raise ModelError(
+                f'{file}: the contract of {column!r} must be a string such as "BIGINT NOT NULL".'
+            )
         type_, column_checks = _rules(file, column, rule)
         checks += column_checks
         if type_:

@@ -33,7 +33,7 @@ _TIME = re.compile(r"time(\(\d\))? without time zone")
 # one dimension, or bounds that do not start at 1, fit no DuckDB list: they fail like any bad cast.
 _ELEMENTS = (
     "CASE WHEN starts_with({c}, '{{{{') OR starts_with({c}, '[') THEN CAST({c} AS INTEGER[])::VARCHAR[] "
-    "ELSE list_transform(regexp_extract_all({c}[2:-2], '\"(?:[^\"\\\\]|\\\\.)*\"|[^,]+'), "
+    'ELSE list_transform(regexp_extract_all({c}[2:-2], \'"(?:[^"\\\\]|\\\\.)*"|[^,]+\'), '
     "lambda e: CASE WHEN e = 'NULL' THEN NULL "
     "WHEN e[1] = '\"' THEN regexp_replace(e[2:-2], '\\\\(.)', '\\1', 'g') ELSE e END) END"
 )

@@ -90,12 +90,14 @@ def refusal(url: str, error: Exception) -> SourceUnavailable | UserError:
     text = words[-1] if words else "no reason given"
     if "password authentication failed" in text or "no password supplied" in text or "authentication" in text:
         return UserError(
-            f"{where} refuses the login: {text}", "Check user and password in the source's url, and pg_hba.conf."
+            f"{where} refuses the login: {text}",
+            "Check user and password in the source's url, and pg_hba.conf.",
         )
     if re.search(r'(database|role) ".*" does not exist', text):
         return UserError(f"{where}: {text}", "Check the source's url.")
     return SourceUnavailable(
-        f"{where} cannot be reached: {text}", "Check that the server runs and the url is right; Headrace keeps trying."
+        f"{where} cannot be reached: {text}",
+        "Check that the server runs and the url is right; Headrace keeps trying.",
     )
 
 

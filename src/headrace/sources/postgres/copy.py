@@ -33,7 +33,9 @@ def select_text(schema: TableSchema, partitioned: bool) -> str:
     cells = []
     for column in schema.columns:
         name = quoted(column.name)
-        base = column.type.partition("(")[0].removesuffix(" with time zone").removesuffix(" without time zone")
+        base = (
+            column.type.partition("(")[0].removesuffix(" with time zone").removesuffix(" without time zone")
+        )
         if base in _SAME_AS_OUTPUT or column.base in {"enum", "array"}:
             cells.append(f"{name}::text AS {name}")
         else:
@@ -50,9 +52,7 @@ def partitioned_tables(cursor: Any) -> set[TableId]:
     return {TableId(*row) for row in cursor.fetchall()}
 
 
-def copy_tables(
-    bulk: Any, shapes: Sequence[TableSchema], commit: int
-) -> Iterator[Sequence[Entry]]:
+def copy_tables(bulk: Any, shapes: Sequence[TableSchema], commit: int) -> Iterator[Sequence[Entry]]:
     """Yield groups that hold every row of the tables as of the snapshot that `bulk` has adopted.
 
     Each table begins with a marker, before which nothing of it counts any more: an interrupted copy
@@ -80,9 +80,7 @@ def copy_tables(
         yield [Entry("marker", None, end, end, now, 0, 0, payload)]
 
 
-def _rows(
-    table: TableId, version: int, batch: pa.RecordBatch, commit: int, after: int, now: int
-) -> Entry:
+def _rows(table: TableId, version: int, batch: pa.RecordBatch, commit: int, after: int, now: int) -> Entry:
     count = batch.num_rows
     head = {
         "_op": pa.repeat("r", count),

@@ -159,7 +159,7 @@ class GroupBuilder:
         if not key:
             raise SourceGap(
                 f"Table {table} has lost its key: its changes cannot be told apart.",
-                f"Give it a primary key again, or exclude it with \"!{table}\" and start from scratch.",
+                f'Give it a primary key again, or exclude it with "!{table}" and start from scratch.',
             )
         taken = [column.name for column in columns if column.name.lower() in RESERVED]
         if taken:

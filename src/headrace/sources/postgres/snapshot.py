@@ -51,7 +51,9 @@ def take_snapshot(url: str) -> Iterator[SourceSnapshot]:
             b"CREATE_REPLICATION_SLOT headrace_verify_%d TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"
             % holder.pgconn.backend_pid
         )
-        point, snapshot = (result.get_value(0, column) for column in (1, 2)) if result.ntuples else (None, None)
+        point, snapshot = (
+            (result.get_value(0, column) for column in (1, 2)) if result.ntuples else (None, None)
+        )
         if point is None or snapshot is None:
             raise SourceUnavailable(
                 "No temporary slot can be made for the comparison: "

@@ -131,7 +131,7 @@ class PostgresSource:
         if not tables:
             raise UserError(
                 f"Source {self.name}: no table of {place(self._url)} matches {list(self._config.tables)}.",
-                "Name existing tables in [source] tables, such as \"public.orders\".",
+                'Name existing tables in [source] tables, such as "public.orders".',
             )
         return tables
 
@@ -143,14 +143,14 @@ class PostgresSource:
                 f"Source {self.name}: no primary key in {', '.join(without)}: changes of their rows cannot "
                 "be told apart, and publishing them would make the application's own UPDATE fail.",
                 f"Add one, ALTER TABLE {without[0]} ADD PRIMARY KEY (…); or exclude: tables = "
-                f"[…, \"!{without[0]}\"].",
+                f'[…, "!{without[0]}"].',
             )
         for shape in shapes.values():
             taken = [column.name for column in shape.columns if column.name.lower() in RESERVED]
             if taken:
                 raise UserError(
                     f"Table {shape.table} has a column called {taken[0]}, a name that Headrace uses itself.",
-                    f"Rename it at the source, or exclude the table: \"!{shape.table}\".",
+                    f'Rename it at the source, or exclude the table: "!{shape.table}".',
                 )
         return [shapes[table] for table in tables]
 
@@ -168,7 +168,9 @@ class PostgresSource:
         missing = [table for table in tables if table not in {TableId(*row) for row in has}]
         listed = ", ".join(qualified(table) for table in missing)
         if not found:
-            statement = f"CREATE PUBLICATION {name} FOR TABLE {listed} WITH (publish_via_partition_root = true)"
+            statement = (
+                f"CREATE PUBLICATION {name} FOR TABLE {listed} WITH (publish_via_partition_root = true)"
+            )
         elif missing:
             statement = f"ALTER PUBLICATION {name} ADD TABLE {listed}"
         else:
@@ -184,7 +186,9 @@ class PostgresSource:
     def _drop_unfinished(self, db: Connection, log: Log) -> None:
         """Drop the slot of a copy that did not finish; refuse one that is not ours."""
         slot = self._config.slot
-        row = db.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone()
+        row = db.execute(
+            "SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]
+        ).fetchone()
         if row is None:
             return
         if log.note("slot") != slot:
@@ -200,9 +204,9 @@ class PostgresSource:
 
     def _create_slot(self, holder: psycopg.Connection[tuple[object, ...]]) -> tuple[int, str]:
         """Create the slot; returns its consistent point and the name of the exported snapshot."""
-        result = holder.pgconn.exec_(
-            f"CREATE_REPLICATION_SLOT {quoted(self._config.slot)} LOGICAL pgoutput (SNAPSHOT 'export')".encode()
-        )
+        slot = quoted(self._config.slot)
+        command = f"CREATE_REPLICATION_SLOT {slot} LOGICAL pgoutput (SNAPSHOT 'export')"
+        result = holder.pgconn.exec_(command.encode())
         if result.status != pq.ExecStatus.TUPLES_OK:
             raise _replication_error(result, f"Source {self.name}: the slot cannot be created")
         point, snapshot = result.get_value(0, 1), result.get_value(0, 2)
@@ -230,14 +234,14 @@ class PostgresSource:
             raise SourceGap(f"Source {self.name}: the slot {self._config.slot} is gone.", remedy)
         if row[1] == "lost":
             raise SourceGap(
-                f"Source {self.name}: the server has thrown away WAL that the slot {self._config.slot} needed "
-                "(max_slot_wal_keep_size).",
+                f"Source {self.name}: the server has thrown away WAL that the slot {self._config.slot} "
+                "needed (max_slot_wal_keep_size).",
                 remedy,
             )
         if row[0] and parse_lsn(str(row[0])) > durable:
             raise SourceGap(
-                f"Source {self.name}: the slot stands at {row[0]}, the log at {format_lsn(durable)}: another reader "
-                "moved it, or the state folder is older than it.",
+                f"Source {self.name}: the slot stands at {row[0]}, the log at {format_lsn(durable)}: "
+                "another reader moved it, or the state folder is older than it.",
                 remedy,
             )
 
@@ -273,9 +277,7 @@ class PostgresSource:
         finally:
             builder.close()
 
-    def _take(
-        self, decoder: Decoder, builder: GroupBuilder, after: int
-    ) -> Iterator[Sequence[Entry]]:
+    def _take(self, decoder: Decoder, builder: GroupBuilder, after: int) -> Iterator[Sequence[Entry]]:
         """Yield a group of what is complete; of an open transaction only once it is too big to hold."""
         if decoder.in_transaction and decoder.pending_bytes < self._max_bytes:
             return

@@ -1,0 +1,610 @@
+"""Compare a source, a log and a warehouse without a line of Headrace: its own proof, twice made.
+
+    python scripts/independent_check.py --source-url URL --warehouse FILE.duckdb --log FILE.db \
+        [--model NAME=SQL_FILE ...]
+
+Run it beside no running pipeline and a source at rest. It opens both files read-only and compares:
+
+- log: the hash chain from the first entry to the last, dense offsets, whole groups, and what the
+  warehouse says it holds of it;
+- mirrors: every table of the publication, row by row and column by column;
+- models: the model's own SQL over the source's rows as text; rows that fail are those in quarantine;
+- ledger: each row closes and reads what the log holds in its span, and all add up.
+
+Exit code 0 when all agree, 1 when something differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sqlite3
+import struct
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+OPEN = "status IN ('quarantined', 'waiting', 'blocked')"
+SHOWN = 5
+SETTINGS = (
+    "-c TimeZone=UTC -c DateStyle=ISO,YMD -c IntervalStyle=postgres -c extra_float_digits=1 "
+    "-c bytea_output=hex -c lc_monetary=C -c search_path=pg_catalog -c xmloption=content"
+)
+HEADER = (
+    "offset kind table_schema table_name first_epoch first_commit first_ordinal last_epoch last_commit "
+    "last_ordinal committed_at rows schema_version appended_at ends_group"
+).split()
+
+
+@dataclass
+class Report:
+    """What was compared, and whether it agreed."""
+
+    wrong: int = 0
+
+    def say(self, ok: bool, what: str, detail: str) -> None:
+        self.wrong += not ok
+        print(f"{'ok   ' if ok else 'WRONG'} {what}: {detail}")
+
+
+@dataclass
+class Log:
+    """What the log holds, by its own account."""
+
+    hashes: dict[int, str] = field(default_factory=dict)
+    rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """(offset, row changes) of every entry, by table label."""
+
+    @property
+    def end(self) -> int:
+        return max(self.hashes, default=0)
+
+    def count(self, table: str, after: int, through: int) -> int:
+        return sum(rows for offset, rows in self.rows.get(table, ()) if after < offset <= through)
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A source table: how a project calls it, its name in SQL, its columns and its key."""
+
+    label: str
+    sql: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+
+
+def main() -> int:
+    asked = arguments()
+    report = Report()
+    source = asked.log.stem
+    log = walk_log(asked.log, report)
+    with duckdb.connect(str(asked.warehouse), read_only=True) as warehouse:
+        warehouse.execute("SET TimeZone = 'UTC'")
+        at_end = compare_end(warehouse, source, log, report)
+        models = [Model.read(*pair.split("=", 1)) for pair in asked.model]
+        compare_ledger(warehouse, source, log, {model.name: model.table for model in models}, report)
+        with connect(asked.source_url) as db:
+            tables = published(db, asked.publication or f"headrace_{source}")
+            report.say(bool(tables), "publication", f"{len(tables)} tables")
+            for table in tables:
+                mine = [model for model in models if model.table == table.label]
+                for model in mine:
+                    compare_model(db, warehouse, source, table, model, report)
+                if not mine:
+                    compare_mirror(db, warehouse, source, table, report)
+    if not at_end:
+        print("The warehouse is behind the log: differences to the source may be changes under way.")
+    print(f"{'all agrees' if not report.wrong else f'{report.wrong} things differ'}")
+    return 1 if report.wrong else 0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source-url", required=True)
+    parser.add_argument("--warehouse", required=True, type=Path)
+    parser.add_argument("--log", required=True, type=Path, help="its name is the source's name: shop.db")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=SQL_FILE")
+    parser.add_argument("--publication", help="headrace_<source> without")
+    return parser.parse_args()
+
+
+def connect(url: str) -> psycopg.Connection[Any]:
+    return psycopg.connect(make_conninfo(**{**conninfo_to_dict(url), "options": SETTINGS}))
+
+
+# ── the log ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def walk_log(path: Path, report: Report) -> Log:
+    """Walk the chain: BLAKE2b-256 over the hash before, the header as compact JSON, the payload."""
+    log = Log()
+    faults: list[str] = []
+    previous, expected, ended = bytes(32), 1, 1
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
+        columns = ", ".join(f'"{name}"' for name in HEADER)
+        try:
+            for *header, digest, payload in db.execute(
+                f'SELECT {columns}, hash, payload FROM entries ORDER BY "offset"'
+            ):
+                entry = dict(zip(HEADER, header, strict=True))
+                if entry["offset"] != expected:
+                    faults.append(f"offset {expected} is missing")
+                text = json.dumps(header, separators=(",", ":")).encode()
+                found = hashlib.blake2b(previous + text + payload, digest_size=32)
+                if found.hexdigest() != digest:
+                    faults.append(f"the hash of offset {entry['offset']} does not hold")
+                log.hashes[entry["offset"]] = digest
+                if entry["table_name"] is not None and entry["kind"] in {"rows", "truncate", "marker"}:
+                    label = label_of(entry["table_schema"], entry["table_name"])
+                    log.rows.setdefault(label, []).append((entry["offset"], entry["rows"]))
+                previous, expected, ended = bytes.fromhex(digest), entry["offset"] + 1, entry["ends_group"]
+        except (sqlite3.Error, ValueError) as error:
+            faults.append(f"unreadable after offset {expected - 1}: {error}")
+    if not ended:
+        faults.append("the last group has no end")
+    report.say(not faults, "log", "; ".join(faults[:SHOWN]) or f"the chain holds to offset {log.end}")
+    return log
+
+
+def compare_end(warehouse: duckdb.DuckDBPyConnection, source: str, log: Log, report: Report) -> bool:
+    """Compare the warehouse's progress with the log; True if it stands at the log's end."""
+    rows = warehouse.execute(
+        'SELECT "offset", hash FROM headrace.progress WHERE source = ?', [source]
+    ).fetchall()
+    if len(rows) != 1:
+        report.say(False, "progress", f"{len(rows)} rows for source {source}")
+        return False
+    offset, digest = rows[0]
+    same = log.hashes.get(offset) == digest
+    detail = f"stands at offset {offset} of {log.end}, " + (
+        "with its hash" if same else "whose hash is another"
+    )
+    report.say(same, "progress", detail)
+    return bool(offset == log.end)
+
+
+# ── the ledger ───────────────────────────────────────────────────────────────────────────────────
+
+
+def compare_ledger(
+    warehouse: duckdb.DuckDBPyConnection, source: str, log: Log, tables: dict[str, str], report: Report
+) -> None:
+    """Compare each model's ledger with the log and with its open records; `tables` by model."""
+    for model, offset, said in warehouse.execute(
+        'SELECT model, "offset", open_records FROM headrace.models WHERE source = ?', [source]
+    ).fetchall():
+        rows = warehouse.execute(
+            'SELECT kind, "after", "through", read, applied + superseded + filtered + quarantined + waiting '
+            "+ blocked, quarantined FROM headrace.ledger WHERE source = ? AND model = ? AND kind <> 'void' "
+            'ORDER BY "after", "through"',
+            [source, model],
+        ).fetchall()
+        table = tables.get(model, model.removeprefix(f"{source}."))
+        faults = ledger_faults(rows, log, table, offset)
+        (opened,) = warehouse.execute(
+            f"SELECT count(*) FROM headrace.quarantine WHERE source = ? AND model = ? AND {OPEN}",
+            [source, model],
+        ).fetchall()[0]
+        if not sum(row[5] for row in rows) == opened == said:
+            faults.append(f"{sum(row[5] for row in rows)} quarantined, {opened} open records, {said} said")
+        total = sum(row[3] for row in rows)
+        detail = "; ".join(faults[:SHOWN]) or f"{len(rows)} rows close over {total} changes, {opened} open"
+        report.say(not faults, f"ledger of {model}", detail)
+
+
+def ledger_faults(rows: list[Any], log: Log, table: str, offset: int) -> list[str]:
+    faults = [f"the row of {row[1]}..{row[2]} does not close" for row in rows if row[3] != row[4]]
+    reached = 0
+    for kind, after, through, read, *_ in rows:
+        held = log.count(table, after, through) if kind == "apply" else 0
+        if kind == "apply" and (after < reached or through > offset):
+            faults.append(f"the span {after}..{through} overlaps another, or ends after {offset}")
+        reached = max(reached, through)
+        if read != held:
+            faults.append(f"{kind} has read {read} in {after}..{through}, the log holds {held}")
+    total, held = sum(row[3] for row in rows), log.count(table, 0, offset)
+    return faults if total == held else [*faults, f"read {total} in all, the log holds {held}"]
+
+
+# ── the source ───────────────────────────────────────────────────────────────────────────────────
+
+
+def published(db: psycopg.Connection[Any], publication: str) -> list[Table]:
+    tables = []
+    for oid, schema, name in db.execute(
+        "SELECT c.oid, n.nspname, c.relname FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid "
+        "JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
+        "WHERE p.pubname = %s ORDER BY 2, 3",
+        [publication],
+    ).fetchall():
+        columns = db.execute(
+            "SELECT attname, format_type(atttypid, atttypmod), attnum FROM pg_attribute WHERE attrelid = %s "
+            "AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum",
+            [oid],
+        ).fetchall()
+        keys = db.execute(
+            "SELECT indkey::int2[] FROM pg_index JOIN pg_class c ON c.oid = indrelid WHERE indrelid = %s "
+            "AND CASE WHEN c.relreplident = 'i' THEN indisreplident ELSE indisprimary END",
+            [oid],
+        ).fetchall()
+        partitioned = db.execute("SELECT relkind = 'p' FROM pg_class WHERE oid = %s", [oid]).fetchall()[0][0]
+        sql = f"{'' if partitioned else 'ONLY '}{quoted(schema)}.{quoted(name)}"
+        key = tuple(column for column, _, number in columns if number in keys[0][0])
+        shape = tuple(Column(column, type_) for column, type_, _ in columns)
+        tables.append(Table(label_of(schema, name), sql, shape, key))
+    return tables
+
+
+def text_of(cell: str) -> str:
+    """What the type's output function says; `IS DISTINCT FROM`, for a row of nulls IS NULL."""
+    return f"CASE WHEN {cell} IS DISTINCT FROM NULL THEN format('%s', {cell}) END"
+
+
+# ── mirrors ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def compare_mirror(
+    db: psycopg.Connection[Any],
+    warehouse: duckdb.DuckDBPyConnection,
+    source: str,
+    table: Table,
+    report: Report,
+) -> None:
+    what = f"mirror {source}.{table.label}"
+    types = dict(
+        warehouse.execute(
+            "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = ? "
+            "AND table_name = ?",
+            [source, table.label],
+        ).fetchall()
+    )
+    missing = [column.name for column in table.columns if column.name not in types]
+    if missing:
+        report.say(False, what, f"has no column {', '.join(missing)}" if types else "is missing")
+        return
+    opened = open_keys(warehouse, source, f"{source}.{table.label}")
+    counts = dict.fromkeys(("rows", "missing", "extra", "doubled"), 0)
+    differing: dict[str, int] = {}
+    examples: list[str] = []
+    pairs = merged(source_rows(db, table, types), found_rows(warehouse, source, table, types))
+    for key, wanted, found in pairs:
+        raw = key[0] if len(table.key) == 1 else compact(list(key))
+        if raw in opened:
+            continue
+        counts["rows"] += len(wanted)
+        fault = compare_row(table, types, wanted, found, counts, differing)
+        if fault and len(examples) < SHOWN:
+            examples.append(f"{fault} {raw}")
+    faults = [f"{n} {kind}" for kind, n in counts.items() if n and kind != "rows"]
+    faults += [f"column {name} differs in {n} rows" for name, n in differing.items()]
+    detail = f"{counts['rows']} rows, {len(table.columns)} columns agree"
+    if opened:
+        detail += f"; {len(opened)} keys are in quarantine and left out"
+    report.say(not faults, what, "; ".join([*faults, *examples]) or detail)
+
+
+def compare_row(
+    table: Table, types: dict[str, str], wanted: list[Any], found: list[Any], counts: dict[str, int],
+    differing: dict[str, int],
+) -> str:  # fmt: skip
+    """Compare the rows of one key on both sides; returns what is wrong in a word."""
+    if not found or not wanted:
+        kind = "extra" if found else "missing"
+        counts[kind] += 1
+        return kind
+    if len(found) > 1:
+        counts["doubled"] += 1
+        return "doubled"
+    wrong = [
+        column.name
+        for column, left, right in zip(table.columns, wanted[0], found[0], strict=True)
+        if left != right
+        and settle(column, types[column.name], left) != settle(column, types[column.name], right)
+    ]
+    for name in wrong:
+        differing[name] = differing.get(name, 0) + 1
+    return f"{','.join(wrong)} of" if wrong else ""
+
+
+def source_rows(db: psycopg.Connection[Any], table: Table, types: dict[str, str]) -> Iterator[Any]:
+    """Yield (key, cells) ordered by the keys' bytes."""
+    keys = [text_of(quoted(name)) for name in table.key]
+    cells = [source_cell(quoted(c.name), c.type, types[c.name]) for c in table.columns]
+    order = ", ".join(f'({key}) COLLATE "C"' for key in keys)
+    with db.cursor(name="rows") as cursor:
+        cursor.itersize = 5_000
+        cursor.execute(f"SELECT {', '.join(keys + cells)} FROM {table.sql} ORDER BY {order}".encode())
+        for row in cursor:
+            yield row[: len(keys)], row[len(keys) :]
+
+
+def found_rows(
+    warehouse: duckdb.DuckDBPyConnection, source: str, table: Table, types: dict[str, str]
+) -> Iterator[Any]:
+    key = ["_source_key"] if len(table.key) == 1 else [
+        f"(_source_key::JSON ->> {i})" for i in range(len(table.key))
+    ]  # fmt: skip
+    cells = [found_cell(quoted(c.name), types[c.name]) for c in table.columns]
+    cursor = warehouse.cursor()
+    cursor.execute("SET TimeZone = 'UTC'")
+    cursor.execute(
+        f"SELECT {', '.join(key + cells)} FROM {quoted(source)}.{quoted(table.label)} ORDER BY {', '.join(key)}"
+    )
+    while rows := cursor.fetchmany(5_000):
+        for row in rows:
+            yield row[: len(key)], row[len(key) :]
+
+
+def merged(left: Iterator[Any], right: Iterator[Any]) -> Iterator[tuple[Any, list[Any], list[Any]]]:
+    """Yield each key with its rows on both sides; both must be ordered by key."""
+    one, two = next(left, None), next(right, None)
+    while one is not None or two is not None:
+        key = min(row[0] for row in (one, two) if row is not None)
+        ours: list[Any] = []
+        theirs: list[Any] = []
+        while one is not None and one[0] == key:
+            ours.append(one[1])
+            one = in_order(key, next(left, None))
+        while two is not None and two[0] == key:
+            theirs.append(two[1])
+            two = in_order(key, next(right, None))
+        yield key, ours, theirs
+
+
+def in_order(key: Any, row: Any) -> Any:
+    assert row is None or row[0] >= key, "the sides are ordered differently"
+    return row
+
+
+def source_cell(cell: str, type_: str, target: str) -> str:
+    """The canonical text of a Postgres value, given the type that the warehouse holds it in."""
+    if target == "VARCHAR":
+        return text_of(cell)
+    if type_.endswith("[]"):
+        element = source_cell("e", type_[:-2], target[:-2])
+        return (
+            f"CASE WHEN {cell} IS NOT NULL THEN (SELECT coalesce(json_agg({element} ORDER BY n), '[]')::text "
+            f"FROM unnest({cell}) WITH ORDINALITY u(e, n)) END"
+        )
+    if type_ == "boolean":
+        return f"CASE WHEN {cell} THEN 't' WHEN NOT {cell} THEN 'f' END"
+    if type_ == "bytea":
+        return f"encode({cell}, 'hex')"
+    if type_ == "date":
+        return f"CASE WHEN isfinite({cell}) THEN ({cell} - date '1970-01-01')::text ELSE {cell}::text END"
+    if type_.startswith("timestamp"):
+        micros = f"(extract(epoch FROM {cell}) * 1000000)::bigint::text"
+        return f"CASE WHEN isfinite({cell}) THEN {micros} ELSE {cell}::text END"
+    if type_.startswith("time"):
+        return f"(extract(epoch FROM {cell}) * 1000000)::bigint::text"
+    return text_of(cell)
+
+
+def found_cell(cell: str, type_: str) -> str:
+    """The canonical text of a DuckDB value."""
+    if type_.endswith("[]"):
+        return f"to_json(list_transform({cell}, lambda e: {found_cell('e', type_[:-2])}))::VARCHAR"
+    if type_ == "BOOLEAN":
+        return f"CASE WHEN {cell} THEN 't' WHEN NOT {cell} THEN 'f' END"
+    if type_ == "BLOB":
+        return f"lower(hex({cell}))"
+    if type_ == "DATE":
+        days = f"datediff('day', DATE '1970-01-01', {cell})::VARCHAR"
+        return f"CASE WHEN isfinite({cell}) THEN {days} ELSE {cell}::VARCHAR END"
+    if type_.startswith("TIMESTAMP"):
+        return f"CASE WHEN isfinite({cell}) THEN epoch_us({cell})::VARCHAR ELSE {cell}::VARCHAR END"
+    if type_ == "TIME":
+        return f"epoch_us({cell})::VARCHAR"
+    return f"{cell}::VARCHAR"
+
+
+def settle(column: Column, target: str, text: str | None) -> object:
+    """A comparable value of a canonical text, where two texts may mean the same."""
+    if text is None:
+        return None
+    if target == "JSON":
+        return json.loads(text, parse_float=str, parse_int=str, parse_constant=str, object_pairs_hook=tuple)
+    if target.endswith("[]"):
+        element = Column(column.name, column.type[:-2])
+        return [settle(element, target[:-2], part) for part in json.loads(text)]
+    if target == "FLOAT":
+        return struct.pack("f", float(text))
+    if target == "DOUBLE":
+        return repr(float(text))
+    if target.startswith("DECIMAL"):
+        return str(Decimal(text))
+    return text
+
+
+def open_keys(warehouse: duckdb.DuckDBPyConnection, source: str, model: str) -> set[str]:
+    rows = warehouse.execute(
+        f"SELECT DISTINCT key FROM headrace.quarantine WHERE source = ? AND model = ? AND {OPEN}",
+        [source, model],
+    )
+    return {canonical_key(row[0]) for row in rows.fetchall()}
+
+
+def canonical_key(key: str) -> str:
+    """A composite key is a JSON list of strings; spelled the same on both sides."""
+    try:
+        parts = json.loads(key)
+    except ValueError:
+        return key
+    return compact(parts) if isinstance(parts, list) and all(isinstance(p, str) for p in parts) else key
+
+
+# ── models ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model file: its SELECT, and what its header demands of the outputs."""
+
+    name: str
+    table: str
+    select: str
+    key: tuple[str, ...]
+    contract: dict[str, str]
+
+    @classmethod
+    def read(cls, name: str, path: str) -> Model:
+        text = Path(path).read_text()
+        header = re.match(r"\s*/\*\s*headrace\b(.*?)\*/", text, re.DOTALL)
+        rules = tomllib.loads(header[1]) if header else {}
+        body = re.sub(r"/\*.*?\*/", "", text[header.end() :] if header else text, flags=re.DOTALL)
+        body = re.sub(r"^\s*--.*$", "", body, flags=re.MULTILINE).strip().rstrip(";")
+        found = re.search(r'\bFROM\s+raw\.\w+\.(?:"([^"]+)"|(\w+))', body, re.IGNORECASE)
+        assert found, f"{path} does not read raw.<source>.<table>"
+        return cls(name, found[1] or found[2], body, tuple(rules.get("key", ())), rules.get("contract", {}))
+
+    def query(self, columns: list[str]) -> str:
+        """The SELECT with each row's source key, its outputs in their contract's types, and whether
+        one of its rules is violated."""
+        keyed = re.sub(r"^\s*SELECT\b", "SELECT _row_key, _row,", self.select, count=1, flags=re.IGNORECASE)
+        casts, rules = [], [f"{quoted(name)} IS NULL" for name in self.key]
+        for name in columns:
+            parts = re.split(r"\bNOT\s+NULL\b|\bCHECK\b", self.contract.get(name, ""), flags=re.IGNORECASE)
+            casts.append(
+                f"CAST({quoted(name)} AS {parts[0]}) AS {quoted(name)}" if parts[0].strip() else quoted(name)
+            )
+            if re.search(r"\bNOT\s+NULL\b", self.contract.get(name, ""), re.IGNORECASE):
+                rules.append(f"{quoted(name)} IS NULL")
+            check = re.search(r"\bCHECK\s*(\(.*\))", self.contract.get(name, ""), re.IGNORECASE | re.DOTALL)
+            if check:
+                rules.append(f"NOT coalesce({check[1]}, true)")
+        made = f"SELECT _row_key, _row, {', '.join(casts)} FROM ({keyed})"
+        return f"SELECT *, {' OR '.join(rules) or 'false'} AS _violated FROM ({made})"
+
+
+def compare_model(
+    db: psycopg.Connection[Any], warehouse: duckdb.DuckDBPyConnection, source: str, table: Table, model: Model,
+    report: Report,
+) -> None:  # fmt: skip
+    what = f"model {model.name}"
+    schema, _, name = (
+        f"main.{model.name}".rpartition(".") if "." not in model.name else model.name.partition(".")
+    )
+    columns = warehouse.execute(
+        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = ? AND table_name = ? "
+        "AND column_name NOT IN ('_source', '_source_key') ORDER BY ordinal_position",
+        [schema, name],
+    ).fetchall()
+    if not columns:
+        report.say(False, what, "is missing")
+        return
+    names = [column for column, _ in columns]
+    with duckdb.connect() as lab, tempfile.TemporaryDirectory() as folder:
+        load_as_text(db, lab, source, table, Path(folder) / "rows.csv")
+        failed = run_model(lab, model.query(names), columns)
+        opened = open_keys(warehouse, source, model.name)
+        same = failed == opened
+        sample = ", ".join(sorted(failed ^ opened)[:SHOWN])
+        detail = f"{len(failed)} rows fail" + (
+            "" if same else f", {len(opened)} keys are in quarantine: {sample}"
+        )
+        report.say(same, f"quarantine of {model.name}", detail)
+        target = f"{quoted(schema)}.{quoted(name)}"
+        listed = ", ".join(f"{quoted(c)}::VARCHAR" for c in names)
+        wanted = lab.execute(f"SELECT _row_key, {listed} FROM made ORDER BY 1").fetchall()
+        found = warehouse.execute(f"SELECT _source_key, {listed} FROM {target} ORDER BY 1").fetchall()
+    left = sorted((row for row in wanted if canonical_key(row[0]) not in opened | failed), key=repr)
+    right = sorted((row for row in found if canonical_key(row[0]) not in opened | failed), key=repr)
+    keys = sorted({row[0] for row in set(left) ^ set(right)})
+    detail = f"{len(left)} rows, {len(names)} columns agree"
+    if left != right:
+        detail = f"{len(left)} rows wanted, {len(right)} found; differing keys: {', '.join(keys[:SHOWN]) or 'doubled'}"
+    report.say(left == right, what, detail)
+
+
+def load_as_text(
+    db: psycopg.Connection[Any], lab: duckdb.DuckDBPyConnection, source: str, table: Table, file: Path
+) -> None:
+    """Make the source's rows a table of text, and `raw.<source>.<table>` a window on it."""
+    cells = ", ".join(f"{text_of(quoted(c.name))} AS {quoted(c.name)}" for c in table.columns)
+    with file.open("wb") as out, db.cursor().copy(
+        f"COPY (SELECT {cells} FROM {table.sql}) TO STDOUT (FORMAT csv, FORCE_QUOTE *)".encode()
+    ) as copy:  # fmt: skip
+        for data in copy:
+            out.write(data)
+    lab.execute("SET TimeZone = 'UTC'")
+    lab.execute("ATTACH ':memory:' AS raw")
+    lab.execute(f"CREATE SCHEMA raw.{quoted(source)}")
+    cells = ", ".join(f"{quoted(c.name)} VARCHAR" for c in table.columns)
+    lab.execute(f"CREATE TABLE loaded ({cells})")
+    if file.stat().st_size:
+        lab.execute(
+            f"COPY loaded FROM '{file}' (FORMAT csv, HEADER false, ALLOW_QUOTED_NULLS false, NULLSTR '', "
+            "QUOTE '\"', ESCAPE '\"', PARALLEL false, MAX_LINE_SIZE 67108864, AUTO_DETECT false, DELIM ',')"
+        )
+    key = [quoted(name) for name in table.key]
+    row_key = key[0] if len(key) == 1 else f"to_json([{', '.join(key)}])::VARCHAR"
+    lab.execute(
+        f"CREATE TABLE raw.main.rows AS SELECT *, {row_key} AS _row_key, row_number() OVER () - 1 AS _row FROM loaded"
+    )
+    lab.execute("SET VARIABLE first = 0; SET VARIABLE past = 0")
+    lab.execute(
+        f"CREATE VIEW raw.{quoted(source)}.{quoted(table.label)} AS SELECT * FROM raw.main.rows "
+        "WHERE _row >= getvariable('first') AND _row < getvariable('past')"
+    )
+
+
+def run_model(lab: duckdb.DuckDBPyConnection, query: str, columns: list[tuple[str, str]]) -> set[str]:
+    """Fill `made` with what the model makes of the rows that it can take; returns the others' keys.
+
+    Where a query fails, its rows are halved, down to the one row that is to blame.
+    """
+    types = ", ".join(f"{quoted(name)} {type_}" for name, type_ in columns)
+    lab.execute(f"CREATE TABLE made (_row_key VARCHAR, _row BIGINT, {types}, _violated BOOLEAN)")
+    (total,) = lab.execute("SELECT count(*) FROM raw.main.rows").fetchall()[0]
+    failed: set[int] = set()
+    spans = [(0, int(total))]
+    while spans:
+        first, past = spans.pop()
+        try:
+            lab.execute(f"SET VARIABLE first = {first}; SET VARIABLE past = {past}")
+            lab.execute(f"INSERT INTO made {query}")
+        except duckdb.Error:
+            if past - first <= 1:
+                failed.add(first)
+                continue
+            middle = (first + past) // 2
+            spans += [(first, middle), (middle, past)]
+    failed |= {row[0] for row in lab.execute("DELETE FROM made WHERE _violated RETURNING _row").fetchall()}
+    listed = ", ".join(map(str, failed)) or "-1"
+    keys = lab.execute(f"SELECT _row_key FROM raw.main.rows WHERE _row IN ({listed})").fetchall()
+    return {canonical_key(row[0]) for row in keys}
+
+
+def label_of(schema: str, table: str) -> str:
+    return table if schema == "public" else f"{schema}.{table}"
+
+
+def compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""`headrace quarantine`: the changes that could not be applied: listed, shown, tried again."""
+
+from __future__ import annotations
+
+import json as json_text
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+from uuid import UUID
+
+from cyclopts import Parameter
+
+from headrace.cli.tables import json_of, print_json_lines, print_table
+from headrace.config import Project, load_project
+from headrace.errors import UserError
+from headrace.keys import literal
+from headrace.server import ask, is_running, read
+from headrace.sources.postgres.health import lsn_text
+
+MAX_KEYS = 20_000
+"""Keys in one request: with keys of usual length it stays below the server's bound for a request."""
+
+_MAX_KEY_BYTES = 8 << 20
+_OPEN = ("quarantined", "waiting", "blocked")
+
+Status = Literal["open", "quarantined", "waiting", "blocked", "resolved", "superseded", "discarded", "all"]
+_Project = Annotated[Path, Parameter(help="The project's folder.")]
+_Json = Annotated[bool, Parameter(help="Print JSON.", negative="")]
+
+
+class Batch(NamedTuple):
+    """Source keys of one model with open records."""
+
+    source: str
+    model: str
+    keys: list[str]
+
+
+def list_records(
+    *,
+    project: _Project = Path(),
+    status: Status = "open",
+    model: str | None = None,
+    issue: str | None = None,
+    limit: int = 50,
+    json: _Json = False,
+) -> None:
+    """List records, those of one cause together, the newest first; by default the open ones.
+
+    With --json one object per record: id, issue, source, model, status, stage, reason, columns,
+    message, key, op, offset, committed_at, attempts.
+
+    Parameters
+    ----------
+    status
+        `open` is quarantined, waiting or blocked.
+    model
+        Only records of this model.
+    issue
+        Only records of this cause, as a list or an alert names it.
+    limit
+        How many records at most.
+    """
+    settings = load_project(project)
+    wanted = _where(status, model, issue)
+    records, totals = read(
+        settings,
+        [
+            "SELECT id::VARCHAR AS id, issue, source, model, status, stage, reason, columns, message, key, op, "
+            f'"offset", committed_at, attempts FROM headrace.quarantine WHERE {wanted} '
+            'ORDER BY max("offset") OVER (PARTITION BY issue) DESC, issue, "offset" DESC, ordinal DESC '
+            f"LIMIT {max(limit, 0)}",
+            "SELECT issue, any_value(model) AS model, any_value(reason) AS reason, any_value(message) AS message, "
+            f"count(*) AS n FROM headrace.quarantine WHERE {wanted} GROUP BY issue",
+        ],
+    )
+    rows = records.to_pylist()
+    if json:
+        print_json_lines(records.column_names, (list(row.values()) for row in rows))
+        return
+    counts = {row["issue"]: row for row in totals.to_pylist()}
+    for name, group in groupby(rows, key=lambda row: row["issue"]):
+        cause = counts[name]
+        print(f"{name}  {cause['model']}  {cause['reason']}: {cause['message']} ({cause['n']} records)")
+        shown = ("id", "status", "columns", "key", "op", "offset", "committed_at", "attempts")
+        print_table(shown, [[row[column] for column in shown] for row in group])
+        print()
+    total = sum(cause["n"] for cause in counts.values())
+    _print_end(total, len(rows), len(counts), status)
+
+
+def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  # noqa: A002 - what users type
+    """Show one record: its cause, its cells as the source wrote them, its place, and what to do.
+
+    With --json one object: every column of headrace.quarantine, and `position` and `redrive`.
+
+    Parameters
+    ----------
+    id
+        The record's id, or the beginning of it.
+    """
+    record = _record(load_project(project), id)
+    record["position"] = f"{lsn_text(record['commit'])} row {record['ordinal']} epoch {record['epoch']}"
+    folder = "" if project == Path() else f" --project {_shell(str(project))}"
+    record["redrive"] = [
+        f"headrace quarantine redrive --issue {record['issue']}{folder}",
+        f"headrace quarantine redrive --model {_shell(record['model'])} --key={_shell(record['key'] or '')}{folder}",
+    ]
+    if json:
+        print(json_of(record))
+        return
+    width = max(map(len, record))
+    for name, value in record.items():
+        if name not in ("preview", "redrive") and value is not None:
+            print(f"{name:<{width}}  {value}")
+    print("preview")
+    for name, value in _cells(record["preview"]):
+        print(f"  {name} = {value}")
+    if record["status"] in _OPEN:
+        print("When the model or the data is mended, try again all of this cause, or this key alone:")
+        for command in record["redrive"]:
+            print(f"  {command}")
+
+
+def redrive(
+    *,
+    project: _Project = Path(),
+    issue: str | None = None,
+    key: str | None = None,
+    model: str | None = None,
+    all: Annotated[bool, Parameter(negative="")] = False,  # noqa: A002 - what users type
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    json: _Json = False,
+) -> None:
+    """Fold the keys of open records again under the models as their files are now.
+
+    The running pipeline does it; where none runs, this process takes the state folder for as long.
+    Exactly one of --issue, --key and --all. With --json one object: `keys`, `resolved`,
+    `still_quarantined` (records; with --dry-run keys), `rebuilding` (keys of models that have other
+    columns now, and are built again with all their rows), `dry_run`.
+
+    Parameters
+    ----------
+    issue
+        All keys with an open record of this cause.
+    key
+        One source key, of the model that --model names.
+    model
+        Only keys of this model.
+    all
+        All keys with an open record.
+    dry_run
+        Change nothing, only say how many would pass.
+    """
+    if (issue is not None) + (key is not None) + all != 1 or (key is not None and model is None):
+        raise UserError(
+            "What to redrive is not clear.", "Give one of: --issue ID; --model NAME --key KEY; --all [--model NAME]."
+        )
+    settings = load_project(project)
+    wanted = _where("open", model, issue) + ("" if key is None else f" AND key = {literal(key)}")
+    result = {"keys": 0, "resolved": 0, "still_quarantined": 0, "rebuilding": 0, "dry_run": dry_run}
+    for counts in _redrive(settings, wanted, dry_run=dry_run):
+        for name, count in counts.items():
+            result[name] += count
+    if not result["keys"]:
+        _refuse_unknown(settings, issue, key, model)
+    print(json_text.dumps(result) if json else _outcome(result))
+
+
+def _redrive(project: Project, wanted: str, *, dry_run: bool) -> Iterator[dict[str, int]]:
+    """Redrive the keys of the chosen records, a batch at a time; yields what became of each."""
+    if is_running(project):
+        for batch in _batches(project, wanted):
+            request = {"op": "redrive", **batch._asdict(), "dry_run": dry_run}
+            answer = ask(project, request)
+            answer.pop("ok", None)
+            yield {"keys": len(batch.keys), **answer}
+        return
+    from headrace.pipeline import Pipeline
+
+    pipeline = Pipeline(project)
+    try:
+        lanes = {lane.config.name: lane for lane in pipeline.lanes}
+        for batch in _batches(project, wanted):
+            if batch.source not in lanes:
+                raise UserError(f"There is no [source.{batch.source}] any more.", "Its records cannot be redriven.")
+            lane = lanes[batch.source]
+            yield {"keys": len(batch.keys), **lane.redrive(batch.model, batch.keys, dry_run=dry_run)}
+    finally:
+        pipeline.close()
+
+
+def _batches(project: Project, wanted: str) -> list[Batch]:
+    (found,) = read(
+        project,
+        [
+            f"SELECT DISTINCT source, model, key FROM headrace.quarantine WHERE {wanted} "
+            "AND key IS NOT NULL ORDER BY source, model, key"
+        ],
+    )
+    rows = zip(*(found[name].to_pylist() for name in ("source", "model", "key")), strict=True)
+    batches = []
+    for (source, model), group in groupby(rows, key=lambda row: row[:2]):
+        batches += [Batch(source, model, keys) for keys in _bounded([row[2] for row in group])]
+    return batches
+
+
+def _bounded(keys: Sequence[str]) -> Iterator[list[str]]:
+    """Cut a list of keys where a request would have too many, or too long ones."""
+    batch: list[str] = []
+    size = 0
+    for key in keys:
+        # As JSON a character takes up to twelve bytes.
+        size += len(json_text.dumps(key))
+        if batch and (len(batch) == MAX_KEYS or size > _MAX_KEY_BYTES):
+            yield batch
+            batch, size = [], len(json_text.dumps(key))
+        batch.append(key)
+    yield batch
+
+
+def _where(status: str, model: str | None, issue: str | None) -> str:
+    states = _OPEN if status == "open" else (status,)
+    parts = ["true" if status == "all" else f"status IN ({', '.join(map(literal, states))})"]
+    if model is not None:
+        parts.append(f"model = {literal(model)}")
+    if issue is not None:
+        parts.append(f"issue = {literal(issue)}")
+    return " AND ".join(parts)
+
+
+def _record(project: Project, id_: str) -> dict[str, Any]:
+    if not re.fullmatch("[0-9a-fA-F-]{4,36}", id_):
+        raise UserError("This is no record's id.", "`headrace quarantine list` shows them.")
+    (found,) = read(
+        project,
+        [
+            "SELECT * REPLACE (id::VARCHAR AS id) FROM headrace.quarantine "
+            f"WHERE starts_with(id::VARCHAR, {literal(id_.lower())}) ORDER BY id LIMIT 2"
+        ],
+    )
+    if found.num_rows == 1:
+        record: dict[str, Any] = found.to_pylist()[0]
+        return {name: str(value) if isinstance(value, UUID) else value for name, value in record.items()}
+    what = "no record" if not found.num_rows else "more than one record"
+    raise UserError(f"There is {what} whose id begins with {id_}.", "`headrace quarantine list` shows them.")
+
+
+def _refuse_unknown(project: Project, issue: str | None, key: str | None, model: str | None) -> None:
+    """Refuse what no record has ever had; nothing open of what there is, is no mistake."""
+    wanted = _where("all", model, issue) + ("" if key is None else f" AND key = {literal(key)}")
+    if issue is None and key is None and model is None:
+        return
+    (found,) = read(project, [f"SELECT count(*) AS n FROM headrace.quarantine WHERE {wanted}"])
+    if not found["n"][0].as_py():
+        raise UserError("No record fits this.", "`headrace quarantine list` shows what there is.")
+
+
+def _cells(preview: str | None) -> list[tuple[str, str]]:
+    """Take a preview apart; one that was cut off is shown as it is."""
+    try:
+        cells = json_text.loads(preview or "{}")
+    except ValueError:
+        return [("…", preview or "")]
+    return [(name, json_of(value)) for name, value in cells.items()]
+
+
+def _outcome(result: dict[str, int]) -> str:
+    if not result["keys"]:
+        return "No open record: nothing to redrive."
+    if result["dry_run"]:
+        return (
+            f"{result['keys']} keys tried, nothing changed: {result['resolved']} would pass, "
+            f"{result['still_quarantined']} would stay quarantined."
+        )
+    text = (
+        f"{result['keys']} keys redriven: {result['resolved']} records resolved, "
+        f"{result['still_quarantined']} still quarantined."
+    )
+    if result["rebuilding"]:
+        text += (
+            f" {result['rebuilding']} keys belong to models that have other columns now: the pipeline builds "
+            "these again with all their rows."
+        )
+    return text
+
+
+def _print_end(total: int, shown: int, causes: int, status: str) -> None:
+    word = "records" if status == "all" else f"{status} records"
+    if not total:
+        print(f"No {word}.")
+        return
+    more = f", {shown} shown (--limit)" if shown < total else ""
+    print(f"{total} {word} of {causes} cause{'s' * (causes != 1)}{more}. One of them: headrace quarantine show ID")
+
+
+def _shell(text: str) -> str:
+    from shlex import quote
+
+    return quote(text)

@@ -1,0 +1,155 @@
+"""Tables for people and for programs: rich on a terminal, aligned lines elsewhere, JSON and CSV.
+
+Cells come from the user's data: control characters are shown as escapes, so that no value can drive
+a terminal.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MAX_ROWS = 10_000
+"""Rows that a table shows; JSON lines and CSV show all."""
+
+NULL = "NULL"
+
+
+def rows_of(table: pa.Table) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of an Arrow table as Python values; what Python cannot hold comes as text."""
+    for batch in table.to_batches(max_chunksize=10_000):
+        yield from zip(*(_values(column) for column in batch.columns), strict=True)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    import pyarrow as pa
+
+    # Python's datetimes end at microseconds and at the year 9999.
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        values = column.cast(pa.string()).to_pylist()
+    return values
+
+
+def text_of(value: object) -> str:
+    """Return a cell as text: `NULL`, `true`, ISO times, nested values as JSON, bytes as hex."""
+    if value is None:
+        return NULL
+    if isinstance(value, str):
+        return value
+    encoded = json_of(value)
+    return str(json.loads(encoded)) if encoded.startswith('"') else encoded
+
+
+def json_of(value: object) -> str:
+    """Return a cell as JSON: decimals as exact numbers; times, bytes and what JSON lacks as strings."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json_of(str(k))}: {json_of(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return "[" + ", ".join(map(json_of, value)) + "]"
+    if isinstance(value, Decimal) and value.is_finite():
+        return format(value, "f")
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(str(value))
+    if value is None or isinstance(value, bool | int | float | str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bytes):
+        return json.dumps("\\x" + value.hex())
+    if isinstance(value, dt.datetime | dt.date | dt.time):
+        return json.dumps(value.isoformat())
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def print_json_lines(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print one JSON object per row."""
+    names = [json_of(name) for name in columns]
+    for row in rows:
+        cells = (f"{name}: {json_of(value)}" for name, value in zip(names, row, strict=True))
+        sys.stdout.write("{" + ", ".join(cells) + "}\n")
+
+
+def print_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print CSV with a header: NULL is empty, an empty text is `""`."""
+    sys.stdout.write(",".join(map(_csv, columns)) + "\n")
+    for row in rows:
+        sys.stdout.write(",".join("" if value is None else _csv(text_of(value)) for value in row) + "\n")
+
+
+def _csv(text: str) -> str:
+    plain = text and not any(character in text for character in ',"\r\n')
+    return text if plain else '"' + text.replace('"', '""') + '"'
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table, numbers to the right, and how many rows there were where not all are shown."""
+    shown: list[Sequence[object]] = []
+    more = 0
+    for row in rows:
+        if len(shown) < MAX_ROWS:
+            shown.append(row)
+        else:
+            more += 1
+    right = [_numeric(row[i] for row in shown) for i in range(len(columns))]
+    cells = [[_visible(text_of(value)) for value in row] for row in shown]
+    if sys.stdout.isatty():
+        _print_rich(columns, cells, right, shown)
+    else:
+        _print_plain(columns, cells, right)
+    if more:
+        print(f"… and {more} more rows; --csv and --json print them all.")
+
+
+def _numeric(values: Iterable[object]) -> bool:
+    known = [value for value in values if value is not None]
+    return bool(known) and all(
+        isinstance(value, int | float | Decimal) and not isinstance(value, bool) for value in known
+    )
+
+
+def _visible(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print_plain(columns: Sequence[str], cells: Sequence[Sequence[str]], right: Sequence[bool]) -> None:
+    widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(columns)]
+    for row in (columns, *cells):
+        padded = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        print("  ".join(padded).rstrip())
+
+
+def _print_rich(
+    columns: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    right: Sequence[bool],
+    values: Sequence[Sequence[object]],
+) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, to_right in zip(columns, right, strict=True):
+        table.add_column(Text(_visible(name)), justify="right" if to_right else "left", overflow="fold")
+    for row, raw in zip(cells, values, strict=True):
+        table.add_row(
+            *(
+                Text(cell, style="dim italic" if value is None else "")
+                for cell, value in zip(row, raw, strict=True)
+            )
+        )
+    Console().print(table)
