@@ -120,6 +120,27 @@ class ModelBroken(HeadraceError):
         self.model = model
 
 
+_BY_NAME = {
+    # DuckDB
+    "OutOfMemoryException": Verdict.RETRY,
+    "IOException": Verdict.RETRY,
+    "TransactionException": Verdict.RETRY,
+    "ConversionException": Verdict.QUARANTINE,
+    "OutOfRangeException": Verdict.QUARANTINE,
+    "ConstraintException": Verdict.QUARANTINE,
+    # SQLite
+    "FullError": Verdict.RETRY,
+    "IOError": Verdict.RETRY,
+    "BusyError": Verdict.RETRY,
+    "LockedError": Verdict.RETRY,
+    # Delta
+    "CommitFailedError": Verdict.RETRY,
+    "DeltaError": Verdict.RETRY,
+    # Postgres drivers, where a broken connection has no SQLSTATE
+    "OperationalError": Verdict.RETRY,
+    "InterfaceError": Verdict.RETRY,
+}
+"""Verdicts of other libraries' errors by class name, so that judging one imports none of them."""
 _RETRY_SQLSTATES = ("08", "40", "53", "57", "58")
 _QUARANTINE_SQLSTATES = ("22", "23")
 
@@ -128,7 +149,7 @@ def verdict_of(error: BaseException) -> Verdict:
     """Judge any error.
 
     SQLSTATE classes 08, 40, 53, 57, 58 and operating-system errors are infrastructure; 22 and 23
-    are the record's fault; what is unknown suspends.
+    are the record's fault; other libraries' errors go by their class; what is unknown suspends.
     """
     if isinstance(error, HeadraceError):
         return error.verdict
@@ -137,4 +158,7 @@ def verdict_of(error: BaseException) -> Verdict:
         return Verdict.RETRY
     if state[:2] in _QUARANTINE_SQLSTATES:
         return Verdict.QUARANTINE
-    return Verdict.SUSPEND
+    if state:
+        return Verdict.SUSPEND
+    known = (_BY_NAME.get(kind.__name__) for kind in type(error).__mro__)
+    return next((verdict for verdict in known if verdict is not None), Verdict.SUSPEND)

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,7 @@ from headrace.errors import HeadraceError, UserError
 from headrace.testing import demo_check
 from headrace.testing.demo_stage import (
     AROUND_A_KILL,
+    NO_ANSWER,
     POLL,
     Child,
     Watcher,
@@ -165,19 +166,6 @@ class _Stage:
     report: _Report
 
 
-@dataclass(slots=True)
-class _Stage:
-    """What the acts of the play have in common."""
-
-    root: Path
-    db: psycopg.Connection[Any]
-    project: Project
-    pipeline: Child
-    watcher: Watcher
-    show: _Show
-    report: _Report
-
-
 def _play(root: Path, seconds: int, show: _Show, *, keep: bool) -> _Report:
     import psycopg
 
@@ -257,7 +245,7 @@ def _watch(stage: _Stage, workload: Child, moments: list[float], seconds: int) -
         if moments and now - began >= moments[0]:
             moments.pop(0)
             kills.append(_kill(stage))
-        stage.pipeline.must_run()
+        _goes_on(stage)
         state = f"highest order visible: {stage.watcher.highest or 'none yet'}"
         stage.show.passing(state)
         if now - told >= _TOLD_EVERY:
@@ -282,7 +270,7 @@ def _resumed(stage: _Stage, restarted: float) -> float:
     """Return how long after a restart a reader saw something new, waiting for it if need be."""
     deadline = time.monotonic() + _CATCH_UP_LIMIT
     while (at := stage.watcher.first_rise(restarted)) is None:
-        stage.pipeline.must_run()
+        _goes_on(stage)
         if time.monotonic() > deadline:
             raise HeadraceError(f"Nothing new was visible {_CATCH_UP_LIMIT:.0f} s after a restart.")
         time.sleep(POLL)
@@ -312,18 +300,29 @@ def _catch_up(stage: _Stage) -> None:
     )
     began = time.monotonic()
     while True:
-        stage.pipeline.must_run()
-        found = first_row(stage.project, query)
-        if found and found[2]:
-            raise HeadraceError(f"A model was suspended: {found[2]}")
-        if found and found[0] == demo_check.MODELS and found[1] > row[0]:
+        _goes_on(stage)
+        tables, commit, suspended = first_row(stage.project, query) or (0, 0, None)
+        if suspended:
+            raise HeadraceError(f"A model was suspended: {suspended}")
+        if tables == demo_check.MODELS and commit > row[0]:
             break
         if time.monotonic() - began > _CATCH_UP_LIMIT:
             raise HeadraceError(f"The pipeline did not catch up within {_CATCH_UP_LIMIT:.0f} s.")
         time.sleep(POLL)
-    stage.show.step(
-        f"Caught up {time.monotonic() - began:.1f} s later: all tables show the source's last commit."
-    )
+    lasted = time.monotonic() - began
+    stage.show.step(f"Caught up {lasted:.1f} s later: all tables show the source's last commit.")
+
+
+def _goes_on(stage: _Stage) -> None:
+    """Raise HeadraceError if the pipeline ended, or one of its threads stopped for good."""
+    from headrace import server
+
+    stage.pipeline.must_run()
+    stopped: dict[str, str] = {}
+    with suppress(*NO_ANSWER, HeadraceError):
+        stopped = server.ask(stage.project, {"op": "status"})["stopped"]
+    for name, reason in stopped.items():
+        raise HeadraceError(f"{name} has stopped: {reason}")
 
 
 def _redrive(stage: _Stage) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 
@@ -68,12 +69,12 @@ def list_records(
     records, totals = read(
         settings,
         [
-            "SELECT id::VARCHAR AS id, issue, source, model, status, stage, reason, columns, message, key, op, "
-            f'"offset", committed_at, attempts FROM headrace.quarantine WHERE {wanted} '
+            "SELECT id::VARCHAR AS id, issue, source, model, status, stage, reason, columns, message, key, "
+            f'op, "offset", committed_at, attempts FROM headrace.quarantine WHERE {wanted} '
             'ORDER BY max("offset") OVER (PARTITION BY issue) DESC, issue, "offset" DESC, ordinal DESC '
             f"LIMIT {max(limit, 0)}",
-            "SELECT issue, any_value(model) AS model, any_value(reason) AS reason, any_value(message) AS message, "
-            f"count(*) AS n FROM headrace.quarantine WHERE {wanted} GROUP BY issue",
+            "SELECT issue, any_value(model) AS model, any_value(reason) AS reason, "
+            f"any_value(message) AS message, count(*) AS n FROM headrace.quarantine WHERE {wanted} GROUP BY issue",
         ],
     )
     rows = records.to_pylist()
@@ -103,10 +104,10 @@ def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  
     """
     record = _record(load_project(project), id)
     record["position"] = f"{lsn_text(record['commit'])} row {record['ordinal']} epoch {record['epoch']}"
-    folder = "" if project == Path() else f" --project {_shell(str(project))}"
+    folder = "" if project == Path() else f" --project {quote(str(project))}"
+    one = f"--model {quote(record['model'])} --key={quote(record['key'] or '')}"
     record["redrive"] = [
-        f"headrace quarantine redrive --issue {record['issue']}{folder}",
-        f"headrace quarantine redrive --model {_shell(record['model'])} --key={_shell(record['key'] or '')}{folder}",
+        f"headrace quarantine redrive {which}{folder}" for which in (f"--issue {record['issue']}", one)
     ]
     if json:
         print(json_of(record))
@@ -156,7 +157,8 @@ def redrive(
     """
     if (issue is not None) + (key is not None) + all != 1 or (key is not None and model is None):
         raise UserError(
-            "What to redrive is not clear.", "Give one of: --issue ID; --model NAME --key KEY; --all [--model NAME]."
+            "What to redrive is not clear.",
+            "Give one of: --issue ID; --model NAME --key KEY; --all [--model NAME].",
         )
     settings = load_project(project)
     wanted = _where("open", model, issue) + ("" if key is None else f" AND key = {literal(key)}")
@@ -185,9 +187,14 @@ def _redrive(project: Project, wanted: str, *, dry_run: bool) -> Iterator[dict[s
         lanes = {lane.config.name: lane for lane in pipeline.lanes}
         for batch in _batches(project, wanted):
             if batch.source not in lanes:
-                raise UserError(f"There is no [source.{batch.source}] any more.", "Its records cannot be redriven.")
+                raise UserError(
+                    f"There is no [source.{batch.source}] any more.", "Its records cannot be redriven."
+                )
             lane = lanes[batch.source]
-            yield {"keys": len(batch.keys), **lane.redrive(batch.model, batch.keys, dry_run=dry_run)}
+            counts = lane.redrive(batch.model, batch.keys, dry_run=dry_run)
+            while counts.get("rebuilding") and (lane.load() or lane.apply()):
+                pass
+            yield {"keys": len(batch.keys), **counts}
     finally:
         pipeline.close()
 
@@ -293,10 +300,5 @@ def _print_end(total: int, shown: int, causes: int, status: str) -> None:
         print(f"No {word}.")
         return
     more = f", {shown} shown (--limit)" if shown < total else ""
-    print(f"{total} {word} of {causes} cause{'s' * (causes != 1)}{more}. One of them: headrace quarantine show ID")
-
-
-def _shell(text: str) -> str:
-    from shlex import quote
-
-    return quote(text)
+    of = f"{causes} cause{'s' * (causes != 1)}"
+    print(f"{total} {word} of {of}{more}. One of them: headrace quarantine show ID")

@@ -58,15 +58,18 @@ def json_of(value: object) -> str:
         return "[" + ", ".join(map(json_of, value)) + "]"
     if isinstance(value, Decimal) and value.is_finite():
         return format(value, "f")
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(str(value))
-    if value is None or isinstance(value, bool | int | float | str):
-        return json.dumps(value, ensure_ascii=False)
+    return json.dumps(_plain(value), ensure_ascii=False)
+
+
+def _plain(value: object) -> object:
+    """Return what the json module can write exactly."""
     if isinstance(value, bytes):
-        return json.dumps("\\x" + value.hex())
+        return "\\x" + value.hex()
     if isinstance(value, dt.datetime | dt.date | dt.time):
-        return json.dumps(value.isoformat())
-    return json.dumps(str(value), ensure_ascii=False)
+        return value.isoformat()
+    exact = value is None or isinstance(value, bool | int | str)
+    exact = exact or (isinstance(value, float) and math.isfinite(value))
+    return value if exact else str(value)
 
 
 def print_json_lines(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

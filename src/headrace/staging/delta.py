@@ -145,8 +145,12 @@ class DeltaStaging:
                 pending.setdefault(shape.table, []).append(_no_rows(shape))
             elif table is not None and item.offset > self._version(table):
                 pending.setdefault(table, []).append(_staged(item))
-        for table, parts in pending.items():
-            self._append(table, parts, through)
+        try:
+            for table, parts in pending.items():
+                self._append(table, parts, through)
+        except BaseException:
+            self._look_again(pending)
+            raise
         known = {offset for offset, _ in self._schemas}
         self._schemas += [pair for pair in shapes if pair[0] not in known]
         self._through = through
@@ -226,6 +230,16 @@ class DeltaStaging:
             _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= oldest.nbytes
 
+    def _look_again(self, tables: Iterable[TableId]) -> None:
+        """Ask the tables themselves how far they got: a commit may stand although its write failed."""
+        for table in tables:
+            self._tables.pop(table, None)
+            if self._folder(table).exists():
+                self._open(table)
+
+    def _folder(self, table: TableId) -> Path:
+        return self._root / _encode(table.schema) / _encode(table.name)
+
     def _version(self, table: TableId) -> Offset:
         staged = self._tables.get(table)
         return staged.version if staged else 0
@@ -272,7 +286,7 @@ class DeltaStaging:
         self._remember(path, data)
 
     def _create(self, table: TableId, columns: dict[str, pa.DataType]) -> _Table:
-        path = self._root / _encode(table.schema) / _encode(table.name)
+        path = self._folder(table)
         path.mkdir(parents=True, exist_ok=True)
         full = {**columns, **_META}
         delta = DeltaTable.create(
@@ -306,9 +320,9 @@ class DeltaStaging:
         _fsync(log)
 
     def _open(self, table: TableId) -> None:
-        path = self._root / _encode(table.schema) / _encode(table.name)
+        path = self._folder(table)
         if not self._read_only:
-            _drop_torn_commits(path)
+            _mend_tail(path)
         if not any((path / "_delta_log").glob("*.json")):
             return
         delta = DeltaTable(path)
@@ -365,8 +379,9 @@ def _arrow_columns(delta: DeltaTable) -> dict[str, pa.DataType]:
     return {f.name: known.get(f.name, pa.string()) for f in delta.schema().fields}
 
 
-def _drop_torn_commits(path: Path) -> None:
-    """Delete trailing commits that a power cut tore: unreadable, or naming a file of another size.
+def _mend_tail(path: Path) -> None:
+    """Delete trailing commits that a power cut tore (unreadable, or naming a file of another size) and
+    sync the last whole one, which a crash may have left unsynced.
 
     Nothing acknowledged is lost: a load is done only when commit and files are synced.
     """
@@ -375,6 +390,8 @@ def _drop_torn_commits(path: Path) -> None:
             actions = [json.loads(line) for line in commit.read_text().splitlines()]
             adds = [action["add"] for action in actions if "add" in action]
             if actions and all((path / add["path"]).stat().st_size == add["size"] for add in adds):
+                for file in (*(path / add["path"] for add in adds), path, commit, commit.parent):
+                    _fsync(file)
                 return
         except (ValueError, OSError):
             pass

@@ -33,7 +33,7 @@ POLL = 0.05
 
 _COMMAND_LIMIT = 300.0
 
-_NO_ANSWER = (OSError, ValueError, struct.error)
+NO_ANSWER = (OSError, ValueError, struct.error)
 """What a reader meets whose pipeline dies while it answers."""
 
 
@@ -156,7 +156,7 @@ class Watcher:
             # Only the pipeline is asked: a reader of the file itself would hold up one that starts.
             if not server.is_running(self._project):
                 continue
-            with suppress(*_NO_ANSWER, HeadraceError):
+            with suppress(*NO_ANSWER, HeadraceError):
                 highest = server.read(self._project, [HIGHEST])[0].column(0)[0].as_py() or 0
                 if highest > self.highest:
                     self._seen.append((asked, time.time(), highest))
@@ -204,7 +204,7 @@ def first_row(project: Project, query: str) -> tuple[Any, ...] | None:
 
     try:
         rows = server.read(project, [query])[0].to_pylist()
-    except (*_NO_ANSWER, HeadraceError):
+    except (*NO_ANSWER, HeadraceError):
         return None
     return tuple(rows[0].values()) if rows else None
 

@@ -71,7 +71,8 @@ class ModelFolder:
         text = read_model(self._path / name)
         if text.source not in self._sources:
             raise UserError(
-                f"Model {text.name} reads raw.{text.source}.{text.table}, but there is no [source.{text.source}].",
+                f"Model {text.name} reads raw.{text.source}.{text.table}, but there is no "
+                f"[source.{text.source}].",
                 f"Sources are: {', '.join(sorted(self._sources))}.",
             )
         return text

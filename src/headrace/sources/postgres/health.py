@@ -65,7 +65,7 @@ def slot_health(url: str, slot: str) -> SlotHealth:
             db.execute(f"SET statement_timeout = '{_TIMEOUT}s'".encode())
             row = db.execute(_SLOT, [slot]).fetchone()
             assert row is not None
-            return SlotHealth(row[0] is not None, *row, restart_age_s=_age(db, row[4]))
+            return SlotHealth(row[0] is not None, *row, _age(db, row[4]))
         except psycopg.Error as error:
             words = without_password(str(error)).strip().splitlines()
             raise SourceError(f"{place(url)} does not tell about its slot: {' '.join(words[:1])}") from error

@@ -262,8 +262,11 @@ class PostgresSource:
                 if decoder.pending_bytes and collected_since is None:
                     collected_since = time.monotonic()
                 waited = time.monotonic() - (collected_since or time.monotonic())
-                if decoder.pending_bytes >= self._max_bytes or waited >= self._linger:
-                    yield from self._take(decoder, builder, after)
+                too_big = decoder.pending_bytes >= self._max_bytes
+                if too_big or (waited >= self._linger and not decoder.in_transaction):
+                    transactions, events = decoder.take()
+                    if entries := list(builder.build(transactions, events, after)):
+                        yield entries
                     collected_since = None
                 if asked or feedback.due():
                     self._report(self._stream.pgconn)
@@ -276,15 +279,6 @@ class PostgresSource:
                     select.select([self._stream.pgconn.socket], [], [], idle)
         finally:
             builder.close()
-
-    def _take(self, decoder: Decoder, builder: GroupBuilder, after: int) -> Iterator[Sequence[Entry]]:
-        """Yield a group of what is complete; of an open transaction only once it is too big to hold."""
-        if decoder.in_transaction and decoder.pending_bytes < self._max_bytes:
-            return
-        transactions, events = decoder.take()
-        entries = list(builder.build(transactions, events, after))
-        if entries:
-            yield entries
 
     def _start(self, pgconn: pq.abc.PGconn, after: int) -> None:
         publication = self._config.publication.replace("'", "''").replace('"', '""')

@@ -1,0 +1,312 @@
+"""`headrace status`: how far each hop is, what waits, what is quarantined, how the slot fares."""
+
+from __future__ import annotations
+
+import json as json_text
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from headrace.change import TableId
+from headrace.cli.tables import print_table
+from headrace.config import Project, SourceConfig, load_project
+from headrace.errors import HeadraceError
+from headrace.log.sqlite import SQLiteLog
+from headrace.server import ask, read
+from headrace.sources.postgres.health import lsn_text, slot_health
+
+_QUERIES = (
+    'SELECT source, "offset", commit, committed_at FROM headrace.progress',
+    'SELECT source, model, state, reason, "offset", commit, open_records FROM headrace.models ORDER BY model',
+    "SELECT source, model, issue, any_value(reason) AS reason, any_value(columns) AS columns, "
+    "any_value(message) AS message, count(*) AS records, epoch(min(first_seen)) AS since "
+    "FROM headrace.quarantine WHERE status IN ('quarantined', 'waiting', 'blocked') "
+    "GROUP BY source, model, issue ORDER BY records DESC, issue",
+)
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def status(
+    *,
+    project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
+    json: Annotated[bool, Parameter(help="Print one JSON object.", negative="")] = False,
+) -> None:
+    """Show how far each hop is, what waits, what is quarantined, and how the source's slot fares.
+
+    Works beside a running pipeline and without one. Positions are LSNs (X/Y), sizes bytes, ages
+    seconds. The object of --json:
+
+    - `project`; `running`, `pid`; `stopped` and `waiting`: reasons by thread (source.verb).
+    - `destination`: `path`, `error` (null, or why it could not be asked).
+    - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
+      - `position` (last durable in the log), `log`: `id`, `end`, `bytes`; `staged_through`
+      - `capture`: `lag_bytes` not yet confirmed to the source; `load`: `rows`, `bytes`, `oldest_s`
+      - `visible`: `offset`, `position`, `as_of` (seconds since 1970: all that the source committed
+        until then is visible, unless a model says otherwise), `age_s`; null before the first apply
+      - `models`: `name`, `state`, `reason`, `offset`, `position`, `open_records`, `backlog`: `rows`,
+        `bytes`, `oldest_s`
+      - `quarantine`: open records by cause: `issue`, `model`, `reason`, `columns`, `message`,
+        `records`, `age_s`
+      - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason.
+    """
+    settings = load_project(project)
+    report = gather(settings)
+    if json:
+        print(json_text.dumps(report, ensure_ascii=False))
+    else:
+        _print(report)
+
+
+def gather(project: Project) -> dict[str, Any]:
+    """Ask log, staging, destination, source and the running pipeline; what cannot be asked is named."""
+    live = _live(project)
+    tables: list[Rows] = [[], [], []]
+    error: str | None = None
+    if project.destination.path.exists():
+        try:
+            tables = [table.to_pylist() for table in read(project, _QUERIES)]
+        except HeadraceError as fault:
+            error = str(fault)
+    return {
+        "project": str(project.root),
+        "running": live is not None,
+        "pid": live["pid"] if live else None,
+        "stopped": live["stopped"] if live else {},
+        "waiting": live["waiting"] if live else {},
+        "destination": {"path": str(project.destination.path), "error": error},
+        "sources": [_source(project, source, live, tables) for source in project.sources],
+    }
+
+
+def _live(project: Project) -> dict[str, Any] | None:
+    try:
+        return ask(project, {"op": "status"})
+    except OSError:
+        return None
+
+
+def _source(
+    project: Project, source: SourceConfig, live: dict[str, Any] | None, tables: Sequence[Rows]
+) -> dict[str, Any]:
+    progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables)
+    path = project.state / "log" / f"{source.name}.db"
+    report: dict[str, Any] = {"name": source.name, "has_run": path.exists(), "error": None}
+    report |= {"position": None, "log": None, "staged_through": None, "load": None, "models": []}
+    if path.exists():
+        try:
+            report |= _hops(project, source, path, live, models)
+        except HeadraceError as error:
+            report["error"] = str(error)
+    slot = _slot(source)
+    report["capture"] = {"lag_bytes": slot.get("lag_bytes")}
+    report["visible"] = _visible(progress[0]) if progress else None
+    report["quarantine"] = [
+        {
+            **{name: row[name] for name in ("issue", "model", "reason", "columns", "message", "records")},
+            "age_s": _seconds(time.time() - row["since"]),
+        }
+        for row in causes
+    ]
+    report["slot"] = slot
+    return report
+
+
+def _hops(
+    project: Project, source: SourceConfig, path: Path, live: dict[str, Any] | None, models: Rows
+) -> dict[str, Any]:
+    log = SQLiteLog(path, read_only=True)
+    try:
+        position, end = log.position(), log.end()
+        staged = live["staged"].get(source.name) if live else None
+        if staged is None:
+            staged = _staged_through(project, source, log)
+        tables = _tables_of_models(project, source, log)
+        size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
+        return {
+            "position": lsn_text(position.commit) if position else None,
+            "log": {"id": log.id, "end": end.offset, "bytes": size},
+            "staged_through": staged,
+            "load": _backlog(log, staged),
+            "models": [_model(row, log, tables) for row in models],
+        }
+    finally:
+        log.close()
+
+
+def _staged_through(project: Project, source: SourceConfig, log: SQLiteLog) -> int:
+    from headrace.staging.delta import DeltaStaging
+
+    staging = DeltaStaging(project.staging.path, source.name, log.id, read_only=True)
+    staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+    return staging.through()
+
+
+def _tables_of_models(project: Project, source: SourceConfig, log: SQLiteLog) -> dict[str, TableId]:
+    """Return the raw table of every model; a file that does not read is left to `headrace check`."""
+    labels = {table.label: table for table in log.schemas()}
+    tables = {f"{source.name}.{label}": table for label, table in labels.items()}
+    paths = sorted(project.models.glob("*.sql"))
+    if paths:
+        from headrace.transform.sql import read_model
+
+        for path in paths:
+            try:
+                text = read_model(path)
+            except HeadraceError:
+                continue
+            if text.source == source.name and text.table in labels:
+                tables[text.name] = labels[text.table]
+    return tables
+
+
+def _model(row: Mapping[str, Any], log: SQLiteLog, tables: Mapping[str, TableId]) -> dict[str, Any]:
+    return {
+        "name": row["model"],
+        "state": row["state"],
+        "reason": row["reason"],
+        "offset": row["offset"],
+        "position": lsn_text(row["commit"]),
+        "open_records": row["open_records"],
+        "backlog": _backlog(log, row["offset"], tables.get(row["model"])),
+    }
+
+
+def _backlog(log: SQLiteLog, after: int, table: TableId | None = None) -> dict[str, Any]:
+    rows, size, oldest = log.backlog(after, table)
+    age = None if oldest is None else _seconds(time.time() - oldest / 1e6)
+    return {"rows": rows, "bytes": size, "oldest_s": age}
+
+
+def _visible(row: Mapping[str, Any]) -> dict[str, Any]:
+    as_of = row["committed_at"] / 1e6
+    position = lsn_text(row["commit"])
+    age = _seconds(time.time() - as_of)
+    return {"offset": row["offset"], "position": position, "as_of": as_of, "age_s": age}
+
+
+def _slot(source: SourceConfig) -> dict[str, Any]:
+    try:
+        return {"name": source.slot, **asdict(slot_health(source.url.reveal(), source.slot))}
+    except HeadraceError as error:
+        return {"name": source.slot, "unreachable": str(error)}
+
+
+def _seconds(age: float) -> float:
+    # Clocks of two machines may differ by a little.
+    return round(max(age, 0.0), 3)
+
+
+# ------------------------------------------------------------------------------------ for people
+
+
+def _print(report: Mapping[str, Any]) -> None:
+    if report["running"]:
+        print(f"running, pid {report['pid']}")
+    else:
+        print("not running: headrace run")
+    for word in ("stopped", "waiting"):
+        for name, reason in report[word].items():
+            print(f"{word.upper()} {name}: {reason}")
+    if report["destination"]["error"]:
+        print(f"destination not asked: {report['destination']['error']}")
+    for source in report["sources"]:
+        print()
+        _print_source(source)
+
+
+def _print_source(source: Mapping[str, Any]) -> None:
+    print(f"source {source['name']}")
+    if source["error"]:
+        print(f"  its log cannot be read: {source['error']}")
+    if not source["has_run"]:
+        print("  has not run yet: headrace run")
+    lines = []
+    if source["log"]:
+        log, load = source["log"], source["load"]
+        lines.append(
+            ("log", f"through {source['position'] or 'nothing'}, offset {log['end']}, {_size(log['bytes'])}")
+        )
+        lines.append(("staged", f"through offset {source['staged_through']}, {_behind(load)}"))
+    if source["visible"]:
+        visible = source["visible"]
+        words = f"all that was committed until {_age(visible['age_s'])} ago"
+        lines.append(("visible", f"{words}; {visible['position']}, offset {visible['offset']}"))
+    lines.append(("slot", _slot_words(source["slot"])))
+    for name, words in lines:
+        print(f"  {name:<8} {words}")
+    if source["models"]:
+        print()
+        _print_models(source["models"])
+    if source["quarantine"]:
+        print()
+        _print_causes(source["quarantine"])
+
+
+def _print_models(models: Rows) -> None:
+    print_table(
+        ("model", "state", "offset", "position", "behind", "open"),
+        [
+            (
+                row["name"],
+                row["state"],
+                row["offset"],
+                row["position"],
+                _behind(row["backlog"]),
+                row["open_records"],
+            )
+            for row in models
+        ],
+    )
+    for row in models:
+        if row["reason"]:
+            print(f"{row['name']} {row['state']}: {row['reason']}")
+
+
+def _print_causes(causes: Rows) -> None:
+    columns = ("issue", "model", "records", "age", "reason", "columns", "message")
+    print("quarantine, open records by cause (headrace quarantine list)")
+    print_table(columns, [[{**row, "age": _age(row["age_s"])}[name] for name in columns] for row in causes])
+
+
+def _slot_words(slot: Mapping[str, Any]) -> str:
+    if "unreachable" in slot:
+        return f"unreachable: {slot['unreachable']}"
+    if not slot["exists"]:
+        return f"{slot['name']} does not exist"
+    reader = f"read by pid {slot['active_pid']}" if slot["active"] else "nobody reads it"
+    parts = [f"{slot['name']}: {reader}", str(slot["wal_status"])]
+    parts.append(f"confirmed {slot['confirmed_flush_lsn']}, {_size(slot['lag_bytes'])} behind")
+    age = "" if slot["restart_age_s"] is None else f" from {_age(slot['restart_age_s'])} ago on"
+    parts.append(f"the server keeps {_size(slot['retained_bytes'])} of WAL for it{age}")
+    if slot["safe_wal_size"] is not None:
+        parts.append(f"{_size(slot['safe_wal_size'])} more are safe")
+    return "; ".join(parts)
+
+
+def _behind(backlog: Mapping[str, Any]) -> str:
+    if backlog["oldest_s"] is None:
+        return "nothing waits"
+    return f"{backlog['rows']} rows, {_size(backlog['bytes'])}, {_age(backlog['oldest_s'])}"
+
+
+def _size(number: int | None) -> str:
+    if number is None:
+        return "an unknown amount"
+    value, units = float(number), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def _age(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
