@@ -35,6 +35,9 @@ import duckdb
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+Duck = duckdb.DuckDBPyConnection
+Postgres = psycopg.Connection[Any]
+
 OPEN = "status IN ('quarantined', 'waiting', 'blocked')"
 SHOWN = 5
 SETTINGS = (
@@ -42,9 +45,10 @@ SETTINGS = (
     "-c bytea_output=hex -c lc_monetary=C -c search_path=pg_catalog -c xmloption=content"
 )
 HEADER = (
-    "offset kind table_schema table_name first_epoch first_commit first_ordinal last_epoch last_commit "
-    "last_ordinal committed_at rows schema_version appended_at ends_group"
-).split()
+    "offset", "kind", "table_schema", "table_name", "first_epoch", "first_commit", "first_ordinal",
+    "last_epoch", "last_commit", "last_ordinal", "committed_at", "rows", "schema_version", "appended_at",
+    "ends_group",
+)  # fmt: skip
 
 
 @dataclass
@@ -127,7 +131,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def connect(url: str) -> psycopg.Connection[Any]:
+def connect(url: str) -> Postgres:
     return psycopg.connect(make_conninfo(**{**conninfo_to_dict(url), "options": SETTINGS}))
 
 
@@ -165,7 +169,7 @@ def walk_log(path: Path, report: Report) -> Log:
     return log
 
 
-def compare_end(warehouse: duckdb.DuckDBPyConnection, source: str, log: Log, report: Report) -> bool:
+def compare_end(warehouse: Duck, source: str, log: Log, report: Report) -> bool:
     """Compare the warehouse's progress with the log; True if it stands at the log's end."""
     rows = warehouse.execute(
         'SELECT "offset", hash FROM headrace.progress WHERE source = ?', [source]
@@ -185,9 +189,7 @@ def compare_end(warehouse: duckdb.DuckDBPyConnection, source: str, log: Log, rep
 # ── the ledger ───────────────────────────────────────────────────────────────────────────────────
 
 
-def compare_ledger(
-    warehouse: duckdb.DuckDBPyConnection, source: str, log: Log, tables: dict[str, str], report: Report
-) -> None:
+def compare_ledger(warehouse: Duck, source: str, log: Log, tables: dict[str, str], report: Report) -> None:
     """Compare each model's ledger with the log and with its open records; `tables` by model."""
     for model, offset, said in warehouse.execute(
         'SELECT model, "offset", open_records FROM headrace.models WHERE source = ?', [source]
@@ -228,7 +230,7 @@ def ledger_faults(rows: list[Any], log: Log, table: str, offset: int) -> list[st
 # ── the source ───────────────────────────────────────────────────────────────────────────────────
 
 
-def published(db: psycopg.Connection[Any], publication: str) -> list[Table]:
+def published(db: Postgres, publication: str) -> list[Table]:
     tables = []
     for oid, schema, name in db.execute(
         "SELECT c.oid, n.nspname, c.relname FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid "
@@ -263,8 +265,8 @@ def text_of(cell: str) -> str:
 
 
 def compare_mirror(
-    db: psycopg.Connection[Any],
-    warehouse: duckdb.DuckDBPyConnection,
+    db: Postgres,
+    warehouse: Duck,
     source: str,
     table: Table,
     report: Report,
@@ -317,15 +319,14 @@ def compare_row(
     wrong = [
         column.name
         for column, left, right in zip(table.columns, wanted[0], found[0], strict=True)
-        if left != right
-        and settle(column, types[column.name], left) != settle(column, types[column.name], right)
+        if left != right and settle(types[column.name], left) != settle(types[column.name], right)
     ]
     for name in wrong:
         differing[name] = differing.get(name, 0) + 1
     return f"{','.join(wrong)} of" if wrong else ""
 
 
-def source_rows(db: psycopg.Connection[Any], table: Table, types: dict[str, str]) -> Iterator[Any]:
+def source_rows(db: Postgres, table: Table, types: dict[str, str]) -> Iterator[Any]:
     """Yield (key, cells) ordered by the keys' bytes."""
     keys = [text_of(quoted(name)) for name in table.key]
     cells = [source_cell(quoted(c.name), c.type, types[c.name]) for c in table.columns]
@@ -337,9 +338,7 @@ def source_rows(db: psycopg.Connection[Any], table: Table, types: dict[str, str]
             yield row[: len(keys)], row[len(keys) :]
 
 
-def found_rows(
-    warehouse: duckdb.DuckDBPyConnection, source: str, table: Table, types: dict[str, str]
-) -> Iterator[Any]:
+def found_rows(warehouse: Duck, source: str, table: Table, types: dict[str, str]) -> Iterator[Any]:
     key = ["_source_key"] if len(table.key) == 1 else [
         f"(_source_key::JSON ->> {i})" for i in range(len(table.key))
     ]  # fmt: skip
@@ -375,6 +374,23 @@ def in_order(key: Any, row: Any) -> Any:
     return row
 
 
+EPOCH = "(extract(epoch FROM {c}) * 1000000)::bigint::text"
+SOURCE_CELLS = {
+    "boolean": "CASE WHEN {c} THEN 't' WHEN NOT {c} THEN 'f' END",
+    "bytea": "encode({c}, 'hex')",
+    "date": "CASE WHEN isfinite({c}) THEN ({c} - date '1970-01-01')::text ELSE {c}::text END",
+    "timestamp": f"CASE WHEN isfinite({{c}}) THEN {EPOCH} ELSE {{c}}::text END",
+    "time": EPOCH,
+}
+FOUND_CELLS = {
+    "BOOLEAN": SOURCE_CELLS["boolean"],
+    "BLOB": "lower(hex({c}))",
+    "DATE": "if(isfinite({c}), datediff('day', DATE '1970-01-01', {c})::VARCHAR, {c}::VARCHAR)",
+    "TIMESTAMP": "if(isfinite({c}), epoch_us({c})::VARCHAR, {c}::VARCHAR)",
+    "TIME": "epoch_us({c})::VARCHAR",
+}
+
+
 def source_cell(cell: str, type_: str, target: str) -> str:
     """The canonical text of a Postgres value, given the type that the warehouse holds it in."""
     if target == "VARCHAR":
@@ -385,57 +401,37 @@ def source_cell(cell: str, type_: str, target: str) -> str:
             f"CASE WHEN {cell} IS NOT NULL THEN (SELECT coalesce(json_agg({element} ORDER BY n), '[]')::text "
             f"FROM unnest({cell}) WITH ORDINALITY u(e, n)) END"
         )
-    if type_ == "boolean":
-        return f"CASE WHEN {cell} THEN 't' WHEN NOT {cell} THEN 'f' END"
-    if type_ == "bytea":
-        return f"encode({cell}, 'hex')"
-    if type_ == "date":
-        return f"CASE WHEN isfinite({cell}) THEN ({cell} - date '1970-01-01')::text ELSE {cell}::text END"
-    if type_.startswith("timestamp"):
-        micros = f"(extract(epoch FROM {cell}) * 1000000)::bigint::text"
-        return f"CASE WHEN isfinite({cell}) THEN {micros} ELSE {cell}::text END"
-    if type_.startswith("time"):
-        return f"(extract(epoch FROM {cell}) * 1000000)::bigint::text"
-    return text_of(cell)
+    template = SOURCE_CELLS.get(re.split(r"[( ]", type_)[0])
+    return template.format(c=cell) if template else text_of(cell)
 
 
 def found_cell(cell: str, type_: str) -> str:
     """The canonical text of a DuckDB value."""
     if type_.endswith("[]"):
         return f"to_json(list_transform({cell}, lambda e: {found_cell('e', type_[:-2])}))::VARCHAR"
-    if type_ == "BOOLEAN":
-        return f"CASE WHEN {cell} THEN 't' WHEN NOT {cell} THEN 'f' END"
-    if type_ == "BLOB":
-        return f"lower(hex({cell}))"
-    if type_ == "DATE":
-        days = f"datediff('day', DATE '1970-01-01', {cell})::VARCHAR"
-        return f"CASE WHEN isfinite({cell}) THEN {days} ELSE {cell}::VARCHAR END"
-    if type_.startswith("TIMESTAMP"):
-        return f"CASE WHEN isfinite({cell}) THEN epoch_us({cell})::VARCHAR ELSE {cell}::VARCHAR END"
-    if type_ == "TIME":
-        return f"epoch_us({cell})::VARCHAR"
-    return f"{cell}::VARCHAR"
+    return FOUND_CELLS.get(type_.split(" ")[0], "{c}::VARCHAR").format(c=cell)
 
 
-def settle(column: Column, target: str, text: str | None) -> object:
+SETTLE: dict[str, Any] = {
+    "JSON": lambda text: json.loads(
+        text, parse_float=str, parse_int=str, parse_constant=str, object_pairs_hook=tuple
+    ),
+    "FLOAT": lambda text: struct.pack("f", float(text)),
+    "DOUBLE": lambda text: repr(float(text)),
+    "DECIMAL": lambda text: str(Decimal(text)),
+}
+
+
+def settle(target: str, text: str | None) -> object:
     """A comparable value of a canonical text, where two texts may mean the same."""
     if text is None:
         return None
-    if target == "JSON":
-        return json.loads(text, parse_float=str, parse_int=str, parse_constant=str, object_pairs_hook=tuple)
     if target.endswith("[]"):
-        element = Column(column.name, column.type[:-2])
-        return [settle(element, target[:-2], part) for part in json.loads(text)]
-    if target == "FLOAT":
-        return struct.pack("f", float(text))
-    if target == "DOUBLE":
-        return repr(float(text))
-    if target.startswith("DECIMAL"):
-        return str(Decimal(text))
-    return text
+        return [settle(target[:-2], part) for part in json.loads(text)]
+    return SETTLE.get(target.partition("(")[0], str)(text)
 
 
-def open_keys(warehouse: duckdb.DuckDBPyConnection, source: str, model: str) -> set[str]:
+def open_keys(warehouse: Duck, source: str, model: str) -> set[str]:
     rows = warehouse.execute(
         f"SELECT DISTINCT key FROM headrace.quarantine WHERE source = ? AND model = ? AND {OPEN}",
         [source, model],
@@ -496,7 +492,7 @@ class Model:
 
 
 def compare_model(
-    db: psycopg.Connection[Any], warehouse: duckdb.DuckDBPyConnection, source: str, table: Table, model: Model,
+    db: Postgres, warehouse: Duck, source: str, table: Table, model: Model,
     report: Report,
 ) -> None:  # fmt: skip
     what = f"model {model.name}"
@@ -535,9 +531,7 @@ def compare_model(
     report.say(left == right, what, detail)
 
 
-def load_as_text(
-    db: psycopg.Connection[Any], lab: duckdb.DuckDBPyConnection, source: str, table: Table, file: Path
-) -> None:
+def load_as_text(db: Postgres, lab: Duck, source: str, table: Table, file: Path) -> None:
     """Make the source's rows a table of text, and `raw.<source>.<table>` a window on it."""
     cells = ", ".join(f"{text_of(quoted(c.name))} AS {quoted(c.name)}" for c in table.columns)
     with file.open("wb") as out, db.cursor().copy(
@@ -567,7 +561,7 @@ def load_as_text(
     )
 
 
-def run_model(lab: duckdb.DuckDBPyConnection, query: str, columns: list[tuple[str, str]]) -> set[str]:
+def run_model(lab: Duck, query: str, columns: list[tuple[str, str]]) -> set[str]:
     """Fill `made` with what the model makes of the rows that it can take; returns the others' keys.
 
     Where a query fails, its rows are halved, down to the one row that is to blame.

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from headrace.change import Mark, Offset, TableSchema
 from headrace.config import Project, SourceConfig
 from headrace.destinations.duckdb import DuckDBDestination, foreign
-from headrace.errors import ForeignDestination, HeadraceError, ModelBroken
+from headrace.errors import ForeignDestination, HeadraceError, ModelBroken, Verdict, verdict_of
 from headrace.keys import key_before, key_of_row
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Part, Prepared, Slice
@@ -29,6 +29,7 @@ from headrace.sources.postgres.source import PostgresSource
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.folder import ModelFolder
+from headrace.transform.evaluate import scrub
 from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.sql import ModelText
 
@@ -105,8 +106,8 @@ class Lane:
         mark = self.log.mark(progress.offset)
         if mark is None or mark.hash != progress.hash:
             raise ForeignDestination(
-                f"{self.destination.path} holds offset {progress.offset} of this log, but the log here ends at "
-                f"{self.log.end().offset} or differs there: the state folder is an older copy.",
+                f"{self.destination.path} holds offset {progress.offset} of this log, but the log here ends "
+                f"at {self.log.end().offset} or differs there: the state folder is an older copy.",
                 "Restore the newest state folder, or name a new file in [destination] path.",
             )
 
@@ -217,6 +218,7 @@ class Lane:
             if self.destination.forget_if_reshaped(model):
                 logger.info("model %s has other columns now: it is built again from staging", model.name)
                 del stands[model.name]
+        self._put_aside(stands)
         return stands
 
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
@@ -225,8 +227,10 @@ class Lane:
         for model in models:
             try:
                 parts.append(Part(model, model.prepare(self.changes(model, after, through)), in_sync))
-            except ModelBroken as error:
-                self._suspend(model.name, model.version, error)
+            except Exception as error:
+                if verdict_of(error) is Verdict.RETRY:
+                    raise
+                self._suspend(model.name, model.version, _broken(model.name, error))
         if not parts:
             return
         position, committed_at = self.log.place(through)
@@ -267,15 +271,38 @@ class Lane:
 
     def _models(self, through: Offset) -> Iterator[RowModel]:
         """Yield the models that bind to their tables' shapes; one that does not is suspended, once."""
+        for name, schema, text in self._named(through):
+            known = self._bound.get(name)
+            if known is None or known[0] != schema:
+                known = self._bound[name] = (schema, self._bind(schema, text))
+            if isinstance(known[1], RowModel):
+                yield known[1]
+
+    def _named(self, through: Offset) -> Iterator[tuple[str, TableSchema, ModelText | None]]:
+        """Yield the name of every model that has a table, with the table's shape and the model's file."""
         for table, schema in self.staging.schemas(through).items():
             texts = [text for text in self._texts if text.table == table.label]
-            for text in texts or [None]:
-                name = text.name if text else f"{self.config.name}.{table.label}"
-                known = self._bound.get(name)
-                if known is None or known[0] != schema:
-                    known = self._bound[name] = (schema, self._bind(schema, text))
-                if isinstance(known[1], RowModel):
-                    yield known[1]
+            for text in texts:
+                yield text.name, schema, text
+            if not texts:
+                yield f"{self.config.name}.{table.label}", schema, None
+
+    def _put_aside(self, stands: dict[str, ModelState]) -> None:
+        """Retire what the project no longer has, and suspend models of tables that are not captured."""
+        staged = self.staging.through()
+        if not staged or self.log.copying(staged) or self._read_only:
+            return
+        named = {name for name, _, _ in self._named(staged)}
+        for text in self._texts:
+            if text.name not in named:
+                named.add(text.name)
+                reason = f"raw.{text.source}.{text.table} is not captured."
+                remedy = f"Mend models/{text.name}.sql, or add the table to [source.{text.source}] tables."
+                self._suspend(text.name, text.version, ModelBroken(text.name, reason, remedy))
+        for name, state in stands.items():
+            if name not in named and state.state != "retired":
+                logger.info("%s is no longer a model of this project: its table stays as it is", name)
+                self.destination.retire(name)
 
     def _bind(self, schema: TableSchema, text: ModelText | None) -> RowModel | HeadraceError:
         if text is None:
@@ -313,6 +340,14 @@ class Lane:
             "`headrace quarantine redrive --issue %s`.",
             issue, model, reason, columns, message, count, issue,
         )  # fmt: skip
+
+
+def _broken(name: str, error: Exception) -> HeadraceError:
+    """Turn whatever went wrong in preparing a model into what is said of the model."""
+    if isinstance(error, HeadraceError):
+        return error
+    what = f"{type(error).__name__}: {scrub(str(error))}"
+    return ModelBroken(name, f"Model {name} cannot run: {what}", "Mend it, or report what Headrace lacks.")
 
 
 def _only(prepared: Prepared, keys: pa.Array) -> Prepared:

@@ -15,11 +15,12 @@ import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
+from headrace.cells import json_of, rows_from_json, rows_of
 from headrace.config import Project
 from headrace.errors import HeadraceError, UserError
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("headrace.server")
 
 _MAX_REQUEST = 16 << 20
+_INLINE_ROWS = 1000  # larger results go as Arrow: rendering them would take time from the pipeline
 _LENGTH = struct.Struct(">q")
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
@@ -99,15 +101,24 @@ class Server:
                 words = f"the pipeline failed at it: {type(error).__name__}"
                 stream.write(json.dumps({"error": words, "remedy": "Its log says more."}).encode() + b"\n")
 
-    def _answer(self, request: dict[str, Any], stream: IO[bytes]) -> None:
+    def _answer(self, request: dict[str, Any], stream: Any) -> None:
         if request["op"] != "query":
             answer = self._handlers[request["op"]](request)
             stream.write(json.dumps({"ok": True, **answer}).encode() + b"\n")
             return
         tables = self._destination.read(request["sql"])
+        if request.get("inline") and len(tables) == 1 and tables[0].num_rows <= _INLINE_ROWS:
+            stream.write(_inline(tables[0]))
+            return
         stream.write(b'{"ok": true}\n')
         for table in tables:
             _send_table(stream, table)
+
+
+def _inline(table: pa.Table) -> bytes:
+    """Render a small result: a client then needs no Arrow, whose import takes longer than the query."""
+    rows = json_of(list(rows_of(table)))
+    return f'{{"ok": true, "columns": {json_of(table.column_names)}, "rows": {rows}}}\n'.encode()
 
 
 def is_running(project: Project) -> bool:
@@ -127,6 +138,22 @@ def ask(project: Project, request: dict[str, Any]) -> dict[str, Any]:
         connection.connect(str(socket_path(project.state)))
         with connection.makefile("rwb") as stream:
             return _exchange(stream, request)
+
+
+def read_rows(project: Project, sql: str) -> tuple[list[str], Iterable[Sequence[Any]]]:
+    """Run one query and return its column names and rows; from the running pipeline a small result
+    comes as JSON has it (times and bytes as text). Raises what `read` raises."""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(socket_path(project.state)))
+            with connection.makefile("rwb") as stream:
+                answer = _exchange(stream, {"op": "query", "sql": [sql], "inline": True})
+                if "rows" in answer:
+                    return answer["columns"], answer["rows"]
+                table = _receive_table(stream)
+    except (FileNotFoundError, ConnectionRefusedError):
+        (table,) = read(project, [sql])
+    return table.column_names, rows_of(table)
 
 
 def read(project: Project, queries: Sequence[str]) -> list[pa.Table]:
@@ -156,7 +183,9 @@ def read(project: Project, queries: Sequence[str]) -> list[pa.Table]:
 def _exchange(stream: Any, request: dict[str, Any]) -> dict[str, Any]:
     stream.write(json.dumps(request).encode() + b"\n")
     stream.flush()
-    answer: dict[str, Any] = json.loads(stream.readline() or b'{"error": "the pipeline ended", "remedy": ""}')
+    answer: dict[str, Any] = rows_from_json(
+        stream.readline() or b'{"error": "the pipeline ended", "remedy": ""}'
+    )
     if "error" in answer:
         raise UserError(answer["error"], answer["remedy"])
     return answer

@@ -13,8 +13,10 @@ Four comparisons, each at an exact position:
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import duckdb
@@ -22,7 +24,7 @@ import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import TableSchema
+from headrace.change import Mark, TableSchema
 from headrace.config import Project
 from headrace.errors import HeadraceError
 from headrace.keys import literal, quoted, source_key
@@ -157,18 +159,19 @@ def _destination(project: Project, source: str) -> list[Finding]:
         f'SELECT model, state, version, "offset" FROM headrace.models WHERE source = {literal(source)}',
         "SELECT model, key, model_version, epoch, commit, ordinal FROM headrace.quarantine "
         f"WHERE source = {literal(source)} AND status IN ('quarantined', 'waiting', 'blocked')",
-        "SELECT model, kind, read, quarantined, "
+        'SELECT model, kind, "after", "through", read, quarantined, '
         "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
         f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
+        f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
         *(f"SELECT _source_key, {_columns(model)} FROM {_target(model)}" for model in models),
     ]
     try:
-        states, records, ledger, *tables = read(project, queries)
+        states, records, ledger, progress, *tables = read(project, queries)
     except HeadraceError as error:
         return [Finding(f"destination of {source}", False, str(error))]
     lane.close()
     lane = _lane(project, source)
-    findings = []
+    findings = [_check_progress(lane, progress.to_pylist())]
     for model, table in zip(models, tables, strict=True):
         state = next((row for row in states.to_pylist() if row["model"] == model.name), None)
         if state is None or state["state"] == "suspended":
@@ -180,6 +183,18 @@ def _destination(project: Project, source: str) -> list[Finding]:
         findings += _compare_model(lane, model, state, table, mine)
         findings.append(_check_ledger(lane, model, state["offset"], own, mine.num_rows))
     return findings
+
+
+def _check_progress(lane: Lane, rows: Sequence[dict[str, Any]]) -> Finding:
+    """Compare the place that the destination remembers with the log: a chain that was made anew shows."""
+    what = f"progress of {lane.config.name}"
+    marks = [Mark(**row) for row in rows]
+    held = [mark for mark in marks if mark == lane.log.mark(mark.offset)]
+    if len(marks) == len(held) == 1:
+        return Finding(what, True, f"the log holds offset {held[0].offset} with the same hash")
+    if len(marks) != 1:
+        return Finding(what, False, f"{len(marks)} rows instead of one")
+    return Finding(what, False, f"offset {marks[0].offset} has another hash or is not in the log")
 
 
 def _columns(model: RowModel) -> str:
@@ -235,10 +250,33 @@ def _check_ledger(
     staged = lane.staging.count(model.table, 0, offset)
     if total != staged:
         return Finding(what, False, f"accounts for {total} changes, {staged} are staged", len(rows))
+    spans = [(row["after"], row["through"], row["read"]) for row in rows if row["kind"] == "apply"]
+    if wrong := _wrong_span(lane, model, spans):
+        return Finding(what, False, f"({wrong[0]}, {wrong[1]}] has not read what the log holds there")
     quarantined = sum(row["quarantined"] for row in rows)
     if quarantined != open_records:
         return Finding(what, False, f"says {quarantined} open records, there are {open_records}", len(rows))
     return Finding(what, True, f"closes over {total} changes", len(rows))
+
+
+def _wrong_span(
+    lane: Lane, model: RowModel, spans: Sequence[tuple[int, int, int]]
+) -> tuple[int, int, int] | None:
+    """Return the first span (after, through, read) that overlaps another or read something else."""
+    entries = [
+        (item.offset, item.entry.rows)
+        for item in lane.log.headers(0, max((through for _, through, _ in spans), default=0))
+        if item.entry.table == model.table and item.entry.kind != "schema"
+    ]
+    offsets = [offset for offset, _ in entries]
+    sums = [0, *accumulate(rows for _, rows in entries)]
+    reached = 0
+    for after, through, figure in sorted(spans):
+        held = sums[bisect_right(offsets, through)] - sums[bisect_right(offsets, after)]
+        if after < reached or figure != held:
+            return after, through, figure
+        reached = through
+    return None
 
 
 def _compare(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -139,11 +141,27 @@ def flip_a_payload_byte(project: Project) -> None:
         db.execute('UPDATE entries SET payload = ? WHERE "offset" = ?', (changed, offset))
 
 
+def rewrite_the_end(project: Project) -> None:
+    """Alter the last entry and make its hash anew: the chain holds, but the destination remembers."""
+    with sqlite3.connect(project.state / "log" / "shop.db") as db:
+        names = "\"offset\", kind, table_schema, table_name, first_epoch, first_commit, first_ordinal, last_epoch, "
+        names += "last_commit, last_ordinal, committed_at, rows, schema_version, appended_at, ends_group, payload"
+        (before,), (last,) = (
+            db.execute(f'SELECT {what} FROM entries ORDER BY "offset" DESC LIMIT 1 OFFSET {n}').fetchall()
+            for what, n in (("hash", 1), (names, 0))
+        )
+        *header, payload = last
+        header[10] += 1
+        text = json.dumps(header, separators=(",", ":")).encode()
+        digest = hashlib.blake2b(bytes.fromhex(before[0]) + text + payload, digest_size=32).hexdigest()
+        query = 'UPDATE entries SET committed_at = ?, hash = ? WHERE "offset" = ?'
+        assert db.execute(query, (header[10], digest, header[0])).rowcount == 1
+
+
 MIRROR, SALES = "(SELECT min(rowid) FROM shop.accounts)", "(SELECT min(rowid) FROM sales)"
 LEDGER = "(SELECT min(rowid) FROM headrace.ledger WHERE model = 'sales')"
 MIDDLE = '(SELECT max("offset") / 2 FROM entries)'
-LAST = '(SELECT max("offset") FROM entries)'
-RECORD = f"(SELECT min(rowid) FROM headrace.quarantine WHERE model = 'sales' AND status = 'quarantined')"
+RECORD = "(SELECT min(rowid) FROM headrace.quarantine WHERE model = 'sales' AND status = 'quarantined')"
 OF_MIRROR, OF_SALES = ({"model shop.accounts"}, {"mirror shop.accounts"}), ({"model sales"}, {"model sales"})
 OF_LEDGER = ({"ledger of sales"}, {"ledger of sales"})
 COPY_ENTRY = (
@@ -152,6 +170,7 @@ COPY_ENTRY = (
     'schema_version, appended_at, ends_group, hash, bytes, payload FROM entries WHERE "offset" = '
 )
 
+# ruff: noqa: E501
 TAMPERINGS = {
     "mirror row altered": (warehouse(f"UPDATE shop.accounts SET balance = balance + 0.01 WHERE rowid = {MIRROR}"), *OF_MIRROR),
     "mirror row removed": (warehouse(f"DELETE FROM shop.accounts WHERE rowid = {MIRROR}"), *OF_MIRROR),
@@ -164,12 +183,12 @@ TAMPERINGS = {
     "log header altered": (log(f'UPDATE entries SET committed_at = committed_at + 1 WHERE "offset" = {MIDDLE}'), {"log shop"}, {"log"}),
     "log entry removed": (log(f'DELETE FROM entries WHERE "offset" = {MIDDLE}'), {"log shop"}, {"log"}),
     "log entry doubled": (log(COPY_ENTRY + MIDDLE), {"log shop"}, {"log"}),
-    "last log entry removed": (log(f'DELETE FROM entries WHERE "offset" = {LAST}'), {"progress of shop"}, {"progress"}),
+    "last log entry made anew": (rewrite_the_end, {"progress of shop"}, {"progress"}),
     "ledger figure altered": (warehouse(f"UPDATE headrace.ledger SET applied = applied + 1 WHERE rowid = {LEDGER}"), *OF_LEDGER),
     "ledger figures altered alike": (
         warehouse(f"UPDATE headrace.ledger SET read = read + 1, applied = applied + 1 WHERE rowid = {LEDGER}"), *OF_LEDGER
     ),
-    "ledger span altered": (warehouse(f'UPDATE headrace.ledger SET "through" = "through" - 1 WHERE rowid = {LEDGER}'), *OF_LEDGER),
+    "ledger span altered": (warehouse(f'UPDATE headrace.ledger SET "through" = "after" + 1 WHERE rowid = {LEDGER}'), *OF_LEDGER),
     "ledger row removed": (warehouse(f"DELETE FROM headrace.ledger WHERE rowid = {LEDGER}"), *OF_LEDGER),
     "ledger row doubled": (warehouse(f"INSERT INTO headrace.ledger SELECT * FROM headrace.ledger WHERE rowid = {LEDGER}"), *OF_LEDGER),
     "quarantine record removed": (warehouse(f"DELETE FROM headrace.quarantine WHERE rowid = {RECORD}"), *OF_LEDGER),

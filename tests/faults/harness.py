@@ -50,7 +50,13 @@ pipeline.{verb}()
 
 
 def make_project(
-    folder: Path, url: str, *, slot: str = "headrace_shop", tables: str = "public.*", model: str = "", more: str = ""
+    folder: Path,
+    url: str,
+    *,
+    slot: str = "headrace_shop",
+    tables: str = "public.*",
+    model: str = "",
+    more: str = "",
 ) -> Project:
     """Write a project whose source is called shop, with one model `sales` if given."""
     (folder / "models").mkdir(parents=True, exist_ok=True)

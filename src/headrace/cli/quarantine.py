@@ -13,7 +13,8 @@ from uuid import UUID
 
 from cyclopts import Parameter
 
-from headrace.cli.tables import json_of, print_json_lines, print_table
+from headrace.cells import json_of
+from headrace.cli.tables import print_json_lines, print_table
 from headrace.config import Project, load_project
 from headrace.errors import UserError
 from headrace.keys import literal
@@ -74,7 +75,8 @@ def list_records(
             'ORDER BY max("offset") OVER (PARTITION BY issue) DESC, issue, "offset" DESC, ordinal DESC '
             f"LIMIT {max(limit, 0)}",
             "SELECT issue, any_value(model) AS model, any_value(reason) AS reason, "
-            f"any_value(message) AS message, count(*) AS n FROM headrace.quarantine WHERE {wanted} GROUP BY issue",
+            "any_value(message) AS message, count(*) AS n "
+            f"FROM headrace.quarantine WHERE {wanted} GROUP BY issue",
         ],
     )
     rows = records.to_pylist()

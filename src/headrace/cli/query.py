@@ -7,10 +7,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from headrace.cli.tables import print_csv, print_json_lines, print_table, rows_of
+from headrace.cli.tables import print_csv, print_json_lines, print_table
 from headrace.config import load_project
 from headrace.errors import UserError
-from headrace.server import read
+from headrace.server import read_rows
 
 
 def query(
@@ -33,6 +33,6 @@ def query(
     """
     if json and csv:
         raise UserError("--json and --csv cannot both be.", "Choose one.")
-    (table,) = read(load_project(project), [sql])
+    columns, rows = read_rows(load_project(project), sql)
     write = print_json_lines if json else print_csv if csv else print_table
-    write(table.column_names, rows_of(table))
+    write(columns, rows)

@@ -208,6 +208,13 @@ class DuckDBDestination:
                 )
             return True
 
+    def retire(self, model: str) -> None:
+        """Mark a model that the project no longer has; its table stays."""
+        with self.open() as db:
+            db.execute(
+                "UPDATE headrace.models SET state = 'retired', updated_at = now() WHERE model = ?", [model]
+            )
+
     def forget_if_reshaped(self, model: Model) -> bool:
         """Drop a model's table, and its place, where its columns are no longer the model's.
 
@@ -334,7 +341,7 @@ def _shape(db: duckdb.DuckDBPyConnection, schema: str, table: str, model: Model)
     if not known:
         db.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)}")
         columns = ", ".join(f"{quoted(name)} {type_}" for name, type_ in wanted.items())
-        db.execute(f"CREATE TABLE {target} (_source VARCHAR, _source_key VARCHAR, {columns})")
+        db.execute(f"CREATE TABLE {target} ({columns}, _source VARCHAR, _source_key VARCHAR)")
     for name, type_ in wanted.items() if known else ():
         if name not in known:
             db.execute(f"ALTER TABLE {target} ADD COLUMN {quoted(name)} {type_}")

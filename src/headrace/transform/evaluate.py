@@ -188,11 +188,23 @@ class Evaluation:
         return "transform.expression", "the expression fails together with the others"
 
 
-_QUOTED = re.compile(r"'.*'|\".*\"", re.DOTALL)
-_VALUE = re.compile(r"(\bvalue\s+)(?!…)\S+")
+_QUERY = re.compile(r"\n\nLINE \d+: (?!.*\n\nLINE \d+: ).*", re.DOTALL)
+_QUOTED = re.compile(r"(?<!\w)(?:'.*'(?!\w)|\".*\"|['\"].*)", re.DOTALL)
+_PARSED = re.compile(r"(Could not parse string ).*( according to format specifier ).*", re.DOTALL)
+_REST = re.compile(r": (?!'…'|….*$).+")
+_VALUE = re.compile(r"(\bvalue )(?!is |'…'|…)\S+")
+_NUMBER = re.compile(r"(DECIMAL\(\d+,\d+\)|\b[A-Za-z_]\w*|\[\d+\])|[-+]?\d[\w.+-]*")
 
 
 def scrub(message: str) -> str:
-    """Remove cell values from an engine's message: what is quoted, and what follows `value`."""
-    first = message.split("\n\nLINE", maxsplit=1)[0].strip()
-    return _VALUE.sub(r"\1…", _QUOTED.sub("'…'", first))[:_MESSAGE]
+    """Remove cell values from an engine's message, so that what stays is the same for one cause.
+
+    What goes: the query it cites, whatever is quoted, what follows `value` or a colon, later lines, numbers.
+    (strptime's message says its string once more, on a line of its own.)
+    """
+    kind, separator, words = _QUERY.sub("", message).partition(" Error: ")
+    if not separator:
+        kind, words = "", kind
+    line = _QUOTED.sub("'…'", _PARSED.sub(r"\1'…'\2'…'", words)).strip().split("\n", maxsplit=1)[0]
+    line = _VALUE.sub(r"\1…", _REST.sub(": …", line))
+    return (kind + separator + _NUMBER.sub(lambda found: found[1] or "…", line))[:_MESSAGE]

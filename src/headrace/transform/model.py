@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from headrace.transform.sql import Check, ModelText
 from headrace.transform.types import canonical, cast_keeps_apart, duckdb_type, mirror_expression
 
 _local = threading.local()
+_CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
+_SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
 
 
 def engine() -> duckdb.DuckDBPyConnection:
@@ -31,12 +34,13 @@ def engine() -> duckdb.DuckDBPyConnection:
     connection: duckdb.DuckDBPyConnection | None = getattr(_local, "connection", None)
     if connection is None:
         connection = duckdb.connect()
-        connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET disabled_optimizers = 'common_subexpressions'")
         connection.execute("SET preserve_insertion_order = true")
         connection.execute("SET enable_progress_bar = false")
         _local.connection = connection
-    return connection.cursor()
+    cursor = connection.cursor()
+    cursor.execute("SET TimeZone = 'UTC'")  # a setting of the session: a cursor is one of its own
+    return cursor
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +173,7 @@ def _check_key(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str
     for name in text.key:
         expression, type_ = expressions[name]
         for column in schema.columns:
-            reads = column.name in schema.key and _reads(expression, column.name, text.alias)
+            reads = column.name in schema.key and _reads(expression, column, text.alias)
             if reads and cast_keeps_apart(column.type, type_):
                 covered.add(column.name)
     if covered != set(schema.key):
@@ -180,12 +184,12 @@ def _check_key(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str
         )
 
 
-def _reads(expression: str, column: str, alias: str) -> bool:
-    """Whether an expression is a column, perhaps cast once."""
-    bare = expression.strip()
-    if bare.upper().startswith("CAST((") and ") AS " in bare:
-        bare = bare[len("CAST((") : bare.rindex(") AS ")]
-    bare, _, cast = bare.partition("::")
-    if "::" in cast:
-        return False
-    return bare.strip().replace('"', "").lower() in {column.lower(), f"{alias}.{column}".lower()}
+def _reads(expression: str, column: Column, alias: str) -> bool:
+    """Whether an expression is a column, perhaps cast; casts on the way must keep its values apart."""
+    bare, casts = expression.strip(), list[str]()
+    while match := _CAST.fullmatch(bare) or _SHORT_CAST.fullmatch(bare):
+        bare = match[1].strip().removeprefix("(").removesuffix(")").strip()
+        casts.append(match[2].strip().upper())
+    names = {column.name.lower(), f"{alias}.{column.name}".lower()}
+    inner = casts[1:]  # the outermost is the output's type
+    return bare.replace('"', "").lower() in names and all(cast_keeps_apart(column.type, to) for to in inner)

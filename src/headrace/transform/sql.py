@@ -124,7 +124,8 @@ def _parse(file: str, text: str) -> dict[str, Any]:
 def _refuse_what_rows_cannot_do(file: str, node: dict[str, Any]) -> None:
     if node["cte_map"]["map"]:
         raise ModelError(f"{file}: a row model has no WITH.")
-    if node["group_expressions"] or node["having"] or node["qualify"] or node["modifiers"] or node["sample"]:
+    sample = node["sample"] or node["from_table"].get("sample")
+    if node["group_expressions"] or node["having"] or node["qualify"] or node["modifiers"] or sample:
         raise ModelError(
             f"{file}: a row model filters and projects single rows: no DISTINCT, GROUP BY, HAVING, "
             "QUALIFY, ORDER BY, LIMIT or SAMPLE."
@@ -137,7 +138,7 @@ def _refuse_what_rows_cannot_do(file: str, node: dict[str, Any]) -> None:
             raise ModelError(f"{file}: a row model cannot use {what}.")
         name = str(part.get("function_name", "")).lower()
         columns = [str(column).lower() for column in part.get("column_names", ())]
-        clock = name if functions.get(name, "") == "clock" else ""
+        clock = name if functions.get(name, "") == "clock" or _is_age_until_now(name, part) else ""
         if len(columns) == 1 and columns[0] in _CLOCKS:
             clock = columns[0]
         if clock:
@@ -151,6 +152,7 @@ def _refuse_what_rows_cannot_do(file: str, node: dict[str, Any]) -> None:
 
 def _functions() -> dict[str, str]:
     """Say which functions are aggregates and which depend on when they run."""
+    # `ago` is a macro over the clock, of which the catalog does not say so.
     with duckdb.connect() as db:
         rows = db.execute(
             """SELECT DISTINCT function_name,
@@ -158,7 +160,12 @@ def _functions() -> dict[str, str]:
             FROM duckdb_functions() WHERE function_type = 'aggregate'
             OR (function_type = 'scalar' AND stability <> 'CONSISTENT')"""
         ).fetchall()
-    return dict(rows)
+    return dict(rows) | {"ago": "clock"}
+
+
+def _is_age_until_now(name: str, part: dict[str, Any]) -> bool:
+    """Whether this is `age(t)`: with one argument it counts until today, and the catalog does not say so."""
+    return name == "age" and len(part.get("children", ())) == 1
 
 
 def _walk(part: object) -> Iterator[dict[str, Any]]:
@@ -183,6 +190,8 @@ def _table(file: str, node: dict[str, Any]) -> tuple[str, str, str]:
             f"{file}: a row model reads one raw table.",
             'Write FROM raw.<source>.<table>, or raw.<source>."schema.table" outside of public.',
         )
+    if table.get("column_name_alias"):
+        raise ModelError(f"{file}: the alias of the table renames the columns.", "Write `column AS name` instead.")
     return path[1], path[2], table["alias"] or path[2]
 
 
@@ -191,6 +200,8 @@ def _spans(file: str, text: str) -> tuple[tuple[tuple[str, str], ...], str]:
     tokens = sqlglot.tokenize(text, read="duckdb")
     while tokens and tokens[-1].token_type is TokenType.SEMICOLON:
         tokens.pop()
+    if tokens[0].token_type is not TokenType.SELECT:
+        raise ModelError(f"{file}: a model begins with SELECT.", "Put FROM after the output columns.")
     depth, items, item, where_at = 0, [], list[Token](), None
     in_list = False
     for i, token in enumerate(tokens):
@@ -200,7 +211,7 @@ def _spans(file: str, text: str) -> tuple[tuple[tuple[str, str], ...], str]:
             depth -= 1
         if depth == 0 and token.token_type is TokenType.SELECT:
             in_list = True
-        elif in_list and depth == 0 and token.token_type in {TokenType.COMMA, TokenType.FROM}:
+        elif in_list and depth == 0 and _ends_output(tokens, i):
             if item:
                 items.append(_output(file, text, item))
             item, in_list = [], token.token_type is TokenType.COMMA
@@ -214,6 +225,13 @@ def _spans(file: str, text: str) -> tuple[tuple[tuple[str, str], ...], str]:
         if names.count(name) > 1 or name.startswith("_"):
             raise ModelError(f"{file}: the output name {name!r} is used twice, or begins with an underscore.")
     return tuple(items), where
+
+
+def _ends_output(tokens: list[Token], i: int) -> bool:
+    """Whether a token ends an output expression: a comma, or a FROM that is not of IS DISTINCT FROM."""
+    if tokens[i].token_type is TokenType.FROM:
+        return tokens[i - 1].token_type is not TokenType.DISTINCT
+    return tokens[i].token_type is TokenType.COMMA
 
 
 def _output(file: str, text: str, tokens: list[Token]) -> tuple[str, str]:
@@ -241,8 +259,10 @@ def _key(file: str, settings: dict[str, Any], outputs: tuple[tuple[str, str], ..
 
 
 def _contract(
-    file: str, contract: dict[str, Any], names: list[str]
+    file: str, contract: object, names: list[str]
 ) -> tuple[tuple[tuple[str, str], ...], tuple[Check, ...]]:
+    if not isinstance(contract, dict):
+        raise ModelError(f'{file}: contract must be a table, [contract], with a line such as amount = "BIGINT".')
     types, checks = [], []
     for column, rule in contract.items():
         if column not in names:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.change import Entry, Position, TableId, TableSchema
+from headrace.failpoints import failpoint
 from headrace.payload import encode_rows
 from headrace.sources.postgres.catalog import qualified, quoted
 
@@ -75,6 +76,7 @@ def copy_tables(bulk: Any, shapes: Sequence[TableSchema], commit: int) -> Iterat
                 if batch.num_rows:
                     yield [_rows(shape.table, shape.version, batch, commit, ordinal, now)]
                     ordinal += batch.num_rows
+                    failpoint("source.copy.batch")
         end = Position(0, commit, ordinal)
         payload = json.dumps({"marker": "copy_end"}).encode()
         yield [Entry("marker", None, end, end, now, 0, 0, payload)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 
@@ -65,7 +66,8 @@ def slot_health(url: str, slot: str) -> SlotHealth:
             db.execute(f"SET statement_timeout = '{_TIMEOUT}s'".encode())
             row = db.execute(_SLOT, [slot]).fetchone()
             assert row is not None
-            return SlotHealth(row[0] is not None, *row, _age(db, row[4]))
+            values: tuple[Any, ...] = (row[0] is not None, *row, _age(db, row[4]))
+            return SlotHealth(*values)
         except psycopg.Error as error:
             words = without_password(str(error)).strip().splitlines()
             raise SourceError(f"{place(url)} does not tell about its slot: {' '.join(words[:1])}") from error

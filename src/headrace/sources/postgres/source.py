@@ -64,6 +64,8 @@ class PostgresSource:
             self._same_server(log)
             if log.note("copied") is None:
                 yield from self._copy(log)
+            else:
+                self._say_what_is_new(log)
             self._slot_can_resume(log)
             yield from self._follow(log)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
@@ -101,11 +103,17 @@ class PostgresSource:
         if known is None:
             log.set_note("system", found)
         elif known != found:
-            raise SourceGap(
+            raise UserError(
                 f"{place(self._url)} is another server than the one this state folder was filled from "
                 f"(system identifier {found}, not {known}).",
                 "Point the url at the original server, or start with an empty project folder.",
             )
+
+    def _say_what_is_new(self, log: Log) -> None:
+        """Name tables that the patterns select but that are not captured."""
+        selected = select_tables(self._config.tables, list_tables(self._catalog()))
+        if new := [str(table) for table in selected if table not in log.schemas()]:
+            logger.warning("not captured, since made after the copy: %s", ", ".join(new))
 
     def _copy(self, log: Log) -> Iterator[Sequence[Entry]]:
         """Create publication and slot, then copy every table under the slot's own snapshot."""

@@ -1,0 +1,269 @@
+"""Killed anywhere, at any moment, the pipeline loses nothing and doubles nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import duckdb
+import psycopg
+import pytest
+from harness import (
+    MODEL,
+    assert_whole,
+    make_project,
+    make_shop,
+    run_once,
+    running,
+    said,
+    start,
+    stop,
+    until,
+)
+
+from headrace import failpoints
+from headrace.config import Project, load_project
+from headrace.errors import HeadraceError
+from headrace.pipeline import Pipeline
+from headrace.server import read
+from headrace.testing import shop
+from headrace.testing.postgres import PostgresServer
+
+KILLS = 20
+NEAR = 5.0  # seconds around a kill whose freshness does not count
+SOURCES = Path(failpoints.__file__).parent
+
+
+class Watcher(threading.Thread):
+    """Asks the pipeline again and again for the newest order, as another process than it."""
+
+    def __init__(self, project: Project) -> None:
+        super().__init__(daemon=True)
+        self.seen: list[tuple[float, int]] = []
+        self.stop = threading.Event()
+        self._project = project
+
+    def run(self) -> None:
+        while not self.stop.wait(0.05):
+            with suppress(HeadraceError, OSError):
+                newest = read(self._project, ["SELECT max(id) AS id FROM shop.orders"])[0]["id"][0].as_py()
+                if newest is not None and (not self.seen or newest > self.seen[-1][1]):
+                    self.seen.append((time.time(), newest))
+
+
+def freshness(
+    commits: list[tuple[int, float]], seen: list[tuple[float, int]], kills: list[float]
+) -> list[float]:
+    """Seconds from commit to visible, of samples that no kill is near."""
+    found, at = [], 0
+    for order, committed in commits:
+        while at < len(seen) and seen[at][1] < order:
+            at += 1
+        if at == len(seen):
+            break
+        visible = seen[at][0]
+        if all(visible < kill - NEAR or committed > kill + NEAR for kill in kills):
+            found.append(visible - committed)
+    return sorted(found)
+
+
+def test_kills_at_random_moments_of_a_busy_workload(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = random.Random(int(os.environ.get("HEADRACE_SEED", "20")))
+    with PostgresServer(tmp_path / "pg") as server:
+        project = make_project(tmp_path / "project", make_shop(server, "busy"), model=MODEL)
+        url = project.sources[0].url.reveal()
+        run_once(project)
+        workload = subprocess.Popen(
+            [sys.executable, "-m", "headrace.testing.shop", url, "--seconds=120", "--tps=600", "--small"],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        watcher = Watcher(project)
+        watcher.start()
+        kills: list[float] = []
+        pipeline = start(project)
+        time.sleep(5.0)
+        for _ in range(KILLS):
+            time.sleep(rng.uniform(0.6, 2.2))
+            assert pipeline.poll() is None, said(project)
+            pipeline.kill()
+            pipeline.wait(10)
+            kills.append(time.time())
+            pipeline = start(project)
+        time.sleep(NEAR + 6.0)
+        workload.terminate()
+        summary = json.loads(workload.communicate(timeout=30)[0])
+        newest = summary["commits"][-1][0]
+        until(lambda: watcher.seen[-1][1] >= newest, 30, "the last order is visible")
+        watcher.stop.set()
+        watcher.join(10)
+        assert stop(pipeline) == 0
+        run_once(project)
+        assert_whole(project)
+        fresh = freshness(summary["commits"], watcher.seen, kills)
+        rate = summary["committed"] / summary["seconds"]
+        p50, p99 = (fresh[min(len(fresh) - 1, int(len(fresh) * share))] for share in (0.5, 0.99))
+        with capsys.disabled():
+            print(
+                f"\n{KILLS} kills, {summary['committed']} transactions at {rate:.0f}/s, freshness of "
+                f"{len(fresh)} samples: p50 {p50:.2f} s, p99 {p99:.2f} s"
+            )
+        assert rate >= 250, "no busy workload: the machine is too slow for this test to mean anything"
+        assert len(fresh) >= 20
+        assert p99 <= 10.0
+
+
+POINTS = {
+    "source.copy.batch": "copy",
+    "log.append.commit": "once",
+    "log.append.committed": "once",
+    "staging.data_synced": "once",
+    "staging.committed": "once",
+    "staging.commit_synced": "once",
+    "destination.apply.commit": "once",
+    "destination.apply.committed": "once",
+    "destination.redrive.commit": "redrive",
+}
+"""Every failpoint of the code, and what passes it."""
+
+ONCE = [name for name, kind in POINTS.items() if kind != "redrive"]
+
+
+def test_every_failpoint_is_in_the_table() -> None:
+    named = re.compile(r"failpoint\(\s*\"([^\"]+)\"")
+    found = {name for path in SOURCES.rglob("*.py") for name in named.findall(path.read_text())}
+    assert found == set(POINTS)
+
+
+def database(server: PostgresServer, point: str) -> str:
+    return make_shop(server, point.replace(".", "_"), orders=300)
+
+
+def change(url: str, seed: int) -> None:
+    workload = shop.Workload(url, seed=seed, transactions_per_second=None)
+    with workload:
+        until(lambda: workload.committed >= 40)
+
+
+@pytest.mark.parametrize("point", ONCE)
+def test_killed_at_every_failpoint_and_passage(server: PostgresServer, tmp_path: Path, point: str) -> None:
+    """Three times in a row, at the first, second and third passage, with changes in between."""
+    url = database(server, f"kill.{point}")
+    project = make_project(tmp_path, url, slot="k_" + point.replace(".", "_"), model=MODEL)
+    if POINTS[point] == "once":
+        run_once(project)
+    for passage in (3, 2, 1):
+        change(url, passage)
+        change(url, passage + 10)
+        process = start(project, "run_once", step_bytes=4096, failpoints=f"{point}=kill@{passage}")
+        assert process.wait(60) == -9, f"passage {passage} was never reached: {said(project)}"
+    run_once(project)
+    assert_whole(project)
+
+
+def test_killed_in_the_middle_of_every_hop_of_the_first_copy(server: PostgresServer, tmp_path: Path) -> None:
+    url = database(server, "first")
+    project = make_project(tmp_path, url, slot="first", model=MODEL)
+    for point in ONCE:
+        process = start(project, "run_once", step_bytes=4096, failpoints=f"{point}=kill@2")
+        assert process.wait(60) == -9, f"{point} was never reached: {said(project)}"
+    run_once(project)
+    assert_whole(project)
+
+
+@pytest.mark.parametrize("point", ONCE)
+def test_goes_on_after_an_error_at_every_failpoint(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """An I/O error at its second passage; a running pipeline tries again by itself."""
+    url = database(server, f"raise.{point}")
+    project = make_project(tmp_path, url, slot="r_" + point.replace(".", "_"), model=MODEL)
+    if POINTS[point] == "once":
+        run_once(project)
+    armed = failpoints._parse(f"{point}=raise@2")
+    monkeypatch.setattr(failpoints, "_armed", armed)
+    pipeline = Pipeline(load_project(project.root))
+    thread = threading.Thread(target=pipeline.run)
+    thread.start()
+    try:
+        for seed in range(40):
+            if armed[point].passed >= 2:
+                break
+            change(url, seed)
+            time.sleep(0.2)
+        assert armed[point].passed >= 2
+        change(url, 50)
+        lane = pipeline.lanes[0]
+        with psycopg.connect(url) as db:
+            newest = db.execute("SELECT max(id) FROM orders").fetchall()[0][0]
+        until(lambda: lane.log.note("copied") and lane.idle(), 30, f"goes on: {pipeline.status()}")
+        until(lambda: read(project, ["SELECT max(id) AS n FROM shop.orders"])[0]["n"][0].as_py() >= newest)
+        assert pipeline.status()["stopped"] == {}
+    finally:
+        pipeline.stop.set()
+        thread.join(30)
+    run_once(project)
+    assert_whole(project)
+
+
+def test_killed_and_failed_during_a_redrive(server: PostgresServer, tmp_path: Path) -> None:
+    project = make_project(tmp_path, database(server, "redrive"), slot="redrive", model=MODEL)
+    run_once(project)
+    opened = "SELECT DISTINCT key FROM headrace.quarantine WHERE status = 'quarantined'"
+    with duckdb.connect(str(project.destination.path)) as db:
+        keys = [row[0] for row in db.execute(opened).fetchall()]
+    assert keys
+    mended = MODEL.replace("CAST(discount", "TRY_CAST(discount")
+    (project.models / "sales.sql").write_text(mended)
+    run_once(project)
+    code = (
+        "import sys; from pathlib import Path; from headrace.pipeline import Pipeline\n"
+        "from headrace.config import load_project\n"
+        "pipeline = Pipeline(load_project(Path(sys.argv[1])))\n"
+        "print(pipeline.lanes[0].redrive('sales', sys.argv[2:]))"
+    )
+    codes = []
+    for action in ("kill", "raise", ""):
+        armed = f"destination.redrive.commit={action}" if action else ""
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(project.root), *keys],
+            env={**os.environ, "HEADRACE_FAILPOINTS": armed},
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        codes.append(done.returncode)
+        with duckdb.connect(str(project.destination.path), read_only=True) as db:
+            left = len(db.execute(opened).fetchall())
+        assert left == (len(keys) if action else 0), done.stderr
+        if action:
+            run_once(project)
+    assert codes == [-9, 1, 0]
+    assert_whole(project)
+
+
+def test_a_killed_pipeline_leaves_nothing_that_stops_the_next(server: PostgresServer, tmp_path: Path) -> None:
+    """Lock, socket and slot of a dead one are taken over at once."""
+    project = make_project(tmp_path, database(server, "takeover"), slot="takeover")
+    with running(project) as first:
+        until(lambda: project.destination.path.exists() and (project.state / "lock").exists())
+        first.kill()
+        first.wait(10)
+    began = time.monotonic()
+    with running(project):
+        until(lambda: _orders(project) == 300, 20, "the next one copies")
+    assert time.monotonic() - began < 20
+    assert_whole(project)
+
+
+def _orders(project: Project) -> int:
+    with suppress(HeadraceError, OSError):
+        return int(read(project, ["SELECT count(*) AS n FROM shop.orders"])[0]["n"][0].as_py())
+    return -1
