@@ -322,6 +322,17 @@ def test_beside_a_running_pipeline(project: Path, url: str) -> None:
     assert counted(project, upper) == 1
 
 
+def test_a_second_signal_ends_at_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_FAILPOINTS", "destination.apply.commit=sleep:60")
+    with Running(project) as pipeline:
+        until(lambda: pipeline.says("copy is complete"))
+        time.sleep(1)
+        pipeline.process.send_signal(signal.SIGINT)
+        until(lambda: pipeline.says("SIGINT: finishing what is in hand"))
+        pipeline.process.send_signal(signal.SIGTERM)
+        assert pipeline.process.wait(5) == 128 + signal.SIGTERM
+
+
 def test_a_model_that_breaks_stops_alone(project: Path, url: str) -> None:
     """It names a missing column: suspended, while the others go on; mended, it catches up."""
     model = project / "models" / "clean.sql"
@@ -413,12 +424,21 @@ def test_another_server(project: Path, url: str, tmp_path: Path) -> None:
         settings = project / "headrace.toml"
         settings.write_text(settings.read_text().replace(url, other.url))
         refused = headrace("run", "--once", cwd=project)
-        assert refused.code == 1
+        assert refused.code == 2
         assert "is another server than the one" in refused.err
         slot = answer("status", cwd=project)["sources"][0]["slot"]
         assert slot["exists"] is False
     assert "cannot be reached" in answer("status", cwd=project)["sources"][0]["slot"]["unreachable"]
     assert "slot     unreachable: " in here("status", cwd=project).out
+
+
+def test_no_such_table(project: Path) -> None:
+    """Found by the capture thread: nothing else will ever run, so it ends with the mistake."""
+    settings = project / "headrace.toml"
+    settings.write_text(settings.read_text() + 'tables = ["public.nope"]\n')
+    refused = headrace("run", cwd=project)
+    assert refused.code == 2
+    assert "no table of" in refused.err.splitlines()[-1]
 
 
 def test_a_destination_that_is_held(project: Path) -> None:

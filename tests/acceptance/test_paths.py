@@ -33,14 +33,20 @@ TYPES: dict[str, list[str]] = {
     "numeric(50,5)": ["123456789012345678901234567890123456789012345.12345"],
     "numeric(5,-2)": ["12300"],
     "boolean": ["t", "f"],
-    "text": ["", " ", "NULL", "\\N", "a\tb\nc\r\nd", "Zürich 東京 🚰", "'\"\\", "{\"a\": [1]}", "x" * 70_000],
+    "text": ["", " ", "NULL", "\\N", "a\tb\nc\r\nd", "Zürich 東京 🚰", "'\"\\", '{"a": [1]}', "x" * 70_000],
     "character varying(5)": ["abc", "ab  "],
     "character(4)": ["ab", "", "ab  "],
     '"char"': ["x", ""],
     "name": ["a name"],
     "bytea": ["\\x", "\\x00ff5c27", "\\xdeadbeef"],
     "date": ["2024-02-29", "0044-03-15 BC", "0001-01-01", "infinity", "-infinity", "5874897-12-31"],
-    "timestamp": ["2024-02-29 23:59:59.999999", "0044-03-15 12:00:00 BC", "infinity", "-infinity", "1969-12-31 23:59:59.5"],
+    "timestamp": [
+        "2024-02-29 23:59:59.999999",
+        "0044-03-15 12:00:00 BC",
+        "infinity",
+        "-infinity",
+        "1969-12-31 23:59:59.5",
+    ],
     "timestamp(3)": ["2024-02-29 23:59:59.999"],
     "timestamptz": ["2024-02-29 23:59:59.999999+05:30", "0044-03-15 12:00:00+00 BC", "infinity", "-infinity"],
     "time": ["00:00:00", "23:59:59.999999"],
@@ -48,7 +54,12 @@ TYPES: dict[str, list[str]] = {
     "interval": ["1 year 2 mons -3 days 04:05:06.789", "-00:00:01", "178000000 years"],
     "uuid": ["00000000-0000-0000-0000-000000000000", "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"],
     "json": ['{"a":1, "a":2}', " [1.10, 1e400, null] ", '"\\u00e9\\ud83d\\udeb0"', "{}"],
-    "jsonb": ['{"b": 1.10, "a": [null, true, "x\\"y"]}', "123456789012345678901234567890.123", '"\\n"', "null"],
+    "jsonb": [
+        '{"b": 1.10, "a": [null, true, "x\\"y"]}',
+        "123456789012345678901234567890.123",
+        '"\\n"',
+        "null",
+    ],
     "inet": ["1.2.3.4", "1.2.3.4/8", "::1"],
     "cidr": ["10.0.0.0/8"],
     "macaddr": ["08:00:2b:01:02:03"],
@@ -58,13 +69,12 @@ TYPES: dict[str, list[str]] = {
     "point": ["(1.5,-2)"],
     "box": ["(3,4),(1,2)"],
     "path": ["[(0,0),(1,1)]"],
-    "xml": ["<a b='c'>d &amp; e</a>"],
     "tsvector": ["'a':1A 'b''c':2"],
     "pg_lsn": ["16/B374D848"],
     "int4range": ["[1,10)", "empty", "(,5)"],
     "tstzrange": ['["2024-01-01 00:00:00+00","2024-02-01 00:00:00+00")'],
     "int4multirange": ["{[1,3),[5,7)}"],
-    "mood": ["sad", "it's, \"ok\" {}"],
+    "mood": ["sad", 'it\'s, "ok" {}'],
     "price": ["12.50"],
     "pair": ['(1,"a ""q"" (b), c\\\\d")', "(1,)", "(,)"],
     "integer[]": ["{}", "{1,NULL,-3}"],
@@ -84,12 +94,18 @@ TYPES: dict[str, list[str]] = {
 }
 """Types with values; a column of its own each, in as many rows as the longest list, and one of nulls."""
 
-NO_KEY_FOR = {"json", "xml", "point", "box", "path"}
+KEYS = {
+    "one": ["numeric"],
+    "two": ["character(4)", "timestamptz"],
+    "six": ["bytea", "date", "inet", "mood", "interval", "text[]"],
+}
+"""Tables whose keys are of types with more than one way to write a value."""
 
 TEXT_KEYS = ["", " ", "'", '"', "a\nb", '["a","b"]', "NULL", "\\", "é", "e\u0301", "🚰", "a,b", "{}", "1"]
 
 LONG = "ä" * 30 + "xyz"
 ODD = 'We"ird Täble.x'
+ODD_SQL = ODD.replace('"', '""')
 
 DEFINITIONS = f"""
 CREATE TYPE mood AS ENUM ('sad', 'it''s, "ok" {{}}');
@@ -98,7 +114,7 @@ CREATE TYPE pair AS (n integer, t text);
 CREATE TABLE texts (k text PRIMARY KEY, v integer);
 CREATE TABLE pairs (a text, b bigint, "C d" date, v text, PRIMARY KEY ("C d", a, b));
 CREATE SCHEMA "Other";
-CREATE TABLE "Other"."{ODD.replace('"', '""')}" ("Key ""K""" integer PRIMARY KEY, "{LONG}" text, "select" text, "été" text);
+CREATE TABLE "Other"."{ODD_SQL}" ("Key ""K"" é" integer PRIMARY KEY, "{LONG}" text, "select" text, "été" text);
 CREATE TABLE "{LONG}" (id integer PRIMARY KEY, "_v" text);
 CREATE TABLE identity_full (id integer PRIMARY KEY, v text, w text);
 ALTER TABLE identity_full REPLICA IDENTITY FULL;
@@ -125,7 +141,9 @@ SELECT id::INTEGER AS id, long AS long, n::INTEGER AS n FROM raw.pg.toasted
 
 
 @pytest.fixture(scope="module", params=sorted(INSTALLS))
-def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PostgresServer]:
     with PostgresServer(tmp_path_factory.mktemp("pg"), request.param) as server:
         yield server
 
@@ -153,11 +171,12 @@ def project(server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def create_types(db: psycopg.Connection[Any]) -> None:
-    columns = ", ".join(f'c{i} {type_}' for i, type_ in enumerate(TYPES))
+    columns = ", ".join(f"c{i} {type_}" for i, type_ in enumerate(TYPES))
     db.execute(f"CREATE TABLE types (id integer PRIMARY KEY, {columns})".encode())
-    for i, type_ in enumerate(TYPES):
-        if type_ not in NO_KEY_FOR:
-            db.execute(f"CREATE TABLE key_{i} (k {type_} PRIMARY KEY, v integer)".encode())
+    for name, types in KEYS.items():
+        columns = ", ".join(f"k{i} {type_}" for i, type_ in enumerate(types))
+        key = ", ".join(f"k{i}" for i in range(len(types)))
+        db.execute(f"CREATE TABLE key_{name} ({columns}, v integer, PRIMARY KEY ({key}))".encode())
 
 
 def fill(db: psycopg.Connection[Any], base: int) -> None:
@@ -166,20 +185,17 @@ def fill(db: psycopg.Connection[Any], base: int) -> None:
     for n in range(max(map(len, TYPES.values())) + 1):
         row = [values[n] if n < len(values) else None for values in TYPES.values()]
         db.execute(f"INSERT INTO types VALUES ({cells})".encode(), [base + n, *row])
-    for i, (type_, values) in enumerate(TYPES.items()):
-        if type_ not in NO_KEY_FOR:
-            for value in values:
-                if len(value) < 1000:
-                    db.execute(
-                        f"INSERT INTO key_{i} VALUES (%s::text::{type_}, 1) "
-                        "ON CONFLICT (k) DO UPDATE SET v = 2".encode(), [value],
-                    )  # fmt: skip
+    for name, types in KEYS.items():
+        cells = ", ".join(f"%s::text::{type_}" for type_ in types)
+        upsert = f"INSERT INTO key_{name} VALUES ({cells}, 1) ON CONFLICT ON CONSTRAINT key_{name}_pkey "
+        for n in range(10):
+            row = [TYPES[type_][n % len(TYPES[type_])] for type_ in types]
+            db.execute((upsert + "DO UPDATE SET v = excluded.v + 1").encode(), row)
     prefix = str(base) if base else ""
     for key in TEXT_KEYS:
         db.execute("INSERT INTO texts VALUES (%s, 1)", [prefix + key])
         db.execute("INSERT INTO pairs VALUES (%s, %s, '2024-01-01', %s)", [prefix + key, base, key])
-    odd = ODD.replace('"', '""')
-    db.execute(f"INSERT INTO \"Other\".\"{odd}\" VALUES (%s, 'a', 'b', NULL)".encode(), [base])
+    db.execute(f"INSERT INTO \"Other\".\"{ODD_SQL}\" VALUES (%s, 'a', 'b', NULL)".encode(), [base])
     db.execute(f"INSERT INTO \"{LONG}\" VALUES (%s, 'a')".encode(), [base])
     for n in range(base, base + 20):
         db.execute("INSERT INTO identity_full VALUES (%s, 'a', NULL)", [n])
@@ -239,7 +255,6 @@ def test_copied_and_streamed_values_are_the_same(project: Project) -> None:
 
 def test_events(server: PostgresServer, project: Project) -> None:
     """Updates, deletes, key changes, truncate, rollbacks, savepoints, columns that come and go."""
-    odd = ODD.replace('"', '""')
     run(
         server,
         "UPDATE texts SET k = k || '!' WHERE v = 1",
@@ -250,7 +265,7 @@ def test_events(server: PostgresServer, project: Project) -> None:
         "BEGIN; INSERT INTO texts VALUES ('never', 1); ROLLBACK",
         "BEGIN; INSERT INTO texts VALUES ('kept', 1); SAVEPOINT s; INSERT INTO texts VALUES ('undone', 1); "
         "DELETE FROM texts WHERE k = 'kept'; ROLLBACK TO s; INSERT INTO texts VALUES ('after', 1); COMMIT",
-        f'UPDATE "Other"."{odd}" SET "{LONG}" = NULL, "été" = \'é\'',
+        f'UPDATE "Other"."{ODD_SQL}" SET "{LONG}" = NULL, "été" = \'é\'',
         f'UPDATE "{LONG}" SET id = id + 1',
         "UPDATE identity_full SET v = 'b' WHERE id < 5; UPDATE identity_full SET id = id + 500 WHERE id < 3; "
         "DELETE FROM identity_full WHERE id = 4",

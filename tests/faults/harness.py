@@ -42,8 +42,9 @@ from pathlib import Path
 from headrace import lane
 from headrace.config import load_project
 from headrace.pipeline import Pipeline
-lane._LOAD_BYTES = lane._SLICE_BYTES = {bytes}
 pipeline = Pipeline(load_project(Path(sys.argv[1])))
+if {bytes}:
+    lane._LOAD_BYTES = lane._SLICE_BYTES = pipeline.lanes[0].source._max_bytes = {bytes}
 signal.signal(signal.SIGTERM, lambda *_: pipeline.stop.set())
 pipeline.{verb}()
 """
@@ -85,19 +86,20 @@ def run_once(project: Project) -> None:
 
 
 def start(
-    project: Project, verb: str = "run", *, step_bytes: int = 32 << 20, failpoints: str = ""
+    project: Project, verb: str = "run", *, step_bytes: int = 0, failpoints: str = ""
 ) -> subprocess.Popen[str]:
-    """Start a pipeline in a process of its own; `step_bytes` bounds its loads and slices."""
+    """Start a pipeline in a process of its own; `step_bytes` bounds its groups, loads and slices."""
     command = [sys.executable, "-c", RUN.format(verb=verb, bytes=step_bytes), str(project.root)]
     if verb == "run" and not failpoints and importlib.util.find_spec("headrace.cli.run"):
         command = [sys.executable, "-m", "headrace", "run", "--project", str(project.root)]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "HEADRACE_FAILPOINTS": failpoints, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=(project.root / "stderr").open("a"),
-        text=True,
-    )
+    with (project.root / "stderr").open("a") as errors:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, "HEADRACE_FAILPOINTS": failpoints, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            text=True,
+        )
 
 
 def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM, seconds: float = 30.0) -> int:

@@ -292,7 +292,11 @@ class DeltaStaging:
         delta = DeltaTable.create(
             path,
             schema=Schema.from_arrow(pa.schema(list(full.items()))),
-            configuration={"delta.logRetentionDuration": "interval 36500 days"},
+            configuration={
+                "delta.logRetentionDuration": "interval 36500 days",
+                # Without this, Delta keeps no statistics of any column past the 32nd.
+                "delta.dataSkippingStatsColumns": "_offset",
+            },
             post_commithook_properties=_NO_HOOKS,
         )
         staged = _Table(path, delta, 0, full)

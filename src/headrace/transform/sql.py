@@ -165,7 +165,7 @@ def _functions() -> dict[str, str]:
 
 def _is_age_until_now(name: str, part: dict[str, Any]) -> bool:
     """Whether this is `age(t)`: with one argument it counts until today, and the catalog does not say so."""
-    return name == "age" and len(part.get("children", ())) == 1
+    return name == "age" and len(part.get("arguments", part.get("children", ()))) == 1
 
 
 def _walk(part: object) -> Iterator[dict[str, Any]]:
