@@ -15,8 +15,8 @@ PACKAGE = SOURCE / "headrace"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"change", "errors", "config", "document", "secret", "failpoints", "keys", "cells"},
-    {"protocols", "payload"},
+    {"change", "errors", "config", "document", "secret", "failpoints", "keys"},
+    {"protocols", "payload", "cells"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {"lane", "pipeline", "server", "verify"},
     {"cli", "console", "testing"},

@@ -28,8 +28,8 @@ from headrace.protocols import ModelState, Part, Prepared, Slice
 from headrace.sources.postgres.source import PostgresSource
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.folder import ModelFolder
 from headrace.transform.evaluate import scrub
+from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.sql import ModelText
 
@@ -180,7 +180,7 @@ class Lane:
 
         Everything up to where the model stands counts: an old value can never overwrite a newer one,
         and redriving twice changes nothing. Returns how many records are resolved and how many stay
-        (`resolved`, `still_quarantined`; with `dry_run` how many keys), or `rebuilding`: how many keys
+        (`resolved`, `still_quarantined`), or `rebuilding`: how many keys
         belong to a model that has other columns now and is built again from staging with all its rows.
         """
         with self.applying:
@@ -198,10 +198,7 @@ class Lane:
                 )
             wanted = pa.array(keys, pa.string())
             prepared = _only(model.prepare(self._history(model, wanted, stands.offset)), wanted)
-            if dry_run:
-                still = len(set(prepared.records["key"].to_pylist()))
-                return {"resolved": len(keys) - still, "still_quarantined": still}
-            return self.destination.redrive(model, prepared)
+            return self.destination.redrive(model, prepared, dry_run=dry_run)
 
     def close(self) -> None:
         """Close source and log."""

@@ -21,6 +21,7 @@ from headrace.config import Project
 from headrace.destinations.duckdb import DuckDBDestination
 from headrace.errors import DestinationBusy, HeadraceError, StateInUse, UserError, Verdict, verdict_of
 from headrace.lane import Lane
+from headrace.log.sqlite import SQLiteLog
 from headrace.server import Server
 from headrace.transform.evaluate import scrub
 from headrace.transform.folder import ModelFolder
@@ -65,6 +66,7 @@ class Pipeline:
             self.lanes = open_lanes(project)
             self._wait_for_destination()
         except BaseException:
+            _forget_empty_logs(project.state)
             self._lock.close()
             raise
 
@@ -234,6 +236,18 @@ def _words(error: BaseException) -> str:
     if isinstance(error, HeadraceError):
         return error.paragraph()
     return f"{type(error).__name__}: {error if isinstance(error, OSError) else scrub(str(error))}"
+
+
+def _forget_empty_logs(state: Path) -> None:
+    """Remove logs that a refused start has just made, so that the right state folder can come back."""
+    for path in (state / "log").glob("*.db"):
+        with suppress(HeadraceError):
+            log = SQLiteLog(path, read_only=True)
+            empty = log.end().offset == 0 and log.note("system") is None
+            log.close()
+            if empty:
+                for file in path.parent.glob(f"{path.name}*"):
+                    file.unlink()
 
 
 def _take_state(state: Path) -> IO[str]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("headrace.server")
 
+_WHERE = "socket"
 _MAX_REQUEST = 16 << 20
 _INLINE_ROWS = 1000  # larger results go as Arrow: rendering them would take time from the pipeline
 _LENGTH = struct.Struct(">q")
@@ -39,8 +40,14 @@ Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def socket_path(state: Path) -> Path:
-    """Return where the pipeline of a state folder listens: short, since such paths are limited to
-    about 100 bytes, and in a folder of this user's own."""
+    """Return where the pipeline of a state folder listens, as the pipeline wrote it there."""
+    known = state / _WHERE
+    return Path(known.read_text()) if known.exists() else state / "no-socket"
+
+
+def _new_socket_path(state: Path) -> Path:
+    """Choose where to listen: a short path, since they are limited to about 100 bytes, in a folder of
+    this user's own."""
     folder = Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     owner = folder.lstat()
@@ -56,7 +63,7 @@ class Server:
 
     def __init__(self, state: Path, destination: DuckDBDestination, handlers: dict[str, Handler]) -> None:
         """`handlers` answer every request but `query`, by its `op`."""
-        self._path = socket_path(state)
+        self._path = _new_socket_path(state)
         self._destination = destination
         self._handlers = handlers
         self._path.unlink(missing_ok=True)
@@ -64,6 +71,7 @@ class Server:
         self._listener.bind(str(self._path))
         self._path.chmod(0o600)
         self._listener.listen(16)
+        (state / _WHERE).write_text(str(self._path))
         self._thread = threading.Thread(target=self._accept, name="server", daemon=True)
         self._thread.start()
 

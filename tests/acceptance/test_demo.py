@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 
 DEMO = [sys.executable, "-m", "headrace", "demo"]
-FIGURES = ("captured", "staged", "applied", "superseded", "filtered", "quarantined", "redriven") + (
+FIGURES = (
+    "captured",
+    "staged",
+    "applied",
+    "superseded",
+    "filtered",
+    "quarantined",
+    "redriven",
     "lost",
     "duplicated",
     "verified",

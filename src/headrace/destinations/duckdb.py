@@ -138,7 +138,7 @@ class DuckDBDestination:
                 self._change_rows(db, work.source, part.model, part.prepared)
                 healed = _heal(db, work, part) if open_records.get(part.model.name) else 0
                 if part.prepared.records.num_rows:
-                    new_issues += _record(db, work, part)
+                    new_issues += _record(db, part.model, part.prepared.records)
                 moves.append(_Move(part, healed, open_records.get(part.model.name, 0)))
             _write_ledger(db, work, moves)
             _write_models(db, work, moves)
@@ -148,43 +148,42 @@ class DuckDBDestination:
         failpoint("destination.apply.committed")
         return new_issues
 
-    def redrive(self, model: Model, prepared: Prepared) -> dict[str, int]:
+    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
         """Apply what the current model makes of the whole histories of some keys (`prepared.removed`),
-        in one transaction.
+        in one transaction; with `dry_run` only find out what that would do.
 
         Open records of these keys that are no longer bad become resolved; those still bad count one
-        more attempt. Returns how many there are of each.
+        more attempt; changes that the current model refuses and an earlier one took become records.
+        Returns how many records are `resolved` and how many are `still_quarantined`.
         """
         name = literal(model.name)
         mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM redriven r)"
         same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
-        touched = f"attempts = attempts + 1, last_attempt = now(), model_version = {literal(model.version)}"
+        bad = int(prepared.records.num_rows)
         with self.open() as db:
             db.execute("BEGIN")
             db.register("redriven", pa.table({"key": prepared.removed}))
             db.register("still_bad", prepared.records)
+            before = _number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
             self._change_rows(db, model.source, model, prepared)
             resolved = _number(
                 db,
                 f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
-                f"resolved_at = now(), {touched} WHERE {mine} "
+                f"resolved_at = now(), attempts = attempts + 1, last_attempt = now(), "
+                f"model_version = {literal(model.version)} WHERE {mine} "
                 f"AND NOT EXISTS (SELECT 1 FROM still_bad b WHERE {same})",
             )
-            still = _number(
-                db,
-                f"UPDATE headrace.quarantine q SET message = b.message, {touched} FROM still_bad b "
-                f"WHERE {mine} AND {same}",
-            )
-            if resolved:
-                counts = _numbers(Counts(applied=resolved, quarantined=-resolved))
+            _record(db, model, prepared.records)
+            if moved := before - bad:
+                counts = _numbers(Counts(applied=moved, quarantined=-moved))
                 _insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
             db.execute(
                 f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
                 f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
             )
             failpoint("destination.redrive.commit")
-            db.execute("COMMIT")
-        return {"resolved": resolved, "still_quarantined": still}
+            db.execute("ROLLBACK" if dry_run else "COMMIT")
+        return {"resolved": resolved, "still_quarantined": bad}
 
     def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
         """Mark a version of a model suspended with its reason; True if it was not already so."""
@@ -418,11 +417,14 @@ def _insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[o
         db.execute(f"INSERT INTO headrace.{table} VALUES {marks}", [cell for row in rows for cell in row])
 
 
-def _record(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> list[str]:
-    """Write new records; return the ids of issues that no record had before."""
-    model = part.model
-    source, name, table = literal(work.source), literal(model.name), literal(str(model.table))
-    db.register("records", part.prepared.records)
+def _record(db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table) -> list[str]:
+    """Write records; return the ids of issues that no record had before.
+
+    A record's id comes from its model and position, so a change has one record however often it fails:
+    writing it again keeps when it was first seen and counts one more attempt.
+    """
+    source, name, table = literal(model.source), literal(model.name), literal(str(model.table))
+    db.register("records", records)
     db.execute(
         f"""CREATE OR REPLACE TEMP TABLE incoming AS SELECT
         md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
@@ -436,6 +438,11 @@ def _record(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> list[str]
     issues = db.execute(
         "SELECT DISTINCT issue FROM incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
     ).fetchall()
+    db.execute(
+        "UPDATE incoming SET attempts = q.attempts + 1, first_seen = q.first_seen "
+        "FROM headrace.quarantine q WHERE q.id = incoming.id"
+    )
+    db.execute("DELETE FROM headrace.quarantine WHERE id IN (SELECT id FROM incoming)")
     db.execute(f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM incoming")
     return [str(row[0]) for row in issues]
 

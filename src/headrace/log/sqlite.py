@@ -79,7 +79,10 @@ class SQLiteLog:
         self._connections: list[apsw.Connection] = []
         if read_only and not path.exists():
             raise LogError(f"There is no log at {path}.", "Start the pipeline once with `headrace run`.")
-        self._create()
+        try:
+            self._create()
+        except apsw.NotADBError as error:
+            raise LogDamaged(f"{path} is not a log: {error}.", "Restore it from a backup.") from error
         self.id = self.note("log.id") or ""
         self._end = self._read_end()
 
@@ -337,10 +340,7 @@ class SQLiteLog:
 
     def _create(self) -> None:
         db = self._connection()
-        try:
-            version = int(db.pragma("user_version"))
-        except apsw.NotADBError as error:
-            raise LogDamaged(f"{self._path} is not a log: {error}.", "Restore it from a backup.") from error
+        version = int(db.pragma("user_version"))
         if version > FORMAT:
             raise LogError(
                 f"{self._path} has format {version}, this Headrace knows {FORMAT}.",

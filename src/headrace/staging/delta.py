@@ -151,8 +151,7 @@ class DeltaStaging:
         except BaseException:
             self._look_again(pending)
             raise
-        known = {offset for offset, _ in self._schemas}
-        self._schemas += [pair for pair in shapes if pair[0] not in known]
+        self._schemas += shapes
         self._through = through
 
     def through(self) -> Offset:
