@@ -43,7 +43,7 @@ def floor(name: str) -> int:
 
 
 class _Unless(ast.NodeTransformer):
-    def visit_If(self, node: ast.If) -> ast.AST | None:  # noqa: N802 - ast's name
+    def visit_If(self, node: ast.If) -> ast.AST | None:
         return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
 
 
@@ -87,7 +87,9 @@ def test_imports_go_down_only(path: Path) -> None:
         if other in {own, "__init__"}:
             continue
         if floor(other) == floor(own):
-            assert other not in FOLDERS, f"{path}: the folders of the data path never import each other ({name})"
+            assert other not in FOLDERS, (
+                f"{path}: the folders of the data path never import each other ({name})"
+            )
         assert floor(other) <= floor(own), f"{path} imports {name}, which stands above it"
         assert (own, other) != ("testing", "cli"), f"{path}: testing imports nothing of the command line"
 
@@ -100,7 +102,10 @@ def test_the_lowest_floor_needs_the_standard_library_alone() -> None:
 
 
 def test_nothing_imports_in_a_circle() -> None:
-    graph = {name: {other for other in ours(path, at_run_time=True) if other != name} for name, path in MODULES.items()}
+    graph = {
+        name: {other for other in ours(path, at_run_time=True) if other != name}
+        for name, path in MODULES.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, way: tuple[str, ...]) -> None:

@@ -68,6 +68,7 @@ class Lane:
         self._texts = [text for text in self._current if text.source == config.name]
         self._bound: dict[str, tuple[TableSchema, RowModel | HeadraceError]] = {}
         self._stands: dict[str, ModelState] | None = None
+        self._reached: Offset = 0
         self._read_only = read_only
         self.applying = threading.Lock()
 
@@ -128,10 +129,12 @@ class Lane:
             after = min(stands.values())
             if after >= staged:
                 return False
-            limit = min((offset for offset in stands.values() if offset > after), default=staged)
-            through = self.log.slice_end(after, min(limit, staged), _SLICE_BYTES)
+            # A model that lags goes no further in one slice than to where others, or the source's
+            # progress, stand already: from there all go on together.
+            ahead = [offset for offset in (*stands.values(), self._reached) if offset > after]
+            through = self.log.slice_end(after, min([*ahead, staged]), _SLICE_BYTES)
             chosen = [model for model in models if stands[model.name] == after]
-            self._apply(chosen, after, through, caught_up=through >= max(stands.values()))
+            self._apply(chosen, after, through, caught_up=through >= max(ahead, default=through))
             return True
 
     def reload_models(self, *, now: bool = False) -> bool:
@@ -208,6 +211,8 @@ class Lane:
     def _where_models_stand(self) -> dict[str, ModelState]:
         """Ask the destination; a model whose mended file has other columns starts from the beginning."""
         stands = self.destination.models(self.config.name)
+        progress = self.destination.progress(self.config.name)
+        self._reached = progress.offset if progress else 0
         for model in self._models(self.staging.through()):
             state = stands.get(model.name)
             if state is None or state.version == model.version or model.is_mirror:
@@ -248,6 +253,7 @@ class Lane:
             self._alert(issue)
 
     def _moved(self, parts: Sequence[Part], through: Offset) -> None:
+        self._reached = max(self._reached, through)
         if self._stands is None:
             return
         for part in parts:

@@ -107,6 +107,10 @@ LONG = "ä" * 30 + "xyz"
 ODD = 'We"ird Täble.x'
 ODD_SQL = ODD.replace('"', '""')
 
+NAMES = """i n value place key known hit found pending numbered past chunk old_k gone own r f keep v held
+events points verdicts settled changes removed arrived moving judged waiting expected found_raw x h""".split()  # noqa: SIM905
+"""Columns that are called like something in a query of ours."""
+
 DEFINITIONS = f"""
 CREATE TYPE mood AS ENUM ('sad', 'it''s, "ok" {{}}');
 CREATE DOMAIN price AS numeric(10,2) CHECK (VALUE >= 0);
@@ -128,6 +132,8 @@ CREATE TABLE birds (wings integer, PRIMARY KEY (id)) INHERITS (animals);
 CREATE TABLE empty_one (id integer PRIMARY KEY, v text);
 CREATE TABLE made (id integer PRIMARY KEY, v integer, twice integer GENERATED ALWAYS AS (v * 2) STORED);
 CREATE TABLE live (id integer PRIMARY KEY, v text, n integer DEFAULT 1, gone text);
+CREATE TABLE place (k text PRIMARY KEY, {", ".join(f"{name} text" for name in NAMES)});
+{"".join(f"ALTER TABLE place ALTER {name} SET STORAGE EXTERNAL;" for name in NAMES)}
 CREATE TABLE toasted (id integer PRIMARY KEY, long text, n text);
 ALTER TABLE toasted ALTER long SET STORAGE EXTERNAL;
 """
@@ -197,6 +203,11 @@ def fill(db: psycopg.Connection[Any], base: int) -> None:
         db.execute("INSERT INTO pairs VALUES (%s, %s, '2024-01-01', %s)", [prefix + key, base, key])
     db.execute(f"INSERT INTO \"Other\".\"{ODD_SQL}\" VALUES (%s, 'a', 'b', NULL)".encode(), [base])
     db.execute(f"INSERT INTO \"{LONG}\" VALUES (%s, 'a')".encode(), [base])
+    values = ", ".join(f"repeat('{name} ', 800)" for name in NAMES)
+    db.execute(
+        f"INSERT INTO place SELECT 'a' || n, {values} FROM generate_series(%s::int, %s::int) n".encode(),
+        [base, base + 9],
+    )
     for n in range(base, base + 20):
         db.execute("INSERT INTO identity_full VALUES (%s, 'a', NULL)", [n])
         db.execute("INSERT INTO identity_index VALUES (%s, %s, 'a')", [n, f"code {n}"])
@@ -274,6 +285,7 @@ def test_events(server: PostgresServer, project: Project) -> None:
         "UPDATE parts SET at = at + 366 WHERE at < '2024-01-01' AND id < 9; DELETE FROM parts WHERE id = 11",
         "UPDATE animals SET name = 'both' WHERE id < 5; DELETE FROM ONLY animals WHERE id = 6",
         "UPDATE made SET v = 5 WHERE id < 5",
+        "UPDATE place SET k = 'b' || k, i = 'new' WHERE k < 'a5'; UPDATE place SET k = 'c' || k, n = 'new'",
         "UPDATE live SET gone = NULL WHERE id < 3; ALTER TABLE live ADD COLUMN more timestamptz; "
         "UPDATE live SET more = '2024-01-01 00:00:00+00' WHERE id < 5",
         "BEGIN; INSERT INTO live (id, v) VALUES (50, 'before'); ALTER TABLE live ADD COLUMN extra integer[]; "

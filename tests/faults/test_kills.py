@@ -54,7 +54,9 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         while not self.stop.wait(0.05):
             with suppress(HeadraceError, OSError):
-                newest = read(self._project, ["SELECT max(id) AS id FROM shop.orders"])[0]["id"][0].as_py()
+                newest = read(self._project, ["SELECT max(order_id) AS id FROM shop.order_items"])[0]["id"][
+                    0
+                ].as_py()
                 if newest is not None and (not self.seen or newest > self.seen[-1][1]):
                     self.seen.append((time.time(), newest))
 
@@ -102,7 +104,8 @@ def test_kills_at_random_moments_of_a_busy_workload(
         time.sleep(NEAR + 6.0)
         workload.terminate()
         summary = json.loads(workload.communicate(timeout=30)[0])
-        newest = summary["commits"][-1][0]
+        with psycopg.connect(url) as db:
+            newest = db.execute("SELECT max(order_id) FROM order_items").fetchall()[0][0]
         until(lambda: watcher.seen[-1][1] >= newest, 30, "the last order is visible")
         watcher.stop.set()
         watcher.join(10)
@@ -204,9 +207,10 @@ def test_goes_on_after_an_error_at_every_failpoint(
         change(url, 50)
         lane = pipeline.lanes[0]
         with psycopg.connect(url) as db:
-            newest = db.execute("SELECT max(id) FROM orders").fetchall()[0][0]
+            newest = db.execute("SELECT max(order_id) FROM order_items").fetchall()[0][0]
         until(lambda: lane.log.note("copied") and lane.idle(), 30, f"goes on: {pipeline.status()}")
-        until(lambda: read(project, ["SELECT max(id) AS n FROM shop.orders"])[0]["n"][0].as_py() >= newest)
+        query = ["SELECT max(order_id) AS n FROM shop.order_items"]
+        until(lambda: read(project, query)[0]["n"][0].as_py() >= newest)
         assert pipeline.status()["stopped"] == {}
     finally:
         pipeline.stop.set()

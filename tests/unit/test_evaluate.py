@@ -32,12 +32,19 @@ def staged(values: Sequence[str | None]) -> pa.Table:
     numbers = pa.array(range(1, n + 1), pa.int64())
     return pa.table(
         {
-            "id": pa.array([str(i) for i in range(1, n + 1)]), "v": pa.array(values, pa.string()),
-            "_op": pa.array(["c"] * n), "_epoch": pa.array([0] * n, pa.int64()), "_commit": numbers,
-            "_ordinal": numbers, "_offset": numbers, "_committed_at": pa.array([86_400_000_000] * n, pa.int64()),
-            "_txid": numbers, "_unchanged": pa.nulls(n, UNCHANGED), "_before": pa.nulls(n, BEFORE),
+            "id": pa.array([str(i) for i in range(1, n + 1)]),
+            "v": pa.array(values, pa.string()),
+            "_op": pa.array(["c"] * n),
+            "_epoch": pa.array([0] * n, pa.int64()),
+            "_commit": numbers,
+            "_ordinal": numbers,
+            "_offset": numbers,
+            "_committed_at": pa.array([86_400_000_000] * n, pa.int64()),
+            "_txid": numbers,
+            "_unchanged": pa.nulls(n, UNCHANGED),
+            "_before": pa.nulls(n, BEFORE),
         }
-    )  # fmt: skip
+    )
 
 
 def prepare(folder: Path, text: str, values: Sequence[str | None]) -> Prepared:
@@ -54,7 +61,9 @@ def outcome(made: Prepared) -> tuple[list[object], dict[str, str], int]:
 # -- traps of TRY --------------------------------------------------------------------------------------
 
 
-TWICE = "SELECT v::INTEGER AS x, v::INTEGER + 1 AS y, v::INTEGER * 2 AS z FROM raw.shop.t WHERE v::INTEGER > 0"
+TWICE = (
+    "SELECT v::INTEGER AS x, v::INTEGER + 1 AS y, v::INTEGER * 2 AS z FROM raw.shop.t WHERE v::INTEGER > 0"
+)
 
 
 def test_a_cast_that_occurs_twice_fails_its_row_alone(tmp_path: Path) -> None:
@@ -74,7 +83,9 @@ def test_without_the_setting_a_cast_that_occurs_twice_takes_the_query_down(tmp_p
 
 def test_every_cursor_of_prepare_has_the_settings_that_isolation_needs() -> None:
     with engine() as db:
-        settings = db.execute("SELECT current_setting('disabled_optimizers'), current_setting('TimeZone')").fetchall()
+        settings = db.execute(
+            "SELECT current_setting('disabled_optimizers'), current_setting('TimeZone')"
+        ).fetchall()
     assert settings == [("common_subexpressions", "UTC")]
 
 
@@ -91,7 +102,11 @@ def test_an_error_in_where_is_a_record_and_no_filtered_row(tmp_path: Path) -> No
 
 
 def test_an_output_that_is_null_is_no_failure(tmp_path: Path) -> None:
-    assert outcome(prepare(tmp_path, "SELECT v::INTEGER AS x FROM raw.shop.t", [None, "1"])) == ([None, 1], {}, 0)
+    assert outcome(prepare(tmp_path, "SELECT v::INTEGER AS x FROM raw.shop.t", [None, "1"])) == (
+        [None, 1],
+        {},
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +142,8 @@ def held_by_try(model: RowModel) -> bool:
 
 
 def test_a_row_that_no_query_can_judge_gives_way_to_the_key_s_earlier_value(tmp_path: Path) -> None:
-    text = "SELECT list_reduce(CASE WHEN v = 'boom' THEN []::VARCHAR[] ELSE [v] END, lambda a, b: a) AS x FROM raw.shop.t"
+    empty = "CASE WHEN v = 'boom' THEN []::VARCHAR[] ELSE [v] END"
+    text = f"SELECT list_reduce({empty}, lambda a, b: a) AS x FROM raw.shop.t"
     changes = staged(["a", "boom"]).set_column(0, "id", pa.array(["1", "1"]))
     assert outcome(bound(tmp_path, text).prepare(changes)) == (["a"], {"1": "transform.expression"}, 0)
 
@@ -143,8 +159,10 @@ def test_a_check_that_is_null_passes(tmp_path: Path) -> None:
 def test_a_check_that_errors_is_a_violation_of_its_row_alone(tmp_path: Path) -> None:
     text = '/* headrace\n[contract]\nx = "CHECK (x::INTEGER > 0)"\n*/ SELECT v AS x FROM raw.shop.t'
     assert outcome(prepare(tmp_path, text, ["1", "a", "-1"])) == (
-        ["1"], {"2": "constraint.check", "3": "constraint.check"}, 0,
-    )  # fmt: skip
+        ["1"],
+        {"2": "constraint.check", "3": "constraint.check"},
+        0,
+    )
 
 
 def test_not_null_and_several_checks_name_the_first_that_is_violated(tmp_path: Path) -> None:
@@ -176,7 +194,9 @@ def test_a_contract_s_type_converts_and_fails_like_a_cast(tmp_path: Path) -> Non
 
 
 def test_a_filtered_row_is_not_held_to_the_contract(tmp_path: Path) -> None:
-    text = '/* headrace\n[contract]\nx = "NOT NULL"\n*/ SELECT NULL::INT AS x FROM raw.shop.t WHERE v = \'in\''
+    text = (
+        "/* headrace\n[contract]\nx = \"NOT NULL\"\n*/ SELECT NULL::INT AS x FROM raw.shop.t WHERE v = 'in'"
+    )
     assert outcome(prepare(tmp_path, text, ["out", "in"])) == ([], {"2": "constraint.not_null"}, 1)
 
 
@@ -196,18 +216,52 @@ def test_a_model_that_does_not_fit_is_broken_and_names_its_file(tmp_path: Path, 
 
 SECRET = "Zq7Kx9"
 SECRETS = [
-    f"{SECRET}", f"'{SECRET}'", f'"{SECRET}"', f"it's {SECRET} isn't", f"{SECRET}\n{SECRET}",
-    f"a\n\nLINE 1: {SECRET}", f"{SECRET}\n\nLINE 1: a", f"2026-13-45 {SECRET}", f"value {SECRET}, {SECRET}",
-    f'{{"a": "{SECRET}"', f"[1, {SECRET}, b c", f"({SECRET}", f"[{SECRET}", f"1, 2 {SECRET}", f"*{SECRET}",
-    f"value 'x' {SECRET}", f'x" {SECRET}', f"x' {SECRET}", f"': {SECRET}", f"{SECRET}: {SECRET} can't",
-]  # fmt: skip
+    f"{SECRET}",
+    f"'{SECRET}'",
+    f'"{SECRET}"',
+    f"it's {SECRET} isn't",
+    f"{SECRET}\n{SECRET}",
+    f"a\n\nLINE 1: {SECRET}",
+    f"{SECRET}\n\nLINE 1: a",
+    f"2026-13-45 {SECRET}",
+    f"value {SECRET}, {SECRET}",
+    f'{{"a": "{SECRET}"',
+    f"[1, {SECRET}, b c",
+    f"({SECRET}",
+    f"[{SECRET}",
+    f"1, 2 {SECRET}",
+    f"*{SECRET}",
+    f"value 'x' {SECRET}",
+    f'x" {SECRET}',
+    f"x' {SECRET}",
+    f"': {SECRET}",
+    f"{SECRET}: {SECRET} can't",
+]
 READERS = [
-    "v::INTEGER", "v::DATE", "v::TIMESTAMPTZ", "v::TIME", "v::BOOLEAN", "v::DECIMAL(12,2)", "v::UUID",
-    "v::INTEGER[]", "v::STRUCT(a INTEGER)", "v::INTERVAL", "v::BIT", "json_extract(v, '$.a')",
-    "strptime(v, '%Y')", "strptime(v, ['%Y', '%d'])", "regexp_matches('a', v)", "unhex(v)", "from_base64(v)",
-    "date_trunc(v, DATE '2020-01-01')", "[v]::INTEGER[]", "timezone(v, TIMESTAMP '2020-01-01')",
-    "json_extract('{}', '$[' || v)", "'a' LIKE 'b' ESCAPE v", "v::ENUM('q')",
-]  # fmt: skip
+    "v::INTEGER",
+    "v::DATE",
+    "v::TIMESTAMPTZ",
+    "v::TIME",
+    "v::BOOLEAN",
+    "v::DECIMAL(12,2)",
+    "v::UUID",
+    "v::INTEGER[]",
+    "v::STRUCT(a INTEGER)",
+    "v::INTERVAL",
+    "v::BIT",
+    "json_extract(v, '$.a')",
+    "strptime(v, '%Y')",
+    "strptime(v, ['%Y', '%d'])",
+    "regexp_matches('a', v)",
+    "unhex(v)",
+    "from_base64(v)",
+    "date_trunc(v, DATE '2020-01-01')",
+    "[v]::INTEGER[]",
+    "timezone(v, TIMESTAMP '2020-01-01')",
+    "json_extract('{}', '$[' || v)",
+    "'a' LIKE 'b' ESCAPE v",
+    "v::ENUM('q')",
+]
 
 
 @pytest.mark.parametrize("expression", READERS)
@@ -223,11 +277,19 @@ def test_messages_carry_no_text_of_a_cell(tmp_path: Path, expression: str) -> No
 @pytest.mark.parametrize(
     "expression",
     [
-        "v::DOUBLE::TINYINT", "v::DECIMAL(18,3)::DECIMAL(4,1)", "v::HUGEINT::INTEGER", "v::BIGINT * 9223372036854775807",
-        "v::BIGINT + 9223372036854775807", "v::DATE", "make_date(v::INTEGER, 77, 77)", "chr(v::INTEGER)",
-        "repeat('x', v::BIGINT * 1000000)", "('1970-01-01'::DATE + v::INTEGER * 1000)::DATE", "v::TIMESTAMP",
+        "v::DOUBLE::TINYINT",
+        "v::DECIMAL(18,3)::DECIMAL(4,1)",
+        "v::HUGEINT::INTEGER",
+        "v::BIGINT * 9223372036854775807",
+        "v::BIGINT + 9223372036854775807",
+        "v::DATE",
+        "make_date(v::INTEGER, 77, 77)",
+        "chr(v::INTEGER)",
+        "repeat('x', v::BIGINT * 1000000)",
+        "('1970-01-01'::DATE + v::INTEGER * 1000)::DATE",
+        "v::TIMESTAMP",
     ],
-)  # fmt: skip
+)
 def test_messages_carry_no_number_of_a_cell(tmp_path: Path, expression: str) -> None:
     made = prepare(tmp_path, f"SELECT {expression} AS x FROM raw.shop.t", ["77345123", "-77345123"])
     for message in made.records["message"].to_pylist():
@@ -245,10 +307,10 @@ def test_a_message_keeps_what_helps(tmp_path: Path) -> None:
     ("raw", "kept"),
     [
         (
-            "Conversion Error: Type INT64 with value 99999999 can't be cast because the value is out of range for "
-            "the destination type INT32",
-            "Conversion Error: Type INT64 with value … can't be cast because the value is out of range for the "
-            "destination type INT32",
+            "Conversion Error: Type INT64 with value 99999999 can't be cast because the value is out of range "
+            "for the destination type INT32",
+            "Conversion Error: Type INT64 with value … can't be cast because the value is out of range "
+            "for the destination type INT32",
         ),
         (
             "Out of Range Error: Overflow in multiplication of INT32 (77345 * 2)!",

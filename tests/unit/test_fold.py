@@ -168,9 +168,13 @@ def apply_slices(
         assert min(getattr(prepared.counts, name) for name in prepared.counts.__slots__) >= 0, prepared.counts
         assert prepared.counts.read == through - after
         work = Slice(
-            model.source, Mark(LOG, after, str(after)), Mark(LOG, through, str(through)),
-            Position(0, through, 1), 1_700_000_000_000_000, (Part(model, prepared, True),),
-        )  # fmt: skip
+            model.source,
+            Mark(LOG, after, str(after)),
+            Mark(LOG, through, str(through)),
+            Position(0, through, 1),
+            1_700_000_000_000_000,
+            (Part(model, prepared, True),),
+        )
         destination.apply(work)
         after = through
     books_balance(destination, model, after)
@@ -181,10 +185,11 @@ def books_balance(destination: DuckDBDestination, model: RowModel, through: int)
     sums, open_, stands = destination.read(
         [
             "SELECT coalesce(sum(read), 0)::BIGINT AS read, coalesce(sum(applied + superseded + filtered + "
-            "quarantined + waiting + blocked), 0)::BIGINT AS others, coalesce(sum(quarantined), 0)::BIGINT AS "
-            f"quarantined FROM headrace.ledger WHERE model = '{model.name}'",
-            f"SELECT count(*) AS n FROM headrace.quarantine WHERE model = '{model.name}' AND status = 'quarantined'",
-            f'SELECT open_records, "offset" FROM headrace.models WHERE model = \'{model.name}\'',
+            "quarantined + waiting + blocked), 0)::BIGINT AS others, coalesce(sum(quarantined), 0)::BIGINT "
+            f"AS quarantined FROM headrace.ledger WHERE model = '{model.name}'",
+            "SELECT count(*) AS n FROM headrace.quarantine WHERE status = 'quarantined' "
+            f"AND model = '{model.name}'",
+            f"SELECT open_records, \"offset\" FROM headrace.models WHERE model = '{model.name}'",
         ]
     )
     still_open = open_["n"][0].as_py()
@@ -306,8 +311,14 @@ def test_a_record_points_to_its_change(models: dict[int, RowModel]) -> None:
     made = models[1].prepare(changes([Event("c", K1, value="1"), Event("u", K2, K1, "x")], first=41))
     (record,) = made.records.to_pylist()
     assert {name: record[name] for name in ("key", "op", "epoch", "commit", "ordinal", "offset", "txid")} == {
-        "key": "2", "op": "u", "epoch": 0, "commit": 42, "ordinal": 1, "offset": 42, "txid": 9,
-    }  # fmt: skip
+        "key": "2",
+        "op": "u",
+        "epoch": 0,
+        "commit": 42,
+        "ordinal": 1,
+        "offset": 42,
+        "txid": 9,
+    }
     assert record["committed_at"] == 1_700_000_000_000_000
     assert record["is_partial"] is False
     assert json.loads(record["preview"]) == {"a": "2", "b": "", "v": "x"}
@@ -401,9 +412,9 @@ def test_no_column_name_collides_with_our_own(folder: Path, name: str) -> None:
     schema = TableSchema(TABLE, (Column("a", "bigint"), Column(name, "text")), ("a",))
     text = f"SELECT a::BIGINT AS a, {name}::INTEGER AS {name}, {name} AS again FROM raw.shop.t WHERE {name} <> '9'"
     model = bound(folder, schema, text)
-    made = model.prepare(changes([Event("c", (str(i), ""), value=v) for i, v in enumerate("19x")]).rename_columns(
-        {"v": name}
-    ))
+    made = model.prepare(
+        changes([Event("c", (str(i), ""), value=v) for i, v in enumerate("19x")]).rename_columns({"v": name})
+    )
     assert made.rows.to_pylist() == [{"_source_key": "0", "a": 0, name: 1, "again": "1"}]
     assert reasons(made) == [("transform", "transform.cast", name)]
 

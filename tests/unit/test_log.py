@@ -21,7 +21,9 @@ from headrace.log.sqlite import NO_HASH, SQLiteLog
 TABLE = TableId("public", "t")
 
 
-def entry(commit: int, ordinal: int = 1, payload: bytes = b"payload", rows: int = 1, kind: str = "rows") -> Entry:
+def entry(
+    commit: int, ordinal: int = 1, payload: bytes = b"payload", rows: int = 1, kind: str = "rows"
+) -> Entry:
     at = Position(0, commit, ordinal)
     return Entry(kind, TABLE, at, at, 1_000 + commit, rows, 1, payload)  # type: ignore[arg-type]
 
@@ -96,7 +98,10 @@ def test_slice_end_stops_at_groups_bytes_rows_and_limit(log: SQLiteLog) -> None:
 def test_headers_place_and_backlog_tell_without_payloads(log: SQLiteLog) -> None:
     log.append(group(7, 2))
     log.append([entry(9, 1, b"12345", rows=4)])
-    assert [(h.offset, h.entry.rows, h.entry.payload) for h in log.headers(1, 3)] == [(2, 1, b""), (3, 4, b"")]
+    assert [(h.offset, h.entry.rows, h.entry.payload) for h in log.headers(1, 3)] == [
+        (2, 1, b""),
+        (3, 4, b""),
+    ]
     assert log.place(3) == (Position(0, 9, 1), 1_009)
     rows, size, oldest = log.backlog(2)
     assert (rows, size) == (4, 5)
@@ -105,7 +110,9 @@ def test_headers_place_and_backlog_tell_without_payloads(log: SQLiteLog) -> None
 
 
 def test_schemas_gives_the_newest_shape_of_each_table(log: SQLiteLog) -> None:
-    shapes = [TableSchema(TABLE, tuple(Column(f"c{i}", "text") for i in range(n)), ("c0",), n) for n in (1, 2)]
+    shapes = [
+        TableSchema(TABLE, tuple(Column(f"c{i}", "text") for i in range(n)), ("c0",), n) for n in (1, 2)
+    ]
     for shape in shapes:
         log.append([entry(shape.version, payload=shape.to_json().encode(), kind="schema")])
     assert log.schemas() == {TABLE: shapes[1]}
@@ -166,14 +173,16 @@ for commit in range(1, 1000):
 def writer(path: Path, failpoints: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", WRITER, str(Path(__file__).parent), str(path)],
-        env={**os.environ, VARIABLE: failpoints}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env={**os.environ, VARIABLE: failpoints},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
-@pytest.mark.parametrize(
-    ("place", "held"), [("log.append.commit", 6), ("log.append.committed", 7)]
-)
-def test_a_writer_killed_at_the_fourth_commit_leaves_whole_groups(tmp_path: Path, place: str, held: int) -> None:
+@pytest.mark.parametrize(("place", "held"), [("log.append.commit", 6), ("log.append.committed", 7)])
+def test_a_writer_killed_at_the_fourth_commit_leaves_whole_groups(
+    tmp_path: Path, place: str, held: int
+) -> None:
     process = writer(tmp_path / "log.db", f"{place}=kill@4")
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
@@ -267,10 +276,10 @@ def test_commits_are_synced(log: SQLiteLog) -> None:
 
 
 @pytest.fixture
-def damaged(log: SQLiteLog) -> Iterator[tuple[SQLiteLog, apsw.Connection]]:
+def damaged(log: SQLiteLog) -> tuple[SQLiteLog, apsw.Connection]:
     for commit in range(1, 21):
         log.append(group(commit, 3))
-    yield log, log._connection()
+    return log, log._connection()
 
 
 def is_seen(log: SQLiteLog, match: str) -> None:
@@ -285,16 +294,30 @@ def test_a_flipped_byte_of_a_payload_is_seen(
     damaged: tuple[SQLiteLog, apsw.Connection], offset: int, byte: int
 ) -> None:
     log, db = damaged
-    payload = bytearray(db.execute('SELECT payload FROM entries WHERE "offset" = ?', (offset,)).fetchall()[0][0])
+    payload = bytearray(
+        db.execute('SELECT payload FROM entries WHERE "offset" = ?', (offset,)).fetchall()[0][0]
+    )
     payload[byte] ^= 1
     db.execute('UPDATE entries SET payload = ? WHERE "offset" = ?', (bytes(payload), offset))
     is_seen(log, f"the hash of offset {offset} does not hold")
 
 
-HEADER = (
-    "kind table_schema table_name first_epoch first_commit first_ordinal last_epoch last_commit last_ordinal "
-    "committed_at rows schema_version appended_at ends_group"
-).split()
+HEADER = [
+    "kind",
+    "table_schema",
+    "table_name",
+    "first_epoch",
+    "first_commit",
+    "first_ordinal",
+    "last_epoch",
+    "last_commit",
+    "last_ordinal",
+    "committed_at",
+    "rows",
+    "schema_version",
+    "appended_at",
+    "ends_group",
+]
 
 
 @pytest.mark.parametrize("column", HEADER)
@@ -313,7 +336,10 @@ def test_an_altered_header_is_seen(
 def test_an_altered_hash_is_seen(damaged: tuple[SQLiteLog, apsw.Connection], offset: int) -> None:
     log, db = damaged
     db.execute("UPDATE entries SET hash = 'f' || substr(hash, 2) WHERE \"offset\" = ?", (offset,))
-    if db.execute('SELECT hash FROM entries WHERE "offset" = ?', (offset,)).fetchall()[0][0] == log.end().hash:
+    if (
+        db.execute('SELECT hash FROM entries WHERE "offset" = ?', (offset,)).fetchall()[0][0]
+        == log.end().hash
+    ):
         db.execute("UPDATE entries SET hash = 'e' || substr(hash, 2) WHERE \"offset\" = ?", (offset,))
     is_seen(log, f"the hash of offset {offset} does not hold")
 
@@ -350,7 +376,9 @@ def test_swapped_entries_are_seen(damaged: tuple[SQLiteLog, apsw.Connection], on
 def test_a_repeated_entry_is_seen(damaged: tuple[SQLiteLog, apsw.Connection]) -> None:
     log, db = damaged
     columns = ", ".join([*HEADER, "hash", "bytes", "payload"])
-    db.execute(f'INSERT INTO entries ("offset", {columns}) SELECT 61, {columns} FROM entries WHERE "offset" = 60')
+    db.execute(
+        f'INSERT INTO entries ("offset", {columns}) SELECT 61, {columns} FROM entries WHERE "offset" = 60'
+    )
     is_seen(log, "the hash of offset 61 does not hold")
 
 

@@ -59,9 +59,20 @@ FROM = "FROM raw.shop.t"
         *(
             (f"SELECT {clock} AS x {FROM}", "a replay would not repeat")
             for clock in (
-                "now()", "NOW()", "current_date", "CURRENT_TIMESTAMP", "current_timestamp::DATE", "today()",
-                "localtimestamp", "random()", "uuid()", "gen_random_uuid()", "nextval('s')", "get_current_time()",
-                "age(v::TIMESTAMP)", "ago(INTERVAL 1 DAY)",
+                "now()",
+                "NOW()",
+                "current_date",
+                "CURRENT_TIMESTAMP",
+                "current_timestamp::DATE",
+                "today()",
+                "localtimestamp",
+                "random()",
+                "uuid()",
+                "gen_random_uuid()",
+                "nextval('s')",
+                "get_current_time()",
+                "age(v::TIMESTAMP)",
+                "ago(INTERVAL 1 DAY)",
             )
         ),
         (f"SELECT v AS x {FROM} WHERE v::DATE < today()", "a replay would not repeat"),
@@ -79,15 +90,24 @@ FROM = "FROM raw.shop.t"
         (f"SELECT v AS x, id AS X {FROM}", "'x' is used twice"),
         (f"SELECT v AS _x {FROM}", "begins with an underscore"),
         (f"/* headrace\nkey = [\n*/ SELECT v AS x {FROM}", "the header is not TOML"),
-        (f'/* headrace\nkeys = ["x"]\n*/ SELECT v AS x {FROM}', 'unknown key \'keys\'; did you mean "key"'),
+        (f'/* headrace\nkeys = ["x"]\n*/ SELECT v AS x {FROM}', "unknown key 'keys'; did you mean \"key\""),
         (f"/* headrace\nzzz = 1\n*/ SELECT v AS x {FROM}", "known are key, contract"),
         (f'/* headrace\nkey = "x"\n*/ SELECT v AS x {FROM}', "key must be a list"),
-        (f'/* headrace\nkey = ["y"]\n*/ SELECT v AS x {FROM}', "key names 'y', which the SELECT does not put out"),
+        (
+            f'/* headrace\nkey = ["y"]\n*/ SELECT v AS x {FROM}',
+            "key names 'y', which the SELECT does not put out",
+        ),
         (f'/* headrace\ncontract = "x"\n*/ SELECT v AS x {FROM}', "contract must be a table"),
         (f'/* headrace\n[contract]\namuont = "INT"\n*/ SELECT v AS amount {FROM}', 'Did you mean "amount"'),
         (f"/* headrace\n[contract]\nx = 1\n*/ SELECT v AS x {FROM}", "must be a string"),
-        (f'/* headrace\n[contract]\nx = "INT CHECK (x > 0"\n*/ SELECT v AS x {FROM}', "a CHECK is not closed"),
-        (f'/* headrace\n[contract]\nx = "INT NOT NULL UNIQUE"\n*/ SELECT v AS x {FROM}', "'UNIQUE' is not understood"),
+        (
+            f'/* headrace\n[contract]\nx = "INT CHECK (x > 0"\n*/ SELECT v AS x {FROM}',
+            "a CHECK is not closed",
+        ),
+        (
+            f'/* headrace\n[contract]\nx = "INT NOT NULL UNIQUE"\n*/ SELECT v AS x {FROM}',
+            "'UNIQUE' is not understood",
+        ),
     ],
 )
 def test_a_model_that_is_no_row_model_is_refused_by_name_and_reason(
@@ -118,7 +138,10 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ("CAST(v AS DECIMAL(12,2)) AS x", [("x", "CAST(v AS DECIMAL(12,2))")]),
         ("v /* , FROM */ || -- WHERE\n 'x' AS y", [("y", "v /* , FROM */ || -- WHERE\n 'x'")]),
         ("'a, FROM (b' AS x, v AS y", [("x", "'a, FROM (b'"), ("y", "v")]),
-        ("CASE WHEN v IS NULL THEN 'a' ELSE 'b' END AS x", [("x", "CASE WHEN v IS NULL THEN 'a' ELSE 'b' END")]),
+        (
+            "CASE WHEN v IS NULL THEN 'a' ELSE 'b' END AS x",
+            [("x", "CASE WHEN v IS NULL THEN 'a' ELSE 'b' END")],
+        ),
         ("v IS DISTINCT FROM id AS x, id AS y", [("x", "v IS DISTINCT FROM id"), ("y", "id")]),
         ("v is not distinct from id as x", [("x", "v is not distinct from id")]),
         ("[1, [2, 3]] AS x, {'a': {'b': 1}} AS y", [("x", "[1, [2, 3]]"), ("y", "{'a': {'b': 1}}")]),
@@ -136,7 +159,10 @@ def test_expressions_are_cut_out_verbatim(
     [
         ("", ""),
         (" WHERE v = 'x;' -- end\n;;", "v = 'x;'"),
-        (" where\n v IS DISTINCT FROM 'a' /* in */ AND id > '1' -- after", "v IS DISTINCT FROM 'a' /* in */ AND id > '1'"),
+        (
+            " where\n v IS DISTINCT FROM 'a' /* in */ AND id > '1' -- after",
+            "v IS DISTINCT FROM 'a' /* in */ AND id > '1'",
+        ),
     ],
 )
 def test_where_is_cut_out_verbatim(tmp_path: Path, rest: str, where: str) -> None:
@@ -158,7 +184,9 @@ def test_the_table_and_its_alias_are_read(tmp_path: Path, table: str, expected: 
 
 def test_the_contract_is_split_into_type_and_rules(tmp_path: Path) -> None:
     rule = "DECIMAL(12,2)  not null CHECK (x IN (1, 2) AND y <> ')') check(x > 0)"
-    text = read(tmp_path, f'/* headrace\nkey = ["y"]\n[contract]\nx = "{rule}"\n*/ SELECT id AS x, v AS y {FROM}')
+    text = read(
+        tmp_path, f'/* headrace\nkey = ["y"]\n[contract]\nx = "{rule}"\n*/ SELECT id AS x, v AS y {FROM}'
+    )
     assert text.types == (("x", "DECIMAL(12,2)"),)
     assert [(c.column, c.text) for c in text.checks] == [
         ("y", "NOT NULL"),  # a key is never null
@@ -213,24 +241,65 @@ COLUMNS = {
     "r": ["x", "y", "z", ""],
 }
 EXPRESSIONS = [
-    "n::INTEGER", "CAST(n AS DECIMAL(12,2))", "try_cast(v AS INTEGER)", "n::INT + 1 -- plus\n * 2",
-    "coalesce(n, 'none') || ', ' || coalesce(v, 'FROM')", "CASE WHEN v LIKE '%,%' THEN 'comma' ELSE v END",
-    "CASE v WHEN 'it''s' THEN 1 END", "v IS DISTINCT FROM 'it''s'", "n IS NOT DISTINCT FROM NULL",
-    "j->>'b'", "j->'a'->0", "json_extract_string(j, '$.b')", "(j::JSON)->>'$.a[1]'",
-    "{'a': 1, 'b': [v, n]}", "[n, v, 'x'][2]", "[1, 2, 3][1:2]", "MAP {'k': v}", "list_transform([1, 2], lambda x: x + 1)",
-    "[x * 2 for x in [1, 2, 3] if x > 1]", "list_filter([n], lambda e: e IS NOT NULL)",
-    "DATE '2020-01-31' + INTERVAL 1 MONTH", "INTERVAL '1 day' * id::INT", "EXTRACT(year FROM DATE '2020-01-01')",
-    "substring(v FROM 2 FOR 2)", "trim(BOTH 'a' FROM v)", "position('b' IN v)", "v NOT IN ('a,b', 'x')",
-    "n::INT BETWEEN -5 AND 15", "NOT (n::INT > 0 OR v IS NULL)", "v SIMILAR TO '.*,.*'", "v ~ 'F.*'",
-    "-n::INT", "2 ** 3 ^ 1", "7 // 2 % 3", "$$dollar, 'quoted' FROM$$", "E'a\\'b\\n'", "'\u00e9\U0001f600' || v",
-    "f || r", "t.f", "strftime(DATE '2020-01-01', '%d, %m')", "format('{}, {{}}', v)", "v COLLATE NOCASE = 'FROMAGE'",
-    "n IS NULL", "r[1:1]", "ifnull(v, '') ILIKE '%from%'", "struct_pack(a := 1, b := v).b", "(1, v)", "1e3 + .5",
-    "TIMESTAMPTZ '2020-01-01 00:00:00+02'::VARCHAR", "greatest(n, v)", "regexp_replace(v, '(.)', '<\\1>', 'g')",
-]  # fmt: skip
+    "n::INTEGER",
+    "CAST(n AS DECIMAL(12,2))",
+    "try_cast(v AS INTEGER)",
+    "n::INT + 1 -- plus\n * 2",
+    "coalesce(n, 'none') || ', ' || coalesce(v, 'FROM')",
+    "CASE WHEN v LIKE '%,%' THEN 'comma' ELSE v END",
+    "CASE v WHEN 'it''s' THEN 1 END",
+    "v IS DISTINCT FROM 'it''s'",
+    "n IS NOT DISTINCT FROM NULL",
+    "j->>'b'",
+    "j->'a'->0",
+    "json_extract_string(j, '$.b')",
+    "(j::JSON)->>'$.a[1]'",
+    "{'a': 1, 'b': [v, n]}",
+    "[n, v, 'x'][2]",
+    "[1, 2, 3][1:2]",
+    "MAP {'k': v}",
+    "list_transform([1, 2], lambda x: x + 1)",
+    "[x * 2 for x in [1, 2, 3] if x > 1]",
+    "list_filter([n], lambda e: e IS NOT NULL)",
+    "DATE '2020-01-31' + INTERVAL 1 MONTH",
+    "INTERVAL '1 day' * id::INT",
+    "EXTRACT(year FROM DATE '2020-01-01')",
+    "substring(v FROM 2 FOR 2)",
+    "trim(BOTH 'a' FROM v)",
+    "position('b' IN v)",
+    "v NOT IN ('a,b', 'x')",
+    "n::INT BETWEEN -5 AND 15",
+    "NOT (n::INT > 0 OR v IS NULL)",
+    "v SIMILAR TO '.*,.*'",
+    "v ~ 'F.*'",
+    "-n::INT",
+    "2 ** 3 ^ 1",
+    "7 // 2 % 3",
+    "$$dollar, 'quoted' FROM$$",
+    "E'a\\'b\\n'",
+    "'\u00e9\U0001f600' || v",
+    "f || r",
+    "t.f",
+    "strftime(DATE '2020-01-01', '%d, %m')",
+    "format('{}, {{}}', v)",
+    "v COLLATE NOCASE = 'FROMAGE'",
+    "n IS NULL",
+    "r[1:1]",
+    "ifnull(v, '') ILIKE '%from%'",
+    "struct_pack(a := 1, b := v).b",
+    "(1, v)",
+    "1e3 + .5",
+    "TIMESTAMPTZ '2020-01-01 00:00:00+02'::VARCHAR",
+    "greatest(n, v)",
+    "regexp_replace(v, '(.)', '<\\1>', 'g')",
+]
 WHERES = [
-    "", "n IS NOT NULL", "CASE WHEN n IS NULL THEN false ELSE n::INT >= 0 END", "v IS DISTINCT FROM 'it''s' -- no\n",
+    "",
+    "n IS NOT NULL",
+    "CASE WHEN n IS NULL THEN false ELSE n::INT >= 0 END",
+    "v IS DISTINCT FROM 'it''s' -- no\n",
     "j->>'b' = 'x' OR n = '0'",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -247,9 +316,16 @@ def staged() -> pa.Table:
     n = len(COLUMNS["id"])
     numbers = pa.array(range(1, n + 1), pa.int64())
     meta = {
-        "_op": pa.array(["r"] * n), "_epoch": numbers, "_commit": numbers, "_ordinal": numbers, "_offset": numbers,
-        "_committed_at": numbers, "_txid": numbers, "_unchanged": pa.nulls(n, UNCHANGED), "_before": pa.nulls(n, BEFORE),
-    }  # fmt: skip
+        "_op": pa.array(["r"] * n),
+        "_epoch": numbers,
+        "_commit": numbers,
+        "_ordinal": numbers,
+        "_offset": numbers,
+        "_committed_at": numbers,
+        "_txid": numbers,
+        "_unchanged": pa.nulls(n, UNCHANGED),
+        "_before": pa.nulls(n, BEFORE),
+    }
     return pa.table({name: pa.array(cells, pa.string()) for name, cells in COLUMNS.items()} | meta)
 
 

@@ -27,18 +27,25 @@ from headrace.staging.delta import SCHEMAS, DeltaStaging, StagingForeign
 A, B = TableId("public", "a"), TableId("public", "b")
 
 
-def rows(table: TableId, commit: int, count: int = 1, columns: Sequence[str] = ("id", "v"), op: str = "c") -> Entry:
+def rows(
+    table: TableId, commit: int, count: int = 1, columns: Sequence[str] = ("id", "v"), op: str = "c"
+) -> Entry:
     cells = {name: pa.array([f"{name}{commit}.{i}" for i in range(count)]) for name in columns}
     batch = pa.RecordBatch.from_pydict(
         {
-            "_op": pa.array([op] * count), "_commit": pa.array([commit] * count, pa.int64()),
-            "_ordinal": pa.array(range(1, count + 1), pa.int64()), "_committed_at": pa.array([7] * count, pa.int64()),
-            "_txid": pa.array([9] * count, pa.int64()), **cells,
+            "_op": pa.array([op] * count),
+            "_commit": pa.array([commit] * count, pa.int64()),
+            "_ordinal": pa.array(range(1, count + 1), pa.int64()),
+            "_committed_at": pa.array([7] * count, pa.int64()),
+            "_txid": pa.array([9] * count, pa.int64()),
+            **cells,
             "_unchanged": pa.array([["v"]] + [None] * (count - 1), UNCHANGED),
             "_before": pa.array([[("id", "o'ld")]] + [None] * (count - 1), BEFORE),
         }
-    )  # fmt: skip
-    return Entry("rows", table, Position(0, commit, 1), Position(0, commit, count), 7, count, 1, encode_rows(batch))
+    )
+    return Entry(
+        "rows", table, Position(0, commit, 1), Position(0, commit, count), 7, count, 1, encode_rows(batch)
+    )
 
 
 def schema(table: TableId, commit: int, columns: Sequence[str] = ("id", "v"), version: int = 1) -> Entry:
@@ -74,7 +81,7 @@ def log(tmp_path: Path) -> SQLiteLog:
 
 def opened(folder: Path, log: SQLiteLog, *, read_only: bool = False) -> DeltaStaging:
     staging = DeltaStaging(folder / "staging", "shop", log.id, read_only=read_only)
-    staging.recover(log.last_offsets(), log.end().offset)
+    staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
     return staging
 
 
@@ -83,7 +90,9 @@ def load(staging: DeltaStaging, log: SQLiteLog, max_bytes: int = 1) -> None:
         staging.write(entries)
 
 
-def content(staging: DeltaStaging, table: TableId, after: int = 0, through: int = 1 << 40) -> list[dict[str, object]]:
+def content(
+    staging: DeltaStaging, table: TableId, after: int = 0, through: int = 1 << 40
+) -> list[dict[str, object]]:
     return staging.read(table, after, through).to_pylist()
 
 
@@ -139,7 +148,9 @@ def test_cells_have_three_states_and_old_rows_are_kept(tmp_path: Path, log: SQLi
 def test_a_truncate_and_the_begin_of_a_copy_are_one_row_each(tmp_path: Path, log: SQLiteLog) -> None:
     staging = opened(tmp_path, log)
     load(staging, log)
-    assert [(r["_op"], r["_commit"], r["_ordinal"], r["id"]) for r in content(staging, A)][:1] == [("t", 1, 3, None)]
+    assert [(r["_op"], r["_commit"], r["_ordinal"], r["id"]) for r in content(staging, A)][:1] == [
+        ("t", 1, 3, None)
+    ]
     assert content(staging, B)[-1]["_op"] == "t"
 
 
@@ -173,7 +184,9 @@ def test_a_dropped_column_is_null_from_then_on_and_a_new_one_before(tmp_path: Pa
 def test_schemas_are_those_of_an_offset(tmp_path: Path, log: SQLiteLog) -> None:
     load(opened(tmp_path, log), log)
     staging = opened(tmp_path, log)
-    versions = [{t.name: s.version for t, s in staging.schemas(offset).items()} for offset in (0, 1, 4, 8, 10)]
+    versions = [
+        {t.name: s.version for t, s in staging.schemas(offset).items()} for offset in (0, 1, 4, 9, 11)
+    ]
     assert versions == [{}, {"a": 1}, {"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 2, "b": 2}]
 
 
@@ -195,7 +208,10 @@ def test_any_range_of_offsets_reads_what_the_log_has_there(
     staging, everything = loaded
     after, through = cut
     wanted = [row for row in everything if after < row[3] <= through]  # type: ignore[operator]
-    found = [(r["_op"], r["_commit"], r["_ordinal"], r["_offset"], r["id"]) for r in content(staging, A, after, through)]
+    found = [
+        (r["_op"], r["_commit"], r["_ordinal"], r["_offset"], r["id"])
+        for r in content(staging, A, after, through)
+    ]
     assert found == wanted
     assert staging.count(A, after, through) == len(wanted)
 
@@ -203,17 +219,48 @@ def test_any_range_of_offsets_reads_what_the_log_has_there(
 # -- names ---------------------------------------------------------------------------------------------
 
 NAMES = [
-    "it's", 'a"b', "a/b", "a\\b", ".", "..", ".hidden", "a.b", " ", "a b ", "%", "%2F", "a%20b", "~", "~2E", "é" * 31,
-    "漢" * 21, "x" * 63, "MixedCase", "mixedcase", "a=b", "a?b#c", "_delta_log", "a\nb", "*", "\U0001f600", "CON", "",
-]  # fmt: skip
+    "it's",
+    'a"b',
+    "a/b",
+    "a\\b",
+    ".",
+    "..",
+    ".hidden",
+    "a.b",
+    " ",
+    "a b ",
+    "%",
+    "%2F",
+    "a%20b",
+    "~",
+    "~2E",
+    "é" * 31,
+    "漢" * 21,
+    "x" * 63,
+    "MixedCase",
+    "mixedcase",
+    "a=b",
+    "a?b#c",
+    "_delta_log",
+    "a\nb",
+    "*",
+    "\U0001f600",
+    "CON",
+    "",
+]
 
 
 def test_any_table_name_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    root = tmp_path / "a b%20é"
+    root = tmp_path / "a b'é"
     root.mkdir()
     log = SQLiteLog(root / "log.db")
-    tables = [TableId("public", name) for name in NAMES if name] + [TableId("we/ird.ä", "t"), TableId("~", "~")]
-    log.append([entry for i, table in enumerate(tables) for entry in (schema(table, 1), rows(table, 1, i + 1))])
+    tables = [TableId("public", name) for name in NAMES if name] + [
+        TableId("we/ird.ä", "t"),
+        TableId("~", "~"),
+    ]
+    log.append(
+        [entry for i, table in enumerate(tables) for entry in (schema(table, 1), rows(table, 1, i + 1))]
+    )
     load(opened(root, log), log)
     staging = opened(root, log)
     assert staging.through() == log.end().offset
@@ -234,7 +281,9 @@ def test_raw_tables_are_plain_delta(tmp_path: Path, log: SQLiteLog) -> None:
     assert sorted(table["id"].to_pylist(), key=str) == sorted((row[4] for row in expected(log, A)), key=str)
     files = delta.file_uris()
     with duckdb.connect() as db:
-        count = db.execute("SELECT count(*), count(w) FROM read_parquet(?, union_by_name=true)", [files]).fetchall()
+        count = db.execute(
+            "SELECT count(*), count(w) FROM read_parquet(?, union_by_name=true)", [files]
+        ).fetchall()
     assert count == [(len(expected(log, A)), 2)]
 
 
@@ -255,8 +304,10 @@ t.load(t.opened(Path(sys.argv[2]), log), log, 300)
 def test_a_killed_load_is_made_good_by_the_next(tmp_path: Path, log: SQLiteLog, place: str, at: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LOADER, str(Path(__file__).parent), str(tmp_path)],
-        env={**os.environ, VARIABLE: f"{place}=kill@{at}"}, timeout=60, check=False,
-    )  # fmt: skip
+        env={**os.environ, VARIABLE: f"{place}=kill@{at}"},
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL
     load(opened(tmp_path, log), log, 1 << 20)
     holds_the_log(tmp_path, log)
@@ -266,7 +317,9 @@ def tear(path: Path, how: str) -> None:
     if how == "truncated":
         path.write_bytes(path.read_bytes()[:-20])
     elif how == "first line only":
-        path.write_text(path.read_text().splitlines()[-1 if "commitInfo" in path.read_text().splitlines()[-1] else 0])
+        path.write_text(
+            path.read_text().splitlines()[-1 if "commitInfo" in path.read_text().splitlines()[-1] else 0]
+        )
     elif how == "zeros":
         path.write_bytes(b"\0" * path.stat().st_size)
     else:
@@ -275,7 +328,9 @@ def tear(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "zeros", "first line only"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_torn_commits_are_dropped_and_loaded_again(tmp_path: Path, log: SQLiteLog, how: str, count: int) -> None:
+def test_torn_commits_are_dropped_and_loaded_again(
+    tmp_path: Path, log: SQLiteLog, how: str, count: int
+) -> None:
     load(opened(tmp_path, log), log)
     for commit in sorted((tmp_path / "staging/raw/shop/public/a/_delta_log").glob("*.json"))[-count:]:
         tear(commit, how)
@@ -304,12 +359,10 @@ def test_a_table_torn_at_its_creation_is_made_again(tmp_path: Path, log: SQLiteL
 
 def test_a_reader_repairs_nothing(tmp_path: Path, log: SQLiteLog) -> None:
     load(opened(tmp_path, log), log)
-    stray = tmp_path / "staging/raw/shop/public/a/_delta_log/00000000000000000099.json"
+    stray = tmp_path / "staging/raw/shop/public/a/_delta_log/99.json"
     stray.write_text("")
-    try:
-        opened(tmp_path, log, read_only=True)
-    finally:
-        assert stray.exists()
+    opened(tmp_path, log, read_only=True)
+    assert stray.exists()
 
 
 def test_everything_is_synced_in_order_before_write_returns(
@@ -323,7 +376,9 @@ def test_everything_is_synced_in_order_before_write_returns(
     def record(descriptor: int) -> None:
         synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
         commits = list((table / "_delta_log").glob("*.json"))
-        names_data = any('"add"' in commit.read_text() and "0003.parquet" in commit.read_text() for commit in commits)
+        names_data = any(
+            '"add"' in commit.read_text() and "0003.parquet" in commit.read_text() for commit in commits
+        )
         if synced[-1].suffix == ".parquet":
             assert not names_data, "the data is synced before any commit names it"
         real(descriptor)
@@ -343,11 +398,13 @@ def test_a_new_table_s_folders_are_synced_up_to_the_root(
 ) -> None:
     synced: set[Path] = set()
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(Path(f"/proc/self/fd/{fd}").readlink()), real(fd))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.add(Path(f"/proc/self/fd/{fd}").readlink()), real(fd))[1]
+    )
     staging = opened(tmp_path, log)
     staging.write(log.read(0, 1))
     table = tmp_path / "staging/raw/shop/public/a"
-    wanted = {table / "_delta_log", table, *list(table.parents)[:4]}
+    wanted = {table / "_delta_log", table, *list(table.parents)[:5]}
     assert wanted <= synced, sorted(str(p) for p in wanted - synced)
 
 
@@ -379,7 +436,9 @@ def items(log: SQLiteLog) -> Sequence[LoggedEntry]:
 
 @settings(max_examples=6)
 @given(cuts=st.sets(st.integers(1, 5)))
-def test_how_the_log_is_cut_into_loads_does_not_matter(tmp_path_factory: pytest.TempPathFactory, cuts: set[int]) -> None:
+def test_how_the_log_is_cut_into_loads_does_not_matter(
+    tmp_path_factory: pytest.TempPathFactory, cuts: set[int]
+) -> None:
     folder = tmp_path_factory.mktemp("loads")
     log = SQLiteLog(folder / "log.db")
     ends = [log.append(group).offset for group in history()]

@@ -44,6 +44,7 @@ from headrace.testing.demo_stage import (
     percentile,
     run_command,
     stopped_by_signals,
+    typed_name,
 )
 from headrace.testing.postgres import PostgresServer, binaries
 
@@ -90,7 +91,10 @@ def demo(
         with stopped_by_signals():
             report = _play(root, seconds, show, keep=keep is not None)
     except KeyboardInterrupt:
-        show.step(f"Interrupted: every process was stopped. What there was is in {root}.")
+        if keep is None:
+            shutil.rmtree(root, ignore_errors=True)
+        what = f"removed {root}" if keep is None else f"left what there was in {root}"
+        show.step(f"Interrupted: stopped every process and {what}.")
         return _INTERRUPTED
     except HeadraceError:
         show.step(f"The demo failed; the pipeline's own words are in {root / 'pipeline.log'}.")
@@ -346,10 +350,8 @@ def _redrive(stage: _Stage) -> None:
     states = "SELECT count(*) FILTER (WHERE status = 'resolved'), count(*) FROM headrace.quarantine"
     resolved, records = first_row(stage.project, states) or (0, 0)
     stage.report.redriven = int(resolved)
-    stage.show.step(
-        f"Redriven: {resolved:,} of {records:,} records resolved; the others had been superseded by a later, "
-        "good change of their row."
-    )
+    others = "; the others had been superseded by a later, good change of their row" * (resolved < records)
+    stage.show.step(f"Redriven: {resolved:,} of {records:,} records resolved{others}.")
 
 
 # --------------------------------------------------------------------------------------- proof
@@ -468,27 +470,27 @@ def _print_end(report: _Report, root: Path, show: _Show, *, keep: bool) -> None:
         )
     if not report.ledger_closes:
         show.line("  The ledger does not close: captured, staged and the sum of the ends should be equal.")
-    project = shlex.quote(str(root / "project"))
+    project, program = shlex.quote(str(root / "project")), typed_name()
     show.line("")
     show.line(f"Everything stays in {root}, and all processes have ended. What to try next:")
     for command in (
-        f'headrace query --project {project} "SELECT status, count(*), sum(amount) FROM sales GROUP BY ALL"',
-        f'headrace query --project {project} "FROM headrace.ledger ORDER BY recorded_at DESC LIMIT 5"',
-        f"headrace quarantine list --project {project}",
-        *(_alive_again(root, project) if keep else ()),
+        f'{program} query --project {project} "SELECT status, count(*), sum(amount) FROM sales GROUP BY ALL"',
+        f'{program} query --project {project} "FROM headrace.ledger ORDER BY recorded_at DESC LIMIT 5"',
+        f"{program} quarantine list --project {project}",
+        *(_alive_again(root, f"{program} run --project {project}") if keep else ()),
     ):
         show.line(f"  {command}")
     if not keep:
-        show.line("Its Postgres is removed; `headrace demo --keep DIR` keeps that too, to go on with.")
-    show.line("With your own database: headrace init postgresql://user@host/database shop")
+        show.line("Its Postgres is removed; with --keep DIR that stays too, to go on with.")
+    show.line(f"With your own database: {program} init postgresql://user@host/database shop")
 
 
-def _alive_again(root: Path, project: str) -> tuple[str, str]:
+def _alive_again(root: Path, run: str) -> tuple[str, str]:
     code = (
         "from headrace.testing.postgres import PostgresServer as P; "
         f"s = P({str(root / 'postgres')!r}); s.start(); input(s.url + ' runs until you press Enter')"
     )
     return (
         f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}",
-        f"headrace run --project {project}      # beside it",
+        f"{run}      # beside it",
     )

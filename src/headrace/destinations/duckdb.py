@@ -157,13 +157,13 @@ class DuckDBDestination:
         Returns how many records are `resolved` and how many are `still_quarantined`.
         """
         name = literal(model.name)
-        mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM redriven r)"
+        mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM _hr_redriven r)"
         same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
         bad = int(prepared.records.num_rows)
         with self.open() as db:
             db.execute("BEGIN")
-            db.register("redriven", pa.table({"key": prepared.removed}))
-            db.register("still_bad", prepared.records)
+            db.register("_hr_redriven", pa.table({"key": prepared.removed}))
+            db.register("_hr_still_bad", prepared.records)
             before = _number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
             self._change_rows(db, model.source, model, prepared)
             resolved = _number(
@@ -171,7 +171,7 @@ class DuckDBDestination:
                 f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
                 f"resolved_at = now(), attempts = attempts + 1, last_attempt = now(), "
                 f"model_version = {literal(model.version)} WHERE {mine} "
-                f"AND NOT EXISTS (SELECT 1 FROM still_bad b WHERE {same})",
+                f"AND NOT EXISTS (SELECT 1 FROM _hr_still_bad b WHERE {same})",
             )
             _record(db, model, prepared.records)
             if moved := before - bad:
@@ -280,14 +280,16 @@ class DuckDBDestination:
         if prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = ?", [source])
         if len(prepared.removed):
-            db.register("removed", pa.table({"key": prepared.removed}))
+            db.register("_hr_removed", pa.table({"key": prepared.removed}))
             db.execute(
-                f"DELETE FROM {target} USING removed WHERE _source = ? AND _source_key = removed.key",
+                f"DELETE FROM {target} USING _hr_removed r WHERE _source = ? AND _source_key = r.key",
                 [source],
             )
         if prepared.rows.num_rows:
-            db.register("arrived", prepared.rows)
-            db.execute(f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM arrived")
+            db.register("_hr_arrived", prepared.rows)
+            db.execute(
+                f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_arrived"
+            )
 
     def _move(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
         progress = _progress(db, work.source)
@@ -370,8 +372,8 @@ def _heal(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> int:
     prepared = part.prepared
     if not prepared.reset and not len(prepared.removed):
         return 0
-    db.register("settled", pa.table({"key": prepared.removed}))
-    where = "" if prepared.reset else "AND key IN (SELECT key FROM settled)"
+    db.register("_hr_settled", pa.table({"key": prepared.removed}))
+    where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_settled)"
     return _number(
         db,
         f"UPDATE headrace.quarantine SET status = 'superseded', superseded_by = {work.position.commit}, "
@@ -424,26 +426,28 @@ def _record(db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table) -> l
     writing it again keeps when it was first seen and counts one more attempt.
     """
     source, name, table = literal(model.source), literal(model.name), literal(str(model.table))
-    db.register("records", records)
+    db.register("_hr_records", records)
     db.execute(
-        f"""CREATE OR REPLACE TEMP TABLE incoming AS SELECT
+        f"""CREATE OR REPLACE TEMP TABLE _hr_incoming AS SELECT
         md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
         'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
         {source} AS source, {name} AS model, {table} AS table_name,
         stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
         make_timestamptz(committed_at) AS committed_at, "offset", preview,
         {literal(model.version)} AS model_version, 'quarantined' AS status, 1 AS attempts,
-        now() AS first_seen, now() AS last_attempt FROM records"""
+        now() AS first_seen, now() AS last_attempt FROM _hr_records"""
     )
     issues = db.execute(
-        "SELECT DISTINCT issue FROM incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
+        "SELECT DISTINCT issue FROM _hr_incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
     ).fetchall()
     db.execute(
-        "UPDATE incoming SET attempts = q.attempts + 1, first_seen = q.first_seen "
-        "FROM headrace.quarantine q WHERE q.id = incoming.id"
+        "UPDATE _hr_incoming SET attempts = q.attempts + 1, first_seen = q.first_seen "
+        "FROM headrace.quarantine q WHERE q.id = _hr_incoming.id"
     )
-    db.execute("DELETE FROM headrace.quarantine WHERE id IN (SELECT id FROM incoming)")
-    db.execute(f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM incoming")
+    db.execute("DELETE FROM headrace.quarantine WHERE id IN (SELECT id FROM _hr_incoming)")
+    db.execute(
+        f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM _hr_incoming"
+    )
     return [str(row[0]) for row in issues]
 
 

@@ -97,11 +97,12 @@ class SQLiteLog:
                 end = self._insert(db, end, entry, now, is_last)
             failpoint("log.append.commit")
             db.execute("COMMIT")
+            failpoint("log.append.committed")
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
+            self._end = self._read_end()  # a failed commit may have been one all the same
             raise
-        failpoint("log.append.committed")
         with self._appended:
             self._end = end
             self._appended.notify_all()

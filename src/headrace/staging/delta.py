@@ -151,7 +151,8 @@ class DeltaStaging:
         except BaseException:
             self._look_again(pending)
             raise
-        self._schemas += shapes
+        known = {offset for offset, _ in self._schemas}
+        self._schemas += [pair for pair in shapes if pair[0] not in known]
         self._through = through
 
     def through(self) -> Offset:
@@ -300,7 +301,7 @@ class DeltaStaging:
         )
         staged = _Table(path, delta, 0, full)
         _fsync(path / "_delta_log" / _commit_name(0))
-        for folder in (path / "_delta_log", path, path.parent, path.parent.parent):
+        for folder in (path / "_delta_log", path, *list(path.parents)[:5]):  # up to the state folder
             _fsync(folder)
         self._tables[table] = staged
         return staged
@@ -410,6 +411,8 @@ def _encode(name: str) -> str:
 
     Percent encoding with `~` for `%`, which object stores would decode.
     """
+    if name == "_delta_log":  # Delta's own
+        return "~5Fdelta_log"
     return quote(name, safe="").replace("~", "%7E").replace(".", "%2E").replace("%", "~") or "~"
 
 

@@ -39,7 +39,7 @@ def fill_unchanged(history: _History, table: TableId, key: Sequence[str], change
     names = pc.unique(pc.list_flatten(lists)).to_pylist()
     with duckdb.connect() as db:
         db.register("changes", changes)
-        db.execute("CREATE TABLE numbered AS SELECT row_number() OVER () - 1 AS i, * FROM changes")
+        db.execute("CREATE TABLE numbered AS SELECT row_number() OVER () - 1 AS _hr_i, * FROM changes")
         for name in names:
             found = _find(db, history, table, key, name, pc.max(changes["_offset"]).as_py())
             changes = _fill(changes, name, found)
@@ -58,7 +58,7 @@ def _find(
     db.execute("CREATE OR REPLACE TEMP TABLE found (i BIGINT, value VARCHAR)")
     db.execute(
         f"""CREATE OR REPLACE TEMP TABLE pending AS
-        SELECT i, {key_before(key)} AS k, (_commit, _ordinal) AS place FROM numbered
+        SELECT _hr_i AS i, {key_before(key)} AS k, (_commit, _ordinal) AS place FROM numbered
         WHERE list_contains(_unchanged, {literal(name)})"""
     )
     columns = list(dict.fromkeys([*key, name, *_HISTORY]))

@@ -7,6 +7,8 @@ them ends, so they die with the demo, whatever ends it.
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -165,6 +167,14 @@ class Watcher:
 def headrace_command(*arguments: str) -> list[str]:
     """Return the command line of `headrace` in this Python."""
     return [sys.executable, "-m", "headrace", *arguments]
+
+
+def typed_name() -> str:
+    """Return how a person at this terminal calls `headrace`: by its path where PATH does not lead to it."""
+    beside = Path(sys.executable).with_name("headrace")
+    if shutil.which("headrace") == str(beside):
+        return "headrace"
+    return shlex.quote(str(beside)) if beside.exists() else f"{shlex.quote(sys.executable)} -m headrace"
 
 
 def run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:

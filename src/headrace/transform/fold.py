@@ -111,7 +111,7 @@ def _lasts(db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table) 
         db.register("moving", events)
         moved = db.sql(
             f"SELECT _hr_n AS n, {key_before(key)} AS k, true AS gone, false AS own FROM moving "
-            "WHERE _op <> 'd' AND _before IS NOT NULL AND k IS DISTINCT FROM _hr_k"
+            f"WHERE _op <> 'd' AND _before IS NOT NULL AND {key_before(key)} IS DISTINCT FROM _hr_k"
         ).to_arrow_table()
         points = pa.concat_tables([points, moved])
     elif pc.count_distinct(events["_hr_k"]).as_py() == events.num_rows:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import duckdb
 import pyarrow as pa
 
-from headrace.change import TableId, TableSchema
+from headrace.change import Column, TableId, TableSchema
 from headrace.errors import ModelBroken, ModelError
 from headrace.keys import quoted
 from headrace.protocols import Prepared

@@ -25,6 +25,8 @@ from headrace.errors import ModelError
 _HEADER = re.compile(r"\A\s*/\*\s*headrace\b(.*?)\*/", re.DOTALL)
 _KEYS = ("key", "contract")
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
+_OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
+_CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
 _RULE = re.compile(r"\b(NOT\s+NULL|CHECK\s*\()", re.IGNORECASE)
 
 
@@ -191,7 +193,7 @@ def _table(file: str, node: dict[str, Any]) -> tuple[str, str, str]:
             'Write FROM raw.<source>.<table>, or raw.<source>."schema.table" outside of public.',
         )
     if table.get("column_name_alias"):
-        raise ModelError(f"{file}: the alias of the table renames the columns.", "Write `column AS name` instead.")
+        raise ModelError(f"{file}: the table's alias renames the columns.", "Write `column AS name` instead.")
     return path[1], path[2], table["alias"] or path[2]
 
 
@@ -205,10 +207,7 @@ def _spans(file: str, text: str) -> tuple[tuple[tuple[str, str], ...], str]:
     depth, items, item, where_at = 0, [], list[Token](), None
     in_list = False
     for i, token in enumerate(tokens):
-        if token.token_type in {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}:
-            depth += 1
-        elif token.token_type in {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}:
-            depth -= 1
+        depth += (token.token_type in _OPENING) - (token.token_type in _CLOSING)
         if depth == 0 and token.token_type is TokenType.SELECT:
             in_list = True
         elif in_list and depth == 0 and _ends_output(tokens, i):
@@ -262,7 +261,7 @@ def _contract(
     file: str, contract: object, names: list[str]
 ) -> tuple[tuple[tuple[str, str], ...], tuple[Check, ...]]:
     if not isinstance(contract, dict):
-        raise ModelError(f'{file}: contract must be a table, [contract], with a line such as amount = "BIGINT".')
+        raise ModelError(f'{file}: contract must be a table: [contract], then amount = "BIGINT", say.')
     types, checks = [], []
     for column, rule in contract.items():
         if column not in names:

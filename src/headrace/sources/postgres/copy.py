@@ -40,7 +40,9 @@ def select_text(schema: TableSchema, partitioned: bool) -> str:
         if base in _SAME_AS_OUTPUT or column.base in {"enum", "array"}:
             cells.append(f"{name}::text AS {name}")
         else:
-            cells.append(f"CASE WHEN {name} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {name}) END AS {name}")
+            cells.append(
+                f"CASE WHEN {name} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {name}) END AS {name}"
+            )
     return f"SELECT {', '.join(cells)} FROM {'' if partitioned else 'ONLY '}{qualified(schema.table)}"
 
 

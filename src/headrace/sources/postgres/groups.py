@@ -107,7 +107,7 @@ class GroupBuilder:
             at = times.position(serial, event.ordinal)
             for relation in event.relations:
                 table = _table(relation)
-                version = self._schemas[table].version
+                version = self._version(relation, serial, event.ordinal, times, entries)
                 entries.append(Entry("truncate", table, at, at, times.at(serial), 1, version, b""))
         elif isinstance(event, Message) and serial >= 0 and times.fresh(serial):
             at = times.position(serial, event.ordinal)
@@ -129,15 +129,31 @@ class GroupBuilder:
         first = Position(0, commits[0].as_py(), ordinals[0].as_py())
         last = Position(0, commits[-1].as_py(), ordinals[-1].as_py())
         payload = encode_rows(pa.RecordBatch.from_arrays(columns, names=names))
-        version = self._schemas[table].version
+        version = self._version(rows.relation, int(serials[0]), first.ordinal, times, entries)
         entries.append(
             Entry("rows", table, first, last, moments[-1].as_py(), batch.num_rows, version, payload)
         )
 
     def _seen(self, event: RelationSeen, times: _Times) -> list[Entry]:
-        """Compare a relation with the shape that the log knows; log it only if it differs."""
+        """Compare a relation with the shape that the log knows; log it only if it differs.
+
+        One that the log does not know waits for its first row: the server describes a partition too,
+        whose rows then come under the name of its root.
+        """
+        known = self._schemas.get(_table(event.relation))
+        return [] if known is None else self._log_shape(event, known, times)
+
+    def _version(
+        self, relation: Relation, serial: int, ordinal: int, times: _Times, entries: list[Entry]
+    ) -> int:
+        """Return the version of the shape that a row has; a table's first row logs its shape before it."""
+        table = _table(relation)
+        if table not in self._schemas:
+            entries += self._log_shape(RelationSeen(relation, serial, ordinal - 1), None, times)
+        return self._schemas[table].version
+
+    def _log_shape(self, event: RelationSeen, known: TableSchema | None, times: _Times) -> list[Entry]:
         table = _table(event.relation)
-        known = self._schemas.get(table)
         shape = self._shape(event.relation, known)
         if known is not None and known.same_shape(shape):
             return []
