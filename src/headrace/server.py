@@ -71,7 +71,8 @@ class Server:
         self._listener.bind(str(self._path))
         self._path.chmod(0o600)
         self._listener.listen(16)
-        (state / _WHERE).write_text(str(self._path))
+        (state / f"{_WHERE}.new").write_text(str(self._path))
+        (state / f"{_WHERE}.new").rename(state / _WHERE)
         self._thread = threading.Thread(target=self._accept, name="server", daemon=True)
         self._thread.start()
 

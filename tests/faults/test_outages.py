@@ -105,7 +105,8 @@ def test_destination_held_by_another_process(
     project = make_project(tmp_path, url, slot="held", model=MODEL)
     run_once(project)
     with running(project), shop.Workload(url, transactions_per_second=100):
-        before = newest(url)
+        until(lambda: ask_status(project), 30, "the pipeline runs")
+        before = newest(url) + 20
         until(lambda: applied(project) >= before, 30, "the pipeline follows")
         with held(project.destination.path) as holder:
             since = newest(url)

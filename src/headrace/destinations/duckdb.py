@@ -8,6 +8,7 @@ up apply. Tables carry no index and no declared constraint (models check); rows 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +38,17 @@ _READING = {
 _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re.DOTALL)
 
 
+# Two threads of one process that open and close the same file at once get "unique file handle
+# conflict": apply and queries take turns at it.
+_opening = threading.Lock()
+
+
 class DuckDBDestination:
     """One DuckDB file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._shaped: dict[str, dict[str, str]] = {}
 
     @contextmanager
     def open(self, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -51,7 +58,8 @@ class DuckDBDestination:
         DestinationError when it cannot be opened at all.
         """
         try:
-            connection = duckdb.connect(str(self.path), read_only=read_only)
+            with _opening:
+                connection = duckdb.connect(str(self.path), read_only=read_only)
         except duckdb.IOException as error:
             text = str(error)
             if "lock" in text.lower():
@@ -74,7 +82,8 @@ class DuckDBDestination:
             connection.execute("SET enable_progress_bar = false")
             yield connection
         finally:
-            connection.close()
+            with _opening:
+                connection.close()
 
     def _not_ours(self, text: str) -> DestinationError:
         return DestinationError(
@@ -127,8 +136,14 @@ class DuckDBDestination:
         4. its new records and its ledger row are written;
         5. the models' and the source's progress move; commit.
         """
+        try:
+            return self._apply(work)
+        except BaseException:
+            self._shaped.clear()
+            raise
+
+    def _apply(self, work: Slice) -> list[str]:
         with self.open() as db:
-            db.execute(CREATE)
             db.execute("BEGIN")
             self._check(db, work)
             open_records = _open_records(db, work.source)
@@ -183,6 +198,8 @@ class DuckDBDestination:
             )
             failpoint("destination.redrive.commit")
             db.execute("ROLLBACK" if dry_run else "COMMIT")
+        if dry_run:
+            self._shaped.clear()
         return {"resolved": resolved, "still_quarantined": bad}
 
     def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
@@ -220,6 +237,7 @@ class DuckDBDestination:
         Its open records become superseded and its ledger rows void: it is built again from staging.
         """
         schema, table = _place(model.name)
+        self._shaped.clear()
         with self.open() as db:
             known = _columns(db, schema, table)
             if not known or known == model.types():
@@ -270,7 +288,9 @@ class DuckDBDestination:
         schema, table = _place(model.name)
         target = f"{quoted(schema)}.{quoted(table)}"
         try:
-            _shape(db, schema, table, model)
+            if self._shaped.get(model.name) != model.types():
+                _shape(db, schema, table, model)
+                self._shaped[model.name] = model.types()
         except duckdb.Error as error:
             raise ModelBroken(
                 model.name,

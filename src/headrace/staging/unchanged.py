@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import duckdb
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -30,7 +32,7 @@ class _History(Protocol):
 def fill_unchanged(history: _History, table: TableId, key: Sequence[str], changes: pa.Table) -> pa.Table:
     """Return `changes` with every unchanged cell filled that raw can tell.
 
-    What it cannot tell stays named in `_unchanged`. Reads raw backwards from the newest of
+    A row with a cell that raw cannot tell keeps its `_unchanged`. Reads raw backwards from the newest of
     `changes`, twice as far each time, and no further than needed.
     """
     lists = changes["_unchanged"]
@@ -40,10 +42,12 @@ def fill_unchanged(history: _History, table: TableId, key: Sequence[str], change
     with duckdb.connect() as db:
         db.register("changes", changes)
         db.execute("CREATE TABLE numbered AS SELECT row_number() OVER () - 1 AS _hr_i, * FROM changes")
+        found = np.zeros(changes.num_rows, dtype=np.int64)
         for name in names:
-            found = _find(db, history, table, key, name, pc.max(changes["_offset"]).as_py())
-            changes = _fill(changes, name, found)
-    return changes
+            cells = _find(db, history, table, key, name, pc.max(changes["_offset"]).as_py())
+            changes = _fill(changes, name, cells)
+            found[cells["i"].to_numpy()] += 1
+    return _without_found(changes, found)
 
 
 def _find(
@@ -97,17 +101,21 @@ def _step(db: duckdb.DuckDBPyConnection) -> bool:
     return _number(db, "SELECT count(*) FROM hits WHERE NOT hit.known") > 0
 
 
-def _fill(changes: pa.Table, name: str, found: pa.Table) -> pa.Table:
-    mask = pc.is_in(pa.array(range(changes.num_rows), pa.int64()), value_set=found["i"].combine_chunks())
-    values = found["value"].combine_chunks().cast(pa.string())
-    cells = changes[name].combine_chunks() if changes.num_rows else changes[name]
-    filled = pc.replace_with_mask(_one(cells), mask, values)
-    changes = changes.set_column(changes.schema.get_field_index(name), name, filled)
-    lists = changes["_unchanged"].to_pylist()
-    for i in found["i"].to_pylist():
-        lists[i] = [other for other in lists[i] if other != name] or None
+def _fill(changes: pa.Table, name: str, cells: pa.Table) -> pa.Table:
+    mask = np.zeros(changes.num_rows, dtype=bool)
+    mask[cells["i"].to_numpy()] = True
+    values = cells["value"].combine_chunks().cast(pa.string())
+    filled = pc.replace_with_mask(_one(changes[name]), pa.array(mask), values)
+    return changes.set_column(changes.schema.get_field_index(name), name, filled)
+
+
+def _without_found(changes: pa.Table, found: npt.NDArray[np.int64]) -> pa.Table:
+    """Clear `_unchanged` where every cell was found; a row that still lacks one keeps its whole list."""
+    lists = _one(changes["_unchanged"])
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    known = pa.array(found == lengths)
     at = changes.schema.get_field_index("_unchanged")
-    return changes.set_column(at, "_unchanged", pa.array(lists, pa.list_(pa.string())))
+    return changes.set_column(at, "_unchanged", pc.if_else(known, pa.scalar(None, lists.type), lists))
 
 
 def _one(cells: pa.Array | pa.ChunkedArray) -> pa.Array:
