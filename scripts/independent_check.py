@@ -25,9 +25,13 @@ import struct
 import sys
 import tempfile
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
+from heapq import merge
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +119,13 @@ def main() -> int:
                     compare_mirror(db, warehouse, source, table, report)
     if not at_end:
         print("The warehouse is behind the log: differences to the source may be changes under way.")
-    print(f"{'all agrees' if not report.wrong else f'{report.wrong} things differ'}")
+    print(f"{report.wrong} things differ" if report.wrong else "all agrees")
     return 1 if report.wrong else 0
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--source-url", required=True)
     parser.add_argument("--warehouse", required=True, type=Path)
     parser.add_argument("--log", required=True, type=Path, help="its name is the source's name: shop.db")
@@ -133,9 +136,6 @@ def arguments() -> argparse.Namespace:
 
 def connect(url: str) -> Postgres:
     return psycopg.connect(make_conninfo(**{**conninfo_to_dict(url), "options": SETTINGS}))
-
-
-# ── the log ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def walk_log(path: Path, report: Report) -> Log:
@@ -179,14 +179,9 @@ def compare_end(warehouse: Duck, source: str, log: Log, report: Report) -> bool:
         return False
     offset, digest = rows[0]
     same = log.hashes.get(offset) == digest
-    detail = f"stands at offset {offset} of {log.end}, " + (
-        "with its hash" if same else "whose hash is another"
-    )
-    report.say(same, "progress", detail)
+    detail = "with its hash" if same else "whose hash is another"
+    report.say(same, "progress", f"stands at offset {offset} of {log.end}, {detail}")
     return bool(offset == log.end)
-
-
-# ── the ledger ───────────────────────────────────────────────────────────────────────────────────
 
 
 def compare_ledger(warehouse: Duck, source: str, log: Log, tables: dict[str, str], report: Report) -> None:
@@ -218,22 +213,21 @@ def ledger_faults(rows: list[Any], log: Log, table: str, offset: int) -> list[st
     reached = 0
     for kind, after, through, read, *_ in rows:
         held = log.count(table, after, through) if kind == "apply" else 0
-        if kind == "apply" and (after < reached or through > offset):
-            faults.append(f"the span {after}..{through} overlaps another, or ends after {offset}")
-        reached = max(reached, through)
+        if kind == "apply":
+            if after < reached or through > offset:
+                faults.append(f"the span {after}..{through} overlaps another, or ends after {offset}")
+            reached = through
         if read != held:
             faults.append(f"{kind} has read {read} in {after}..{through}, the log holds {held}")
     total, held = sum(row[3] for row in rows), log.count(table, 0, offset)
     return faults if total == held else [*faults, f"read {total} in all, the log holds {held}"]
 
 
-# ── the source ───────────────────────────────────────────────────────────────────────────────────
-
-
 def published(db: Postgres, publication: str) -> list[Table]:
     tables = []
     for oid, schema, name in db.execute(
-        "SELECT c.oid, n.nspname, c.relname FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid "
+        "SELECT c.oid, n.nspname, c.relname FROM pg_publication p "
+        "JOIN pg_publication_rel r ON r.prpubid = p.oid "
         "JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
         "WHERE p.pubname = %s ORDER BY 2, 3",
         [publication],
@@ -261,69 +255,43 @@ def text_of(cell: str) -> str:
     return f"CASE WHEN {cell} IS DISTINCT FROM NULL THEN format('%s', {cell}) END"
 
 
-# ── mirrors ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def compare_mirror(
-    db: Postgres,
-    warehouse: Duck,
-    source: str,
-    table: Table,
-    report: Report,
-) -> None:
+def compare_mirror(db: Postgres, warehouse: Duck, source: str, table: Table, report: Report) -> None:
     what = f"mirror {source}.{table.label}"
-    types = dict(
-        warehouse.execute(
-            "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = ? "
-            "AND table_name = ?",
-            [source, table.label],
-        ).fetchall()
-    )
+    types = columns_of(warehouse, source, table.label)
     missing = [column.name for column in table.columns if column.name not in types]
     if missing:
         report.say(False, what, f"has no column {', '.join(missing)}" if types else "is missing")
         return
     opened = open_keys(warehouse, source, f"{source}.{table.label}")
-    counts = dict.fromkeys(("rows", "missing", "extra", "doubled"), 0)
-    differing: dict[str, int] = {}
-    examples: list[str] = []
-    pairs = merged(source_rows(db, table, types), found_rows(warehouse, source, table, types))
-    for key, wanted, found in pairs:
-        raw = key[0] if len(table.key) == 1 else compact(list(key))
-        if raw in opened:
+    faults: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    rows = 0
+    for key, wanted, found in paired(
+        source_rows(db, table, types), found_rows(warehouse, source, table, types)
+    ):
+        name = key[0] if len(table.key) == 1 else compact(list(key))
+        if name in opened:
             continue
-        counts["rows"] += len(wanted)
-        fault = compare_row(table, types, wanted, found, counts, differing)
-        if fault and len(examples) < SHOWN:
-            examples.append(f"{fault} {raw}")
-    faults = [f"{n} {kind}" for kind, n in counts.items() if n and kind != "rows"]
-    faults += [f"column {name} differs in {n} rows" for name, n in differing.items()]
-    detail = f"{counts['rows']} rows, {len(table.columns)} columns agree"
+        rows += len(wanted)
+        for fault in row_faults([types[c.name] for c in table.columns], table, wanted, found):
+            faults[fault] += 1
+            examples.setdefault(fault, name)
+    detail = f"{rows} rows, {len(table.columns)} columns agree"
     if opened:
         detail += f"; {len(opened)} keys are in quarantine and left out"
-    report.say(not faults, what, "; ".join([*faults, *examples]) or detail)
+    listed = "; ".join(f"{fault} {n} times, such as {examples[fault]}" for fault, n in faults.items())
+    report.say(not faults, what, listed or detail)
 
 
-def compare_row(
-    table: Table, types: dict[str, str], wanted: list[Any], found: list[Any], counts: dict[str, int],
-    differing: dict[str, int],
-) -> str:  # fmt: skip
-    """Compare the rows of one key on both sides; returns what is wrong in a word."""
-    if not found or not wanted:
-        kind = "extra" if found else "missing"
-        counts[kind] += 1
-        return kind
-    if len(found) > 1:
-        counts["doubled"] += 1
-        return "doubled"
-    wrong = [
-        column.name
-        for column, left, right in zip(table.columns, wanted[0], found[0], strict=True)
-        if left != right and settle(types[column.name], left) != settle(types[column.name], right)
+def row_faults(types: list[str], table: Table, wanted: list[Any], found: list[Any]) -> list[str]:
+    """Compare the rows of one key on both sides."""
+    if len(wanted) != 1 or len(found) != 1:
+        return ["missing" if not found else "extra" if not wanted else "doubled"]
+    return [
+        f"{column.name} differs"
+        for column, type_, left, right in zip(table.columns, types, wanted[0], found[0], strict=True)
+        if left != right and settle(type_, left) != settle(type_, right)
     ]
-    for name in wrong:
-        differing[name] = differing.get(name, 0) + 1
-    return f"{','.join(wrong)} of" if wrong else ""
 
 
 def source_rows(db: Postgres, table: Table, types: dict[str, str]) -> Iterator[Any]:
@@ -339,39 +307,24 @@ def source_rows(db: Postgres, table: Table, types: dict[str, str]) -> Iterator[A
 
 
 def found_rows(warehouse: Duck, source: str, table: Table, types: dict[str, str]) -> Iterator[Any]:
-    key = ["_source_key"] if len(table.key) == 1 else [
-        f"(_source_key::JSON ->> {i})" for i in range(len(table.key))
-    ]  # fmt: skip
+    parts = range(len(table.key))
+    key = [f"(_source_key::JSON ->> {i})" for i in parts] if len(parts) > 1 else ["_source_key"]
     cells = [found_cell(quoted(c.name), types[c.name]) for c in table.columns]
     cursor = warehouse.cursor()
     cursor.execute("SET TimeZone = 'UTC'")
-    cursor.execute(
-        f"SELECT {', '.join(key + cells)} FROM {quoted(source)}.{quoted(table.label)} ORDER BY {', '.join(key)}"
-    )
+    target = f"{quoted(source)}.{quoted(table.label)}"
+    cursor.execute(f"SELECT {', '.join(key + cells)} FROM {target} ORDER BY {', '.join(key)}")
     while rows := cursor.fetchmany(5_000):
         for row in rows:
             yield row[: len(key)], row[len(key) :]
 
 
-def merged(left: Iterator[Any], right: Iterator[Any]) -> Iterator[tuple[Any, list[Any], list[Any]]]:
-    """Yield each key with its rows on both sides; both must be ordered by key."""
-    one, two = next(left, None), next(right, None)
-    while one is not None or two is not None:
-        key = min(row[0] for row in (one, two) if row is not None)
-        ours: list[Any] = []
-        theirs: list[Any] = []
-        while one is not None and one[0] == key:
-            ours.append(one[1])
-            one = in_order(key, next(left, None))
-        while two is not None and two[0] == key:
-            theirs.append(two[1])
-            two = in_order(key, next(right, None))
-        yield key, ours, theirs
-
-
-def in_order(key: Any, row: Any) -> Any:
-    assert row is None or row[0] >= key, "the sides are ordered differently"
-    return row
+def paired(left: Iterator[Any], right: Iterator[Any]) -> Iterator[tuple[Any, list[Any], list[Any]]]:
+    """Yield each key with its rows on both sides, which are ordered by key."""
+    both = merge(((*row, 0) for row in left), ((*row, 1) for row in right), key=itemgetter(0))
+    for key, group in groupby(both, key=itemgetter(0)):
+        rows = list(group)
+        yield key, *([cells for _, cells, its in rows if its == side] for side in (0, 1))
 
 
 EPOCH = "(extract(epoch FROM {c}) * 1000000)::bigint::text"
@@ -409,7 +362,7 @@ def found_cell(cell: str, type_: str) -> str:
     """The canonical text of a DuckDB value."""
     if type_.endswith("[]"):
         return f"to_json(list_transform({cell}, lambda e: {found_cell('e', type_[:-2])}))::VARCHAR"
-    return FOUND_CELLS.get(type_.split(" ")[0], "{c}::VARCHAR").format(c=cell)
+    return FOUND_CELLS.get(type_.partition(" ")[0], "{c}::VARCHAR").format(c=cell)
 
 
 SETTLE: dict[str, Any] = {
@@ -431,6 +384,15 @@ def settle(target: str, text: str | None) -> object:
     return SETTLE.get(target.partition("(")[0], str)(text)
 
 
+def columns_of(warehouse: Duck, schema: str, table: str) -> dict[str, str]:
+    rows = warehouse.execute(
+        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = ? "
+        "AND table_name = ? AND column_name NOT IN ('_source', '_source_key') ORDER BY ordinal_position",
+        [schema, table],
+    )
+    return dict(rows.fetchall())
+
+
 def open_keys(warehouse: Duck, source: str, model: str) -> set[str]:
     rows = warehouse.execute(
         f"SELECT DISTINCT key FROM headrace.quarantine WHERE source = ? AND model = ? AND {OPEN}",
@@ -446,9 +408,6 @@ def canonical_key(key: str) -> str:
     except ValueError:
         return key
     return compact(parts) if isinstance(parts, list) and all(isinstance(p, str) for p in parts) else key
-
-
-# ── models ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -478,13 +437,12 @@ class Model:
         keyed = re.sub(r"^\s*SELECT\b", "SELECT _row_key, _row,", self.select, count=1, flags=re.IGNORECASE)
         casts, rules = [], [f"{quoted(name)} IS NULL" for name in self.key]
         for name in columns:
-            parts = re.split(r"\bNOT\s+NULL\b|\bCHECK\b", self.contract.get(name, ""), flags=re.IGNORECASE)
-            casts.append(
-                f"CAST({quoted(name)} AS {parts[0]}) AS {quoted(name)}" if parts[0].strip() else quoted(name)
-            )
-            if re.search(r"\bNOT\s+NULL\b", self.contract.get(name, ""), re.IGNORECASE):
-                rules.append(f"{quoted(name)} IS NULL")
-            check = re.search(r"\bCHECK\s*(\(.*\))", self.contract.get(name, ""), re.IGNORECASE | re.DOTALL)
+            cell, rule = quoted(name), self.contract.get(name, "")
+            type_ = re.split(r"\bNOT\s+NULL\b|\bCHECK\b", rule, flags=re.IGNORECASE)[0].strip()
+            casts.append(f"CAST({cell} AS {type_}) AS {cell}" if type_ else cell)
+            if re.search(r"\bNOT\s+NULL\b", rule, re.IGNORECASE):
+                rules.append(f"{cell} IS NULL")
+            check = re.search(r"\bCHECK\s*(\(.*\))", rule, re.IGNORECASE | re.DOTALL)
             if check:
                 rules.append(f"NOT coalesce({check[1]}, true)")
         made = f"SELECT _row_key, _row, {', '.join(casts)} FROM ({keyed})"
@@ -492,31 +450,22 @@ class Model:
 
 
 def compare_model(
-    db: Postgres, warehouse: Duck, source: str, table: Table, model: Model,
-    report: Report,
-) -> None:  # fmt: skip
+    db: Postgres, warehouse: Duck, source: str, table: Table, model: Model, report: Report
+) -> None:
     what = f"model {model.name}"
-    schema, _, name = (
-        f"main.{model.name}".rpartition(".") if "." not in model.name else model.name.partition(".")
-    )
-    columns = warehouse.execute(
-        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = ? AND table_name = ? "
-        "AND column_name NOT IN ('_source', '_source_key') ORDER BY ordinal_position",
-        [schema, name],
-    ).fetchall()
+    schema, name = (["main", *model.name.split(".", 1)])[-2:]
+    columns = columns_of(warehouse, schema, name)
     if not columns:
         report.say(False, what, "is missing")
         return
-    names = [column for column, _ in columns]
+    names = list(columns)
     with duckdb.connect() as lab, tempfile.TemporaryDirectory() as folder:
         load_as_text(db, lab, source, table, Path(folder) / "rows.csv")
         failed = run_model(lab, model.query(names), columns)
         opened = open_keys(warehouse, source, model.name)
         same = failed == opened
         sample = ", ".join(sorted(failed ^ opened)[:SHOWN])
-        detail = f"{len(failed)} rows fail" + (
-            "" if same else f", {len(opened)} keys are in quarantine: {sample}"
-        )
+        detail = f"{len(failed)} rows fail" + ("" if same else f", {len(opened)} are in quarantine: {sample}")
         report.say(same, f"quarantine of {model.name}", detail)
         target = f"{quoted(schema)}.{quoted(name)}"
         listed = ", ".join(f"{quoted(c)}::VARCHAR" for c in names)
@@ -524,10 +473,10 @@ def compare_model(
         found = warehouse.execute(f"SELECT _source_key, {listed} FROM {target} ORDER BY 1").fetchall()
     left = sorted((row for row in wanted if canonical_key(row[0]) not in opened | failed), key=repr)
     right = sorted((row for row in found if canonical_key(row[0]) not in opened | failed), key=repr)
-    keys = sorted({row[0] for row in set(left) ^ set(right)})
     detail = f"{len(left)} rows, {len(names)} columns agree"
     if left != right:
-        detail = f"{len(left)} rows wanted, {len(right)} found; differing keys: {', '.join(keys[:SHOWN]) or 'doubled'}"
+        keys = ", ".join(sorted({row[0] for row in set(left) ^ set(right)})[:SHOWN]) or "doubled"
+        detail = f"{len(left)} rows wanted, {len(right)} found; differing keys: {keys}"
     report.say(left == right, what, detail)
 
 
@@ -552,7 +501,8 @@ def load_as_text(db: Postgres, lab: Duck, source: str, table: Table, file: Path)
     key = [quoted(name) for name in table.key]
     row_key = key[0] if len(key) == 1 else f"to_json([{', '.join(key)}])::VARCHAR"
     lab.execute(
-        f"CREATE TABLE raw.main.rows AS SELECT *, {row_key} AS _row_key, row_number() OVER () - 1 AS _row FROM loaded"
+        f"CREATE TABLE raw.main.rows AS SELECT *, {row_key} AS _row_key, "
+        "row_number() OVER () - 1 AS _row FROM loaded"
     )
     lab.execute("SET VARIABLE first = 0; SET VARIABLE past = 0")
     lab.execute(
@@ -561,12 +511,12 @@ def load_as_text(db: Postgres, lab: Duck, source: str, table: Table, file: Path)
     )
 
 
-def run_model(lab: Duck, query: str, columns: list[tuple[str, str]]) -> set[str]:
+def run_model(lab: Duck, query: str, columns: dict[str, str]) -> set[str]:
     """Fill `made` with what the model makes of the rows that it can take; returns the others' keys.
 
     Where a query fails, its rows are halved, down to the one row that is to blame.
     """
-    types = ", ".join(f"{quoted(name)} {type_}" for name, type_ in columns)
+    types = ", ".join(f"{quoted(name)} {type_}" for name, type_ in columns.items())
     lab.execute(f"CREATE TABLE made (_row_key VARCHAR, _row BIGINT, {types}, _violated BOOLEAN)")
     (total,) = lab.execute("SELECT count(*) FROM raw.main.rows").fetchall()[0]
     failed: set[int] = set()

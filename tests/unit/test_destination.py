@@ -13,7 +13,14 @@ import pytest
 
 from headrace.change import Column, Mark, Position, TableId, TableSchema
 from headrace.destinations.duckdb import DuckDBDestination
-from headrace.errors import DestinationBusy, DestinationError, ForeignDestination, UserError, Verdict
+from headrace.errors import (
+    DestinationBusy,
+    DestinationError,
+    ForeignDestination,
+    ModelBroken,
+    UserError,
+    Verdict,
+)
 from headrace.failpoints import VARIABLE
 from headrace.payload import BEFORE, UNCHANGED
 from headrace.protocols import Part, Slice
@@ -173,14 +180,16 @@ def test_a_killed_apply_takes_effect_exactly_once(
 def test_an_apply_that_fails_in_the_middle_leaves_nothing(
     destination: DuckDBDestination, tmp_path: Path
 ) -> None:
-    destination.apply(slice_of(0, (MODEL, [row(1)])))
     with destination.open() as db:
-        db.execute(
-            "CREATE TABLE blocked AS SELECT 'x' AS _source, 'y' AS _source_key, 'not a number' AS id, 'v' AS v"
-        )
-    other = bound(tmp_path, "blocked", "SELECT id::BIGINT AS id, v FROM raw.shop.t")
-    with pytest.raises(Exception, match=r"blocked|stand at"):
-        destination.apply(slice_of(1, (MODEL, [row(2)]), (other, [row(2)])))
+        db.execute("CREATE TABLE second AS SELECT 'x' AS _source, 'y' AS _source_key, 'no number' AS id")
+    second = bound(tmp_path, "second", "SELECT id::BIGINT AS id, v FROM raw.shop.t")
+    with pytest.raises(ModelBroken, match="Table second cannot take the model's columns") as caught:
+        destination.apply(slice_of(0, (MODEL, [row(1)]), (second, [row(1)])))
+    assert caught.value.model == "second"
+    assert destination.progress("shop") is None
+    tables = "SELECT count(*) FROM information_schema.tables WHERE table_schema = 'shop'"
+    assert table(destination, tables) == [(0,)]
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
     assert table(destination) == [(1, "a")]
 
 

@@ -307,10 +307,10 @@ def test_a_message_keeps_what_helps(tmp_path: Path) -> None:
     ("raw", "kept"),
     [
         (
-            "Conversion Error: Type INT64 with value 99999999 can't be cast because the value is out of range "
-            "for the destination type INT32",
-            "Conversion Error: Type INT64 with value … can't be cast because the value is out of range "
-            "for the destination type INT32",
+            "Conversion Error: Type INT64 with value 99999999 can't be cast because the value is out of "
+            "range for the destination type INT32",
+            "Conversion Error: Type INT64 with value … can't be cast because the value is out of "
+            "range for the destination type INT32",
         ),
         (
             "Out of Range Error: Overflow in multiplication of INT32 (77345 * 2)!",

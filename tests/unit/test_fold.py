@@ -410,7 +410,8 @@ def test_a_mirror_keeps_every_row_and_column(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["events", "judged", "r", "f", "n", "k", "settled", "failed_rows", "points"])
 def test_no_column_name_collides_with_our_own(folder: Path, name: str) -> None:
     schema = TableSchema(TABLE, (Column("a", "bigint"), Column(name, "text")), ("a",))
-    text = f"SELECT a::BIGINT AS a, {name}::INTEGER AS {name}, {name} AS again FROM raw.shop.t WHERE {name} <> '9'"
+    outputs = f"a::BIGINT AS a, {name}::INTEGER AS {name}, {name} AS again"
+    text = f"SELECT {outputs} FROM raw.shop.t WHERE {name} <> '9'"
     model = bound(folder, schema, text)
     made = model.prepare(
         changes([Event("c", (str(i), ""), value=v) for i, v in enumerate("19x")]).rename_columns({"v": name})

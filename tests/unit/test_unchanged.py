@@ -33,7 +33,7 @@ class Change:
 
 @st.composite
 def histories(draw: st.DrawFn, width: int) -> list[Change]:
-    """Changes as a database could make them: rows are inserted, changed, renamed, deleted, all copied again."""
+    """Changes as a database could make them: inserts, updates, new keys, deletes, truncates, new copies."""
     keys = [("1", "x"), ("2", "x"), ("3", "x")] if width == 1 else [("1", "x"), ("1", "y"), ("2", '"')]
     values = st.sampled_from(["a", "b", "", "long" * 50, None])
     live: dict[Key, dict[str, str | None]] = {}
