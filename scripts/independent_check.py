@@ -56,10 +56,17 @@ HEADER = (
 
 
 @dataclass
-class Report:
-    """What was compared, and whether it agreed."""
+class Work:
+    """Both sides, the source's name in the project, and how much was wrong so far."""
 
+    source: str
+    db: Postgres
+    warehouse: Duck
     wrong: int = 0
+
+    def ask(self, query: str, *values: object) -> list[Any]:
+        """Ask the warehouse."""
+        return self.warehouse.execute(query, values).fetchall()
 
     def say(self, ok: bool, what: str, detail: str) -> None:
         self.wrong += not ok
@@ -83,44 +90,41 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Column:
-    name: str
-    type: str
-
-
-@dataclass(frozen=True)
 class Table:
     """A source table: how a project calls it, its name in SQL, its columns and its key."""
 
     label: str
     sql: str
-    columns: tuple[Column, ...]
+    columns: dict[str, str]
     key: tuple[str, ...]
 
 
 def main() -> int:
     asked = arguments()
-    report = Report()
+    models = [Model.read(*pair.split("=", 1)) for pair in asked.model]
     source = asked.log.stem
-    log = walk_log(asked.log, report)
-    with duckdb.connect(str(asked.warehouse), read_only=True) as warehouse:
+    settings = {**conninfo_to_dict(asked.source_url), "options": SETTINGS}
+    with (
+        psycopg.connect(make_conninfo(**settings)) as db,
+        duckdb.connect(str(asked.warehouse), read_only=True) as warehouse,
+    ):
         warehouse.execute("SET TimeZone = 'UTC'")
-        at_end = compare_end(warehouse, source, log, report)
-        models = [Model.read(*pair.split("=", 1)) for pair in asked.model]
-        compare_ledger(warehouse, source, log, {model.name: model.table for model in models}, report)
-        with connect(asked.source_url) as db:
-            tables = published(db, asked.publication or f"headrace_{source}")
-            report.say(bool(tables), "publication", f"{len(tables)} tables")
-            for table in tables:
-                mine = [model for model in models if model.table == table.label]
-                for model in mine:
-                    compare_model(db, warehouse, source, table, model, report)
-                if not mine:
-                    compare_mirror(db, warehouse, source, table, report)
+        work = Work(source, db, warehouse)
+        log = walk_log(asked.log, work)
+        at_end = compare_end(work, log)
+        compare_ledger(work, log, {model.name: model.table for model in models})
+        tables = published(db, asked.publication or f"headrace_{source}")
+        work.say(bool(tables), "publication", f"{len(tables)} tables")
+        for table in tables:
+            mine = [model for model in models if model.table == table.label]
+            for model in mine:
+                compare_model(work, table, model)
+            if not mine:
+                compare_mirror(work, table)
     if not at_end:
         print("The warehouse is behind the log: differences to the source may be changes under way.")
-    print(f"{report.wrong} things differ" if report.wrong else "all agrees")
-    return 1 if report.wrong else 0
+    print(f"{work.wrong} things differ" if work.wrong else "all agrees")
+    return 1 if work.wrong else 0
 
 
 def arguments() -> argparse.Namespace:
@@ -134,11 +138,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def connect(url: str) -> Postgres:
-    return psycopg.connect(make_conninfo(**{**conninfo_to_dict(url), "options": SETTINGS}))
-
-
-def walk_log(path: Path, report: Report) -> Log:
+def walk_log(path: Path, work: Work) -> Log:
     """Walk the chain: BLAKE2b-256 over the hash before, the header as compact JSON, the payload."""
     log = Log()
     faults: list[str] = []
@@ -165,47 +165,43 @@ def walk_log(path: Path, report: Report) -> Log:
             faults.append(f"unreadable after offset {expected - 1}: {error}")
     if not ended:
         faults.append("the last group has no end")
-    report.say(not faults, "log", "; ".join(faults[:SHOWN]) or f"the chain holds to offset {log.end}")
+    work.say(not faults, "log", "; ".join(faults[:SHOWN]) or f"the chain holds to offset {log.end}")
     return log
 
 
-def compare_end(warehouse: Duck, source: str, log: Log, report: Report) -> bool:
+def compare_end(work: Work, log: Log) -> bool:
     """Compare the warehouse's progress with the log; True if it stands at the log's end."""
-    rows = warehouse.execute(
-        'SELECT "offset", hash FROM headrace.progress WHERE source = ?', [source]
-    ).fetchall()
+    rows = work.ask('SELECT "offset", hash FROM headrace.progress WHERE source = ?', work.source)
     if len(rows) != 1:
-        report.say(False, "progress", f"{len(rows)} rows for source {source}")
+        work.say(False, "progress", f"{len(rows)} rows for source {work.source}")
         return False
     offset, digest = rows[0]
     same = log.hashes.get(offset) == digest
     detail = "with its hash" if same else "whose hash is another"
-    report.say(same, "progress", f"stands at offset {offset} of {log.end}, {detail}")
+    work.say(same, "progress", f"stands at offset {offset} of {log.end}, {detail}")
     return bool(offset == log.end)
 
 
-def compare_ledger(warehouse: Duck, source: str, log: Log, tables: dict[str, str], report: Report) -> None:
+def compare_ledger(work: Work, log: Log, tables: dict[str, str]) -> None:
     """Compare each model's ledger with the log and with its open records; `tables` by model."""
-    for model, offset, said in warehouse.execute(
-        'SELECT model, "offset", open_records FROM headrace.models WHERE source = ?', [source]
-    ).fetchall():
-        rows = warehouse.execute(
+    query = 'SELECT model, "offset", open_records FROM headrace.models WHERE source = ?'
+    for model, offset, said in work.ask(query, work.source):
+        rows = work.ask(
             'SELECT kind, "after", "through", read, applied + superseded + filtered + quarantined + waiting '
             "+ blocked, quarantined FROM headrace.ledger WHERE source = ? AND model = ? AND kind <> 'void' "
             'ORDER BY "after", "through"',
-            [source, model],
-        ).fetchall()
-        table = tables.get(model, model.removeprefix(f"{source}."))
+            work.source,
+            model,
+        )
+        table = tables.get(model, model.removeprefix(f"{work.source}."))
         faults = ledger_faults(rows, log, table, offset)
-        (opened,) = warehouse.execute(
-            f"SELECT count(*) FROM headrace.quarantine WHERE source = ? AND model = ? AND {OPEN}",
-            [source, model],
-        ).fetchall()[0]
-        if not sum(row[5] for row in rows) == opened == said:
-            faults.append(f"{sum(row[5] for row in rows)} quarantined, {opened} open records, {said} said")
+        records = f"SELECT count(*) FROM headrace.quarantine WHERE source = ? AND model = ? AND {OPEN}"
+        opened, quarantined = work.ask(records, work.source, model)[0][0], sum(row[5] for row in rows)
+        if not quarantined == opened == said:
+            faults.append(f"{quarantined} quarantined, {opened} open records, {said} said")
         total = sum(row[3] for row in rows)
         detail = "; ".join(faults[:SHOWN]) or f"{len(rows)} rows close over {total} changes, {opened} open"
-        report.say(not faults, f"ledger of {model}", detail)
+        work.say(not faults, f"ledger of {model}", detail)
 
 
 def ledger_faults(rows: list[Any], log: Log, table: str, offset: int) -> list[str]:
@@ -245,7 +241,7 @@ def published(db: Postgres, publication: str) -> list[Table]:
         partitioned = db.execute("SELECT relkind = 'p' FROM pg_class WHERE oid = %s", [oid]).fetchall()[0][0]
         sql = f"{'' if partitioned else 'ONLY '}{quoted(schema)}.{quoted(name)}"
         key = tuple(column for column, _, number in columns if number in keys[0][0])
-        shape = tuple(Column(column, type_) for column, type_, _ in columns)
+        shape = {column: type_ for column, type_, _ in columns}
         tables.append(Table(label_of(schema, name), sql, shape, key))
     return tables
 
@@ -255,64 +251,62 @@ def text_of(cell: str) -> str:
     return f"CASE WHEN {cell} IS DISTINCT FROM NULL THEN format('%s', {cell}) END"
 
 
-def compare_mirror(db: Postgres, warehouse: Duck, source: str, table: Table, report: Report) -> None:
-    what = f"mirror {source}.{table.label}"
-    types = columns_of(warehouse, source, table.label)
-    missing = [column.name for column in table.columns if column.name not in types]
+def compare_mirror(work: Work, table: Table) -> None:
+    what = f"mirror {work.source}.{table.label}"
+    types = columns_of(work, work.source, table.label)
+    missing = [name for name in table.columns if name not in types]
     if missing:
-        report.say(False, what, f"has no column {', '.join(missing)}" if types else "is missing")
+        work.say(False, what, f"has no column {', '.join(missing)}" if types else "is missing")
         return
-    opened = open_keys(warehouse, source, f"{source}.{table.label}")
+    opened = open_keys(work, f"{work.source}.{table.label}")
     faults: Counter[str] = Counter()
     examples: dict[str, str] = {}
     rows = 0
-    for key, wanted, found in paired(
-        source_rows(db, table, types), found_rows(warehouse, source, table, types)
-    ):
+    for key, wanted, found in paired(source_rows(work, table, types), found_rows(work, table, types)):
         name = key[0] if len(table.key) == 1 else compact(list(key))
         if name in opened:
             continue
         rows += len(wanted)
-        for fault in row_faults([types[c.name] for c in table.columns], table, wanted, found):
+        for fault in row_faults(types, table, wanted, found):
             faults[fault] += 1
             examples.setdefault(fault, name)
     detail = f"{rows} rows, {len(table.columns)} columns agree"
     if opened:
         detail += f"; {len(opened)} keys are in quarantine and left out"
     listed = "; ".join(f"{fault} {n} times, such as {examples[fault]}" for fault, n in faults.items())
-    report.say(not faults, what, listed or detail)
+    work.say(not faults, what, listed or detail)
 
 
-def row_faults(types: list[str], table: Table, wanted: list[Any], found: list[Any]) -> list[str]:
+def row_faults(types: dict[str, str], table: Table, wanted: list[Any], found: list[Any]) -> list[str]:
     """Compare the rows of one key on both sides."""
     if len(wanted) != 1 or len(found) != 1:
         return ["missing" if not found else "extra" if not wanted else "doubled"]
     return [
-        f"{column.name} differs"
-        for column, type_, left, right in zip(table.columns, types, wanted[0], found[0], strict=True)
-        if left != right and settle(type_, left) != settle(type_, right)
+        f"{name} differs"
+        for name, left, right in zip(table.columns, wanted[0], found[0], strict=True)
+        if left != right and settle(types[name], left) != settle(types[name], right)
     ]
 
 
-def source_rows(db: Postgres, table: Table, types: dict[str, str]) -> Iterator[Any]:
+def source_rows(work: Work, table: Table, types: dict[str, str]) -> Iterator[Any]:
     """Yield (key, cells) ordered by the keys' bytes."""
     keys = [text_of(quoted(name)) for name in table.key]
-    cells = [source_cell(quoted(c.name), c.type, types[c.name]) for c in table.columns]
+    cells = [source_cell(quoted(name), type_, types[name]) for name, type_ in table.columns.items()]
     order = ", ".join(f'({key}) COLLATE "C"' for key in keys)
-    with db.cursor(name="rows") as cursor:
+    with work.db.cursor(name="rows") as cursor:
         cursor.itersize = 5_000
         cursor.execute(f"SELECT {', '.join(keys + cells)} FROM {table.sql} ORDER BY {order}".encode())
         for row in cursor:
             yield row[: len(keys)], row[len(keys) :]
 
 
-def found_rows(warehouse: Duck, source: str, table: Table, types: dict[str, str]) -> Iterator[Any]:
+def found_rows(work: Work, table: Table, types: dict[str, str]) -> Iterator[Any]:
     parts = range(len(table.key))
     key = [f"(_source_key::JSON ->> {i})" for i in parts] if len(parts) > 1 else ["_source_key"]
-    cells = [found_cell(quoted(c.name), types[c.name]) for c in table.columns]
-    cursor = warehouse.cursor()
+    cells = [found_cell(quoted(name), types[name]) for name in table.columns]
+    cursor = work.warehouse.cursor()
     cursor.execute("SET TimeZone = 'UTC'")
-    target = f"{quoted(source)}.{quoted(table.label)}"
+    target = f"{quoted(work.source)}.{quoted(table.label)}"
     cursor.execute(f"SELECT {', '.join(key + cells)} FROM {target} ORDER BY {', '.join(key)}")
     while rows := cursor.fetchmany(5_000):
         for row in rows:
@@ -384,21 +378,17 @@ def settle(target: str, text: str | None) -> object:
     return SETTLE.get(target.partition("(")[0], str)(text)
 
 
-def columns_of(warehouse: Duck, schema: str, table: str) -> dict[str, str]:
-    rows = warehouse.execute(
+def columns_of(work: Work, schema: str, table: str) -> dict[str, str]:
+    query = (
         "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = ? "
-        "AND table_name = ? AND column_name NOT IN ('_source', '_source_key') ORDER BY ordinal_position",
-        [schema, table],
+        "AND table_name = ? AND column_name NOT IN ('_source', '_source_key') ORDER BY ordinal_position"
     )
-    return dict(rows.fetchall())
+    return dict(work.ask(query, schema, table))
 
 
-def open_keys(warehouse: Duck, source: str, model: str) -> set[str]:
-    rows = warehouse.execute(
-        f"SELECT DISTINCT key FROM headrace.quarantine WHERE source = ? AND model = ? AND {OPEN}",
-        [source, model],
-    )
-    return {canonical_key(row[0]) for row in rows.fetchall()}
+def open_keys(work: Work, model: str) -> set[str]:
+    query = f"SELECT DISTINCT key FROM headrace.quarantine WHERE source = ? AND model = ? AND {OPEN}"
+    return {canonical_key(row[0]) for row in work.ask(query, work.source, model)}
 
 
 def canonical_key(key: str) -> str:
@@ -449,49 +439,47 @@ class Model:
         return f"SELECT *, {' OR '.join(rules) or 'false'} AS _violated FROM ({made})"
 
 
-def compare_model(
-    db: Postgres, warehouse: Duck, source: str, table: Table, model: Model, report: Report
-) -> None:
+def compare_model(work: Work, table: Table, model: Model) -> None:
     what = f"model {model.name}"
     schema, name = (["main", *model.name.split(".", 1)])[-2:]
-    columns = columns_of(warehouse, schema, name)
+    columns = columns_of(work, schema, name)
     if not columns:
-        report.say(False, what, "is missing")
+        work.say(False, what, "is missing")
         return
     names = list(columns)
     with duckdb.connect() as lab, tempfile.TemporaryDirectory() as folder:
-        load_as_text(db, lab, source, table, Path(folder) / "rows.csv")
+        load_as_text(work, lab, table, Path(folder) / "rows.csv")
         failed = run_model(lab, model.query(names), columns)
-        opened = open_keys(warehouse, source, model.name)
+        opened = open_keys(work, model.name)
         same = failed == opened
         sample = ", ".join(sorted(failed ^ opened)[:SHOWN])
         detail = f"{len(failed)} rows fail" + ("" if same else f", {len(opened)} are in quarantine: {sample}")
-        report.say(same, f"quarantine of {model.name}", detail)
+        work.say(same, f"quarantine of {model.name}", detail)
         target = f"{quoted(schema)}.{quoted(name)}"
         listed = ", ".join(f"{quoted(c)}::VARCHAR" for c in names)
         wanted = lab.execute(f"SELECT _row_key, {listed} FROM made ORDER BY 1").fetchall()
-        found = warehouse.execute(f"SELECT _source_key, {listed} FROM {target} ORDER BY 1").fetchall()
+        found = work.ask(f"SELECT _source_key, {listed} FROM {target} ORDER BY 1")
     left = sorted((row for row in wanted if canonical_key(row[0]) not in opened | failed), key=repr)
     right = sorted((row for row in found if canonical_key(row[0]) not in opened | failed), key=repr)
     detail = f"{len(left)} rows, {len(names)} columns agree"
     if left != right:
         keys = ", ".join(sorted({row[0] for row in set(left) ^ set(right)})[:SHOWN]) or "doubled"
         detail = f"{len(left)} rows wanted, {len(right)} found; differing keys: {keys}"
-    report.say(left == right, what, detail)
+    work.say(left == right, what, detail)
 
 
-def load_as_text(db: Postgres, lab: Duck, source: str, table: Table, file: Path) -> None:
+def load_as_text(work: Work, lab: Duck, table: Table, file: Path) -> None:
     """Make the source's rows a table of text, and `raw.<source>.<table>` a window on it."""
-    cells = ", ".join(f"{text_of(quoted(c.name))} AS {quoted(c.name)}" for c in table.columns)
-    with file.open("wb") as out, db.cursor().copy(
+    cells = ", ".join(text_of(quoted(name)) for name in table.columns)
+    with file.open("wb") as out, work.db.cursor().copy(
         f"COPY (SELECT {cells} FROM {table.sql}) TO STDOUT (FORMAT csv, FORCE_QUOTE *)".encode()
     ) as copy:  # fmt: skip
         for data in copy:
             out.write(data)
     lab.execute("SET TimeZone = 'UTC'")
     lab.execute("ATTACH ':memory:' AS raw")
-    lab.execute(f"CREATE SCHEMA raw.{quoted(source)}")
-    cells = ", ".join(f"{quoted(c.name)} VARCHAR" for c in table.columns)
+    lab.execute(f"CREATE SCHEMA raw.{quoted(work.source)}")
+    cells = ", ".join(f"{quoted(name)} VARCHAR" for name in table.columns)
     lab.execute(f"CREATE TABLE loaded ({cells})")
     if file.stat().st_size:
         lab.execute(
@@ -506,7 +494,7 @@ def load_as_text(db: Postgres, lab: Duck, source: str, table: Table, file: Path)
     )
     lab.execute("SET VARIABLE first = 0; SET VARIABLE past = 0")
     lab.execute(
-        f"CREATE VIEW raw.{quoted(source)}.{quoted(table.label)} AS SELECT * FROM raw.main.rows "
+        f"CREATE VIEW raw.{quoted(work.source)}.{quoted(table.label)} AS SELECT * FROM raw.main.rows "
         "WHERE _row >= getvariable('first') AND _row < getvariable('past')"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 # ruff: noqa: E501
-
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -315,7 +314,9 @@ def test_a_large_transaction(server: PostgresServer, project: Project) -> None:
     )  # fmt: skip
     once(project)
     assert found(project, "SELECT count(*) FROM pg.empty_one WHERE v = 'even'") == [(25_000,)]
-    assert_whole(project)
+    assert found(project, "SELECT count(*), count(*) FILTER (v = 'undone') FROM pg.empty_one") == [
+        (50_001, 0)
+    ]
 
 
 def test_unchanged_long_values_after_a_quarantined_change(server: PostgresServer, project: Project) -> None:
@@ -329,7 +330,6 @@ def test_unchanged_long_values_after_a_quarantined_change(server: PostgresServer
     opened = found(project, "SELECT key FROM headrace.quarantine WHERE status = 'quarantined' ORDER BY 1")
     assert opened == [("1",), ("2",)]
     assert found(project, "SELECT long FROM toasted_clean WHERE id = 1") == [("1 " * 3000,)]
-    assert_whole(project)
     run(server, "UPDATE toasted SET n = '5' WHERE id = 1", "UPDATE toasted SET id = 777 WHERE id = 3")
     once(project)
     assert found(project, "SELECT n, long FROM toasted_clean WHERE id = 1") == [(5, "new value " * 900)]
@@ -344,5 +344,5 @@ def test_a_table_without_a_key_is_refused(server: PostgresServer, tmp_path: Path
     (tmp_path / "headrace.toml").write_text(
         f'[source.kl]\ntype = "postgres"\nurl = "{url}"\n[destination]\ntype = "duckdb"\npath = "w.duckdb"\n'
     )
-    with pytest.raises(HeadraceError, match="no primary key in public[.]t"):
+    with pytest.raises(HeadraceError, match=r"no primary key in public\.t"):
         Pipeline(load_project(tmp_path)).run_once()

@@ -144,6 +144,8 @@ class DuckDBDestination:
 
     def _apply(self, work: Slice) -> list[str]:
         with self.open() as db:
+            if not self._shaped:
+                db.execute(CREATE)
             db.execute("BEGIN")
             self._check(db, work)
             open_records = _open_records(db, work.source)
