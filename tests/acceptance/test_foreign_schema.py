@@ -14,14 +14,20 @@ from headrace.testing.postgres import PostgresServer
 
 def headrace(*arguments: str, code: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "headrace", *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "headrace", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("version", [16, 18])
-def test_pgbench_is_mirrored_with_init_check_run_and_verify_and_no_edits(tmp_path: Path, version: int) -> None:
+def test_pgbench_is_mirrored_with_init_check_run_and_verify_and_no_edits(
+    tmp_path: Path, version: int
+) -> None:
     with PostgresServer(tmp_path / "pg", version) as server:
         pgbench = [server.bin / "pgbench", server.url]
         subprocess.run([*pgbench, "-i", "-q", "-s", "1"], check=True, capture_output=True)

@@ -144,8 +144,12 @@ def flip_a_payload_byte(project: Project) -> None:
 def rewrite_the_end(project: Project) -> None:
     """Alter the last entry and make its hash anew: the chain holds, but the destination remembers."""
     with sqlite3.connect(project.state / "log" / "shop.db") as db:
-        names = "\"offset\", kind, table_schema, table_name, first_epoch, first_commit, first_ordinal, last_epoch, "
-        names += "last_commit, last_ordinal, committed_at, rows, schema_version, appended_at, ends_group, payload"
+        names = (
+            '"offset", kind, table_schema, table_name, first_epoch, first_commit, first_ordinal, last_epoch, '
+        )
+        names += (
+            "last_commit, last_ordinal, committed_at, rows, schema_version, appended_at, ends_group, payload"
+        )
         (before,), (last,) = (
             db.execute(f'SELECT {what} FROM entries ORDER BY "offset" DESC LIMIT 1 OFFSET {n}').fetchall()
             for what, n in (("hash", 1), (names, 0))

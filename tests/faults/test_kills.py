@@ -205,7 +205,11 @@ def test_goes_on_after_an_error_at_every_failpoint(
         with psycopg.connect(url) as db:
             newest = db.execute("SELECT max(order_id) FROM order_items").fetchall()[0][0]
         query = ["SELECT max(order_id) AS n FROM shop.order_items"]
-        until(lambda: (read(project, query)[0]["n"][0].as_py() or 0) >= newest, 30, f"goes on: {pipeline.status()}")
+        until(
+            lambda: (read(project, query)[0]["n"][0].as_py() or 0) >= newest,
+            30,
+            f"goes on: {pipeline.status()}",
+        )
         assert pipeline.status()["stopped"] == {}
     finally:
         pipeline.stop.set()
