@@ -49,7 +49,8 @@ PORTS = range(12_000, 32_000)
 SOCKET_PATH_MAX = 103
 
 # A launcher instead of preexec_fn, which is not safe where threads run: it drops root's rights, asks
-# the kernel for SIGQUIT when the parent dies (prctl 1 is PR_SET_PDEATHSIG), and becomes Postgres.
+# the kernel for SIGQUIT when the parent dies (prctl 1 is PR_SET_PDEATHSIG), and becomes Postgres. A shell
+# that starts us in the background has SIGQUIT ignored, and what is ignored stays so over an exec.
 LAUNCH = """
 import ctypes, os, signal, sys
 uid, gid, parent = map(int, sys.argv[1:4])
@@ -57,6 +58,7 @@ if uid:
     os.setgroups([])
     os.setgid(gid)
     os.setuid(uid)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 if parent and sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, int(signal.SIGQUIT))
     if os.getppid() != parent:
