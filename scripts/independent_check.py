@@ -113,7 +113,7 @@ def main() -> int:
         log = walk_log(asked.log, work)
         at_end = compare_end(work, log)
         compare_ledger(work, log, {model.name: model.table for model in models})
-        tables = published(db, asked.publication or f"headrace_{source}")
+        tables = list(published(db, asked.publication or f"headrace_{source}"))
         work.say(bool(tables), "publication", f"{len(tables)} tables")
         for table in tables:
             mine = [model for model in models if model.table == table.label]
@@ -219,31 +219,23 @@ def ledger_faults(rows: list[Any], log: Log, table: str, offset: int) -> list[st
     return faults if total == held else [*faults, f"read {total} in all, the log holds {held}"]
 
 
-def published(db: Postgres, publication: str) -> list[Table]:
-    tables = []
-    for oid, schema, name in db.execute(
-        "SELECT c.oid, n.nspname, c.relname FROM pg_publication p "
-        "JOIN pg_publication_rel r ON r.prpubid = p.oid "
-        "JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
-        "WHERE p.pubname = %s ORDER BY 2, 3",
-        [publication],
-    ).fetchall():
-        columns = db.execute(
-            "SELECT attname, format_type(atttypid, atttypmod), attnum FROM pg_attribute WHERE attrelid = %s "
-            "AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum",
-            [oid],
-        ).fetchall()
-        keys = db.execute(
-            "SELECT indkey::int2[] FROM pg_index JOIN pg_class c ON c.oid = indrelid WHERE indrelid = %s "
-            "AND CASE WHEN c.relreplident = 'i' THEN indisreplident ELSE indisprimary END",
-            [oid],
-        ).fetchall()
-        partitioned = db.execute("SELECT relkind = 'p' FROM pg_class WHERE oid = %s", [oid]).fetchall()[0][0]
-        sql = f"{'' if partitioned else 'ONLY '}{quoted(schema)}.{quoted(name)}"
-        key = tuple(column for column, _, number in columns if number in keys[0][0])
-        shape = {column: type_ for column, type_, _ in columns}
-        tables.append(Table(label_of(schema, name), sql, shape, key))
-    return tables
+PUBLISHED = """
+SELECT n.nspname, c.relname, c.relkind, array_agg(a.attname::text ORDER BY a.attnum),
+  array_agg(format_type(a.atttypid, a.atttypmod) ORDER BY a.attnum),
+  array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE a.attnum = ANY (i.indkey))
+FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid JOIN pg_class c ON c.oid = r.prrelid
+JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_attribute a ON a.attrelid = c.oid
+JOIN pg_index i ON i.indrelid = c.oid
+  AND CASE WHEN c.relreplident = 'i' THEN i.indisreplident ELSE i.indisprimary END
+WHERE p.pubname = %s AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+GROUP BY 1, 2, 3 ORDER BY 1, 2
+"""
+
+
+def published(db: Postgres, publication: str) -> Iterator[Table]:
+    for schema, name, kind, columns, types, key in db.execute(PUBLISHED, [publication]).fetchall():
+        sql = f"{'' if kind in ('p', b'p') else 'ONLY '}{quoted(schema)}.{quoted(name)}"
+        yield Table(label_of(schema, name), sql, dict(zip(columns, types, strict=True)), tuple(key))
 
 
 def text_of(cell: str) -> str:

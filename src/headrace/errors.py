@@ -124,6 +124,7 @@ _BY_NAME = {
     # DuckDB
     "OutOfMemoryException": Verdict.RETRY,
     "IOException": Verdict.RETRY,
+    "FatalException": Verdict.RETRY,
     "TransactionException": Verdict.RETRY,
     "ConversionException": Verdict.QUARANTINE,
     "OutOfRangeException": Verdict.QUARANTINE,

@@ -233,7 +233,6 @@ class DeltaStaging:
     def _look_again(self, tables: Iterable[TableId]) -> None:
         """Ask the tables themselves how far they got: a commit may stand although its write failed."""
         for table in tables:
-            self._tables.pop(table, None)
             if self._folder(table).exists():
                 self._open(table)
 
@@ -328,6 +327,7 @@ class DeltaStaging:
         if not self._read_only:
             _mend_tail(path)
         if not any((path / "_delta_log").glob("*.json")):
+            self._tables.pop(table, None)
             return
         delta = DeltaTable(path)
         version = delta.transaction_version(self._log_id)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import duckdb
 import pyarrow as pa
 
-from headrace.errors import ModelBroken
+from headrace.errors import ModelBroken, Verdict, verdict_of
 from headrace.keys import literal, quoted
 
 if TYPE_CHECKING:
@@ -138,9 +138,9 @@ class Evaluation:
         self._events(events)
         try:
             self._db.execute(f"INSERT INTO judged {self.query('events')}")
-        except duckdb.OutOfMemoryException:
-            raise
         except duckdb.Error as error:
+            if _is_the_engines(error):
+                raise
             if events.num_rows == 1:
                 self._fatal[events["_hr_n"][0].as_py()] = scrub(str(error))
                 return
@@ -189,6 +189,13 @@ class Evaluation:
 
 
 _QUERY = re.compile(r"\n\nLINE \d+: (?!.*\n\nLINE \d+: ).*", re.DOTALL)
+
+
+def _is_the_engines(error: duckdb.Error) -> bool:
+    """Whether a failure is no row's fault: no memory, no disk, or an engine that is broken."""
+    return isinstance(error, duckdb.InternalException) or verdict_of(error) is Verdict.RETRY
+
+
 _QUOTED = re.compile(r"(?<!\w)(?:'.*'(?!\w)|\".*\"|['\"].*)", re.DOTALL)
 _PARSED = re.compile(r"(Could not parse string ).*( according to format specifier ).*", re.DOTALL)
 _REST = re.compile(r": (?!'…'|….*$).+")

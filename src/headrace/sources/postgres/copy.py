@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.change import Entry, Position, TableId, TableSchema
+from headrace.errors import SourceUnavailable
 from headrace.failpoints import failpoint
 from headrace.payload import encode_rows
 from headrace.sources.postgres.catalog import qualified, quoted
@@ -79,9 +80,25 @@ def copy_tables(bulk: Any, shapes: Sequence[TableSchema], commit: int) -> Iterat
                     yield [_rows(shape.table, shape.version, batch, commit, ordinal, now)]
                     ordinal += batch.num_rows
                     failpoint("source.copy.batch")
+            _was_not_rewritten(cursor, shape.table)
         end = Position(0, commit, ordinal)
         payload = json.dumps({"marker": "copy_end"}).encode()
         yield [Entry("marker", None, end, end, now, 0, 0, payload)]
+
+
+def _was_not_rewritten(cursor: Any, table: TableId) -> None:
+    """Refuse a table that was rewritten or truncated after the snapshot, which shows it empty then.
+
+    Compares the file that the snapshot knows with the one there is now, while the lock of the read
+    still holds. Raises SourceUnavailable: the copy begins again.
+    """
+    name = "'" + qualified(table).replace("'", "''") + "'::regclass"
+    cursor.execute(
+        f"SELECT count(*) FROM pg_class c WHERE (c.oid = {name} OR c.oid IN (SELECT relid FROM "
+        f"pg_partition_tree({name}))) AND c.relkind = 'r' AND c.relfilenode <> pg_relation_filenode(c.oid)"
+    )
+    if cursor.fetchone()[0]:
+        raise SourceUnavailable(f"Table {table} was rewritten during its copy.", "The copy begins again.")
 
 
 def _rows(table: TableId, version: int, batch: pa.RecordBatch, commit: int, after: int, now: int) -> Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import IO
@@ -23,6 +24,8 @@ from headrace.sources.postgres.events import (
     Transaction,
     Truncate,
 )
+
+alerts = logging.getLogger("headrace.alert")
 
 _SPOOL_MEMORY = 32 << 20
 _HEAD = 3  # the decoder's own columns before the source's: _op, _serial, _ordinal
@@ -157,6 +160,8 @@ class GroupBuilder:
         shape = self._shape(event.relation, known)
         if known is not None and known.same_shape(shape):
             return []
+        if known is not None:
+            _say_what_changed(known, shape)
         self._schemas[table] = shape
         at = times.position(event.serial, event.ordinal)
         payload = shape.to_json().encode()
@@ -184,6 +189,27 @@ class GroupBuilder:
                 "Rename the column at the source, or exclude the table.",
             )
         return TableSchema(table, columns, key, known.version + 1 if known else 1)
+
+
+def _say_what_changed(known: TableSchema, shape: TableSchema) -> None:
+    """Stop at a change that would make one row two; name what the stream does not carry.
+
+    Raises SourceGap when the key is another: rows already applied are known by the old one.
+    """
+    if known.key != shape.key:
+        raise SourceGap(
+            f"The key of table {shape.table} changed from {list(known.key)} to {list(shape.key)}.",
+            "Move the state folder and the destination away and run again, which copies everything anew.",
+        )
+    before = {column.name: column.type for column in known.columns}
+    changed = [c.name for c in shape.columns if before.get(c.name, c.type) != c.type]
+    added = [c.name for c in shape.columns if c.name not in before]
+    if changed or added:
+        alerts.warning(
+            "SCHEMA of %s changed: added %s, another type %s. Rows that no later change touches do not show "
+            "a default, a new name or a conversion of the source; `headrace verify` tells.",
+            shape.table, added, changed,
+        )  # fmt: skip
 
 
 class _Times:

@@ -167,8 +167,16 @@ class PostgresSource:
         self._shapes(db, tables)
         name = quoted(self._config.publication)
         found = db.execute(
-            "SELECT 1 FROM pg_publication WHERE pubname = %s", [self._config.publication]
+            "SELECT pubviaroot, pubinsert AND pubupdate AND pubdelete AND pubtruncate "
+            "FROM pg_publication WHERE pubname = %s",
+            [self._config.publication],
         ).fetchone()
+        if found and not all(found):
+            raise UserError(
+                f"Source {self.name}: the publication {self._config.publication} leaves changes out.",
+                f"Let its owner run: ALTER PUBLICATION {name} SET (publish_via_partition_root = true, "
+                "publish = 'insert, update, delete, truncate');",
+            )
         has = db.execute(
             "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s",
             [self._config.publication],
@@ -367,8 +375,8 @@ def _next_version(shape: TableSchema, known: dict[TableId, TableSchema]) -> Tabl
 def _replication_error(result: pq.abc.PGresult, what: str) -> HeadraceError:
     words = (result.error_message or b"").decode(errors="replace").strip().removeprefix("ERROR:").strip()
     state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
-    if state in {"55006", "53400", "53300"}:
-        return SourceUnavailable(f"{what}: {words}", "It is tried again.")
+    if not state or state == "55006" or state[:2] in ("08", "40", "53", "57", "58"):
+        return SourceUnavailable(f"{what}: {without_password(words)}", "It is tried again.")
     return UserError(f"{what}: {words}", "Run `headrace check` for what the server lacks.")
 
 
