@@ -5,13 +5,12 @@
 
 Run it beside no running pipeline and a source at rest. It opens both files read-only and compares:
 
-- log: the hash chain from the first entry to the last, dense offsets, whole groups, and what the
-  warehouse says it holds of it;
+- log: hash chain, dense offsets, whole groups, and the place in it that the warehouse remembers;
 - mirrors: every table of the publication, row by row and column by column;
 - models: the model's own SQL over the source's rows as text; rows that fail are those in quarantine;
 - ledger: each row closes and reads what the log holds in its span, and all add up.
 
-Exit code 0 when all agree, 1 when something differs.
+Exit code 0 when all agree, 1 when something differs; a warehouse that is behind its source differs.
 """
 
 from __future__ import annotations
@@ -65,7 +64,6 @@ class Work:
     wrong: int = 0
 
     def ask(self, query: str, *values: object) -> list[Any]:
-        """Ask the warehouse."""
         return self.warehouse.execute(query, values).fetchall()
 
     def say(self, ok: bool, what: str, detail: str) -> None:
@@ -80,10 +78,6 @@ class Log:
     hashes: dict[int, str] = field(default_factory=dict)
     rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """(offset, row changes) of every entry, by table label."""
-
-    @property
-    def end(self) -> int:
-        return max(self.hashes, default=0)
 
     def count(self, table: str, after: int, through: int) -> int:
         return sum(rows for offset, rows in self.rows.get(table, ()) if after < offset <= through)
@@ -111,7 +105,7 @@ def main() -> int:
         warehouse.execute("SET TimeZone = 'UTC'")
         work = Work(source, db, warehouse)
         log = walk_log(asked.log, work)
-        at_end = compare_end(work, log)
+        compare_end(work, log)
         compare_ledger(work, log, {model.name: model.table for model in models})
         tables = list(published(db, asked.publication or f"headrace_{source}"))
         work.say(bool(tables), "publication", f"{len(tables)} tables")
@@ -121,8 +115,6 @@ def main() -> int:
                 compare_model(work, table, model)
             if not mine:
                 compare_mirror(work, table)
-    if not at_end:
-        print("The warehouse is behind the log: differences to the source may be changes under way.")
     print(f"{work.wrong} things differ" if work.wrong else "all agrees")
     return 1 if work.wrong else 0
 
@@ -141,45 +133,40 @@ def arguments() -> argparse.Namespace:
 def walk_log(path: Path, work: Work) -> Log:
     """Walk the chain: BLAKE2b-256 over the hash before, the header as compact JSON, the payload."""
     log = Log()
-    faults: list[str] = []
-    previous, expected, ended = bytes(32), 1, 1
+    faults, previous, expected, ended = [], bytes(32), 1, 1
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        columns = ", ".join(f'"{name}"' for name in HEADER)
+        columns = ", ".join(f'"{name}"' for name in (*HEADER, "hash", "payload"))
         try:
-            for *header, digest, payload in db.execute(
-                f'SELECT {columns}, hash, payload FROM entries ORDER BY "offset"'
-            ):
-                entry = dict(zip(HEADER, header, strict=True))
-                if entry["offset"] != expected:
+            for *header, digest, payload in db.execute(f'SELECT {columns} FROM entries ORDER BY "offset"'):
+                offset, kind, schema, table = header[:4]
+                if offset != expected:
                     faults.append(f"offset {expected} is missing")
                 text = json.dumps(header, separators=(",", ":")).encode()
-                found = hashlib.blake2b(previous + text + payload, digest_size=32)
-                if found.hexdigest() != digest:
-                    faults.append(f"the hash of offset {entry['offset']} does not hold")
-                log.hashes[entry["offset"]] = digest
-                if entry["table_name"] is not None and entry["kind"] in {"rows", "truncate", "marker"}:
-                    label = label_of(entry["table_schema"], entry["table_name"])
-                    log.rows.setdefault(label, []).append((entry["offset"], entry["rows"]))
-                previous, expected, ended = bytes.fromhex(digest), entry["offset"] + 1, entry["ends_group"]
+                if hashlib.blake2b(previous + text + payload, digest_size=32).hexdigest() != digest:
+                    faults.append(f"the hash of offset {offset} does not hold")
+                log.hashes[offset] = digest
+                if table is not None and kind in {"rows", "truncate", "marker"}:
+                    rows = header[HEADER.index("rows")]
+                    log.rows.setdefault(label_of(schema, table), []).append((offset, rows))
+                previous, expected, ended = bytes.fromhex(digest), offset + 1, header[-1]
         except (sqlite3.Error, ValueError) as error:
             faults.append(f"unreadable after offset {expected - 1}: {error}")
     if not ended:
         faults.append("the last group has no end")
-    work.say(not faults, "log", "; ".join(faults[:SHOWN]) or f"the chain holds to offset {log.end}")
+    work.say(
+        not faults,
+        "log",
+        "; ".join(faults[:SHOWN]) or f"the chain holds to offset {max(log.hashes, default=0)}",
+    )
     return log
 
 
-def compare_end(work: Work, log: Log) -> bool:
-    """Compare the warehouse's progress with the log; True if it stands at the log's end."""
+def compare_end(work: Work, log: Log) -> None:
+    """Compare the place that the warehouse remembers with the log."""
     rows = work.ask('SELECT "offset", hash FROM headrace.progress WHERE source = ?', work.source)
-    if len(rows) != 1:
-        work.say(False, "progress", f"{len(rows)} rows for source {work.source}")
-        return False
-    offset, digest = rows[0]
-    same = log.hashes.get(offset) == digest
-    detail = "with its hash" if same else "whose hash is another"
-    work.say(same, "progress", f"stands at offset {offset} of {log.end}, {detail}")
-    return bool(offset == log.end)
+    same = len(rows) == 1 and log.hashes.get(rows[0][0]) == rows[0][1]
+    detail = f"stands at offset {[row[0] for row in rows]} of {max(log.hashes, default=0)}"
+    work.say(same, "progress", detail if same else f"{detail}, which has another hash there")
 
 
 def compare_ledger(work: Work, log: Log, tables: dict[str, str]) -> None:
@@ -208,13 +195,13 @@ def ledger_faults(rows: list[Any], log: Log, table: str, offset: int) -> list[st
     faults = [f"the row of {row[1]}..{row[2]} does not close" for row in rows if row[3] != row[4]]
     reached = 0
     for kind, after, through, read, *_ in rows:
-        held = log.count(table, after, through) if kind == "apply" else 0
-        if kind == "apply":
-            if after < reached or through > offset:
-                faults.append(f"the span {after}..{through} overlaps another, or ends after {offset}")
-            reached = through
-        if read != held:
-            faults.append(f"{kind} has read {read} in {after}..{through}, the log holds {held}")
+        if kind != "apply":
+            continue
+        if after < reached or through > offset:
+            faults.append(f"the span {after}..{through} overlaps another, or ends after {offset}")
+        if read != (held := log.count(table, after, through)):
+            faults.append(f"{read} read in {after}..{through}, the log holds {held}")
+        reached = through
     total, held = sum(row[3] for row in rows), log.count(table, 0, offset)
     return faults if total == held else [*faults, f"read {total} in all, the log holds {held}"]
 
@@ -251,9 +238,7 @@ def compare_mirror(work: Work, table: Table) -> None:
         work.say(False, what, f"has no column {', '.join(missing)}" if types else "is missing")
         return
     opened = open_keys(work, f"{work.source}.{table.label}")
-    faults: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    rows = 0
+    rows, faults, examples = 0, Counter[str](), dict[str, str]()
     for key, wanted, found in paired(source_rows(work, table, types), found_rows(work, table, types)):
         name = key[0] if len(table.key) == 1 else compact(list(key))
         if name in opened:
@@ -351,10 +336,9 @@ def found_cell(cell: str, type_: str) -> str:
     return FOUND_CELLS.get(type_.partition(" ")[0], "{c}::VARCHAR").format(c=cell)
 
 
+NUMBERS = dict.fromkeys(("parse_float", "parse_int", "parse_constant"), lambda text: ("number", text))
 SETTLE: dict[str, Any] = {
-    "JSON": lambda text: json.loads(
-        text, parse_float=str, parse_int=str, parse_constant=str, object_pairs_hook=tuple
-    ),
+    "JSON": lambda text: json.loads(text, object_pairs_hook=tuple, **NUMBERS),
     "FLOAT": lambda text: struct.pack("f", float(text)),
     "DOUBLE": lambda text: repr(float(text)),
     "DECIMAL": lambda text: str(Decimal(text)),
@@ -451,8 +435,10 @@ def compare_model(work: Work, table: Table, model: Model) -> None:
         listed = ", ".join(f"{quoted(c)}::VARCHAR" for c in names)
         wanted = lab.execute(f"SELECT _row_key, {listed} FROM made ORDER BY 1").fetchall()
         found = work.ask(f"SELECT _source_key, {listed} FROM {target} ORDER BY 1")
-    left = sorted((row for row in wanted if canonical_key(row[0]) not in opened | failed), key=repr)
-    right = sorted((row for row in found if canonical_key(row[0]) not in opened | failed), key=repr)
+    left, right = (
+        sorted((row for row in rows if canonical_key(row[0]) not in opened | failed), key=repr)
+        for rows in (wanted, found)
+    )
     detail = f"{len(left)} rows, {len(names)} columns agree"
     if left != right:
         keys = ", ".join(sorted({row[0] for row in set(left) ^ set(right)})[:SHOWN]) or "doubled"
@@ -468,34 +454,24 @@ def load_as_text(work: Work, lab: Duck, table: Table, file: Path) -> None:
     ) as copy:  # fmt: skip
         for data in copy:
             out.write(data)
-    lab.execute("SET TimeZone = 'UTC'")
-    lab.execute("ATTACH ':memory:' AS raw")
-    lab.execute(f"CREATE SCHEMA raw.{quoted(work.source)}")
     cells = ", ".join(f"{quoted(name)} VARCHAR" for name in table.columns)
-    lab.execute(f"CREATE TABLE loaded ({cells})")
-    if file.stat().st_size:
-        lab.execute(
-            f"COPY loaded FROM '{file}' (FORMAT csv, HEADER false, ALLOW_QUOTED_NULLS false, NULLSTR '', "
-            "QUOTE '\"', ESCAPE '\"', PARALLEL false, MAX_LINE_SIZE 67108864, AUTO_DETECT false, DELIM ',')"
-        )
     key = [quoted(name) for name in table.key]
     row_key = key[0] if len(key) == 1 else f"to_json([{', '.join(key)}])::VARCHAR"
     lab.execute(
-        f"CREATE TABLE raw.main.rows AS SELECT *, {row_key} AS _row_key, "
-        "row_number() OVER () - 1 AS _row FROM loaded"
-    )
-    lab.execute("SET VARIABLE first = 0; SET VARIABLE past = 0")
-    lab.execute(
-        f"CREATE VIEW raw.{quoted(work.source)}.{quoted(table.label)} AS SELECT * FROM raw.main.rows "
-        "WHERE _row >= getvariable('first') AND _row < getvariable('past')"
+        f"""SET TimeZone = 'UTC'; ATTACH ':memory:' AS raw; CREATE SCHEMA raw.{quoted(work.source)};
+        CREATE TABLE loaded ({cells}); SET VARIABLE first = 0; SET VARIABLE past = 0;
+        COPY loaded FROM '{file}' (FORMAT csv, HEADER false, ALLOW_QUOTED_NULLS false, NULLSTR '', QUOTE '"',
+          ESCAPE '"', PARALLEL false, MAX_LINE_SIZE 67108864, AUTO_DETECT false, DELIM ',');
+        CREATE TABLE raw.main.rows AS
+          SELECT *, {row_key} AS _row_key, row_number() OVER () - 1 AS _row FROM loaded;
+        CREATE VIEW raw.{quoted(work.source)}.{quoted(table.label)} AS SELECT * FROM raw.main.rows
+          WHERE _row >= getvariable('first') AND _row < getvariable('past')"""
     )
 
 
 def run_model(lab: Duck, query: str, columns: dict[str, str]) -> set[str]:
-    """Fill `made` with what the model makes of the rows that it can take; returns the others' keys.
-
-    Where a query fails, its rows are halved, down to the one row that is to blame.
-    """
+    """Fill `made` with what the model makes of the rows that it can take; returns the others' keys,
+    which are found by halving."""
     types = ", ".join(f"{quoted(name)} {type_}" for name, type_ in columns.items())
     lab.execute(f"CREATE TABLE made (_row_key VARCHAR, _row BIGINT, {types}, _violated BOOLEAN)")
     (total,) = lab.execute("SELECT count(*) FROM raw.main.rows").fetchall()[0]

@@ -62,7 +62,7 @@ class DuckDBDestination:
                 connection = duckdb.connect(str(self.path), read_only=read_only)
         except duckdb.IOException as error:
             text = str(error)
-            if "lock" in text.lower():
+            if "could not set lock" in text.lower():
                 holder = _HOLDER.search(text)
                 who = holder[1].strip() if holder else "another process"
                 raise DestinationBusy(
