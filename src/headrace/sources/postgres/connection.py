@@ -14,6 +14,7 @@ import psycopg
 from psycopg import conninfo
 
 from headrace.errors import SourceUnavailable, UserError
+from headrace.secret import without_passwords
 
 PINNED = {
     "TimeZone": "UTC",
@@ -30,7 +31,6 @@ PINNED = {
     "application_name": "headrace",
 }
 _CONNECT_TIMEOUT = 10
-_PASSWORD = re.compile(r"(password=)\S+|(://[^:/@\s]*:)[^@\s]+(?=@)", re.IGNORECASE)
 
 
 def pinned_conninfo(url: str, **extra: str) -> str:
@@ -111,7 +111,7 @@ def place(url: str) -> str:
 
 def without_password(text: str) -> str:
     """Remove whatever looks like a password from a driver's message."""
-    return _PASSWORD.sub(lambda match: (match[1] or match[2]) + "***", text)
+    return without_passwords(text)
 
 
 def _escaped(value: str) -> str:
