@@ -1,7 +1,6 @@
 """Compare a source, a log and a warehouse without a line of Headrace: its own proof, twice made.
 
-    python scripts/independent_check.py --source-url URL --warehouse FILE.duckdb --log FILE.db \
-        [--model NAME=SQL_FILE ...]
+    independent_check.py --source-url URL --warehouse FILE.duckdb --log FILE.db [--model NAME=SQL_FILE ...]
 
 Run it beside no running pipeline and a source at rest. It opens both files read-only and compares:
 
@@ -120,8 +119,7 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("--source-url", required=True)
     parser.add_argument("--warehouse", required=True, type=Path)
     parser.add_argument("--log", required=True, type=Path, help="its name is the source's name: shop.db")
@@ -176,10 +174,8 @@ def compare_ledger(work: Work, log: Log, tables: dict[str, str]) -> None:
         rows = work.ask(
             'SELECT kind, "after", "through", read, applied + superseded + filtered + quarantined + waiting '
             "+ blocked, quarantined FROM headrace.ledger WHERE source = ? AND model = ? AND kind <> 'void' "
-            'ORDER BY "after", "through"',
-            work.source,
-            model,
-        )
+            'ORDER BY "after", "through"', work.source, model,
+        )  # fmt: skip
         table = tables.get(model, model.removeprefix(f"{work.source}."))
         faults = ledger_faults(rows, log, table, offset)
         records = f"SELECT count(*) FROM headrace.quarantine WHERE source = ? AND model = ? AND {OPEN}"
@@ -247,9 +243,7 @@ def compare_mirror(work: Work, table: Table) -> None:
         for fault in row_faults(types, table, wanted, found):
             faults[fault] += 1
             examples.setdefault(fault, name)
-    detail = f"{rows} rows, {len(table.columns)} columns agree"
-    if opened:
-        detail += f"; {len(opened)} keys are in quarantine and left out"
+    detail = f"{rows} rows, {len(table.columns)} columns agree; {len(opened)} keys in quarantine left out"
     listed = "; ".join(f"{fault} {n} times, such as {examples[fault]}" for fault, n in faults.items())
     work.say(not faults, what, listed or detail)
 
@@ -406,11 +400,9 @@ class Model:
             cell, rule = quoted(name), self.contract.get(name, "")
             type_ = re.split(r"\bNOT\s+NULL\b|\bCHECK\b", rule, flags=re.IGNORECASE)[0].strip()
             casts.append(f"CAST({cell} AS {type_}) AS {cell}" if type_ else cell)
-            if re.search(r"\bNOT\s+NULL\b", rule, re.IGNORECASE):
-                rules.append(f"{cell} IS NULL")
-            check = re.search(r"\bCHECK\s*(\(.*\))", rule, re.IGNORECASE | re.DOTALL)
-            if check:
-                rules.append(f"NOT coalesce({check[1]}, true)")
+            rules += [f"{cell} IS NULL" for _ in re.findall(r"\bNOT\s+NULL\b", rule, re.IGNORECASE)]
+            checks = re.findall(r"\bCHECK\s*(\(.*\))", rule, re.IGNORECASE | re.DOTALL)
+            rules += [f"NOT coalesce({check}, true)" for check in checks]
         made = f"SELECT _row_key, _row, {', '.join(casts)} FROM ({keyed})"
         return f"SELECT *, {' OR '.join(rules) or 'false'} AS _violated FROM ({made})"
 
@@ -483,11 +475,9 @@ def run_model(lab: Duck, query: str, columns: dict[str, str]) -> set[str]:
             lab.execute(f"SET VARIABLE first = {first}; SET VARIABLE past = {past}")
             lab.execute(f"INSERT INTO made {query}")
         except duckdb.Error:
-            if past - first <= 1:
-                failed.add(first)
-                continue
             middle = (first + past) // 2
-            spans += [(first, middle), (middle, past)]
+            spans += [(first, middle), (middle, past)] if middle > first else []
+            failed |= {first} if middle == first else set()
     failed |= {row[0] for row in lab.execute("DELETE FROM made WHERE _violated RETURNING _row").fetchall()}
     listed = ", ".join(map(str, failed)) or "-1"
     keys = lab.execute(f"SELECT _row_key FROM raw.main.rows WHERE _row IN ({listed})").fetchall()
