@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # HEADRACE_EXAMPLES=1000 searches longer than a normal run has time for.
@@ -15,3 +20,24 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("headrace")
+
+
+@pytest.fixture
+def unwritable() -> Callable[[Path], AbstractContextManager[None]]:
+    """Return what makes a folder unwritable for a while, for root too, whom no mode keeps out."""
+
+    @contextmanager
+    def made(folder: Path) -> Iterator[None]:
+        def change(flag: str, mode: int) -> None:
+            if os.geteuid() == 0:
+                subprocess.run(["chattr", flag, folder], check=True, capture_output=True)
+            else:
+                folder.chmod(mode)
+
+        change("+i", 0o500)
+        try:
+            yield
+        finally:
+            change("-i", 0o700)
+
+    return made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -477,12 +477,10 @@ def test_stopped_while_it_waits(project: Path) -> None:
         holder.communicate("\n")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_an_unwritable_state_folder(project: Path) -> None:
-    project.chmod(0o500)
-    try:
+def test_an_unwritable_state_folder(
+    project: Path, unwritable: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    with unwritable(project):
         refused = headrace("run", "--once", cwd=project)
-        assert refused.code == 2
-        assert "cannot be written" in refused.err
-    finally:
-        project.chmod(0o700)
+    assert refused.code == 2
+    assert "cannot be written" in refused.err

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -288,16 +289,14 @@ def test_an_unwritable_folder(server: PostgresServer, tmp_path: Path) -> None:
     assert "another than" in only(findings(project, "fail"), "file is no folder")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_without_the_right_to_write(server: PostgresServer, tmp_path: Path) -> None:
+def test_a_folder_without_the_right_to_write(
+    server: PostgresServer, tmp_path: Path, unwritable: Callable[[Path], AbstractContextManager[None]]
+) -> None:
     project = project_with(tmp_path / "p", database(server, "shop"))
-    project.chmod(0o500)
-    try:
+    with unwritable(project):
         assert "write there" in only(findings(project, "fail"), "p cannot be written")
         text = refusal(headrace("init", database(server, "shop"), str(project / "q")))
-        assert "cannot be made" in text
-    finally:
-        project.chmod(0o700)
+    assert "cannot be made" in text
 
 
 # -------------------------------------------------------------------------------------------- check
