@@ -13,7 +13,7 @@ import pytest
 from headrace.errors import HeadraceError, UserError
 from headrace.testing.postgres import PostgresServer, children_of, process_state
 from headrace.testing.shop import OPENING_BALANCE, TABLES, Workload, create_schema, fill
-from headrace.testing.shopper import JUNK
+from headrace.testing.shopper import JUNK, Shopper
 
 START_AND_WAIT = """
 import sys, time
@@ -220,3 +220,27 @@ def test_a_workload_that_cannot_work_says_why(shop: PostgresServer) -> None:
     workload.start()
     with pytest.raises(psycopg.errors.UndefinedTable):
         workload.stop()
+
+
+def test_a_connection_lost_in_a_rollback_is_a_reconnect_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with PostgresServer(tmp_path) as server:
+        with psycopg.connect(server.url) as conn:
+            create_schema(conn)
+            fill(conn, customers=20, products=5, orders=50, accounts=4)
+        lost = []
+
+        def roll_back(shopper: Shopper) -> None:
+            lost.append(shopper)
+            shopper.conn.close()
+            raise psycopg.Rollback
+
+        monkeypatch.setattr(Shopper, "roll_back", roll_back)
+        workload = Workload(server.url, transactions_per_second=None)
+        workload.start()
+        deadline = time.monotonic() + 20
+        while not lost and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert workload.stop().reconnects >= 1

@@ -298,6 +298,10 @@ class Workload:
         except psycopg.OperationalError:
             self._counts["uncertain" if at_commit else "rolled_back"] += 1
             raise
+        except psycopg.Rollback as error:
+            # Comes through only where the connection broke in the middle of the rollback.
+            self._counts["rolled_back"] += 1
+            raise psycopg.OperationalError("connection lost while rolling back") from error
         if shopper.rolled_back:
             self._counts["rolled_back"] += 1
             return
