@@ -14,7 +14,7 @@ from headrace.config import SourceConfig
 from headrace.errors import SourceError, SourceUnavailable
 from headrace.sources.postgres.connection import connect, connect_bulk, connect_replication, without_password
 from headrace.sources.postgres.copy import partitioned_tables, select_text
-from headrace.sources.postgres.source import format_lsn, parse_lsn
+from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 
 _ROW_MESSAGES = (b"I"[0], b"U"[0], b"D"[0], b"T"[0])
 
