@@ -75,11 +75,11 @@ class Log:
     """What the log holds, by its own account."""
 
     hashes: dict[int, str] = field(default_factory=dict)
-    rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    """(offset, row changes) of every entry, by table label."""
+    rows: dict[tuple[str, bool], list[tuple[int, int]]] = field(default_factory=dict)
+    """(offset, row changes) of every entry, by table label and whether a copy read them."""
 
-    def count(self, table: str, after: int, through: int) -> int:
-        return sum(rows for offset, rows in self.rows.get(table, ()) if after < offset <= through)
+    def count(self, table: str, after: int, through: int, *, copied: bool) -> int:
+        return sum(rows for offset, rows in self.rows.get((table, copied), ()) if after < offset <= through)
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ def walk_log(path: Path, work: Work) -> Log:
                 if hashlib.blake2b(previous + text + payload, digest_size=32).hexdigest() != digest:
                     faults.append(f"the hash of offset {offset} does not hold")
                 log.hashes[offset] = digest
-                if table is not None and kind in {"rows", "truncate", "marker"}:
+                if table is not None and kind in {"rows", "truncate", "copy"}:
                     rows = header[HEADER.index("rows")]
-                    log.rows.setdefault(label_of(schema, table), []).append((offset, rows))
+                    log.rows.setdefault((label_of(schema, table), kind == "copy"), []).append((offset, rows))
                 previous, expected, ended = bytes.fromhex(digest), offset + 1, header[-1]
         except (sqlite3.Error, ValueError) as error:
             faults.append(f"unreadable after offset {expected - 1}: {error}")
@@ -189,17 +189,21 @@ def compare_ledger(work: Work, log: Log, tables: dict[str, str]) -> None:
 
 def ledger_faults(rows: list[Any], log: Log, table: str, offset: int) -> list[str]:
     faults = [f"the row of {row[1]}..{row[2]} does not close" for row in rows if row[3] != row[4]]
-    reached = 0
-    for kind, after, through, read, *_ in rows:
-        if kind != "apply":
-            continue
-        if after < reached or through > offset:
-            faults.append(f"the span {after}..{through} overlaps another, or ends after {offset}")
-        if read != (held := log.count(table, after, through)):
-            faults.append(f"{read} read in {after}..{through}, the log holds {held}")
-        reached = through
-    total, held = sum(row[3] for row in rows), log.count(table, 0, offset)
-    return faults if total == held else [*faults, f"read {total} in all, the log holds {held}"]
+    for kind in ("copy", "apply"):
+        reached = 0
+        mine = [row for row in rows if row[0] == kind]
+        for _, after, through, read, *_ in mine:
+            if after < reached or through > offset:
+                faults.append(f"the span {after}..{through} overlaps another, or ends after {offset}")
+            if read != (held := log.count(table, after, through, copied=kind == "copy")):
+                faults.append(f"{read} read in {after}..{through}, the log holds {held}")
+            reached = through
+        # Behind where a model began to read, nothing may be left out.
+        since = min((row[1] for row in mine), default=0)
+        total, held = sum(row[3] for row in mine), log.count(table, since, offset, copied=kind == "copy")
+        if total != held:
+            faults.append(f"{kind}: read {total} in all, the log holds {held} from {since} on")
+    return faults
 
 
 PUBLISHED = """

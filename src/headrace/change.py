@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Offset = int
 """A place in our log: dense integers from 1. 0 stands before the first entry."""
@@ -16,7 +16,10 @@ Offset = int
 Op = Literal["c", "u", "d", "r", "t"]
 """Debezium's letters: create, update, delete, read by the copy, truncate."""
 
-Kind = Literal["rows", "schema", "truncate", "message", "marker"]
+Kind = Literal["rows", "copy", "schema", "truncate", "message", "marker"]
+
+STREAMED = ("rows", "schema", "truncate", "message")
+"""Kinds of entries in the order of the source's commits; a copy's rows and markers stand between them."""
 
 RESERVED = (
     "_op",
@@ -106,7 +109,11 @@ class TableSchema:
     @classmethod
     def from_json(cls, text: str | bytes) -> TableSchema:
         """Read back what `to_json` wrote."""
-        raw = json.loads(text)
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> TableSchema:
+        """Read back what `asdict` gave."""
         return cls(
             table=TableId(*raw["table"]),
             columns=tuple(Column(**c) for c in raw["columns"]),
@@ -120,11 +127,61 @@ class TableSchema:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyMark:
+    """What a marker in the log says of a table's copy.
+
+    - `begin`: a copy starts; everything of an earlier one that did not end is void. `schema` is the
+      table's shape, `bounds` the keys (texts) at which it is cut into chunks, `after` the offset behind
+      which every change that the copy does not contain stands, `reason` why it is made.
+    - `chunk`: chunk number `chunk` is whole: its rows are the entries before it in its group.
+    - `end`: all chunks are, and the stream has passed the last of their snapshots: the table is live.
+      Its snapshots were taken at commits from `floor` to `ceiling`, all the same if it took only one.
+    """
+
+    kind: Literal["begin", "chunk", "end"]
+    schema: TableSchema | None = None
+    bounds: tuple[tuple[str, ...], ...] = ()
+    after: Offset = 0
+    reason: str = ""
+    chunk: int = 0
+    floor: int = 0
+    ceiling: int = 0
+
+    def to_json(self) -> str:
+        """Render as one line of JSON, the payload of a marker."""
+        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> CopyMark:
+        """Read back what `to_json` wrote."""
+        raw = json.loads(text)
+        schema = raw.pop("schema")
+        raw["bounds"] = tuple(tuple(cells) for cells in raw["bounds"])
+        return cls(schema=TableSchema.from_dict(schema) if schema else None, **raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A table's newest complete copy, as of some offset.
+
+    Its rows are the copied ones in `(begin, end)`. Changes through `floor` are contained in it; those
+    beyond `ceiling` are not, and stand behind the offset `after`; in between it is the position of a
+    key's copied row that tells.
+    """
+
+    begin: Offset
+    end: Offset
+    after: Offset
+    floor: Position
+    ceiling: Position
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One record of the log before it has an offset.
 
-    `payload` by kind: rows: an Arrow IPC stream; schema: `TableSchema` as JSON; message: JSON of
-    prefix and content; truncate: empty; marker: JSON that says what the marker marks.
+    `payload` by kind: rows, copy: an Arrow IPC stream; schema: `TableSchema` as JSON; message: JSON of
+    prefix and content; truncate: empty; marker: `CopyMark` as JSON.
     """
 
     kind: Kind
@@ -147,3 +204,10 @@ class LoggedEntry:
     appended_at: int
     ends_group: bool
     hash: str
+
+
+def shape_in(kind: str, payload: bytes | str) -> TableSchema | None:
+    """Return the shape that a schema entry, or the marker of a copy's begin, brings; else None."""
+    if kind == "schema":
+        return TableSchema.from_json(payload)
+    return CopyMark.from_json(payload).schema if kind == "marker" else None

@@ -67,6 +67,8 @@ class SourceConfig:
     """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds.
 
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
+    Copies: how many connections read at once, how many bytes per second all of them may read (0: no
+    limit), how large a chunk is on the source's disk (bytes), how old a snapshot grows (seconds).
     """
 
     name: str
@@ -76,6 +78,10 @@ class SourceConfig:
     slot: str
     publication: str
     heartbeat: float
+    copy_workers: int = 2
+    copy_rate: int = 0
+    chunk_bytes: int = 16 << 20
+    max_snapshot_age: float = 900.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +264,17 @@ def _size(least: str, most: str) -> Parser:
     return parse
 
 
+def _count(least: int, most: int) -> Parser:
+    def parse(value: object) -> int:
+        if type(value) is not int:
+            raise Invalid(f"must be an integer, not {kind_of(value)}")
+        if not least <= value <= most:
+            raise Invalid(f"{value} is out of range; allowed are {least} to {most}")
+        return value
+
+    return parse
+
+
 def _path_in(root: Path, what: str) -> Parser:
     def parse(value: object) -> Path:
         text = _text(value)
@@ -325,6 +342,10 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "slot": _slot,
         "publication": _publication,
         "heartbeat": _duration("100ms", "1h"),
+        "copy_workers": _count(1, 64),
+        "copy_rate": _size("0B", "100GiB"),
+        "chunk_bytes": _size("64KiB", "1GiB"),
+        "max_snapshot_age": _duration("1s", "24h"),
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'

@@ -21,11 +21,14 @@ import pyarrow.compute as pc
 from headrace.change import Mark, Offset, TableSchema
 from headrace.config import Project, SourceConfig
 from headrace.destinations.duckdb import DuckDBDestination, foreign
+from headrace.destinations.joins import Joins
 from headrace.errors import ForeignDestination, HeadraceError, ModelBroken, Verdict, verdict_of
+from headrace.joining import Joiner
 from headrace.keys import key_before, key_of_row
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Part, Prepared, Slice
 from headrace.sources.postgres.source import PostgresSource
+from headrace.sources.postgres.tables import UNFINISHED, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.evaluate import scrub
@@ -63,6 +66,7 @@ class Lane:
         self.log = SQLiteLog(project.state / "log" / f"{config.name}.db", read_only=read_only)
         self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
         self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
+        self.joiner = Joiner(config.name, self.log, self.staging, Joins(destination))
         self._folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
@@ -78,13 +82,17 @@ class Lane:
             entries = list(group)
             if entries:
                 self.log.append(entries)
-                self.source.confirm(entries[-1].last)
+                if position := self.log.position():
+                    self.source.confirm(position)
             if stop.is_set() or (until is not None and self._captured_past(until)):
                 return
 
     def _captured_past(self, lsn: int) -> bool:
+        states = read_states(self.log).values()
+        if not states or any(state.stage in UNFINISHED for state in states):
+            return False
         position = self.log.position()
-        return position is not None and position.commit > lsn and self.log.note("copied") is not None
+        return position is not None and position.commit > lsn
 
     def load(self) -> bool:
         """Stage the next groups; False when all of the log is staged."""
@@ -120,22 +128,46 @@ class Lane:
             # Bound before it is asked where they stand: one that does not bind is suspended, which
             # changes the answer.
             list(self._models(staged))
-            if self._stands is None:
-                self._stands = self._where_models_stand()
-            models = list(self._runnable(staged))
-            if not models:
-                return False
-            stands = {model.name: self._offset(model) for model in models}
-            after = min(stands.values())
-            if after >= staged:
-                return False
-            # A model that lags goes no further in one slice than to where others, or the source's
-            # progress, stand already: from there all go on together.
-            ahead = [offset for offset in (*stands.values(), self._reached) if offset > after]
-            through = self.log.slice_end(after, min([*ahead, staged]), _SLICE_BYTES)
-            chosen = [model for model in models if stands[model.name] == after]
-            self._apply(chosen, after, through, caught_up=through >= max(ahead, default=through))
-            return True
+            joined = self._join(staged)
+            return self._apply_next(staged) or joined
+
+    def _join(self, staged: Offset) -> bool:
+        """Take the next model that has a copy to join one step further; False when there is none."""
+        self._ask_where_models_stand()
+        running = [self._offset(model) for model in self._runnable(staged)]
+        for model in self._active(staged):
+            copy = self.joiner.pending(model, staged)
+            if copy is None:
+                continue
+            try:
+                if self.joiner.step(model, copy, self._stands or {}, running, self._reached, self._alert_all):
+                    self._stands = None
+                    return True
+            except ModelBroken as error:
+                self._suspend(model.name, model.version, error)
+                return True
+            except BaseException:
+                self._stands = None
+                raise
+        return False
+
+    def _apply_next(self, staged: Offset) -> bool:
+        """Apply the next slice; False when all is applied."""
+        self._ask_where_models_stand()
+        models = list(self._runnable(staged))
+        if not models:
+            return False
+        stands = {model.name: self._offset(model) for model in models}
+        after = min(stands.values())
+        if after >= staged:
+            return False
+        # A model that lags goes no further in one slice than to where others, or the source's
+        # progress, stand already: from there all go on together.
+        ahead = [offset for offset in (*stands.values(), self._reached) if offset > after]
+        through = self.log.slice_end(after, min([*ahead, staged]), _SLICE_BYTES)
+        chosen = [model for model in models if stands[model.name] == after]
+        self._apply(chosen, after, through, caught_up=through >= max(ahead, default=through))
+        return True
 
     def reload_models(self, *, now: bool = False) -> bool:
         """Take over the model files that changed; True if any did.
@@ -162,6 +194,8 @@ class Lane:
         staged = self.staging.through()
         if staged < self.log.end().offset or self._stands is None:
             return False
+        if any(self.joiner.pending(model, staged) for model in self._active(staged)):
+            return False
         return all(self._offset(model) >= staged for model in self._runnable(staged))
 
     def models(self) -> list[RowModel]:
@@ -174,9 +208,16 @@ class Lane:
         return {name: state.reason for name, state in states.items() if state.state == "suspended"}
 
     def changes(self, model: RowModel, after: Offset, through: Offset) -> pa.Table:
-        """Return the staged changes of a model's table, unchanged cells filled."""
-        changes = self.staging.read(model.table, after, through)
-        return fill_unchanged(self.staging, model.table, model.schema.key, changes)
+        """Return the streamed changes of a model's table, unchanged cells filled."""
+        return self._filled(model, self.staging.read(model.table, after, through), through)
+
+    def history(self, model: RowModel, through: Offset) -> pa.Table:
+        """Return all that made a model's table what it is, in source order, unchanged cells filled."""
+        changes = self.staging.history(model.table, self.joiner.stands_on(model), through)
+        return self._filled(model, changes, through)
+
+    def _filled(self, model: RowModel, changes: pa.Table, newest: Offset) -> pa.Table:
+        return fill_unchanged(self.staging, model.table, model.schema.key, changes, newest=newest)
 
     def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:
         """Fold the whole raw history of some source keys under the model as it is now, and apply it.
@@ -208,6 +249,11 @@ class Lane:
         self.source.close()
         self.log.close()
 
+    def _ask_where_models_stand(self) -> None:
+        if self._stands is None:
+            self.joiner.know(None)
+            self._stands = self._where_models_stand()
+
     def _where_models_stand(self) -> dict[str, ModelState]:
         """Ask the destination; a model whose mended file has other columns starts from the beginning."""
         stands = self.destination.models(self.config.name)
@@ -224,9 +270,11 @@ class Lane:
         return stands
 
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
-        in_sync = caught_up and not self.log.copying(through)
+        position, committed_at = self.log.place(through)
         parts = []
         for model in models:
+            copy = self.joiner.stands_on(model)
+            in_sync = caught_up and copy is not None and copy.floor.epoch == position.epoch
             try:
                 parts.append(Part(model, model.prepare(self.changes(model, after, through)), in_sync))
             except Exception as error:
@@ -235,7 +283,6 @@ class Lane:
                 self._suspend(model.name, model.version, _broken(model.name, error))
         if not parts:
             return
-        position, committed_at = self.log.place(through)
         work = Slice(
             self.config.name, self._mark(after), self._mark(through), position, committed_at, tuple(parts)
         )
@@ -249,6 +296,9 @@ class Lane:
             self._stands = None
             raise
         self._moved(parts, through)
+        self._alert_all(issues)
+
+    def _alert_all(self, issues: Sequence[str]) -> None:
         for issue in issues:
             self._alert(issue)
 
@@ -266,10 +316,16 @@ class Lane:
         return state.offset if state else 0
 
     def _runnable(self, through: Offset) -> Iterator[RowModel]:
-        """Yield the models that are not suspended; one whose file was mended runs again."""
+        """Yield the active models that take slices, which those that join do not."""
+        return (model for model in self._active(through) if self.joiner.runs(model.name))
+
+    def _active(self, through: Offset) -> Iterator[RowModel]:
+        """Yield the models that are neither suspended nor paused; one whose file was mended is active."""
+        paused = {table for table, state in read_states(self.log).items() if state.paused}
         for model in self._models(through):
             state = (self._stands or {}).get(model.name)
-            if state is None or state.state != "suspended" or state.version != model.version:
+            suspended = state and state.state == "suspended" and state.version == model.version
+            if not suspended and model.table not in paused:
                 yield model
 
     def _models(self, through: Offset) -> Iterator[RowModel]:
@@ -283,7 +339,10 @@ class Lane:
 
     def _named(self, through: Offset) -> Iterator[tuple[str, TableSchema, ModelText | None]]:
         """Yield the name of every model that has a table, with the table's shape and the model's file."""
+        states = read_states(self.log)
         for table, schema in self.staging.schemas(through).items():
+            if table in states and states[table].stage == "removed":
+                continue
             texts = [text for text in self._texts if text.table == table.label]
             for text in texts:
                 yield text.name, schema, text
@@ -293,7 +352,8 @@ class Lane:
     def _put_aside(self, stands: dict[str, ModelState]) -> None:
         """Retire what the project no longer has, and suspend models of tables that are not captured."""
         staged = self.staging.through()
-        if not staged or self.log.copying(staged) or self._read_only:
+        states = read_states(self.log)
+        if not staged or self._read_only or any(state.stage == "requested" for state in states.values()):
             return
         named = {name for name, _, _ in self._named(staged)}
         for text in self._texts:
@@ -325,11 +385,11 @@ class Lane:
 
     def _history(self, model: RowModel, keys: pa.Array, through: Offset) -> pa.Table:
         """Return all changes of some keys up to an offset, with the table-wide ones among them."""
-        changes = self.staging.read(model.table, 0, through)
+        changes = self.staging.history(model.table, self.joiner.stands_on(model), through)
         mine = pc.equal(changes["_op"], "t")
         for expression in (key_of_row(model.schema.key), key_before(model.schema.key)):
             mine = pc.or_(mine, pc.is_in(_evaluate(changes, expression), value_set=keys))
-        return fill_unchanged(self.staging, model.table, model.schema.key, changes.filter(mine))
+        return self._filled(model, changes.filter(mine), through)
 
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from headrace.change import Entry, LoggedEntry, Mark, Offset, Position, TableId, TableSchema
+from headrace.change import Copy, CopyMark, Entry, LoggedEntry, Mark, Offset, Position, TableId, TableSchema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -78,6 +78,11 @@ class Log(Protocol):
         """Return the newest shape of every table."""
         ...
 
+    def copy_marks(self) -> Sequence[tuple[Offset, TableId, Position, int, CopyMark]]:
+        """Return the markers of all copies in order: offset, table, position, time of the append
+        (microseconds), mark."""
+        ...
+
     def note(self, key: str) -> str | None:
         """Return a durable fact about the source (its identity, its slot, its copy)."""
         ...
@@ -99,7 +104,7 @@ class Staging(Protocol):
         ...
 
     def read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
-        """Return the changes of a table in `(after, through]`, in source order.
+        """Return the streamed changes of a table in `(after, through]`, in source order.
 
         Columns: those of the newest schema at `through` as strings, then `_op`, `_epoch`,
         `_commit`, `_ordinal`, `_offset`, `_committed_at` (microseconds), `_txid`, `_unchanged`
@@ -107,8 +112,21 @@ class Staging(Protocol):
         """
         ...
 
+    def copy(self, table: TableId, through: Offset) -> Copy | None:
+        """Return the newest copy of a table that is complete as of an offset."""
+        ...
+
+    def read_copied(self, table: TableId, copy: Copy, after: Offset, through: Offset) -> pa.Table:
+        """Return the rows of a copy that stand in `(after, through]`, with the columns of `read`."""
+        ...
+
+    def history(self, table: TableId, copy: Copy | None, through: Offset) -> pa.Table:
+        """Return all that made a table what it is as of an offset, in source order: the rows of a copy
+        and every change that may not be contained in them."""
+        ...
+
     def count(self, table: TableId, after: Offset, through: Offset) -> int:
-        """Return how many changes `read` would return, without reading them."""
+        """Return how many changes and copied rows of a table are in `(after, through]`."""
         ...
 
     def schemas(self, through: Offset) -> dict[TableId, TableSchema]:

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from headrace.change import Mark, TableSchema
 from headrace.config import Project
+from headrace.destinations.joins import JOINS, Join
 from headrace.errors import HeadraceError
 from headrace.keys import literal, quoted, source_key
 from headrace.lane import Lane
@@ -133,9 +134,13 @@ def _wait_past(project: Project, lane: Lane, commit: int) -> Lane:
 
 
 def _compare_source(lane: Lane, snapshot: SourceSnapshot, schema: TableSchema) -> Finding:
-    changes = lane.staging.read(schema.table, 0, lane.staging.through())
+    through = lane.staging.through()
+    copy = lane.staging.copy(schema.table, through)
+    if copy is None:
+        return Finding(f"source table {schema.table}", False, "its copy is not complete yet")
+    changes = lane.staging.history(schema.table, copy, through)
     changes = changes.filter(pc.less_equal(changes["_commit"], snapshot.commit))
-    changes = fill_unchanged(lane.staging, schema.table, schema.key, changes)
+    changes = fill_unchanged(lane.staging, schema.table, schema.key, changes, newest=through)
     model = as_text(lane.config.name, schema)
     expected = model.prepare(changes).rows
     try:
@@ -163,20 +168,23 @@ def _destination(project: Project, source: str) -> list[Finding]:
         "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
         f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
         f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
+        JOINS.replace("?", literal(source)),
         *(f"SELECT _source_key, {_columns(model)} FROM {_target(model)}" for model in models),
     ]
     try:
-        states, records, ledger, progress, *tables = read(project, queries)
+        states, records, ledger, progress, joins, *tables = read(project, queries)
     except HeadraceError as error:
         return [Finding(f"destination of {source}", False, str(error))]
     lane.close()
     lane = _lane(project, source)
+    lane.joiner.know({row["model"]: Join(**row) for row in joins.to_pylist()})
     findings = [_check_progress(lane, progress.to_pylist())]
     for model, table in zip(models, tables, strict=True):
         state = next((row for row in states.to_pylist() if row["model"] == model.name), None)
-        if state is None or state["state"] == "suspended":
-            reason = "suspended: not compared" if state else "not applied yet"
-            findings.append(Finding(f"model {model.name}", state is not None, reason))
+        if state is None or state["state"] == "suspended" or not state["offset"]:
+            suspended = state is not None and state["state"] == "suspended"
+            reason = "suspended: not compared" if suspended else "not applied yet"
+            findings.append(Finding(f"model {model.name}", suspended, reason))
             continue
         mine = records.filter(pc.equal(records["model"], model.name))
         own = ledger.filter(pc.equal(ledger["model"], model.name)).to_pylist()
@@ -210,7 +218,7 @@ def _compare_model(
     lane: Lane, model: RowModel, state: dict[str, Any], table: pa.Table, records: pa.Table
 ) -> list[Finding]:
     """Compare rows and open records; keys that wait for a redrive under a mended model are left out."""
-    prepared = model.prepare(lane.changes(model, 0, state["offset"]))
+    prepared = model.prepare(lane.history(model, state["offset"]))
     outdated = records.filter(pc.not_equal(records["model_version"], model.version))["key"].combine_chunks()
     with duckdb.connect() as db:
         db.execute("SET TimeZone = 'UTC'")
@@ -246,28 +254,38 @@ def _check_ledger(
     open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
     if open_rows:
         return Finding(what, False, f"{len(open_rows)} rows do not close", len(rows))
+    for kind, kinds in (("copy", ("copy",)), ("apply", ("rows", "truncate"))):
+        mine = [row for row in rows if row["kind"] == kind]
+        spans = [(row["after"], row["through"], row["read"]) for row in mine]
+        if wrong := _wrong_span(lane, model, spans, kinds):
+            return Finding(what, False, f"({wrong[0]}, {wrong[1]}] has not read what the log holds there")
     total = sum(row["read"] for row in rows)
-    staged = lane.staging.count(model.table, 0, offset)
-    if total != staged:
-        return Finding(what, False, f"accounts for {total} changes, {staged} are staged", len(rows))
-    spans = [(row["after"], row["through"], row["read"]) for row in rows if row["kind"] == "apply"]
-    if wrong := _wrong_span(lane, model, spans):
-        return Finding(what, False, f"({wrong[0]}, {wrong[1]}] has not read what the log holds there")
+    streamed = [(row["after"], row["read"]) for row in rows if row["kind"] == "apply"]
+    held = _held(lane, model, ("rows", "truncate"))
+    since = min((after for after, _ in streamed), default=0)
+    due = sum(count for at, count in held if since < at <= offset)
+    if due != sum(read for _, read in streamed):
+        return Finding(what, False, f"does not account for all of {due} changes", len(rows))
     quarantined = sum(row["quarantined"] for row in rows)
     if quarantined != open_records:
         return Finding(what, False, f"says {quarantined} open records, there are {open_records}", len(rows))
     return Finding(what, True, f"closes over {total} changes", len(rows))
 
 
+def _held(lane: Lane, model: RowModel, kinds: Sequence[str]) -> list[tuple[int, int]]:
+    """Return offset and rows of the table's entries of some kinds."""
+    return [
+        (item.offset, item.entry.rows)
+        for item in lane.log.headers(0, lane.log.end().offset)
+        if item.entry.table == model.table and item.entry.kind in kinds
+    ]
+
+
 def _wrong_span(
-    lane: Lane, model: RowModel, spans: Sequence[tuple[int, int, int]]
+    lane: Lane, model: RowModel, spans: Sequence[tuple[int, int, int]], kinds: Sequence[str]
 ) -> tuple[int, int, int] | None:
     """Return the first span (after, through, read) that overlaps another or read something else."""
-    entries = [
-        (item.offset, item.entry.rows)
-        for item in lane.log.headers(0, max((through for _, through, _ in spans), default=0))
-        if item.entry.table == model.table and item.entry.kind != "schema"
-    ]
+    entries = _held(lane, model, kinds)
     offsets = [offset for offset, _ in entries]
     sums = [0, *accumulate(rows for _, rows in entries)]
     reached = 0

@@ -12,12 +12,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Mark
+from headrace.change import Mark, Position
 from headrace.destinations.tables import CREATE, LEDGER_COUNTS, OPEN, RECORD_COLUMNS
 from headrace.errors import (
     DestinationBusy,
@@ -36,6 +36,14 @@ _READING = {
     duckdb.StatementType.RELATION,
 }
 _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re.DOTALL)
+
+
+class Table(Protocol):
+    """What a table takes from its model."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    def types(self) -> dict[str, str]: ...  # noqa: D102
 
 
 # Two threads of one process that open and close the same file at once get "unique file handle
@@ -152,14 +160,18 @@ class DuckDBDestination:
             moves: list[_Move] = []
             new_issues: list[str] = []
             for part in work.parts:
-                self._change_rows(db, work.source, part.model, part.prepared)
-                healed = _heal(db, work, part) if open_records.get(part.model.name) else 0
+                self.change_rows(db, work.source, part.model, part.prepared)
+                healed = (
+                    heal(db, part.model.name, part.prepared, work.position.commit)
+                    if open_records.get(part.model.name)
+                    else 0
+                )
                 if part.prepared.records.num_rows:
-                    new_issues += _record(db, part.model, part.prepared.records)
+                    new_issues += record(db, part.model, part.prepared.records)
                 moves.append(_Move(part, healed, open_records.get(part.model.name, 0)))
             _write_ledger(db, work, moves)
             _write_models(db, work, moves)
-            self._move(db, work)
+            move_progress(db, work.source, work.through, work.position, work.committed_at)
             failpoint("destination.apply.commit")
             db.execute("COMMIT")
         failpoint("destination.apply.committed")
@@ -182,7 +194,7 @@ class DuckDBDestination:
             db.register("_hr_redriven", pa.table({"key": prepared.removed}))
             db.register("_hr_still_bad", prepared.records)
             before = _number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
-            self._change_rows(db, model.source, model, prepared)
+            self.change_rows(db, model.source, model, prepared)
             resolved = _number(
                 db,
                 f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
@@ -190,10 +202,10 @@ class DuckDBDestination:
                 f"model_version = {literal(model.version)} WHERE {mine} "
                 f"AND NOT EXISTS (SELECT 1 FROM _hr_still_bad b WHERE {same})",
             )
-            _record(db, model, prepared.records)
+            record(db, model, prepared.records)
             if moved := before - bad:
-                counts = _numbers(Counts(applied=moved, quarantined=-moved))
-                _insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
+                counts = numbers(Counts(applied=moved, quarantined=-moved))
+                insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
             db.execute(
                 f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
                 f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
@@ -238,7 +250,7 @@ class DuckDBDestination:
 
         Its open records become superseded and its ledger rows void: it is built again from staging.
         """
-        schema, table = _place(model.name)
+        schema, table = place(model.name)
         self._shaped.clear()
         with self.open() as db:
             known = _columns(db, schema, table)
@@ -253,6 +265,7 @@ class DuckDBDestination:
             )
             db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = ?", [model.name])
             db.execute("DELETE FROM headrace.models WHERE model = ?", [model.name])
+            db.execute("DELETE FROM headrace.joins WHERE model = ?", [model.name])
             db.execute("COMMIT")
         return True
 
@@ -284,14 +297,18 @@ class DuckDBDestination:
             if stands.get(part.model.name, 0) != work.after.offset:
                 raise DestinationError(f"Model {part.model.name} does not stand at {work.after.offset}.")
 
-    def _change_rows(
-        self, db: duckdb.DuckDBPyConnection, source: str, model: Model, prepared: Prepared
+    def change_rows(
+        self, db: duckdb.DuckDBPyConnection, source: str, model: Table, prepared: Prepared
     ) -> None:
-        schema, table = _place(model.name)
+        """Write an outcome to a table, which is made or widened if need be.
+
+        Raises ModelBroken when the table cannot take the columns.
+        """
+        schema, table = place(model.name)
         target = f"{quoted(schema)}.{quoted(table)}"
         try:
             if self._shaped.get(model.name) != model.types():
-                _shape(db, schema, table, model)
+                shape(db, model)
                 self._shaped[model.name] = model.types()
         except duckdb.Error as error:
             raise ModelBroken(
@@ -313,16 +330,6 @@ class DuckDBDestination:
                 f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_arrived"
             )
 
-    def _move(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
-        progress = _progress(db, work.source)
-        if progress is not None and progress.offset >= work.through.offset:
-            return
-        db.execute("DELETE FROM headrace.progress WHERE source = ?", [work.source])
-        db.execute(
-            "INSERT INTO headrace.progress VALUES (?, ?, ?, ?, ?, ?, ?, now())",
-            [work.source, *work.through, work.position.epoch, work.position.commit, work.committed_at],
-        )
-
 
 def foreign(path: Path, source: str) -> ForeignDestination:
     """Build the refusal of a destination whose progress is another log's."""
@@ -341,7 +348,8 @@ def _progress(db: duckdb.DuckDBPyConnection, source: str) -> Mark | None:
     return Mark(*rows[0]) if rows else None
 
 
-def _place(name: str) -> tuple[str, str]:
+def place(name: str) -> tuple[str, str]:
+    """Return schema and table of a model's name."""
     schema, dot, table = name.partition(".")
     return (schema, table) if dot else ("main", schema)
 
@@ -356,8 +364,9 @@ def _columns(db: duckdb.DuckDBPyConnection, schema: str, table: str) -> dict[str
     return dict(rows.fetchall())
 
 
-def _shape(db: duckdb.DuckDBPyConnection, schema: str, table: str, model: Model) -> None:
+def shape(db: duckdb.DuckDBPyConnection, model: Table) -> None:
     """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""
+    schema, table = place(model.name)
     target = f"{quoted(schema)}.{quoted(table)}"
     known = _columns(db, schema, table)
     wanted = model.types()
@@ -389,17 +398,16 @@ def _open_records(db: duckdb.DuckDBPyConnection, source: str) -> dict[str, int]:
     return dict(rows.fetchall())
 
 
-def _heal(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> int:
+def heal(db: duckdb.DuckDBPyConnection, model: str, prepared: Prepared, commit: int) -> int:
     """Mark the open records that a later good change has overtaken; returns how many."""
-    prepared = part.prepared
     if not prepared.reset and not len(prepared.removed):
         return 0
     db.register("_hr_settled", pa.table({"key": prepared.removed}))
     where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_settled)"
     return _number(
         db,
-        f"UPDATE headrace.quarantine SET status = 'superseded', superseded_by = {work.position.commit}, "
-        f"resolved_at = now() WHERE model = {literal(part.model.name)} AND {OPEN} {where}",
+        f"UPDATE headrace.quarantine SET status = 'superseded', superseded_by = {commit}, "
+        f"resolved_at = now() WHERE model = {literal(model)} AND {OPEN} {where}",
     )
 
 
@@ -409,11 +417,11 @@ def _write_ledger(db: duckdb.DuckDBPyConnection, work: Slice, moves: Sequence[_M
         head = (work.source, part.model.name)
         span = (work.after.offset, work.through.offset)
         if part.prepared.counts.read:
-            rows.append((*head, "apply", *span, *_numbers(part.prepared.counts), part.model.version))
+            rows.append((*head, "apply", *span, *numbers(part.prepared.counts), part.model.version))
         if healed:
             moved = Counts(superseded=healed, quarantined=-healed)
-            rows.append((*head, "superseded", *span, *_numbers(moved), part.model.version))
-    _insert(db, "ledger", rows)
+            rows.append((*head, "superseded", *span, *numbers(moved), part.model.version))
+    insert(db, "ledger", rows)
 
 
 def _write_models(db: duckdb.DuckDBPyConnection, work: Slice, moves: Sequence[_Move]) -> None:
@@ -427,21 +435,55 @@ def _write_models(db: duckdb.DuckDBPyConnection, work: Slice, moves: Sequence[_M
         )
         for move in moves
     ]  # fmt: skip
-    _insert(db, "models", rows)
+    insert(db, "models", rows)
 
 
-def _numbers(counts: Counts) -> list[int]:
+def stand(
+    db: duckdb.DuckDBPyConnection,
+    model: Model,
+    at: Mark,
+    position: Position,
+    committed_at: int,
+    *,
+    in_sync: bool,
+) -> None:
+    """Write where a model stands, with its open records counted anew."""
+    ((records,),) = db.execute(
+        f"SELECT count(*) FROM headrace.quarantine WHERE model = ? AND {OPEN}", [model.name]
+    ).fetchall()
+    db.execute("DELETE FROM headrace.models WHERE model = ?", [model.name])
+    state = "in_sync" if in_sync else "joining"
+    place_ = (at.offset, position.epoch, position.commit, committed_at)
+    insert(db, "models", [(model.name, model.source, model.version, state, "", *place_, records)])
+
+
+def move_progress(
+    db: duckdb.DuckDBPyConnection, source: str, at: Mark, position: Position, committed_at: int
+) -> None:
+    """Move how far a source is applied to `at`, unless it is there or beyond."""
+    progress = _progress(db, source)
+    if progress is not None and progress.offset >= at.offset:
+        return
+    db.execute("DELETE FROM headrace.progress WHERE source = ?", [source])
+    db.execute(
+        "INSERT INTO headrace.progress VALUES (?, ?, ?, ?, ?, ?, ?, now())",
+        [source, *at, position.epoch, position.commit, committed_at],
+    )
+
+
+def numbers(counts: Counts) -> list[int]:
+    """Return counts in the order of the ledger's columns."""
     return [getattr(counts, name) for name in LEDGER_COUNTS]
 
 
-def _insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[object]]) -> None:
+def insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[object]]) -> None:
     """Insert a few rows into one of Headrace's tables, whose last column is the time now."""
     if rows:
         marks = ", ".join(f"({', '.join('?' * len(rows[0]))}, now())" for _ in rows)
         db.execute(f"INSERT INTO headrace.{table} VALUES {marks}", [cell for row in rows for cell in row])
 
 
-def _record(db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table) -> list[str]:
+def record(db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table) -> list[str]:
     """Write records; return the ids of issues that no record had before.
 
     A record's id comes from its model and position, so a change has one record however often it fails:

@@ -33,4 +33,8 @@ CREATE TABLE IF NOT EXISTS headrace.ledger (
   read BIGINT, applied BIGINT, superseded BIGINT, filtered BIGINT, quarantined BIGINT,
   waiting BIGINT, blocked BIGINT, model_version VARCHAR, recorded_at TIMESTAMPTZ
 );
+CREATE TABLE IF NOT EXISTS headrace.joins (
+  model VARCHAR, source VARCHAR, version VARCHAR, "begin" BIGINT, "end" BIGINT, stands BIGINT,
+  phase VARCHAR, "offset" BIGINT, target BIGINT
+);
 """

@@ -18,11 +18,23 @@ from pathlib import Path
 
 import apsw
 
-from headrace.change import Entry, LoggedEntry, Mark, Offset, Position, TableId, TableSchema
+from headrace.change import (
+    STREAMED,
+    CopyMark,
+    Entry,
+    Kind,
+    LoggedEntry,
+    Mark,
+    Offset,
+    Position,
+    TableId,
+    TableSchema,
+    shape_in,
+)
 from headrace.errors import LogDamaged, LogError
 from headrace.failpoints import failpoint
 
-FORMAT = 1
+FORMAT = 2
 MAX_SLICE_ROWS = 100_000
 NO_HASH = "0" * 64
 _CHECKPOINT_PAGES = 4096  # 64 MB of WAL before it is copied into the file
@@ -40,7 +52,8 @@ CREATE TABLE entries (
 );
 CREATE INDEX by_table ON entries (table_schema, table_name, "offset", rows);
 CREATE INDEX sizes ON entries ("offset", rows, bytes, ends_group);
-CREATE INDEX markers ON entries ("offset", table_name) WHERE kind = 'marker';
+CREATE INDEX markers ON entries (table_schema, table_name, "offset") WHERE kind = 'marker';
+CREATE INDEX streamed ON entries ("offset") WHERE ends_group AND kind NOT IN ('copy', 'marker');
 """
 _HEADER = (
     '"offset", kind, table_schema, table_name, first_epoch, first_commit, first_ordinal, '
@@ -117,6 +130,29 @@ class SQLiteLog:
         )
         return [_from_row(row) for row in rows]
 
+    def table_slice_end(self, table: TableId, after: Offset, limit: Offset, kinds: Sequence[Kind]) -> Offset:
+        """Return the last group end up to `limit` that keeps the entries of a table and some kinds in
+        `(after, …]` within `MAX_SLICE_ROWS` rows, but has one if there is one; `limit` if all fit."""
+        rows = 0
+        marks = ", ".join("?" * len(kinds))
+        for offset, count in self._connection().execute(
+            'SELECT "offset", rows FROM entries WHERE table_schema = ? AND table_name = ? '
+            f'AND "offset" > ? AND "offset" <= ? AND kind IN ({marks}) ORDER BY "offset"',
+            (*table, after, limit, *kinds),
+        ):
+            rows += int(count)
+            if rows > MAX_SLICE_ROWS:
+                before = self.group_end(int(offset) - 1)
+                return before if before > after else min(limit, self._ending(int(offset)))
+        return limit
+
+    def _ending(self, offset: Offset) -> Offset:
+        row = self._connection().execute(
+            'SELECT "offset" FROM entries WHERE ends_group AND "offset" >= ? ORDER BY "offset" LIMIT 1',
+            (offset,),
+        )
+        return int(next(row)[0])
+
     def slice_end(self, after: Offset, limit: Offset, max_bytes: int) -> Offset:
         """Return the last group end up to `limit` that keeps `(after, …]` within `max_bytes` of payload
         and `MAX_SLICE_ROWS` rows; at least one group's, if there is one."""
@@ -134,18 +170,22 @@ class SQLiteLog:
                 through = int(offset)
         return through
 
-    def copying(self, through: Offset) -> bool:
-        """Whether an initial copy is under way as of an offset."""
-        row = (
-            self._connection()
-            .execute(
-                "SELECT table_name FROM entries WHERE kind = 'marker' AND \"offset\" <= ? "
-                'ORDER BY "offset" DESC LIMIT 1',
-                (through,),
-            )
-            .fetchone()
+    def copy_marks(self) -> list[tuple[Offset, TableId, Position, int, CopyMark]]:
+        """See `Log.copy_marks`."""
+        rows = self._connection().execute(
+            'SELECT "offset", table_schema, table_name, first_epoch, first_commit, first_ordinal, '
+            "appended_at, payload FROM entries WHERE kind = 'marker' ORDER BY \"offset\""
         )
-        return row is not None and row[0] is not None
+        return [
+            (
+                int(row[0]),
+                TableId(row[1], row[2]),
+                Position(*row[3:6]),
+                int(row[6]),
+                CopyMark.from_json(row[7]),
+            )
+            for row in rows
+        ]
 
     def place(self, offset: Offset) -> tuple[Position, int]:
         """Return the last position and the source commit time (microseconds) of an entry."""
@@ -192,7 +232,7 @@ class SQLiteLog:
             self._connection()
             .execute(
                 "SELECT last_epoch, last_commit, last_ordinal FROM entries "
-                'WHERE ends_group ORDER BY "offset" DESC LIMIT 1'
+                "WHERE ends_group AND kind NOT IN ('copy', 'marker') ORDER BY \"offset\" DESC LIMIT 1"
             )
             .fetchone()
         )
@@ -201,10 +241,10 @@ class SQLiteLog:
     def schemas(self) -> dict[TableId, TableSchema]:
         """See `Log.schemas`."""
         rows = self._connection().execute(
-            "SELECT payload FROM entries WHERE kind = 'schema' ORDER BY \"offset\""
+            "SELECT kind, payload FROM entries WHERE kind IN ('schema', 'marker') ORDER BY \"offset\""
         )
-        shapes = (TableSchema.from_json(row[0]) for row in rows)
-        return {shape.table: shape for shape in shapes}
+        shapes = (shape_in(str(kind), payload) for kind, payload in rows)
+        return {shape.table: shape for shape in shapes if shape}
 
     def last_offsets(self) -> dict[TableId, Offset]:
         """Return the offset of the last staged kind of entry of every table."""
@@ -223,7 +263,7 @@ class SQLiteLog:
             self._connection()
             .execute(
                 'SELECT min("offset") FROM entries WHERE table_schema = ? AND table_name = ? '
-                "AND \"offset\" > CASE kind WHEN 'schema' THEN ? ELSE ? END",
+                "AND \"offset\" > CASE WHEN kind IN ('schema', 'marker') THEN ? ELSE ? END",
                 (*table, schemas_through, rows_through),
             )
             .fetchone()
@@ -282,9 +322,10 @@ class SQLiteLog:
                 raise LogDamaged(f"{self._path}: offset {expected} is missing.", remedy)
             if entry_hash(previous, row[:15], item.entry.payload) != item.hash:
                 raise LogDamaged(f"{self._path}: the hash of offset {item.offset} does not hold.", remedy)
-            if ended and item.entry.last < last:
-                raise LogDamaged(f"{self._path}: offset {item.offset} goes back in the source.", remedy)
-            last = max(last, item.entry.last)
+            if item.entry.kind in STREAMED:
+                if ended and item.entry.last < last:
+                    raise LogDamaged(f"{self._path}: offset {item.offset} goes back in the source.", remedy)
+                last = max(last, item.entry.last)
             previous, expected, ended = item.hash, expected + 1, item.ends_group
         if not ended:
             raise LogDamaged(f"{self._path}: the group at offset {expected - 1} has no end.", remedy)
@@ -349,6 +390,11 @@ class SQLiteLog:
             )
         if version == FORMAT:
             return
+        if version:
+            raise LogError(
+                f"{self._path} has format {version}, of a Headrace before its first release.",
+                "Move the state folder and the destination away and run again, which copies everything anew.",
+            )
         if self._read_only:
             raise LogError(f"{self._path} holds no log yet.", "Start the pipeline once with `headrace run`.")
         with db:

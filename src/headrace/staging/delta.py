@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ from deltalake import CommitProperties, DeltaTable, Field, PostCommitHookPropert
 from deltalake.schema import PrimitiveType
 from deltalake.transaction import AddAction
 
-from headrace.change import LoggedEntry, Offset, TableId, TableSchema
+from headrace.change import Copy, CopyMark, LoggedEntry, Offset, Position, TableId, TableSchema, shape_in
 from headrace.errors import HeadraceError, LogError
 from headrace.failpoints import failpoint
 from headrace.payload import BEFORE, HEAD, UNCHANGED, decode_rows
+from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
 
-SCHEMAS = TableId("", "_schemas")
-"""The internal table that holds the schema history: one row per schema entry."""
+HISTORY = TableId("", "_history")
+"""The internal table that holds the entries which are not rows: shapes, and markers of copies."""
 
 _META = {
     "_op": pa.string(),
@@ -92,13 +93,15 @@ class DeltaStaging:
         self._cached_bytes = 0
         self._through: Offset = 0
         self._schemas: list[tuple[Offset, TableSchema]] = []
+        self._copies = CopyHistory()
         for path in sorted(self._root.glob("*/*/_delta_log")):
             schema, name = path.parent.parent.name, path.parent.name
             self._open(TableId(_decode(schema), _decode(name)))
-        if SCHEMAS in self._tables:
-            rows = self._read(SCHEMAS, 0, self._tables[SCHEMAS].version)
-            texts = zip(rows["_offset"].to_pylist(), rows["schema"].to_pylist(), strict=True)
-            self._schemas = [(offset, TableSchema.from_json(text)) for offset, text in texts]
+        if HISTORY in self._tables:
+            for row in self._read(HISTORY, 0, self._tables[HISTORY].version).to_pylist():
+                at = Position(row["_epoch"], row["_commit"], row["_ordinal"])
+                table = TableId(row["table_schema"], row["table_name"])
+                self._remember_event(row["_offset"], row["kind"], table, at, row["content"])
 
     def recover(
         self,
@@ -113,7 +116,7 @@ class DeltaStaging:
         that look-up, to what it holds. Groups after that are read from the log again and skipped where
         they are staged already.
         """
-        schemas = self._version(SCHEMAS)
+        schemas = self._version(HISTORY)
         lagging = [
             before_unstaged(table, self._version(table), schemas if table in self._tables else 0)
             for table, last in last_offsets.items()
@@ -134,15 +137,14 @@ class DeltaStaging:
             return
         through = entries[-1].offset
         pending: dict[TableId, list[pa.Table]] = {}
-        shapes: list[tuple[Offset, TableSchema]] = []
+        events = [item for item in entries if item.entry.kind in ("schema", "marker")]
         for item in entries:
             table = item.entry.table
-            if item.entry.kind == "schema":
-                shape = TableSchema.from_json(item.entry.payload)
-                shapes.append((item.offset, shape))
-                if item.offset > self._version(SCHEMAS):
-                    pending.setdefault(SCHEMAS, []).append(_schema_row(item))
-                pending.setdefault(shape.table, []).append(_no_rows(shape))
+            if item.entry.kind in ("schema", "marker"):
+                if item.offset > self._version(HISTORY):
+                    pending.setdefault(HISTORY, []).append(_event_row(item))
+                if shape := shape_in(item.entry.kind, item.entry.payload):
+                    pending.setdefault(shape.table, []).append(_no_rows(shape))
             elif table is not None and item.offset > self._version(table):
                 pending.setdefault(table, []).append(_staged(item))
         try:
@@ -151,8 +153,10 @@ class DeltaStaging:
         except BaseException:
             self._look_again(pending)
             raise
-        known = {offset for offset, _ in self._schemas}
-        self._schemas += [pair for pair in shapes if pair[0] not in known]
+        for item in events:
+            entry = item.entry
+            assert entry.table is not None
+            self._remember_event(item.offset, entry.kind, entry.table, entry.last, entry.payload.decode())
         self._through = through
 
     def through(self) -> Offset:
@@ -161,7 +165,33 @@ class DeltaStaging:
 
     def read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
         """See `Staging.read`."""
-        return self._read(table, after, through)
+        changes = self._read(table, after, through)
+        return streamed(changes) if self._copies.between(table, after, through) else changes
+
+    def read_copied(self, table: TableId, copy: Copy, after: Offset, through: Offset) -> pa.Table:
+        """See `Staging.read_copied`."""
+        return copied(self._read(table, after, through), copy)
+
+    def copied_parts(self, table: TableId, copy: Copy, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield some columns of a copy's rows, file by file."""
+        staged = self._tables[table]
+        for file in _overlapping(staged.files, copy.begin, copy.end):
+            yield copied(self._load(staged, [file], copy.begin, copy.end), copy).select(columns)
+
+    def copy(self, table: TableId, through: Offset) -> Copy | None:
+        """See `Staging.copy`."""
+        return self._copies.newest(table, through)
+
+    def copying(self, table: TableId, through: Offset) -> bool:
+        """Whether a copy of a table is under way as of an offset."""
+        return self._copies.under_way(table, through)
+
+    def history(self, table: TableId, copy: Copy | None, through: Offset) -> pa.Table:
+        """See `Staging.history`."""
+        if copy is None:
+            return self.read(table, 0, through)
+        rows = self.read_copied(table, copy, copy.begin, min(copy.end, through))
+        return in_source_order([rows, beyond(self.read(table, copy.after, through), copy.floor)])
 
     def read_back(
         self, table: TableId, before: Offset, columns: Sequence[str], rows: int
@@ -200,6 +230,14 @@ class DeltaStaging:
     def size(self) -> int:
         """Return the bytes that the raw tables take on disk."""
         return sum(path.stat().st_size for path in self._root.rglob("*") if path.is_file())
+
+    def _remember_event(self, offset: Offset, kind: str, table: TableId, at: Position, text: str) -> None:
+        known = self._schemas[-1][0] if self._schemas else 0
+        shape = shape_in(kind, text)
+        if shape and offset > known:
+            self._schemas.append((offset, shape))
+        if kind == "marker":
+            self._copies.add(offset, table, at, CopyMark.from_json(text))
 
     def _read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
         staged = self._tables[table]
@@ -350,10 +388,9 @@ class DeltaStaging:
 
 
 def _staged(item: LoggedEntry) -> pa.Table:
-    """Turn one log entry into staged rows. A truncate and the begin of a copy are one row of op `t`:
-    everything before it is over."""
+    """Turn one log entry into staged rows. A truncate is one row of op `t`: everything before it is over."""
     entry = item.entry
-    if entry.kind == "rows":
+    if entry.kind in ("rows", "copy"):
         batch = pa.Table.from_batches([decode_rows(entry.payload)])
     else:
         head = ["t", entry.last.commit, entry.last.ordinal, entry.committed_at, 0]
@@ -370,8 +407,14 @@ def _no_rows(shape: TableSchema) -> pa.Table:
     return pa.schema([*columns, *_META.items()]).empty_table()
 
 
-def _schema_row(item: LoggedEntry) -> pa.Table:
-    return _staged(item).append_column("schema", pa.array([item.entry.payload.decode()]))
+def _event_row(item: LoggedEntry) -> pa.Table:
+    entry = item.entry
+    assert entry.table is not None
+    cells = {"kind": entry.kind, "table_schema": entry.table.schema, "table_name": entry.table.name}
+    row = _staged(item)
+    for name, text in {**cells, "content": entry.payload.decode()}.items():
+        row = row.append_column(name, pa.array([text]))
+    return row
 
 
 def _overlapping(files: Sequence[_File], after: Offset, through: Offset) -> list[_File]:

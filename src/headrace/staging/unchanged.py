@@ -20,7 +20,7 @@ from headrace.change import Offset, TableId
 from headrace.keys import key_before, key_of_row, literal, quoted
 
 _FIRST_LOOK = 200_000
-_HISTORY = ("_op", "_commit", "_ordinal", "_offset", "_unchanged", "_before")
+_HISTORY = ("_op", "_epoch", "_commit", "_ordinal", "_offset", "_unchanged", "_before")
 
 
 class _History(Protocol):
@@ -29,11 +29,14 @@ class _History(Protocol):
     ) -> tuple[pa.Table, Offset]: ...
 
 
-def fill_unchanged(history: _History, table: TableId, key: Sequence[str], changes: pa.Table) -> pa.Table:
+def fill_unchanged(
+    history: _History, table: TableId, key: Sequence[str], changes: pa.Table, *, newest: Offset = 0
+) -> pa.Table:
     """Return `changes` with every unchanged cell filled that raw can tell.
 
     A row with a cell that raw cannot tell keeps its `_unchanged`. Reads raw backwards from the newest of
-    `changes`, twice as far each time, and no further than needed.
+    `changes`, or from `newest` (where a copy ends whose rows are older than they), twice as far each
+    time, and no further than needed.
     """
     lists = changes["_unchanged"]
     if lists.null_count == changes.num_rows:
@@ -44,7 +47,7 @@ def fill_unchanged(history: _History, table: TableId, key: Sequence[str], change
         db.execute("CREATE TABLE numbered AS SELECT row_number() OVER () - 1 AS _hr_i, * FROM changes")
         found = np.zeros(changes.num_rows, dtype=np.int64)
         for name in names:
-            cells = _find(db, history, table, key, name, pc.max(changes["_offset"]).as_py())
+            cells = _find(db, history, table, key, name, max(newest, pc.max(changes["_offset"]).as_py()))
             changes = _fill(changes, name, cells)
             found[cells["i"].to_numpy()] += 1
     return _without_found(changes, found)
@@ -62,7 +65,7 @@ def _find(
     db.execute("CREATE OR REPLACE TEMP TABLE found (i BIGINT, value VARCHAR)")
     db.execute(
         f"""CREATE OR REPLACE TEMP TABLE pending AS
-        SELECT _hr_i AS i, {key_before(key)} AS k, (_commit, _ordinal) AS place FROM numbered
+        SELECT _hr_i AS i, {key_before(key)} AS k, (_epoch, _commit, _ordinal) AS place FROM numbered
         WHERE list_contains(_unchanged, {literal(name)})"""
     )
     columns = list(dict.fromkeys([*key, name, *_HISTORY]))
@@ -73,7 +76,7 @@ def _find(
         db.register("chunk", chunk)
         db.execute(
             f"""CREATE OR REPLACE TEMP VIEW past AS
-            SELECT {key_of_row(key)} AS k, {key_before(key)} AS old_k, (_commit, _ordinal) AS place,
+            SELECT {key_of_row(key)} AS k, {key_before(key)} AS old_k, (_epoch, _commit, _ordinal) AS place,
                    {quoted(name)} AS value,
                    _op <> 'd' AND NOT coalesce(list_contains(_unchanged, {literal(name)}), false) AS known
             FROM chunk"""

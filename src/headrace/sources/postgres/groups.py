@@ -64,9 +64,10 @@ class Spool:
 class GroupBuilder:
     """Turns what the decoder took into entries with positions, and knows every table's shape."""
 
-    def __init__(self, schemas: dict[TableId, TableSchema], catalog: Connection) -> None:
+    def __init__(self, schemas: dict[TableId, TableSchema], catalog: Connection, epoch: int = 0) -> None:
         self._schemas = dict(schemas)
         self._catalog = catalog
+        self._epoch = epoch
         self._spool = Spool()
         self._deferred: list[Event] = []
 
@@ -77,7 +78,7 @@ class GroupBuilder:
         last position; rows of a transaction still open are spooled until it commits."""
         done = transactions[-1].serial if transactions else -1
         entries: list[Entry] = []
-        times = _Times(transactions, after)
+        times = _Times(transactions, after, self._epoch)
         if done >= 0:
             for event in self._deferred:
                 self._add(event, done, times, entries)
@@ -87,6 +88,10 @@ class GroupBuilder:
         for event in events:
             self._add(event, done, times, entries)
         yield from sorted(entries, key=lambda entry: entry.last)
+
+    def adopt(self, shape: TableSchema) -> None:
+        """Take over the shape that a copy has logged for its table."""
+        self._schemas[shape.table] = shape
 
     def close(self) -> None:
         """Drop what is spooled: the server sends it again."""
@@ -129,8 +134,8 @@ class GroupBuilder:
         columns = [batch.column(0), commits, batch.column(2), moments, xids, *batch.columns[_HEAD:]]
         names = ["_op", "_commit", "_ordinal", "_committed_at", "_txid", *batch.schema.names[_HEAD:]]
         ordinals = batch.column(2)
-        first = Position(0, commits[0].as_py(), ordinals[0].as_py())
-        last = Position(0, commits[-1].as_py(), ordinals[-1].as_py())
+        first = Position(self._epoch, commits[0].as_py(), ordinals[0].as_py())
+        last = Position(self._epoch, commits[-1].as_py(), ordinals[-1].as_py())
         payload = encode_rows(pa.RecordBatch.from_arrays(columns, names=names))
         version = self._version(rows.relation, int(serials[0]), first.ordinal, times, entries)
         entries.append(
@@ -215,12 +220,13 @@ def _say_what_changed(known: TableSchema, shape: TableSchema) -> None:
 class _Times:
     """Commit, time and id of transactions by serial."""
 
-    def __init__(self, transactions: Sequence[Transaction], after: int) -> None:
+    def __init__(self, transactions: Sequence[Transaction], after: int, epoch: int) -> None:
         self._base = transactions[0].serial if transactions else 0
         self._commits = np.array([t.commit for t in transactions], dtype=np.int64)
         self._moments = np.array([t.committed_at for t in transactions], dtype=np.int64)
         self._xids = np.array([t.xid for t in transactions], dtype=np.int64)
         self._after = after
+        self._epoch = epoch
         self._all_fresh = bool((self._commits > after).all())
 
     def of(self, serials: np.ndarray) -> tuple[pa.Array, pa.Array, pa.Array]:
@@ -232,7 +238,7 @@ class _Times:
         return int(self._moments[max(serial - self._base, 0)])
 
     def position(self, serial: int, ordinal: int) -> Position:
-        return Position(0, int(self._commits[max(serial - self._base, 0)]), ordinal)
+        return Position(self._epoch, int(self._commits[max(serial - self._base, 0)]), ordinal)
 
     def fresh(self, serial: int) -> bool:
         """Whether the log does not hold this transaction yet."""

@@ -79,3 +79,14 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
             f"Source {config.name}: the role may not make the publication: {str(error).strip()}.",
             f"Let an owner of the tables run: {statement};",
         ) from error
+
+
+def withdraw(db: Connection, config: SourceConfig, table: TableId) -> None:
+    """Take a table out of the publication, if it is in it."""
+    found = db.execute(
+        "SELECT 1 FROM pg_publication_tables WHERE pubname = %s AND schemaname = %s AND tablename = %s",
+        [config.publication, *table],
+    ).fetchone()
+    if found:
+        statement = f"ALTER PUBLICATION {quoted(config.publication)} DROP TABLE {qualified(table)}"
+        db.execute(statement.encode())

@@ -12,13 +12,28 @@ from headrace.sources.postgres.catalog import Connection, quoted
 from headrace.sources.postgres.connection import place, without_password
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 
+POINT = "point"
+"""The note that holds the position from which the slot delivers."""
+
+
+def epoch_of(log: Log) -> int:
+    """Return the epoch that new positions belong to."""
+    return int(log.note("epoch") or 0)
+
+
+def durable_commit(log: Log) -> int:
+    """Return the commit through which the log holds this epoch's changes."""
+    position = log.position()
+    streamed = position.commit if position and position.epoch == epoch_of(log) else 0
+    return max(streamed, int(log.note(POINT) or 0))
+
 
 def same_server(db: Connection, config: SourceConfig, log: Log) -> None:
     """Refuse another server than the one that filled the log."""
     row = db.execute("SELECT system_identifier::text FROM pg_control_system()").fetchone()
     found = str(row[0]) if row else ""
     known = log.note("system")
-    if known is None:
+    if not known:
         log.set_note("system", found)
     elif known != found:
         raise UserError(
@@ -61,8 +76,7 @@ def create_slot(holder: psycopg.Connection[tuple[object, ...]], config: SourceCo
 
 def check_resumable(db: Connection, config: SourceConfig, log: Log) -> None:
     """Refuse to go on where the slot stands beyond what the log holds: a gap is never skipped."""
-    position = log.position()
-    durable = position.commit if position else 0
+    durable = durable_commit(log)
     row = db.execute(
         "SELECT confirmed_flush_lsn::text, wal_status FROM pg_replication_slots WHERE slot_name = %s",
         [config.slot],

@@ -1,41 +1,54 @@
-"""Postgres as a source: slot, copy, stream.
+"""Postgres as a source: slot, stream, and copies beside it.
 
 Facts that outlive the process are notes in the log: `system` (the server's identity), `slot` (its
-name, written before it is created), `copied` (its consistent point, once the copy is in the log).
+name, written before it is created), `point` (the position from which it delivers, an LSN as a number),
+`epoch`, `tables` (see `headrace.sources.postgres.tables`) and `resync` (asked for, not yet begun).
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import Literal
 
 import psycopg
 
-from headrace.change import Entry, Position, TableId, TableSchema
+from headrace.change import Entry, Position, TableId
 from headrace.config import SourceConfig, select_tables
-from headrace.errors import SourceUnavailable
+from headrace.errors import SourceUnavailable, UserError
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, list_tables
-from headrace.sources.postgres.connection import (
-    connect,
-    connect_bulk,
-    connect_replication,
-    place,
-    without_password,
-)
-from headrace.sources.postgres.copy import copy_tables
+from headrace.sources.postgres.connection import connect, connect_replication, place, without_password
+from headrace.sources.postgres.copier import Copier
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.pgoutput import Decoder
-from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish
-from headrace.sources.postgres.slot import check_resumable, create_slot, drop_unfinished, same_server
+from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish, withdraw
+from headrace.sources.postgres.slot import (
+    POINT,
+    check_resumable,
+    create_slot,
+    drop_unfinished,
+    durable_commit,
+    epoch_of,
+    same_server,
+)
 from headrace.sources.postgres.stream import Stream
+from headrace.sources.postgres.tables import Stage, TableStates, read_states
 
 logger = logging.getLogger("headrace.capture")
 
+Request = Literal["add", "remove", "resync", "pause", "resume"]
+
+RESYNC = "resync"
+
 _IDLE = 0.2
+_COPYING = 0.01  # how long a wait for the stream may hold up what a copy has ready
 _FEEDBACK_EVERY = 10.0
+_NUDGE_EVERY = 0.5
 
 
 class PostgresSource:
@@ -51,19 +64,25 @@ class PostgresSource:
         self._linger = linger
         self._confirmed = 0
         self._stream: Stream | None = None
+        self._requests: deque[TableId] = deque()
         self._plain: Connection | None = None
 
     def read(self, log: Log) -> Iterator[Iterable[Entry]]:
         """See `Source.read`."""
         try:
             self._plain = connect(self._url)
+            if log.note(RESYNC):
+                self._start_anew(log)
             same_server(self._plain, self._config, log)
-            if log.note("copied") is None:
-                yield from self._copy(log)
-            else:
+            with closing(Copier(self._config, log, epoch_of(log))) as copier:
+                if not log.note(POINT):
+                    self._begin(log, copier)
+                else:
+                    publish(self._plain, self._config, TableStates(log).captured())
                 self._say_what_is_new(log)
-            check_resumable(self._plain, self._config, log)
-            yield from self._follow(log)
+                check_resumable(self._plain, self._config, log)
+                copier.resume()
+                yield from self._follow(log, copier)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise SourceUnavailable(
                 f"{place(self._url)} broke off: {without_password(str(error)).strip()}"
@@ -92,40 +111,95 @@ class PostgresSource:
         assert self._plain is not None
         return self._plain
 
+    def change_tables(self, log: Log, tables: Sequence[TableId], what: Request) -> None:
+        """Add tables to those that are captured, remove them, copy them again, pause or resume them.
+
+        Durable when it returns; a running `read` takes it up within a second. Raises UserError for a
+        table that the source does not have, or that is not captured.
+        """
+        states = TableStates(log)
+        if what == "add":
+            with connect(self._url) as db:
+                known = list_tables(db)
+                if missing := [str(table) for table in tables if table not in known]:
+                    raise UserError(
+                        f"{place(self._url)} has no table {', '.join(missing)}.", "Check the names."
+                    )
+                capturable_shapes(db, self._config, tables)
+        elif missing := [str(table) for table in tables if table not in states.captured()]:
+            raise UserError(
+                f"Source {self.name} does not capture {', '.join(missing)}.", "See `headrace tables list`."
+            )
+        if what in ("pause", "resume"):
+            states.pause(tables, what == "pause")
+            return
+        stage: Stage = "removed" if what == "remove" else "requested"
+        captured = states.captured()
+        tables = [table for table in tables if what != "add" or table not in captured]
+        states.move(tables, stage, {"add": "added", "resync": "resync", "remove": ""}[what])
+        self._requests.extend(tables)
+
+    def request_resync(self, log: Log) -> None:
+        """Have the next `read` begin anew: a new slot, and every table copied again."""
+        log.set_note(RESYNC, "requested")
+
+    def _start_anew(self, log: Log) -> None:
+        """Forget the slot and the server; positions from here on belong to a new epoch."""
+        if log.note(POINT):
+            log.set_note("epoch", str(epoch_of(log) + 1))
+            log.set_note(POINT, "")
+        log.set_note("system", "")
+        log.set_note(RESYNC, "")
+
+    def _take_requests(self, log: Log, copier: Copier) -> None:
+        """Carry out what `change_tables` has made durable."""
+        while self._requests:
+            table = self._requests.popleft()
+            state = read_states(log)[table]
+            if state.stage == "removed":
+                copier.drop(table)
+                withdraw(self._catalog(), self._config, table)
+                logger.info("%s is no longer captured", table)
+            elif state.stage == "requested":
+                publish(self._catalog(), self._config, TableStates(log).captured())
+                copier.start(table, state.reason, after=log.end().offset)
+
     def _say_what_is_new(self, log: Log) -> None:
         """Name tables that the patterns select but that are not captured."""
+        known = read_states(log)
         selected = select_tables(self._config.tables, list_tables(self._catalog()))
-        if new := [str(table) for table in selected if table not in log.schemas()]:
-            logger.warning("not captured, since made after the copy: %s", ", ".join(new))
+        if new := [str(table) for table in selected if table not in known]:
+            logger.warning(
+                "not captured, since made after the first copy: %s; `headrace tables add` takes them in",
+                ", ".join(new),
+            )
 
-    def _copy(self, log: Log) -> Iterator[Sequence[Entry]]:
-        """Create publication and slot, then copy every table under the slot's own snapshot."""
+    def _begin(self, log: Log, copier: Copier) -> None:
+        """Make publication and slot, and have every table copied under the slot's own snapshot."""
         db = self._catalog()
-        tables = chosen_tables(db, self._config)
+        states = TableStates(log)
+        tables = states.captured() or chosen_tables(db, self._config)
         publish(db, self._config, tables)
         drop_unfinished(db, self._config, log)
         log.set_note("slot", self._config.slot)
-        with connect_replication(self._url) as holder, connect_bulk(self._url) as bulk:
-            point, snapshot = create_slot(holder, self._config)
-            with bulk.cursor() as cursor:
-                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-                cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
-            known = log.schemas()
-            shapes = [_next_version(shape, known) for shape in capturable_shapes(db, self._config, tables)]
-            logger.info("copy of %d tables begins at %s", len(shapes), format_lsn(point))
-            yield from copy_tables(bulk, shapes, point)
-        log.set_note("copied", str(point))
-        logger.info("copy is complete")
+        again = log.end().offset > 0
+        with connect_replication(self._url) as maker:
+            point, snapshot = create_slot(maker, self._config)
+            copier.snapshots.adopt(point, snapshot)
+        states.move(tables, "requested", "resync" if again else "")
+        log.set_note(POINT, str(point))
+        logger.info("copy of %d tables begins at %s", len(tables), format_lsn(point))
+        for table in tables:
+            copier.start(table, "resync" if again else "", after=log.end().offset, under_current=True)
 
-    def _follow(self, log: Log) -> Iterator[Iterable[Entry]]:
-        position = log.position()
-        after = position.commit if position else 0
-        self._confirmed = after
+    def _follow(self, log: Log, copier: Copier) -> Iterator[Iterable[Entry]]:
+        after = self._confirmed = durable_commit(log)
         stream = self._stream = Stream(self._config, after)
         decoder = Decoder(max_batch_bytes=self._max_bytes)
-        builder = GroupBuilder(log.schemas(), self._catalog())
+        builder = GroupBuilder(log.schemas(), self._catalog(), epoch_of(log))
         beat = _Every(self._config.heartbeat)
         feedback = _Every(_FEEDBACK_EVERY)
+        nudge = _Every(_NUDGE_EVERY)
         collected_since: float | None = None
         try:
             while True:
@@ -139,6 +213,14 @@ class PostgresSource:
                     if entries := list(builder.build(transactions, events, after)):
                         yield entries
                     collected_since = None
+                self._take_requests(log, copier)
+                if copier.waits_for_stream and nudge.due():
+                    _emit(self._catalog(), "copied")
+                for group in copier.ready(self._confirmed):
+                    yield group.entries
+                    group.appended()
+                    if group.shape:
+                        builder.adopt(group.shape)
                 if asked or feedback.due():
                     stream.report(self._confirmed)
                 if beat.due():
@@ -147,7 +229,7 @@ class PostgresSource:
                     yield ()
                     stream.report(self._confirmed, always=False)
                     idle = _IDLE if collected_since is None else max(0.0, self._linger - waited)
-                    stream.wait(idle)
+                    stream.wait(min(idle, _COPYING) if copier.busy else idle)
         finally:
             builder.close()
 
@@ -169,9 +251,3 @@ class _Every:
 def _emit(db: Connection, content: str) -> int:
     row = db.execute("SELECT pg_logical_emit_message(true, 'headrace', %s)::text", [content]).fetchone()
     return parse_lsn(str(row[0])) if row else 0
-
-
-def _next_version(shape: TableSchema, known: dict[TableId, TableSchema]) -> TableSchema:
-    before = known.get(shape.table)
-    version = 1 if before is None else before.version + (not before.same_shape(shape))
-    return TableSchema(shape.table, shape.columns, shape.key, version)

@@ -1,0 +1,231 @@
+"""How a model's table takes in a copy: in many transactions, and seen as whole only after the last.
+
+A table that is new is filled in place and stands as `joining` until it is attached. One that is live
+already goes on as it is, while the new content grows beside it; at the end one transaction writes what
+differs between the two, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Literal
+
+import duckdb
+
+from headrace.change import Mark, Offset, Position
+from headrace.destinations.duckdb import (
+    DuckDBDestination,
+    heal,
+    insert,
+    move_progress,
+    numbers,
+    place,
+    record,
+    shape,
+    stand,
+)
+from headrace.destinations.tables import CREATE, OPEN
+from headrace.errors import DestinationError
+from headrace.failpoints import failpoint
+from headrace.keys import literal, quoted
+from headrace.protocols import Counts, Model, Prepared
+
+BESIDE = "headrace_joining"
+"""The schema of tables that grow beside a live one."""
+
+Phase = Literal["copy", "stream", "done"]
+
+_COLUMNS = 'model, source, version, "begin", "end", stands, phase, "offset", target'
+
+JOINS = f"SELECT {_COLUMNS} FROM headrace.joins WHERE source = ?"
+"""The query whose rows are the fields of `Join`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """How far a model has taken in a copy, which the log holds between the offsets `begin` and `end`.
+
+    The phase `copy` reads the copied rows, `stream` the changes that they do not contain, through
+    `target`; `offset` is how far the phase is. `stands` is the end of the copy that the live table is
+    made of, 0 if it is filled in place.
+    """
+
+    model: str
+    source: str
+    version: str
+    begin: Offset
+    end: Offset
+    stands: Offset
+    phase: Phase
+    offset: Offset
+    target: Offset
+
+    @property
+    def beside(self) -> bool:
+        """Whether the live table goes on meanwhile."""
+        return self.stands > 0
+
+
+class Joins:
+    """The joins of all models of a destination."""
+
+    def __init__(self, destination: DuckDBDestination) -> None:
+        self._destination = destination
+
+    def of(self, source: str) -> dict[str, Join]:
+        """Return the newest join of every model of a source."""
+        with self._destination.open() as db:
+            db.execute(CREATE)
+            rows = db.execute(f"SELECT {_COLUMNS} FROM headrace.joins WHERE source = ?", [source]).fetchall()
+        return {str(row[0]): Join(*row) for row in rows}
+
+    def start(self, join: Join, model: Model) -> None:
+        """Start a join with an empty table, in place or beside; one that did not end is given up."""
+        target = _target(join, model)
+        with self._destination.open() as db:
+            db.execute(CREATE)
+            db.execute("BEGIN")
+            shape(db, target)
+            db.execute(f"DELETE FROM {_sql_name(target)} WHERE _source = ?", [join.source])
+            _void(db, join)
+            if not join.beside:
+                stand(db, model, Mark("", 0, ""), Position(0, 0, 0), 0, in_sync=False)
+            _save(db, join)
+            db.execute("COMMIT")
+
+    def step(self, join: Join, following: Join, model: Model, prepared: Prepared) -> Sequence[str]:
+        """Take in one slice of a phase and move to `following`, in one transaction; returns the ids of
+        issues that are new.
+
+        Raises DestinationError when the join does not stand at `join`: another pipeline moved it.
+        """
+        through = following.offset if following.phase == join.phase else join.end
+        head = (join.source, model.name)
+        with self._destination.open() as db:
+            db.execute("BEGIN")
+            _check(db, join)
+            self._destination.change_rows(db, join.source, _target(join, model), prepared)
+            healed = heal(db, model.name, prepared, join.end)
+            issues = record(db, model, prepared.records)
+            # The live table has accounted for the changes already.
+            if join.phase == "copy" or not join.beside:
+                kind = "copy" if join.phase == "copy" else "apply"
+                rows = [(*head, kind, join.offset, through, *numbers(prepared.counts), model.version)]
+                if healed:
+                    moved = numbers(Counts(superseded=healed, quarantined=-healed))
+                    rows.append((*head, "superseded", join.offset, through, *moved, model.version))
+                insert(db, "ledger", rows)
+            _save(db, following)
+            failpoint("destination.join.commit")
+            db.execute("COMMIT")
+        return issues
+
+    def attach(
+        self, join: Join, model: Model, at: Mark, position: Position, committed_at: int, *, in_sync: bool
+    ) -> int:
+        """End a join: what grew beside replaces what differs, and the model stands at `at`.
+
+        Returns the number of rows that were deleted and inserted for that in the live table.
+        """
+        written = 0
+        with self._destination.open() as db:
+            db.execute("BEGIN")
+            _check(db, join)
+            if join.beside:
+                written = _exchange(db, join, model)
+                db.execute(
+                    "UPDATE headrace.quarantine SET status = 'superseded', resolution = 'resync', "
+                    f'resolved_at = now() WHERE model = ? AND {OPEN} AND "offset" <= ?',
+                    [model.name, join.begin],
+                )
+            stand(db, model, at, position, committed_at, in_sync=in_sync)
+            _balance(db, model)
+            move_progress(db, join.source, at, position, committed_at)
+            _save(db, replace(join, phase="done", stands=join.end))
+            failpoint("destination.join.attach")
+            db.execute("COMMIT")
+        return written
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """The table that a join fills: the model's own, or one beside it."""
+
+    name: str
+    columns: dict[str, str]
+
+    def types(self) -> dict[str, str]:
+        return self.columns
+
+
+def _target(join: Join, model: Model) -> _Target:
+    return _Target(f"{BESIDE}.{model.name}" if join.beside else model.name, model.types())
+
+
+def _sql_name(model: Model | _Target) -> str:
+    schema, table = place(model.name)
+    return f"{quoted(schema)}.{quoted(table)}"
+
+
+def _save(db: duckdb.DuckDBPyConnection, join: Join) -> None:
+    db.execute("DELETE FROM headrace.joins WHERE model = ?", [join.model])
+    db.execute("INSERT INTO headrace.joins VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", list(astuple(join)))
+
+
+def _void(db: duckdb.DuckDBPyConnection, join: Join) -> None:
+    """Take back what the ledger says of what is now emptied."""
+    since = f"AND kind = 'copy' AND \"after\" >= {join.stands}" if join.beside else ""
+    db.execute(f"UPDATE headrace.ledger SET kind = 'void' WHERE model = ? {since}", [join.model])
+    if not join.beside:
+        db.execute(
+            "UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
+            f"resolved_at = now() WHERE model = ? AND {OPEN}",
+            [join.model],
+        )
+
+
+def _check(db: duckdb.DuckDBPyConnection, join: Join) -> None:
+    rows = db.execute(f"SELECT {_COLUMNS} FROM headrace.joins WHERE model = ?", [join.model]).fetchall()
+    if rows != [astuple(join)]:
+        raise DestinationError(
+            f"The join of {join.model} does not stand at offset {join.offset}.", "Run one pipeline only."
+        )
+
+
+def _exchange(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> int:
+    """Write to the live table what differs from the one beside it, key by key."""
+    shape(db, model)
+    live, beside = _sql_name(model), _sql_name(_target(join, model))
+    mine = f"_source = {literal(join.source)}"
+    cells = ", ".join(quoted(name) for name in model.types())
+    state = (
+        f"SELECT _source_key AS k, count(*) AS n, min(row({cells})) AS r FROM {{}} WHERE {mine} GROUP BY k"
+    )
+    db.execute(
+        f"""CREATE OR REPLACE TEMP TABLE _hr_differs AS SELECT coalesce(a.k, b.k) AS k
+        FROM ({state.format(live)}) a FULL JOIN ({state.format(beside)}) b ON a.k = b.k
+        WHERE a.n IS DISTINCT FROM b.n OR a.r IS DISTINCT FROM b.r"""
+    )
+    written = 0
+    chosen = f"{mine} AND _source_key IN (SELECT k FROM _hr_differs)"
+    for statement in (
+        f"DELETE FROM {live} WHERE {chosen}",
+        f"INSERT INTO {live} BY NAME SELECT * FROM {beside} WHERE {chosen}",
+    ):
+        written += int(db.execute(statement).fetchall()[0][0])
+    db.execute(f"DROP TABLE {beside}")
+    return written
+
+
+def _balance(db: duckdb.DuckDBPyConnection, model: Model) -> None:
+    """Let the ledger say how many records are open, where taking in a copy has changed that."""
+    name = literal(model.name)
+    records = f"SELECT count(*) FROM headrace.quarantine WHERE model = {name} AND {OPEN}"
+    known = (
+        f"SELECT coalesce(sum(quarantined), 0) FROM headrace.ledger WHERE model = {name} AND kind <> 'void'"
+    )
+    ((difference,),) = db.execute(f"SELECT (({records}) - ({known}))::BIGINT").fetchall()
+    if difference:
+        moved = numbers(Counts(superseded=-difference, quarantined=difference))
+        insert(db, "ledger", [(model.source, model.name, "resync", 0, 0, *moved, model.version)])

@@ -1,0 +1,199 @@
+"""Joining: how a model takes in a table's copy and comes to where the others stand.
+
+A copy's rows are in the log between streamed changes that may be older or newer. So a model reads them
+first, then every change that they do not contain, in the log's order, each in slices of bounded size:
+whatever dies, it goes on with the next slice. The outcome is that of all history in source order.
+
+A change between the first and the last snapshot of a copy is contained in it where the copy read its
+key under a later snapshot than the change; a change of a key is judged half by half. If the copy has
+no such key, the row was gone by then, and so the changes themselves end with its going.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.change import Copy, Kind, Offset
+from headrace.destinations.joins import Join, Joins
+from headrace.keys import key_before, key_of_row, literal, quoted
+from headrace.log.sqlite import SQLiteLog
+from headrace.protocols import ModelState, Prepared
+from headrace.staging.copies import beyond
+from headrace.staging.delta import DeltaStaging
+from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.model import RowModel
+
+logger = logging.getLogger("headrace.joining")
+
+_STREAMED: tuple[Kind, ...] = ("rows", "truncate")
+Step = Literal["wait", "begin", "slice", "attach"]
+
+
+class Joiner:
+    """Takes models of one source through their joins, one slice at a time."""
+
+    def __init__(self, source: str, log: SQLiteLog, staging: DeltaStaging, joins: Joins) -> None:
+        self._source = source
+        self._log = log
+        self._staging = staging
+        self._destination = joins
+        self._joins: dict[str, Join] | None = None
+
+    def know(self, joins: dict[str, Join] | None) -> None:
+        """Take over where the joins stand; None to ask the destination when it is needed."""
+        self._joins = joins
+
+    def stands_on(self, model: RowModel) -> Copy | None:
+        """Return the copy that a model's table is made of, or None before it has joined one."""
+        join = self._all().get(model.name)
+        return self._staging.copy(model.table, join.stands) if join else None
+
+    def runs(self, model: str) -> bool:
+        """Whether a model takes slices like the others: it has joined, or what it joins is not yet
+        where it stands itself."""
+        join = self._all().get(model)
+        return join is not None and (join.phase == "done" or (join.beside and join.phase == "copy"))
+
+    def pending(self, model: RowModel, staged: Offset) -> Copy | None:
+        """Return the copy that a model has still to join, if there is one."""
+        copy = self._staging.copy(model.table, staged)
+        join = self._all().get(model.name)
+        stands = join is not None and copy is not None and join.phase == "done" and join.end == copy.end
+        return None if stands else copy
+
+    def step(
+        self,
+        model: RowModel,
+        copy: Copy,
+        stands: Mapping[str, ModelState],
+        others: Sequence[Offset],
+        reached: Offset,
+        alert: Callable[[Sequence[str]], None],
+    ) -> Step:
+        """Take one step: begin, one slice, or attach; or wait for the others.
+
+        `others` are the offsets of the models that run, `reached` the source's progress. Raises
+        ModelBroken, and what the destination raises.
+        """
+        join = self._all().get(model.name)
+        if join is None or join.end != copy.end or (join.phase != "done" and join.version != model.version):
+            if others and reached < copy.end:
+                return "wait"
+            live = join.stands if join and model.name in stands else 0
+            self._begin(model, copy, live, max(copy.end, reached))
+            return "begin"
+        if join.phase == "stream" and join.offset >= join.target:
+            self._attach(join, model, reached)
+            return "attach"
+        alert(self._advance(join, model, copy, stands))
+        return "slice"
+
+    def _begin(self, model: RowModel, copy: Copy, stands: Offset, target: Offset) -> None:
+        span = (copy.begin, copy.end)
+        join = Join(model.name, self._source, model.version, *span, stands, "copy", copy.begin, target)
+        self._destination.start(join, model)
+        self._keep(join)
+        logger.info("model %s joins the copy of %s", model.name, model.table)
+
+    def _advance(
+        self, join: Join, model: RowModel, copy: Copy, stands: Mapping[str, ModelState]
+    ) -> Sequence[str]:
+        if join.phase == "copy":
+            through = self._log.table_slice_end(model.table, join.offset, copy.end, ("copy",))
+            rows = self._staging.read_copied(model.table, copy, join.offset, through)
+            prepared, following = model.prepare(rows), replace(join, offset=through)
+            if through >= copy.end:
+                target = stands[model.name].offset if join.beside else join.target
+                following = replace(join, phase="stream", offset=min(copy.after, target), target=target)
+        else:
+            through = self._log.table_slice_end(model.table, join.offset, join.target, _STREAMED)
+            prepared = self._missing(model, copy, join.offset, through)
+            following = replace(join, offset=through)
+        issues = self._destination.step(join, following, model, prepared)
+        self._keep(following)
+        return issues
+
+    def _missing(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Prepared:
+        """Prepare the changes of a span that the copy does not contain."""
+        changes = self._staging.read(model.table, after, through)
+        total = changes.num_rows
+        changes = beyond(changes, copy.floor)
+        changes = fill_unchanged(self._staging, model.table, model.schema.key, changes, newest=copy.end)
+        if copy.ceiling > copy.floor:
+            changes = self._not_copied_later(model, copy, changes)
+        prepared = model.prepare(changes)
+        left_out = total - changes.num_rows
+        counts = prepared.counts
+        return replace(
+            prepared,
+            counts=replace(counts, read=counts.read + left_out, superseded=counts.superseded + left_out),
+        )
+
+    def _not_copied_later(self, model: RowModel, copy: Copy, changes: pa.Table) -> pa.Table:
+        """Leave out what a later snapshot of the copy contains, each half of a key's change by itself."""
+        key = model.schema.key
+        if not pc.any(pc.less_equal(changes["_commit"], copy.ceiling.commit)).as_py():
+            return changes
+        cells = ", ".join(
+            f"CASE WHEN _before IS NULL THEN {quoted(name)} ELSE _before[{literal(name)}] END AS b{i}"
+            for i, name in enumerate(key)
+        )
+        held = f"(SELECT {key_of_row(key)} AS k, _commit AS c FROM part) h"
+        with duckdb.connect() as db:
+            db.register("changes", changes)
+            db.execute(
+                f"""CREATE TABLE halves AS SELECT row_number() OVER () AS i, _commit AS at, {cells},
+                {key_of_row(key)} AS k, {key_before(key)} AS k_before, false AS came, false AS went
+                FROM changes"""
+            )
+            for part in self._staging.copied_parts(model.table, copy, [*key, "_commit"]):
+                db.register("part", part)
+                db.execute(f"UPDATE halves SET came = true FROM {held} WHERE h.k = halves.k AND at <= h.c")
+                db.execute(f"UPDATE halves SET went = true FROM {held} WHERE h.k = k_before AND at <= h.c")
+            halves = db.sql(
+                "SELECT *, k IS DISTINCT FROM k_before AS moved FROM halves ORDER BY i"
+            ).to_arrow_table()
+        return _without_halves(changes, halves, key)
+
+    def _attach(self, join: Join, model: RowModel, reached: Offset) -> None:
+        mark = self._log.mark(join.target)
+        assert mark is not None, f"offset {join.target} is not in the log"
+        position, committed_at = self._log.place(join.target)
+        in_sync = join.target >= reached
+        written = self._destination.attach(join, model, mark, position, committed_at, in_sync=in_sync)
+        self._keep(replace(join, phase="done", offset=join.target))
+        how = f": {written} rows written" if join.beside else ""
+        logger.info("model %s has joined at offset %d%s", model.name, join.target, how)
+
+    def _all(self) -> dict[str, Join]:
+        if self._joins is None:
+            self._joins = self._destination.of(self._source)
+        return self._joins
+
+    def _keep(self, join: Join) -> None:
+        self._all()[join.model] = join
+
+
+def _without_halves(changes: pa.Table, halves: pa.Table, key: Sequence[str]) -> pa.Table:
+    """Drop changes whose effects are contained in the copy (`came`: on the new key, `went`: on the old);
+    of one that changed the key, keep the half that is not."""
+    came, went, moved = (halves[name].combine_chunks() for name in ("came", "went", "moved"))
+    only_goes = pc.and_(moved, pc.and_not(came, went))
+    only_comes = pc.and_(moved, pc.and_not(went, came))
+    for i, name in enumerate(key):
+        at = changes.schema.get_field_index(name)
+        cells = pc.if_else(only_goes, halves[f"b{i}"].combine_chunks(), changes[name].combine_chunks())
+        changes = changes.set_column(at, name, cells)
+    ops = pc.if_else(only_goes, "d", changes["_op"].combine_chunks())
+    changes = changes.set_column(changes.schema.get_field_index("_op"), "_op", ops)
+    before = changes["_before"].combine_chunks()
+    before = pc.if_else(pc.or_(only_goes, only_comes), pa.scalar(None, before.type), before)
+    changes = changes.set_column(changes.schema.get_field_index("_before"), "_before", before)
+    return changes.filter(pc.invert(pc.and_(came, pc.or_(pc.invert(moved), went))))

@@ -1,0 +1,392 @@
+"""The copy of tables beside the stream: in chunks, in parallel, each chunk whole or not at all.
+
+A worker reads one chunk in one short transaction under a shared snapshot and hands it over as one
+group: its rows, then its marker. Whoever appends the log takes the groups between those of the stream.
+A chunk that is in the log is never read again, whatever dies. A table that was rewritten or truncated
+behind the snapshot, which then shows it empty, begins again; so does one without a key when the
+snapshot changes. A table that cannot be copied fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import IO, Any
+
+import adbc_driver_postgresql.dbapi as adbc
+import psycopg
+
+from headrace.change import CopyMark, Entry, Position, TableId, TableSchema
+from headrace.config import SourceConfig
+from headrace.errors import HeadraceError, SourceUnavailable, UserError
+from headrace.failpoints import failpoint
+from headrace.payload import encode_rows
+from headrace.protocols import Log
+from headrace.sources.postgres.catalog import read_shapes
+from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, ranges
+from headrace.sources.postgres.connection import connect, connect_bulk, without_password
+from headrace.sources.postgres.copy import as_changes, partitioned_tables, select_text, was_rewritten
+from headrace.sources.postgres.publication import capturable_shapes
+from headrace.sources.postgres.snapshots import Snapshot, Snapshots
+from headrace.sources.postgres.tables import UNFINISHED, TableStates
+
+logger = logging.getLogger("headrace.copy")
+alerts = logging.getLogger("headrace.alert")
+
+_MEMORY = 16 << 20  # of a chunk's compressed rows; the rest waits on disk
+_LOCK_WAIT = "5s"
+_RETRY = ("08", "40", "53", "57", "58")
+_CHANGED_MEANWHILE = ("42703", "42P01", "42804")
+_LOCKED = "55P03"
+
+
+@dataclass(eq=False)
+class _Table:
+    """A table under copy; one that begins again is a new object, so that what is left of the former one
+    is known and dropped."""
+
+    id: TableId
+    reason: str
+    after: int
+    first: int  # the number of the first snapshot that it may be read under
+    schema: TableSchema | None = None
+    left: set[int] = field(default_factory=set)
+    commits: set[int] = field(default_factory=set)
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.commits) and not self.left
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group to append; `appended` is to be called once it is durable. The begin of a copy brings the
+    `shape` that its table has from then on."""
+
+    entries: Iterator[Entry]
+    appended: Callable[[], None]
+    shape: TableSchema | None = None
+
+
+_Job = tuple[_Table, Range | None]
+
+
+class Copier:
+    """Copies tables of one source. Its methods belong to the thread that appends the log; the reading
+    is done by its own threads."""
+
+    def __init__(self, config: SourceConfig, log: Log, epoch: int) -> None:
+        self.snapshots = Snapshots(config.url.reveal(), config.max_snapshot_age)
+        self._config = config
+        self._url = config.url.reveal()
+        self._log = log
+        self._epoch = epoch
+        self._states = TableStates(log)
+        self._tables: dict[TableId, _Table] = {}
+        self._jobs: deque[_Job] = deque()
+        self._ready: queue.Queue[Group | BaseException] = queue.Queue(maxsize=2)
+        self._wake = threading.Condition()
+        self._stop = threading.Event()
+        self._pace = _Pace(config.copy_rate, self._stop)
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether any table is under copy."""
+        return bool(self._tables)
+
+    @property
+    def waits_for_stream(self) -> bool:
+        """Whether a table has all its rows, and the stream has still to pass their snapshots."""
+        return any(table.is_whole for table in list(self._tables.values()))
+
+    def start(self, table: TableId, reason: str, *, after: int, under_current: bool = False) -> None:
+        """Copy a table from its beginning.
+
+        The log holds no change at or before offset `after` that the copy lacks. `under_current` allows
+        the snapshot that is held now; else it is read under one that is taken when its begin is durable.
+        """
+        self._begin_with(_Table(table, reason, after, self.snapshots.number + (not under_current)))
+        self._states.move([table], "requested", reason)
+
+    def resume(self) -> None:
+        """Take up the copies that the log shows unfinished; their finished chunks stay."""
+        marks: dict[TableId, list[tuple[Position, CopyMark]]] = {}
+        for _, table, at, _, mark in self._log.copy_marks():
+            if mark.kind == "begin":
+                marks[table] = []
+            marks[table].append((at, mark))
+        for table, state in self._states.all().items():
+            if state.stage not in UNFINISHED or table in self._tables:
+                continue
+            known = marks.get(table, [])
+            under_way = bool(known) and known[-1][1].kind != "end" and known[0][0].epoch == self._epoch
+            if state.stage == "requested" or not under_way or not self._take_up(table, known):
+                self.start(table, state.reason, after=self._log.end().offset)
+
+    def drop(self, table: TableId) -> None:
+        """Stop copying a table."""
+        with self._wake:
+            self._tables.pop(table, None)
+
+    def ready(self, reached: int) -> Iterator[Group]:
+        """Yield the groups that are ready now; `reached` is how far (LSN) the log holds the stream.
+
+        Raises SourceUnavailable when a worker has lost its connection.
+        """
+        self.snapshots.expire()
+        with suppress(queue.Empty):
+            while True:
+                item = self._ready.get_nowait()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        for table in list(self._tables.values()):
+            if table.is_whole and reached >= max(table.commits):
+                mark = CopyMark("end", floor=min(table.commits), ceiling=max(table.commits))
+                end = self._marker(table, max(table.commits), mark)
+                yield Group(iter([end]), partial(self._finished, table))
+
+    def close(self) -> None:
+        """End the workers; what they had in hand is read again."""
+        self._stop.set()
+        with self._wake:
+            self._wake.notify_all()
+        for thread in self._threads:
+            while thread.is_alive():
+                with suppress(queue.Empty):
+                    self._ready.get(timeout=0.02)
+        self.snapshots.release()
+
+    # What the appending thread does when a group is durable.
+
+    def _begun(self, table: _Table, bounds: Bounds, done: set[int] | None = None) -> None:
+        if not self._is_current(table):
+            return
+        parts = [part for part in ranges(bounds) if part.number not in (done or ())]
+        table.left = {part.number for part in parts}
+        why = f", {table.reason}" if table.reason else ""
+        logger.info("copy of %s: %d of %d chunks%s", table.id, len(parts), len(bounds) + 1, why)
+        self._states.move([table.id], "copying" if parts else "catching_up", table.reason)
+        for part in parts:
+            self._add(table, part)
+
+    def _counted(self, table: _Table, part: Range, commit: int) -> None:
+        if self._is_current(table):
+            table.left.discard(part.number)
+            table.commits.add(commit)
+            if not table.left:
+                self._states.move([table.id], "catching_up", table.reason)
+
+    def _finished(self, table: _Table) -> None:
+        self.drop(table.id)
+        self._states.move([table.id], "live")
+        logger.info("copy of %s is complete", table.id)
+        if not self._tables:
+            self.snapshots.release()
+            logger.info("copy is complete")
+
+    def _take_up(self, table: TableId, marks: Sequence[tuple[Position, CopyMark]]) -> bool:
+        """Go on with a copy; not possible without a key, since blocks hold under one snapshot only."""
+        begin = marks[0][1]
+        assert begin.schema is not None
+        done = {mark.chunk: at.commit for at, mark in marks[1:]}
+        if not begin.schema.key and len(done) <= len(begin.bounds):
+            return False
+        again = _Table(table, begin.reason, begin.after, self.snapshots.number + 1, begin.schema)
+        again.commits = set(done.values())
+        self._tables[table] = again
+        self._begun(again, begin.bounds, set(done))
+        return True
+
+    # What the workers do.
+
+    def _begin_with(self, table: _Table) -> None:
+        with self._wake:
+            self._tables[table.id] = table
+        self._add(table, None)
+
+    def _add(self, table: _Table, part: Range | None) -> None:
+        with self._wake:
+            self._jobs.append((table, part))
+            self._wake.notify()
+            if len(self._threads) < self._config.copy_workers:
+                name = f"{self._config.name}.copy.{len(self._threads)}"
+                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+                self._threads[-1].start()
+
+    def _is_current(self, table: _Table) -> bool:
+        return self._tables.get(table.id) is table
+
+    def _work(self) -> None:
+        """Take jobs until the end; one bulk connection serves all of them."""
+        bulk: Any = None
+        try:
+            while (job := self._next()) is not None:
+                table, part = job
+                if not self._is_current(table):
+                    continue
+                try:
+                    if part is None:
+                        self._plan(table)
+                    else:
+                        bulk = bulk or connect_bulk(self._url)
+                        self._copy_chunk(bulk, table, part)
+                except (HeadraceError, psycopg.Error, adbc.Error, _ChangedMeanwhile) as error:
+                    if bulk is not None:
+                        bulk.rollback()
+                    self._judge(table, part, error)
+        except BaseException as error:
+            self._hand_over(error)
+        finally:
+            if bulk is not None:
+                bulk.close()
+
+    def _next(self) -> _Job | None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._jobs or self._stop.is_set())
+            return None if self._stop.is_set() else self._jobs.popleft()
+
+    def _hand_over(self, item: Group | BaseException) -> None:
+        while not self._stop.is_set():
+            with suppress(queue.Full):
+                self._ready.put(item, timeout=0.2)
+                return
+
+    def _plan(self, table: _Table) -> None:
+        """Read the table's shape, cut it, and hand over the begin of its copy."""
+        with connect(self._url) as db:
+            if not read_shapes(db, [table.id]):
+                raise UserError(f"Table {table.id} is gone.")
+            (shape,) = capturable_shapes(db, self._config, [table.id])
+            bounds = cut(db, shape, self._config.chunk_bytes)
+        known = self._log.schemas().get(table.id)
+        version = 1 if known is None else known.version + (not known.same_shape(shape))
+        table.schema = TableSchema(shape.table, shape.columns, shape.key, version)
+        mark = CopyMark("begin", table.schema, bounds, table.after, table.reason)
+        begin = self._marker(table, 0, mark)
+        self._hand_over(Group(iter([begin]), partial(self._begun, table, bounds), table.schema))
+
+    def _copy_chunk(self, bulk: Any, table: _Table, part: Range) -> None:
+        assert table.schema is not None
+        snapshot = self.snapshots.current(table.first)
+        if not table.schema.key:
+            with self._wake:
+                if not table.commits:
+                    table.first = snapshot.number
+                    table.commits.add(snapshot.commit)
+            if table.first != snapshot.number:
+                raise _ChangedMeanwhile("its snapshot has reached max_snapshot_age")
+        rows = _Spool()
+        ordinal = part.number << 32
+        now = time.time_ns() // 1000
+        with bulk.cursor() as cursor:
+            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot.name}'")
+            cursor.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'")
+            cursor.execute(f"SET LOCAL statement_timeout = '{self._config.max_snapshot_age:.0f}s'")
+            query = select_text(table.schema, table.id in partitioned_tables(cursor))
+            cursor.execute(f"{query} WHERE {condition(table.schema, part)}")
+            for batch in cursor.fetch_record_batch():
+                if batch.num_rows:
+                    rows.add(batch.num_rows, encode_rows(as_changes(batch, snapshot.commit, ordinal, now)))
+                    ordinal += batch.num_rows
+                    failpoint("source.copy.batch")
+                self._pace.spend(batch.nbytes)
+                if self._stop.is_set():
+                    return
+            if was_rewritten(cursor, table.id):
+                raise _ChangedMeanwhile("it was rewritten or truncated")
+        bulk.rollback()
+        entries = self._entries(rows, table, part, snapshot, now)
+        self._hand_over(Group(entries, partial(self._counted, table, part, snapshot.commit)))
+
+    def _entries(
+        self, rows: _Spool, table: _Table, part: Range, snapshot: Snapshot, now: int
+    ) -> Iterator[Entry]:
+        assert table.schema is not None
+        ordinal = part.number << 32
+        for count, payload in rows.drain():
+            first, last = (Position(self._epoch, snapshot.commit, ordinal + n) for n in (1, count))
+            yield Entry("copy", table.id, first, last, now, count, table.schema.version, payload)
+            ordinal += count
+        yield self._marker(table, snapshot.commit, CopyMark("chunk", chunk=part.number))
+
+    def _marker(self, table: _Table, commit: int, mark: CopyMark) -> Entry:
+        at = Position(self._epoch, commit, 0)
+        version = table.schema.version if table.schema else 0
+        return Entry("marker", table.id, at, at, time.time_ns() // 1000, 0, version, mark.to_json().encode())
+
+    def _judge(self, table: _Table, part: Range | None, error: Exception) -> None:
+        """Begin the table again, read the chunk again, give the table up, or have the source retried."""
+        state = getattr(error, "sqlstate", None) or ""
+        if not self._is_current(table):
+            return
+        words = without_password(str(error)).strip().splitlines()[0]
+        if isinstance(error, _ChangedMeanwhile) or state in _CHANGED_MEANWHILE:
+            logger.warning("copy of %s begins again: %s", table.id, words)
+            after = self._log.end().offset
+            self._begin_with(_Table(table.id, table.reason, after, self.snapshots.number + 1))
+        elif state == _LOCKED:
+            self._stop.wait(1.0)
+            self._add(table, part)
+        elif isinstance(error, SourceUnavailable) or state[:2] in _RETRY:
+            raise SourceUnavailable(f"The copy of {table.id} broke off: {words}") from error
+        else:
+            self.drop(table.id)
+            self._states.move([table.id], "failed", words)
+            alerts.error(
+                "FAILED copy of %s: %s Mend it, then run `headrace tables resync %s`.",
+                table.id, words, table.id,
+            )  # fmt: skip
+
+
+class _ChangedMeanwhile(Exception):
+    """What was read of a table does not fit together."""
+
+
+class _Spool:
+    """The encoded rows of a chunk; on disk past a limit."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(_MEMORY)  # noqa: SIM115 - lives with the chunk
+        self._parts: list[tuple[int, int]] = []
+
+    def add(self, rows: int, payload: bytes) -> None:
+        """Keep one batch."""
+        self._parts.append((rows, len(payload)))
+        self._file.write(payload)
+
+    def drain(self) -> Iterator[tuple[int, bytes]]:
+        """Yield number of rows and payload of every batch, in order, and give the memory back."""
+        self._file.seek(0)
+        for rows, size in self._parts:
+            yield rows, self._file.read(size)
+        self._file.close()
+
+
+class _Pace:
+    """A budget of bytes per second, shared by all workers; 0 sets none."""
+
+    def __init__(self, rate: int, stop: threading.Event) -> None:
+        self._rate = rate
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._free_at = time.monotonic()
+
+    def spend(self, size: int) -> None:
+        """Wait until so many bytes fit the budget."""
+        if not self._rate:
+            return
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + size / self._rate
+            wait = self._free_at - time.monotonic()
+        self._stop.wait(max(0.0, wait))

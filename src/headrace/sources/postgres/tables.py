@@ -1,0 +1,78 @@
+"""The state of each captured table, kept as a note in the log.
+
+    requested → copying → catching_up → live
+                   └──────────┴──→ failed (with its reason), removed
+
+`requested` waits to be copied, `copying` has a copy under way beside the stream, `catching_up` has all
+its rows and waits until the stream has passed the last snapshot they were read under. `paused` is a
+switch beside that: its changes are captured and staged, its models stand still.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from headrace.change import TableId
+from headrace.protocols import Log
+
+Stage = Literal["requested", "copying", "catching_up", "live", "failed", "removed"]
+
+NOTE = "tables"
+UNFINISHED: tuple[Stage, ...] = ("requested", "copying", "catching_up")
+
+
+@dataclass(frozen=True, slots=True)
+class TableState:
+    """Where a table stands; `reason` says why it is copied, or why that failed."""
+
+    stage: Stage
+    reason: str = ""
+    paused: bool = False
+
+
+def read_states(log: Log) -> dict[TableId, TableState]:
+    """Return the state of every table that was ever captured."""
+    raw = json.loads(log.note(NOTE) or "[]")
+    return {TableId(*table): TableState(**state) for table, state in raw}
+
+
+class TableStates:
+    """The states, changed by one process; safe to use from any thread."""
+
+    _lock = threading.RLock()  # one for all: a source and a command may change the same note
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+
+    def all(self) -> dict[TableId, TableState]:
+        """Return all states."""
+        return read_states(self._log)
+
+    def captured(self) -> list[TableId]:
+        """Return the tables that are not removed."""
+        return [table for table, state in self.all().items() if state.stage != "removed"]
+
+    def move(self, tables: Iterable[TableId], stage: Stage, reason: str = "") -> None:
+        """Put tables into a stage, durably."""
+        with self._lock:
+            states = self.all()
+            for table in tables:
+                known = states.get(table, TableState("requested"))
+                states[table] = replace(known, stage=stage, reason=reason)
+            self._save(states)
+
+    def pause(self, tables: Iterable[TableId], paused: bool) -> None:
+        """Set the switch of tables, durably."""
+        with self._lock:
+            states = self.all()
+            for table in tables:
+                states[table] = replace(states[table], paused=paused)
+            self._save(states)
+
+    def _save(self, states: dict[TableId, TableState]) -> None:
+        rows = [(table, asdict(state)) for table, state in sorted(states.items())]
+        self._log.set_note(NOTE, json.dumps(rows, ensure_ascii=False))
