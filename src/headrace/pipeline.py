@@ -19,6 +19,7 @@ from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 
+from headrace.change import TableId
 from headrace.config import Project
 from headrace.destinations.duckdb import DuckDBDestination
 from headrace.errors import DestinationBusy, HeadraceError, StateInUse, UserError, Verdict, verdict_of
@@ -65,7 +66,8 @@ class Pipeline:
         self.stop = stop or threading.Event()
         self._errors: dict[str, HeadraceError | BaseException] = {}
         self._waits: dict[str, str] = {}
-        self._lock = _take_state(project.state)
+        self._threads: list[threading.Thread] = []
+        self._lock = take_state(project.state)
         try:
             self.lanes = open_lanes(project)
             self._wait_for_destination()
@@ -81,14 +83,16 @@ class Pipeline:
         brought is applied.
         """
         server = self._serve()
-        threads = [thread for lane in self.lanes for thread in self._threads(lane)]
+        for lane in self.lanes:
+            for verb in ("capture", "load", "apply"):
+                self._start(lane, verb)
         ended: BaseException | None = None
         try:
             while ended is None and not self.stop.wait(_POLL):
                 ended = self._ended()
         finally:
             self.stop.set()
-            for thread in threads:
+            for thread in self._threads:
                 thread.join()
             server.close()
             self.close()
@@ -125,17 +129,39 @@ class Pipeline:
         self._lock.close()
 
     def _serve(self) -> Server:
-        handlers = {"status": lambda _: self.status(), "redrive": self._redrive}
+        handlers = {
+            "status": lambda _: self.status(),
+            "redrive": self._redrive,
+            "tables": self._change_tables,
+            "resync": self._resync,
+        }
         return Server(self.project.state, self.lanes[0].destination, handlers)
 
     def _redrive(self, request: dict[str, Any]) -> dict[str, Any]:
-        lane = next((lane for lane in self.lanes if lane.config.name == request["source"]), None)
-        if lane is None:
-            raise UserError(f"The running pipeline has no source {request['source']}.", "Restart it.")
+        lane = self._lane(request["source"])
         return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"])
 
-    def _threads(self, lane: Lane) -> list[threading.Thread]:
-        name = lane.config.name
+    def _change_tables(self, request: dict[str, Any]) -> dict[str, Any]:
+        lane = self._lane(request["source"])
+        lane.source.change_tables(lane.log, [TableId(*table) for table in request["tables"]], request["what"])
+        return {}
+
+    def _resync(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have a source begin anew, also one that has stopped for good."""
+        lane = self._lane(request["source"])
+        lane.source.request_resync(lane.log)
+        if self._errors.pop(f"{lane.config.name}.capture", None):
+            self._start(lane, "capture")
+        return {}
+
+    def _lane(self, source: str) -> Lane:
+        lane = next((lane for lane in self.lanes if lane.config.name == source), None)
+        if lane is None:
+            raise UserError(f"The running pipeline has no source {source}.", "Restart it.")
+        return lane
+
+    def _start(self, lane: Lane, verb: str) -> None:
+        """Start the thread that repeats one verb of a lane."""
 
         def load() -> None:
             if not lane.load():
@@ -146,14 +172,11 @@ class Pipeline:
             if not lane.apply():
                 self.stop.wait(_PACE)
 
-        verbs = {"capture": lambda: lane.capture(self.stop), "load": load, "apply": apply}
-        threads = [
-            threading.Thread(target=self._keep, args=(f"{name}.{verb}", step), name=f"{name}.{verb}")
-            for verb, step in verbs.items()
-        ]
-        for thread in threads:
-            thread.start()
-        return threads
+        steps = {"capture": lambda: lane.capture(self.stop), "load": load, "apply": apply}
+        name = f"{lane.config.name}.{verb}"
+        thread = threading.Thread(target=self._keep, args=(name, steps[verb]), name=name)
+        self._threads.append(thread)
+        thread.start()
 
     def _keep(self, name: str, step: Callable[[], None]) -> None:
         """Repeat a step until the pipeline stops or the step fails for good."""
@@ -254,7 +277,8 @@ def _forget_empty_logs(state: Path) -> None:
                     file.unlink()
 
 
-def _take_state(state: Path) -> IO[str]:
+def take_state(state: Path) -> IO[str]:
+    """Become the owner of a state folder until the file is closed; raises StateInUse."""
     try:
         (state / "log").mkdir(mode=0o700, parents=True, exist_ok=True)
         state.chmod(0o700)

@@ -13,7 +13,7 @@ from pathlib import Path
 import apsw
 import pytest
 
-from headrace.change import Column, Entry, Position, TableId, TableSchema
+from headrace.change import Column, CopyMark, Entry, Position, TableId, TableSchema
 from headrace.errors import LogDamaged, LogError
 from headrace.failpoints import VARIABLE
 from headrace.log.sqlite import NO_HASH, SQLiteLog
@@ -28,9 +28,9 @@ def entry(
     return Entry(kind, TABLE, at, at, 1_000 + commit, rows, 1, payload)  # type: ignore[arg-type]
 
 
-def marker(table: TableId | None, commit: int) -> Entry:
+def marker(table: TableId, commit: int, mark: CopyMark) -> Entry:
     at = Position(0, commit, 0)
-    return Entry("marker", table, at, at, 0, 0, 1, b"{}")
+    return Entry("marker", table, at, at, 0, 0, 1, mark.to_json().encode())
 
 
 def group(commit: int, size: int) -> list[Entry]:
@@ -118,12 +118,39 @@ def test_schemas_gives_the_newest_shape_of_each_table(log: SQLiteLog) -> None:
     assert log.schemas() == {TABLE: shapes[1]}
 
 
-def test_a_copy_is_under_way_from_its_begin_to_its_end(log: SQLiteLog) -> None:
-    log.append([entry(1)])
-    log.append([marker(TABLE, 2)])
-    log.append([entry(3)])
-    log.append([marker(None, 4)])
-    assert [log.copying(offset) for offset in range(6)] == [False, False, True, True, False, False]
+def test_markers_of_copies_come_back_in_order_and_do_not_move_the_position(log: SQLiteLog) -> None:
+    shape = TableSchema(TABLE, (Column("id", "bigint"),), ("id",), 3)
+    marks = [
+        CopyMark("begin", shape, (("a'b", "1"),), 7, "resync"),
+        CopyMark("chunk", chunk=1),
+        CopyMark("end", floor=40, ceiling=50),
+    ]
+    log.append([entry(30)])
+    for commit, mark in zip((0, 40, 50), marks, strict=True):
+        log.append([marker(TABLE, commit, mark)])
+    assert log.position() == Position(0, 30, 1)
+    assert [(offset, table, at.commit, mark) for offset, table, at, _, mark in log.copy_marks()] == [
+        (2, TABLE, 0, marks[0]),
+        (3, TABLE, 40, marks[1]),
+        (4, TABLE, 50, marks[2]),
+    ]
+    assert log.schemas() == {TABLE: shape}
+    log.append([entry(35)])
+    assert log.position() == Position(0, 35, 1)
+    assert log.verify() == log.end()
+
+
+def test_a_tables_slice_ends_with_a_group_and_counts_only_its_kinds(log: SQLiteLog) -> None:
+    for i in range(4):
+        log.append([entry(i + 1, rows=60_000), entry(i + 1, rows=1)])
+        log.append([entry(i + 1, rows=90_000, kind="copy")])
+    assert log.table_slice_end(TABLE, 0, 12, ("rows",)) == 3
+    assert log.table_slice_end(TABLE, 3, 12, ("rows",)) == 6
+    assert log.table_slice_end(TABLE, 9, 12, ("rows",)) == 12
+    assert log.table_slice_end(TABLE, 0, 12, ("copy",)) == 5
+    assert log.table_slice_end(TABLE, 0, 2, ("rows",)) == 2
+    log.append([entry(9, rows=200_000), entry(9, rows=1)])
+    assert log.table_slice_end(TABLE, 12, 14, ("rows",)) == 14
 
 
 def test_notes_are_kept_over_a_reopening(log: SQLiteLog, tmp_path: Path) -> None:
@@ -246,9 +273,18 @@ def test_a_missing_log_is_not_created_by_a_reader(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(log: SQLiteLog, tmp_path: Path) -> None:
     log.close()
     with apsw.Connection(str(tmp_path / "log.db")) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
-    with pytest.raises(LogError, match="has format 2, this Headrace knows 1"):
+    with pytest.raises(LogError, match="has format 3, this Headrace knows 2"):
+        SQLiteLog(tmp_path / "log.db")
+
+
+def test_a_format_from_before_the_first_release_is_refused(log: SQLiteLog, tmp_path: Path) -> None:
+    log.close()
+    with apsw.Connection(str(tmp_path / "log.db")) as db:
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    with pytest.raises(LogError, match="has format 1, of a Headrace before its first release"):
         SQLiteLog(tmp_path / "log.db")
 
 

@@ -22,7 +22,7 @@ from headrace.errors import LogError
 from headrace.failpoints import VARIABLE
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import BEFORE, UNCHANGED, encode_rows
-from headrace.staging.delta import SCHEMAS, DeltaStaging, StagingForeign
+from headrace.staging.delta import HISTORY, DeltaStaging, StagingForeign
 
 A, B = TableId("public", "a"), TableId("public", "b")
 
@@ -60,10 +60,10 @@ def event(kind: str, table: TableId, commit: int) -> Entry:
 
 
 def history() -> list[list[Entry]]:
-    """Groups of two tables: a copy, changes, a truncate, a column that appears."""
+    """Groups of two tables: changes, truncates, a column that appears."""
     return [
-        [schema(A, 1), event("marker", A, 1)],
-        [rows(A, 1, 4, op="r")],
+        [schema(A, 1), event("truncate", A, 1)],
+        [rows(A, 1, 4)],
         [schema(B, 2), rows(B, 2, 2), rows(A, 2, 1)],
         [rows(A, 3, 3)],
         [event("truncate", B, 4), schema(A, 4, ("id", "v", "w"), 2), rows(A, 4, 2, ("id", "v", "w"))],
@@ -122,7 +122,7 @@ def holds_the_log(folder: Path, log: SQLiteLog) -> None:
     for table in (A, B):
         assert actual(staging, table) == expected(log, table)
     assert staging.schemas(log.end().offset) == log.schemas()
-    offsets = [row["_offset"] for row in content(staging, SCHEMAS)]
+    offsets = [row["_offset"] for row in content(staging, HISTORY)]
     assert offsets == [item.offset for item in log.read(0, 1 << 30) if item.entry.kind == "schema"]
 
 
@@ -145,7 +145,7 @@ def test_cells_have_three_states_and_old_rows_are_kept(tmp_path: Path, log: SQLi
     assert (first["_txid"], first["_committed_at"], first["_epoch"]) == (9, 7, 0)
 
 
-def test_a_truncate_and_the_begin_of_a_copy_are_one_row_each(tmp_path: Path, log: SQLiteLog) -> None:
+def test_a_truncate_is_one_row(tmp_path: Path, log: SQLiteLog) -> None:
     staging = opened(tmp_path, log)
     load(staging, log)
     assert [(r["_op"], r["_commit"], r["_ordinal"], r["id"]) for r in content(staging, A)][:1] == [

@@ -31,6 +31,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": ("headrace.cli.status:status", "Show how far each hop is, what waits and what is quarantined."),
     "query": ("headrace.cli.query:query", "Ask the destination in SQL, also while the pipeline runs."),
     "verify": ("headrace.cli.verify:verify", "Compare source, staging and destination, value by value."),
+    "tables": ("", "List the captured tables; add, remove, copy again, pause and resume them."),
+    "resync": (
+        "headrace.cli.captured:resync_source",
+        "Begin anew with a source after a gap, and repair what differs.",
+    ),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
 }
@@ -45,7 +50,16 @@ QUARANTINE: Mapping[str, tuple[str, str]] = {
     "redrive": ("headrace.cli.quarantine:redrive", "Try records again with the models as they are now."),
 }
 
-_GROUPS = {"quarantine": QUARANTINE}
+TABLES: Mapping[str, tuple[str, str]] = {
+    "list": ("headrace.cli.captured:list_tables", "List the captured tables and how far their copies are."),
+    "add": ("headrace.cli.captured:add", "Capture more tables, beside those that are."),
+    "remove": ("headrace.cli.captured:remove", "Capture tables no longer; what is there stays."),
+    "resync": ("headrace.cli.captured:resync", "Copy tables again, and write what differs."),
+    "pause": ("headrace.cli.captured:pause", "Let the models of tables stand still; capture goes on."),
+    "resume": ("headrace.cli.captured:resume", "Let the models of paused tables go on."),
+}
+
+_GROUPS = {"quarantine": QUARANTINE, "tables": TABLES}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 

@@ -308,6 +308,15 @@ class SQLiteLog:
         assert row is not None
         return int(row[0]), int(row[1]), row[2]
 
+    def copied_rows(self, table: TableId, after: Offset) -> int:
+        """Return how many rows of a table copies have read after an offset."""
+        ((rows,),) = self._connection().execute(
+            "SELECT coalesce(sum(rows), 0) FROM entries WHERE kind = 'copy' AND table_schema = ? "
+            'AND table_name = ? AND "offset" > ?',
+            (*table, after),
+        )
+        return int(rows)
+
     def verify(self) -> Mark:
         """Walk the whole chain as it stands now and return its end.
 

@@ -8,6 +8,7 @@ name, written before it is created), `point` (the position from which it deliver
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,6 +66,7 @@ class PostgresSource:
         self._confirmed = 0
         self._stream: Stream | None = None
         self._requests: deque[TableId] = deque()
+        self._resync = threading.Event()
         self._plain: Connection | None = None
 
     def read(self, log: Log) -> Iterator[Iterable[Entry]]:
@@ -140,8 +142,12 @@ class PostgresSource:
         self._requests.extend(tables)
 
     def request_resync(self, log: Log) -> None:
-        """Have the next `read` begin anew: a new slot, and every table copied again."""
+        """Begin anew: with a new slot, and every table copied again.
+
+        Durable when it returns; a running `read` ends with SourceUnavailable, the next one takes it up.
+        """
         log.set_note(RESYNC, "requested")
+        self._resync.set()
 
     def _start_anew(self, log: Log) -> None:
         """Forget the slot and the server; positions from here on belong to a new epoch."""
@@ -150,9 +156,12 @@ class PostgresSource:
             log.set_note(POINT, "")
         log.set_note("system", "")
         log.set_note(RESYNC, "")
+        self._resync.clear()
 
     def _take_requests(self, log: Log, copier: Copier) -> None:
-        """Carry out what `change_tables` has made durable."""
+        """Carry out what `change_tables` and `request_resync` have made durable."""
+        if self._resync.is_set():
+            raise SourceUnavailable(f"Source {self.name} begins anew, as it was asked to.")
         while self._requests:
             table = self._requests.popleft()
             state = read_states(log)[table]
