@@ -149,14 +149,18 @@ class Joiner:
         with duckdb.connect() as db:
             db.register("changes", changes)
             db.execute(
-                f"""CREATE TABLE halves AS SELECT row_number() OVER () AS i, _commit AS at, {cells},
+                f"""CREATE TABLE halves AS SELECT row_number() OVER () AS i, _commit AS placed, {cells},
                 {key_of_row(key)} AS k, {key_before(key)} AS k_before, false AS came, false AS went
                 FROM changes"""
             )
             for part in self._staging.copied_parts(model.table, copy, [*key, "_commit"]):
                 db.register("part", part)
-                db.execute(f"UPDATE halves SET came = true FROM {held} WHERE h.k = halves.k AND at <= h.c")
-                db.execute(f"UPDATE halves SET went = true FROM {held} WHERE h.k = k_before AND at <= h.c")
+                db.execute(
+                    f"UPDATE halves SET came = true FROM {held} WHERE h.k = halves.k AND placed <= h.c"
+                )
+                db.execute(
+                    f"UPDATE halves SET went = true FROM {held} WHERE h.k = k_before AND placed <= h.c"
+                )
             halves = db.sql(
                 "SELECT *, k IS DISTINCT FROM k_before AS moved FROM halves ORDER BY i"
             ).to_arrow_table()
@@ -168,7 +172,7 @@ class Joiner:
         position, committed_at = self._log.place(join.target)
         in_sync = join.target >= reached
         written = self._destination.attach(join, model, mark, position, committed_at, in_sync=in_sync)
-        self._keep(replace(join, phase="done", offset=join.target))
+        self._keep(replace(join, phase="done", stands=join.end))
         how = f": {written} rows written" if join.beside else ""
         logger.info("model %s has joined at offset %d%s", model.name, join.target, how)
 

@@ -1,0 +1,225 @@
+"""Joining: whatever the order in which copied rows and streamed changes reach the log, a model that joins
+holds what the source holds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headrace.change import Column, CopyMark, Entry, Position, TableId, TableSchema
+from headrace.destinations.duckdb import DuckDBDestination
+from headrace.destinations.joins import Joins
+from headrace.errors import DestinationError
+from headrace.joining import Joiner
+from headrace.log.sqlite import SQLiteLog
+from headrace.payload import BEFORE, UNCHANGED, encode_rows
+from headrace.staging.delta import DeltaStaging
+from headrace.transform.model import RowModel, mirror
+
+TABLE = TableId("public", "t")
+SHAPE = TableSchema(TABLE, (Column("id", "text"), Column("v", "text"), Column("big", "text")), ("id",))
+MODEL = mirror("shop", SHAPE)
+KEYS = [f"k{i}" for i in range(8)]
+BOUNDS = (("k3",), ("k6",))
+
+Row = tuple[str | None, str | None]
+State = dict[str, Row]
+
+
+def change(
+    op: str, commit: int, key: str, row: Row, before: str | None = None, *, toast: bool = False
+) -> dict:
+    return {
+        "_op": op, "_commit": commit, "_ordinal": 1, "_committed_at": commit, "_txid": commit,
+        "id": key, "v": row[0], "big": None if toast else row[1],
+        "_unchanged": ["big"] if toast else None, "_before": [("id", before)] if before else None,
+    }  # fmt: skip
+
+
+def entry(rows: list[dict], kind: str = "rows") -> Entry:
+    fields = [
+        ("_op", pa.string()),
+        *((n, pa.int64()) for n in ("_commit", "_ordinal", "_committed_at", "_txid")),
+    ]
+    fields += [(name, pa.string()) for name in ("id", "v", "big")]
+    batch = pa.RecordBatch.from_pylist(
+        rows, schema=pa.schema([*fields, ("_unchanged", UNCHANGED), ("_before", BEFORE)])
+    )
+    first, last = (Position(0, row["_commit"], row["_ordinal"]) for row in (rows[0], rows[-1]))
+    return Entry(kind, TABLE, first, last, 1, len(rows), 1, encode_rows(batch))  # type: ignore[arg-type]
+
+
+def marker(commit: int, mark: CopyMark) -> Entry:
+    at = Position(0, commit, 0)
+    return Entry("marker", TABLE, at, at, 1, 0, 1, mark.to_json().encode())
+
+
+class Source:
+    """A table with its history: the state as of each commit, and the change that each commit made."""
+
+    def __init__(self, chance: random.Random, length: int) -> None:
+        self.states: list[State] = [{}]
+        self.changes: list[dict] = []
+        for commit in range(1, length + 1):
+            self.changes.append(self._next(chance, commit))
+
+    def _next(self, chance: random.Random, commit: int) -> dict:
+        state = dict(self.states[-1])
+        key = chance.choice(KEYS)
+        if key not in state:
+            state[key] = (f"v{commit}", f"big{commit}")
+            made = change("c", commit, key, state[key])
+        elif (what := chance.random()) < 0.25:
+            made = change("d", commit, key, (None, None))
+            del state[key]
+        elif what < 0.5 and (free := [k for k in KEYS if k not in state]):
+            new = chance.choice(free)
+            state[new] = (f"v{commit}", state.pop(key)[1])
+            made = change("u", commit, new, state[new], before=key, toast=chance.random() < 0.7)
+        else:
+            state[key] = (f"v{commit}", state[key][1])
+            made = change("u", commit, key, state[key], toast=chance.random() < 0.7)
+        self.states.append(state)
+        return made
+
+    def chunk(self, number: int, commit: int) -> list[dict]:
+        edges = ["", *(bound[0] for bound in BOUNDS), "z"]
+        inside = [k for k in sorted(self.states[commit]) if edges[number] <= k < edges[number + 1]]
+        rows = [change("r", commit, k, self.states[commit][k]) for k in inside]
+        return [{**row, "_ordinal": (number << 32) + i + 1} for i, row in enumerate(rows)]
+
+
+def write_copy(
+    log: SQLiteLog, source: Source, chance: random.Random, streamed: int, *, whole: bool = True
+) -> int:
+    """Log one copy between the changes behind commit `streamed`; returns how far the stream is then."""
+    log.append([marker(0, CopyMark("begin", SHAPE, BOUNDS, log.end().offset))])
+    length = len(source.changes)
+    snapshots = sorted(chance.randint(streamed, length) for _ in range(3))
+    if chance.random() < 0.3:
+        snapshots = [snapshots[0]] * 3
+    numbers = [0, 1, 2]
+    chance.shuffle(numbers)
+    for number, commit in zip(numbers, snapshots, strict=True):
+        while streamed < length and chance.random() < 0.6:
+            log.append([entry([source.changes[streamed]])])
+            streamed += 1
+        rows = source.chunk(number, commit)
+        chunk = marker(commit, CopyMark("chunk", chunk=number))
+        log.append([*([entry(rows, "copy")] if rows else []), chunk])
+        if not whole:
+            return streamed
+    while streamed < snapshots[-1]:
+        log.append([entry([source.changes[streamed]])])
+        streamed += 1
+    log.append([marker(snapshots[-1], CopyMark("end", floor=snapshots[0], ceiling=snapshots[-1]))])
+    return streamed
+
+
+class Bench:
+    """Log, staging and destination of their own, and a joiner between them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = SQLiteLog(folder / "log.db")
+        self.staging = DeltaStaging(folder / "staging", "shop", self.log.id)
+        self.destination = DuckDBDestination(folder / "w.duckdb")
+        self.destination.progress("shop")
+        self.alerts: list[str] = []
+        self.joiner = self.reopened()
+
+    def reopened(self) -> Joiner:
+        return Joiner("shop", self.log, self.staging, Joins(self.destination))
+
+    def load(self) -> None:
+        while entries := self.log.read(self.staging.through(), 1 << 20):
+            self.staging.write(entries)
+
+    def join(self, model: RowModel = MODEL, chance: random.Random | None = None) -> None:
+        staged = self.staging.through()
+        while copy := self.joiner.pending(model, staged):
+            stands = self.destination.models("shop")
+            self.joiner.step(model, copy, stands, [], staged, self.alerts.extend)
+            if chance and chance.random() < 0.3:
+                self.joiner = self.reopened()
+
+    def rows(self) -> State:
+        (table,) = self.destination.read(['SELECT id, v, big FROM "shop"."t"'])
+        return {row["id"]: (row["v"], row["big"]) for row in table.to_pylist()}
+
+    def ask(self, query: str) -> list[tuple]:
+        (table,) = self.destination.read([query])
+        return [tuple(row.values()) for row in table.to_pylist()]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.log.close()
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 1 << 32), length=st.integers(0, 40))
+def test_a_join_holds_what_the_source_holds(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, length: int
+) -> None:
+    chance = random.Random(seed)
+    source = Source(chance, length)
+    bench = Bench(tmp_path_factory.mktemp("join"))
+    streamed = 0
+    for _ in range(chance.randint(0, 2)):  # copies that were begun in vain
+        streamed = write_copy(bench.log, source, chance, streamed, whole=False)
+    streamed = write_copy(bench.log, source, chance, streamed)
+    bench.load()
+    bench.join(chance=chance)
+    assert bench.rows() == source.states[streamed]
+    history = bench.staging.history(TABLE, bench.joiner.stands_on(MODEL), bench.log.end().offset)
+    assert (history["_commit"].to_pylist()) == sorted(history["_commit"].to_pylist())
+    # Copied again while it is live: what is equal stays untouched.
+    streamed = write_copy(bench.log, source, chance, streamed)
+    bench.load()
+    later = replace(bench.destination.models("shop")["shop.t"], offset=bench.staging.through())
+    while copy := bench.joiner.pending(MODEL, bench.staging.through()):
+        bench.joiner.step(MODEL, copy, {"shop.t": later}, [], bench.staging.through(), bench.alerts.extend)
+    assert bench.rows() == source.states[streamed]
+    assert bench.ask("SELECT count(*) FROM headrace.quarantine WHERE status = 'quarantined'") == [(0,)]
+    assert bench.ask("SELECT count(*) FROM headrace.ledger WHERE read <> applied + superseded") == [(0,)]
+    bench.log.close()
+
+
+def test_a_row_that_is_gone_at_the_source_goes_and_only_differences_are_written(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    copied = [change("r", 5, key, ("a", "b")) for key in KEYS]
+    for commit, rows in ((5, copied), (9, [{**row, "_commit": 9} for row in copied[1:]])):
+        rows[-1]["v"] = f"as of {commit}"
+        bench.log.append([marker(0, CopyMark("begin", SHAPE, (), bench.log.end().offset))])
+        bench.log.append([entry(rows, "copy"), marker(commit, CopyMark("chunk"))])
+        bench.log.append([marker(commit, CopyMark("end", floor=commit, ceiling=commit))])
+        bench.load()
+        with caplog.at_level("INFO"):
+            bench.join()
+    assert bench.rows() == {**dict.fromkeys(KEYS[1:-1], ("a", "b")), KEYS[-1]: ("as of 9", "b")}
+    assert "3 rows written" in caplog.text  # one goes, and one goes and comes
+
+
+def test_a_second_owner_is_refused_in_the_middle_of_a_join(bench: Bench) -> None:
+    bench.log.append([marker(0, CopyMark("begin", SHAPE))])
+    bench.log.append([entry([change("r", 5, "k1", ("a", "b"))], "copy"), marker(5, CopyMark("chunk"))])
+    bench.log.append([marker(5, CopyMark("end", floor=5, ceiling=5))])
+    bench.load()
+    copy = bench.staging.copy(TABLE, 4)
+    assert copy is not None
+    other = bench.reopened()
+    bench.joiner.step(MODEL, copy, {}, [], 0, bench.alerts.extend)
+    other.step(MODEL, copy, {}, [], 0, bench.alerts.extend)
+    bench.joiner.step(MODEL, copy, {}, [], 0, bench.alerts.extend)
+    with pytest.raises(DestinationError, match="does not stand at"):
+        other.step(MODEL, copy, {}, [], 0, bench.alerts.extend)
