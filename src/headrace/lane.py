@@ -73,6 +73,7 @@ class Lane:
         self._bound: dict[str, tuple[TableSchema, RowModel | HeadraceError]] = {}
         self._stands: dict[str, ModelState] | None = None
         self._reached: Offset = 0
+        self._tables = read_states(self.log)
         self._read_only = read_only
         self.applying = threading.Lock()
 
@@ -124,6 +125,7 @@ class Lane:
         """Apply the next slice, to the models that stand furthest behind; False when all is applied."""
         with self.applying:
             self.reload_models()
+            self._reload_tables()
             staged = self.staging.through()
             # Bound before it is asked where they stand: one that does not bind is suspended, which
             # changes the answer.
@@ -188,6 +190,13 @@ class Lane:
             self._stands = None
             logger.info("changed models: %s", ", ".join(sorted(changed)))
         return bool(changed)
+
+    def _reload_tables(self) -> None:
+        """Take over which tables are captured and paused."""
+        states = read_states(self.log)
+        if states != self._tables:
+            self._tables = states
+            self._stands = None
 
     def idle(self) -> bool:
         """Whether everything in the log is staged, and applied to every model that runs."""
@@ -321,7 +330,7 @@ class Lane:
 
     def _active(self, through: Offset) -> Iterator[RowModel]:
         """Yield the models that are neither suspended nor paused; one whose file was mended is active."""
-        paused = {table for table, state in read_states(self.log).items() if state.paused}
+        paused = {table for table, state in self._tables.items() if state.paused}
         for model in self._models(through):
             state = (self._stands or {}).get(model.name)
             suspended = state and state.state == "suspended" and state.version == model.version
@@ -339,9 +348,9 @@ class Lane:
 
     def _named(self, through: Offset) -> Iterator[tuple[str, TableSchema, ModelText | None]]:
         """Yield the name of every model that has a table, with the table's shape and the model's file."""
-        states = read_states(self.log)
+        removed = {table for table, state in self._tables.items() if state.stage == "removed"}
         for table, schema in self.staging.schemas(through).items():
-            if table in states and states[table].stage == "removed":
+            if table in removed:
                 continue
             texts = [text for text in self._texts if text.table == table.label]
             for text in texts:
@@ -352,8 +361,8 @@ class Lane:
     def _put_aside(self, stands: dict[str, ModelState]) -> None:
         """Retire what the project no longer has, and suspend models of tables that are not captured."""
         staged = self.staging.through()
-        states = read_states(self.log)
-        if not staged or self._read_only or any(state.stage == "requested" for state in states.values()):
+        requested = any(state.stage == "requested" for state in self._tables.values())
+        if not staged or self._read_only or requested:
             return
         named = {name for name, _, _ in self._named(staged)}
         for text in self._texts:

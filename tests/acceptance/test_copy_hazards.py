@@ -9,11 +9,8 @@ import psycopg
 import pytest
 
 from headrace.config import load_project
-from headrace.errors import HeadraceError, SourceGap, SourceUnavailable
+from headrace.errors import HeadraceError, SourceGap
 from headrace.pipeline import Pipeline
-from headrace.sources.postgres.catalog import read_shapes
-from headrace.sources.postgres.connection import connect, connect_bulk, connect_replication
-from headrace.sources.postgres.copy import copy_tables
 from headrace.testing.postgres import PostgresServer
 
 
@@ -21,34 +18,6 @@ from headrace.testing.postgres import PostgresServer
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
     with PostgresServer(tmp_path_factory.mktemp("hazards") / "pg") as running:
         yield running
-
-
-@pytest.mark.parametrize("statement", ["ALTER TABLE %s ALTER v TYPE int USING v::int", "TRUNCATE %s"])
-@pytest.mark.parametrize("table", ["plain", "parted"])
-def test_a_table_rewritten_after_the_snapshot_is_not_taken_as_empty(
-    server: PostgresServer, table: str, statement: str
-) -> None:
-    server.psql("DROP TABLE IF EXISTS plain, parted")
-    server.psql("CREATE TABLE plain (id int PRIMARY KEY, v text)")
-    server.psql("CREATE TABLE parted (id int PRIMARY KEY, v text) PARTITION BY HASH (id)")
-    server.psql("CREATE TABLE parted_0 PARTITION OF parted FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
-    server.psql("INSERT INTO plain VALUES (1, '1'); INSERT INTO parted VALUES (1, '1')")
-    with connect(server.url) as db:
-        (shape,) = read_shapes(db, [t for t in _tables(db) if t.name == table]).values()
-    for rewritten in (False, True):
-        with connect_replication(server.url) as holder, connect_bulk(server.url) as bulk:
-            made = holder.pgconn.exec_(
-                b"CREATE_REPLICATION_SLOT hazard TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"
-            )
-            with bulk.cursor() as cursor:
-                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-                cursor.execute(f"SET TRANSACTION SNAPSHOT '{made.get_value(0, 2).decode()}'")
-            if rewritten:
-                server.psql(statement % table)
-                with pytest.raises(SourceUnavailable, match="rewritten during its copy"):
-                    list(copy_tables(bulk, [shape], 1))
-            else:
-                assert sum(entry.rows for group in copy_tables(bulk, [shape], 1) for entry in group) == 2
 
 
 def test_a_publication_that_leaves_changes_out_and_a_key_that_changes_are_refused(
@@ -70,9 +39,3 @@ def test_a_publication_that_leaves_changes_out_and_a_key_that_changes_are_refuse
         db.execute("UPDATE keyed SET id = 2")
     with pytest.raises(SourceGap, match=r"key of table public\.keyed changed"):
         Pipeline(project).run_once()
-
-
-def _tables(db: psycopg.Connection) -> list:
-    from headrace.sources.postgres.catalog import list_tables
-
-    return list_tables(db)

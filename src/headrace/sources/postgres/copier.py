@@ -14,6 +14,7 @@ import queue
 import tempfile
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -330,7 +331,7 @@ class Copier:
         state = getattr(error, "sqlstate", None) or ""
         if not self._is_current(table):
             return
-        words = without_password(str(error)).strip().splitlines()[0]
+        words = _words(error)
         if isinstance(error, _ChangedMeanwhile) or state in _CHANGED_MEANWHILE:
             logger.warning("copy of %s begins again: %s", table.id, words)
             after = self._log.end().offset
@@ -349,6 +350,13 @@ class Copier:
             )  # fmt: skip
 
 
+def _words(error: Exception) -> str:
+    """Return what the server said, without what the driver puts before it."""
+    text = error.paragraph() if isinstance(error, HeadraceError) else str(error)
+    line = without_password(text).strip().splitlines()[0]
+    return line.rpartition("ERROR:")[2].strip().rstrip(".") + "."
+
+
 class _ChangedMeanwhile(Exception):
     """What was read of a table does not fit together."""
 
@@ -358,6 +366,7 @@ class _Spool:
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.SpooledTemporaryFile(_MEMORY)  # noqa: SIM115 - lives with the chunk
+        weakref.finalize(self, self._file.close)  # a chunk may be dropped at any point of its way
         self._parts: list[tuple[int, int]] = []
 
     def add(self, rows: int, payload: bytes) -> None:
@@ -366,11 +375,10 @@ class _Spool:
         self._file.write(payload)
 
     def drain(self) -> Iterator[tuple[int, bytes]]:
-        """Yield number of rows and payload of every batch, in order, and give the memory back."""
+        """Yield number of rows and payload of every batch, in order."""
         self._file.seek(0)
         for rows, size in self._parts:
             yield rows, self._file.read(size)
-        self._file.close()
 
 
 class _Pace:
