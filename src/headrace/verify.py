@@ -152,8 +152,11 @@ def _compare_source(lane: Lane, snapshot: SourceSnapshot, schema: TableSchema) -
         key = source_key([quoted(name) for name in schema.key])
         keyed = f"SELECT {key} AS _source_key, * FROM found_raw"
         db.register("expected_raw", expected)
+        cells = ", ".join(f"{quoted(name)} VARCHAR" for name in model.types())
+        db.execute(f"CREATE TABLE expected (_source_key VARCHAR, {cells})")
+        db.execute("INSERT INTO expected BY NAME SELECT * FROM expected_raw")
         what = f"source table {schema.table} = staging"
-        return _compare(db, what, "SELECT * FROM expected_raw", keyed, list(model.types()))
+        return _compare(db, what, "SELECT * FROM expected", keyed, list(model.types()))
 
 
 def _destination(project: Project, source: str) -> list[Finding]:
