@@ -24,6 +24,7 @@ from headrace.sources.postgres.events import (
     Transaction,
     Truncate,
 )
+from headrace.sources.postgres.roster import Roster
 
 alerts = logging.getLogger("headrace.alert")
 
@@ -64,9 +65,10 @@ class Spool:
 class GroupBuilder:
     """Turns what the decoder took into entries with positions, and knows every table's shape."""
 
-    def __init__(self, schemas: dict[TableId, TableSchema], catalog: Connection) -> None:
+    def __init__(self, schemas: dict[TableId, TableSchema], catalog: Connection, roster: Roster) -> None:
         self._schemas = dict(schemas)
         self._catalog = catalog
+        self._roster = roster
         self._spool = Spool()
         self._deferred: list[Event] = []
 
@@ -108,7 +110,7 @@ class GroupBuilder:
             entries += self._seen(event, times)
         elif isinstance(event, Truncate) and times.fresh(serial):
             at = times.position(serial, event.ordinal)
-            for relation in event.relations:
+            for relation in filter(self._roster.admits, event.relations):
                 table = _table(relation)
                 version = self._version(relation, serial, event.ordinal, times, entries)
                 entries.append(Entry("truncate", table, at, at, times.at(serial), 1, version, b""))
@@ -121,7 +123,7 @@ class GroupBuilder:
     def _resolve(self, rows: Rows, times: _Times, entries: list[Entry]) -> None:
         """Give rows their commit, time and transaction id, and drop those that the log holds."""
         batch = times.keep_fresh(rows.batch)
-        if not batch.num_rows:
+        if not batch.num_rows or not self._roster.admits(rows.relation):
             return
         table = _table(rows.relation)
         serials = batch.column(1).to_numpy()

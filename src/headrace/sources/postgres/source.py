@@ -24,13 +24,19 @@ from headrace.sources.postgres.connection import (
     place,
     without_password,
 )
+from headrace.sources.postgres.continuity import Continuity
 from headrace.sources.postgres.copy import copy_tables
+from headrace.sources.postgres.fingerprint import captured_oids, check_publication, expect_publication
 from headrace.sources.postgres.groups import GroupBuilder
+from headrace.sources.postgres.identity import Server, check_server
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish
-from headrace.sources.postgres.slot import check_resumable, create_slot, drop_unfinished, same_server
+from headrace.sources.postgres.roster import Roster
+from headrace.sources.postgres.slot import Slot, check_resumable, create_slot, drop_unfinished
 from headrace.sources.postgres.stream import Stream
+from headrace.sources.postgres.takeover import Takeover
+from headrace.sources.postgres.watchman import Watchman
 
 logger = logging.getLogger("headrace.capture")
 
@@ -50,6 +56,7 @@ class PostgresSource:
         self._max_bytes = max_bytes
         self._linger = linger
         self._confirmed = 0
+        self._takeover = Takeover(config)
         self._stream: Stream | None = None
         self._plain: Connection | None = None
 
@@ -57,13 +64,16 @@ class PostgresSource:
         """See `Source.read`."""
         try:
             self._plain = connect(self._url)
-            same_server(self._plain, self._config, log)
+            server = check_server(self._plain, self._config, log)
+            if log.note("slot") == self._config.slot:
+                self._takeover.consider(self._plain)
             if log.note("copied") is None:
                 yield from self._copy(log)
             else:
                 self._say_what_is_new(log)
-            check_resumable(self._plain, self._config, log)
-            yield from self._follow(log)
+            slot = check_resumable(self._plain, self._config, log)
+            check_publication(self._plain, self._config, log)
+            yield from self._follow(log, server, slot)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise SourceUnavailable(
                 f"{place(self._url)} broke off: {without_password(str(error)).strip()}"
@@ -103,6 +113,7 @@ class PostgresSource:
         db = self._catalog()
         tables = chosen_tables(db, self._config)
         publish(db, self._config, tables)
+        expect_publication(db, self._config, log)
         drop_unfinished(db, self._config, log)
         log.set_note("slot", self._config.slot)
         with connect_replication(self._url) as holder, connect_bulk(self._url) as bulk:
@@ -117,13 +128,16 @@ class PostgresSource:
         log.set_note("copied", str(point))
         logger.info("copy is complete")
 
-    def _follow(self, log: Log) -> Iterator[Iterable[Entry]]:
+    def _follow(self, log: Log, server: Server, slot: Slot) -> Iterator[Iterable[Entry]]:
         position = log.position()
         after = position.commit if position else 0
         self._confirmed = after
-        stream = self._stream = Stream(self._config, after)
+        continuity = Continuity(self._config, log, f"{server.system} {server.started}", slot.confirmed)
+        stream = self._stream = Stream(self._config, continuity.after)
+        watchman = Watchman(self._catalog(), self._config, log, server, stream)
         decoder = Decoder(max_batch_bytes=self._max_bytes)
-        builder = GroupBuilder(log.schemas(), self._catalog())
+        roster = Roster(self.name, log.schemas(), captured_oids(log))
+        builder = GroupBuilder(log.schemas(), self._catalog(), roster)
         beat = _Every(self._config.heartbeat)
         feedback = _Every(_FEEDBACK_EVERY)
         collected_since: float | None = None
@@ -136,16 +150,18 @@ class PostgresSource:
                 too_big = decoder.pending_bytes >= self._max_bytes
                 if too_big or (waited >= self._linger and not decoder.in_transaction):
                     transactions, events = decoder.take()
+                    continuity.check(transactions)
                     if entries := list(builder.build(transactions, events, after)):
                         yield entries
                     collected_since = None
                 if asked or feedback.due():
-                    stream.report(self._confirmed)
+                    stream.report(continuity.confirmable(self._confirmed))
+                watchman.check_if_due()
                 if beat.due():
                     _emit(self._catalog(), "heartbeat")
                 if not more:
                     yield ()
-                    stream.report(self._confirmed, always=False)
+                    stream.report(continuity.confirmable(self._confirmed), always=False)
                     idle = _IDLE if collected_since is None else max(0.0, self._linger - waited)
                     stream.wait(idle)
         finally:
