@@ -91,9 +91,10 @@ def read_slot(db: Connection, name: str) -> Slot | None:
         return None
     facts, database = row
     lost = ""
-    if facts["wal_status"] == "lost" or facts.get("conflicting") or facts.get("invalidation_reason"):
-        reason = facts.get("invalidation_reason") or ("rows_removed" if facts.get("conflicting") else "")
-        lost = _LOST.get(reason or "wal_removed", str(reason))
+    if facts["wal_status"] == "lost" or facts.get("invalidation_reason"):
+        # Before 17 the server does not say why; there, WAL is what a primary takes away.
+        reason = facts.get("invalidation_reason") or "wal_removed"
+        lost = _LOST.get(reason, reason)
     foreign = {
         "it is a physical one": facts["slot_type"] != "logical",
         f"its plugin is {facts['plugin']}": facts["plugin"] != "pgoutput",
