@@ -1,12 +1,14 @@
 """The server behind a source: is it the one that filled the log, and does it still hold what the log holds?
 
 Its identity stands in notes of the log: `system` (system identifier), `version` (major), `database`
-(its oid) and `timeline`. A timeline is what Postgres counts up when a standby is promoted or a backup
-recovered: two servers of one system agree up to the LSN at which their timelines forked, no further.
+(its oid) and `timeline` (with its history). A timeline is what Postgres counts up when a standby is
+promoted or a backup recovered: two servers of one system agree up to the LSN at which their timelines
+forked, no further.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +26,10 @@ from headrace.sources.postgres.slot import replication_error
 
 logger = logging.getLogger("headrace.capture")
 
+_NEVER = (1 << 64) - 1
 _FACTS = """
 SELECT c.system_identifier::text, current_setting('server_version_num')::int / 10000, d.oid::text,
-       d.datname, pg_is_in_recovery(), pg_postmaster_start_time()::text
+       pg_postmaster_start_time()::text
 FROM pg_control_system() c, pg_database d WHERE d.datname = current_database()
 """
 
@@ -38,9 +41,34 @@ class Server:
     system: str
     version: int
     database: str
-    database_name: str
-    in_recovery: bool
     started: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A timeline with its history: `forks` are the LSNs at which the timelines before it ended."""
+
+    number: int
+    forks: dict[int, int]
+
+    def end_of(self, other: Timeline) -> int | None:
+        """Return the LSN up to which this timeline holds what `other` held, None if it does not descend
+        from it. Two standbys that were promoted apart may have given themselves the same number."""
+        if any(self.forks.get(number) != lsn for number, lsn in other.forks.items()):
+            return None
+        return _NEVER if self.number == other.number else self.forks.get(other.number)
+
+    def to_json(self) -> str:
+        """Render as the note holds it."""
+        return json.dumps(
+            {"number": self.number, "forks": {n: format_lsn(at) for n, at in self.forks.items()}}
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Timeline:
+        """Read back what `to_json` wrote."""
+        raw = json.loads(text)
+        return cls(raw["number"], {int(number): parse_lsn(at) for number, at in raw["forks"].items()})
 
 
 def read_server(db: Connection) -> Server:
@@ -57,12 +85,9 @@ def check_server(db: Connection, config: SourceConfig, log: Log) -> Server:
     Raises UserError for another server or database, SourceGap for one that lacks what the log holds,
     SourceUnavailable for a standby that is not promoted.
     """
+    refuse_standby(db, config)
     server = read_server(db)
     where = place(config.url.reveal())
-    if server.in_recovery:
-        raise SourceUnavailable(
-            f"{where} is a standby in recovery.", "Promote it, or point the url at the primary."
-        )
     _same_system(server, config, log)
     known = log.note("database")
     if known not in (None, server.database):
@@ -72,25 +97,42 @@ def check_server(db: Connection, config: SourceConfig, log: Log) -> Server:
             "Point the url at the original database. If this one has taken its place: " + _resync(config),
         )
     with connect_replication(config.url.reveal()) as line:
-        system, timeline, flushed = identify(line)
+        system, number, flushed = identify(line)
         if system != server.system:
             raise SourceUnavailable(f"{where} leads to two different servers.", "It is tried again.")
-        _same_history(line, timeline, flushed, config, log)
+        timeline = Timeline(number, read_history(line, number))
+    _same_history(timeline, flushed, config, log)
     adopt_server(log, server, timeline)
     return server
 
 
-def adopt_server(log: Log, server: Server, timeline: int) -> None:
+def refuse_standby(db: Connection, config: SourceConfig) -> None:
+    """Raise SourceUnavailable where the url leads to a standby: its failover may not be over yet."""
+    row = db.execute("SELECT pg_is_in_recovery()").fetchone()
+    if row and row[0]:
+        raise SourceUnavailable(
+            f"{place(config.url.reveal())} is a standby in recovery.",
+            "Promote it, or point the url at the primary.",
+        )
+
+
+def adopt_server(log: Log, server: Server, timeline: Timeline) -> None:
     """Take a server for the one whose changes the log holds, whatever it was before."""
     facts = {
         "system": server.system,
-        "version": server.version,
+        "version": str(server.version),
         "database": server.database,
-        "timeline": timeline,
+        "timeline": timeline.to_json(),
     }
     for key, value in facts.items():
-        if log.note(key) != str(value):
-            log.set_note(key, str(value))
+        if log.note(key) != value:
+            log.set_note(key, value)
+
+
+def noted_timeline(log: Log) -> Timeline | None:
+    """Return the timeline of the server that the log was last filled from."""
+    note = log.note("timeline")
+    return Timeline.from_json(note) if note else None
 
 
 def identify(line: psycopg.Connection[Any]) -> tuple[str, int, int]:
@@ -136,34 +178,31 @@ def _same_system(server: Server, config: SourceConfig, log: Log) -> None:
         )
 
 
-def _same_history(
-    line: psycopg.Connection[Any], timeline: int, flushed: int, config: SourceConfig, log: Log
-) -> None:
+def _same_history(timeline: Timeline, flushed: int, config: SourceConfig, log: Log) -> None:
     """Raise SourceGap where the server's WAL is not a continuation of what the log was filled from."""
-    known = int(log.note("timeline") or timeline)
+    known = noted_timeline(log) or timeline
     position = log.position()
     durable = position.commit if position else 0
+    fork = timeline.end_of(known)
     fault = ""
-    if timeline == known and flushed < durable:
+    if fork is None:
+        fault = f"its timeline {timeline.number} does not descend from timeline {known.number} of the log"
+    elif timeline.number != known.number and fork < durable:
+        fault = f"its timeline {timeline.number} forked from timeline {known.number} at {format_lsn(fork)}"
+    elif flushed < durable:
         fault = f"its WAL ends at {format_lsn(flushed)}: it was restored to an earlier state"
-    elif timeline != known:
-        fork = read_history(line, timeline).get(known)
-        if fork is None:
-            fault = f"it is on timeline {timeline}, which does not descend from timeline {known} of the log"
-        elif fork < durable:
-            fault = f"its timeline {timeline} forked from timeline {known} at {format_lsn(fork)}"
-        else:
-            logger.warning(
-                "source %s: failover to timeline %d, which forked from timeline %d at %s; the log holds "
-                "commits up to %s: nothing is missing, capture goes on",
-                config.name, timeline, known, format_lsn(fork), format_lsn(durable),
-            )  # fmt: skip
     if fault:
         raise SourceGap(
             f"Source {config.name}: the log holds commits up to {format_lsn(durable)} that "
             f"{place(config.url.reveal())} never had or has lost: {fault}.",
             _resync(config),
         )
+    if fork and timeline.number != known.number:
+        logger.warning(
+            "source %s: failover to timeline %d, which forked from timeline %d at %s; the log holds commits "
+            "up to %s: nothing is missing, capture goes on",
+            config.name, timeline.number, known.number, format_lsn(fork), format_lsn(durable),
+        )  # fmt: skip
 
 
 def _resync(config: SourceConfig) -> str:

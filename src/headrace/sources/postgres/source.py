@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import psycopg
 
@@ -28,7 +29,7 @@ from headrace.sources.postgres.continuity import Continuity
 from headrace.sources.postgres.copy import copy_tables
 from headrace.sources.postgres.fingerprint import captured_oids, check_publication, expect_publication
 from headrace.sources.postgres.groups import GroupBuilder
-from headrace.sources.postgres.identity import Server, check_server
+from headrace.sources.postgres.identity import Server, check_server, refuse_standby
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish
@@ -89,6 +90,7 @@ class PostgresSource:
         """Return an LSN that every change committed until now lies before, and make sure that the
         stream will pass it: a logical message is written behind it."""
         with connect(self._url) as db:
+            refuse_standby(db, self._config)
             return _emit(db, "head")
 
     def close(self) -> None:
@@ -166,6 +168,9 @@ class PostgresSource:
                     stream.wait(idle)
         finally:
             builder.close()
+            # The slot of a project that only ever runs once at a time would never move otherwise.
+            with suppress(psycopg.Error):
+                stream.report(continuity.confirmable(self._confirmed), always=False)
 
 
 class _Every:

@@ -9,7 +9,7 @@ from headrace.errors import SourceUnavailable
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection
 from headrace.sources.postgres.fingerprint import check_publication
-from headrace.sources.postgres.identity import Server, read_server
+from headrace.sources.postgres.identity import Server, noted_timeline, read_server
 from headrace.sources.postgres.slot import check_resumable
 from headrace.sources.postgres.stream import Stream
 
@@ -33,7 +33,8 @@ class Watchman:
         self._server = server
         self._reader = stream.backend
         self._last = time.monotonic()
-        if (stream.system, str(stream.timeline)) != (server.system, log.note("timeline")):
+        timeline = noted_timeline(log)
+        if stream.system != server.system or (timeline and stream.timeline != timeline.number):
             raise SourceUnavailable(
                 f"Source {config.name}: the stream has reached another server than the checks.",
                 "It is tried again.",
