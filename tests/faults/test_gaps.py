@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from harness import make_project, until
 
-from headrace.change import TableId
+from headrace.change import Entry, TableId
 from headrace.config import Project, load_project
 from headrace.errors import RESYNC, HeadraceError, SourceGap, UserError
 from headrace.log.sqlite import SQLiteLog
@@ -75,13 +75,8 @@ def capture(project: Project) -> None:
 
 def captured(project: Project, table: str = "t") -> list[str]:
     """The ids of a table's changes in the log, in order."""
-    log = SQLiteLog(project.state / "log" / "shop.db", read_only=True)
-    try:
-        entries = (logged.entry for logged in log.read(0, 1 << 30))
-        rows = (e for e in entries if e.kind == "rows" and e.table == TableId("public", table))
-        return [cell for entry in rows for cell in decode_rows(entry.payload)["id"].to_pylist()]
-    finally:
-        log.close()
+    rows = (e for e in _entries(project) if e.kind == "rows" and e.table == TableId("public", table))
+    return [cell for entry in rows for cell in decode_rows(entry.payload).column("id").to_pylist()]
 
 
 def refused(project: Project, words: str, kind: type[HeadraceError] = SourceGap) -> str:
@@ -281,6 +276,36 @@ def test_a_restored_server_is_a_gap(tmp_path: Path, version: int) -> None:
 
         _restore(server, copy, recovery=True)
         refused(project, "timeline 2 forked from timeline 1 at")
+
+
+def test_what_a_restarted_server_sends_again_changes_nothing(tmp_path: Path) -> None:
+    """Shapes included: a table is sent again as it was then, not as it is now."""
+    with PostgresServer(tmp_path / "pg") as server:
+        project, url = make_source(server, tmp_path / "project", "again")
+        insert(url, 10)
+        server.psql("ALTER TABLE t ADD COLUMN w text", "again")
+        insert(url, 11)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PostgresSource, "confirm", lambda *_: None)
+            capture(project)
+        before = _entries(project)
+        server.stop("immediate")
+        server.start()
+        insert(url, 12)
+        capture(project)
+        assert captured(project)[5:] == ["10", "11", "12"]
+        entries = _entries(project)
+        assert entries[: len(before)] == before
+        assert [entry.last for entry in entries] == sorted(entry.last for entry in entries)
+        assert "schema" not in {entry.kind for entry in entries[len(before) :]}
+
+
+def _entries(project: Project) -> list[Entry]:
+    log = SQLiteLog(project.state / "log" / "shop.db", read_only=True)
+    try:
+        return [logged.entry for logged in log.read(0, 1 << 30)]
+    finally:
+        log.close()
 
 
 def _restore(server: PostgresServer, copy: Path, *, recovery: bool = False) -> None:

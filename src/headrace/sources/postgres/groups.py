@@ -106,7 +106,7 @@ class GroupBuilder:
         serial = event.serial
         if serial > done:
             self._deferred.append(event)
-        elif isinstance(event, RelationSeen):
+        elif isinstance(event, RelationSeen) and times.fresh(serial):
             entries += self._seen(event, times)
         elif isinstance(event, Truncate) and times.fresh(serial):
             at = times.position(serial, event.ordinal)
