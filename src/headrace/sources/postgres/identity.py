@@ -96,11 +96,7 @@ def check_server(db: Connection, config: SourceConfig, log: Log) -> Server:
             f"{server.database}, not {known}).",
             "Point the url at the original database. If this one has taken its place: " + _resync(config),
         )
-    with connect_replication(config.url.reveal()) as line:
-        system, number, flushed = identify(line)
-        if system != server.system:
-            raise SourceUnavailable(f"{where} leads to two different servers.", "It is tried again.")
-        timeline = Timeline(number, read_history(line, number))
+    timeline, flushed = read_timeline(config, server)
     _same_history(timeline, flushed, config, log)
     adopt_server(log, server, timeline)
     return server
@@ -114,6 +110,19 @@ def refuse_standby(db: Connection, config: SourceConfig) -> None:
             f"{place(config.url.reveal())} is a standby in recovery.",
             "Promote it, or point the url at the primary.",
         )
+
+
+def read_timeline(config: SourceConfig, server: Server) -> tuple[Timeline, int]:
+    """Ask a server for its timeline and the LSN through which its WAL is flushed.
+
+    Raises SourceUnavailable when it is not `server` that answers (a url may name several hosts).
+    """
+    with connect_replication(config.url.reveal()) as line:
+        system, number, flushed = identify(line)
+        if system != server.system:
+            where = place(config.url.reveal())
+            raise SourceUnavailable(f"{where} leads to two different servers.", "It is tried again.")
+        return Timeline(number, read_history(line, number)), flushed
 
 
 def adopt_server(log: Log, server: Server, timeline: Timeline) -> None:

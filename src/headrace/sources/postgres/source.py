@@ -1,7 +1,8 @@
 """Postgres as a source: slot, copy, stream.
 
-Facts that outlive the process are notes in the log: `system` (the server's identity), `slot` (its
-name, written before it is created), `copied` (its consistent point, once the copy is in the log).
+Facts that outlive the process are notes in the log: `slot` (its name, written before it is created),
+`copied` (its consistent point, once the copy is in the log), and those of `identity`, `continuity` and
+`fingerprint`.
 """
 
 from __future__ import annotations
