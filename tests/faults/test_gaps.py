@@ -16,15 +16,17 @@ from harness import make_project, until
 
 from headrace.change import Entry, TableId
 from headrace.config import Project, load_project
-from headrace.errors import RESYNC, HeadraceError, SourceGap, UserError
+from headrace.errors import RESYNC, HeadraceError, SourceGap, SourceUnavailable, UserError
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import decode_rows
 from headrace.pipeline import Pipeline
 from headrace.sources.postgres import takeover, watchman
-from headrace.sources.postgres.connection import connect_replication
+from headrace.sources.postgres.connection import connect, connect_replication
 from headrace.sources.postgres.fingerprint import publication_fingerprint
-from headrace.sources.postgres.identity import parse_history
+from headrace.sources.postgres.identity import parse_history, read_server
 from headrace.sources.postgres.source import PostgresSource
+from headrace.sources.postgres.stream import Stream
+from headrace.sources.postgres.watchman import Watchman
 from headrace.testing.postgres import PostgresServer
 
 SCHEMA = """
@@ -389,6 +391,25 @@ def test_the_publication_is_altered_while_running(
         until(lambda: captured(project)[5:] == ["10"])
         db.execute(f"{PUB} DROP TABLE t".encode())
         running.stopped("public.t is no longer in it")
+
+
+def test_a_stream_that_is_not_the_slots_reader_or_on_another_server_is_given_up(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchman, "WATCH_EVERY", 0.0)
+    project, url = make_source(server, tmp_path, "reader")
+    log = SQLiteLog(project.state / "log" / "shop.db", read_only=True)
+    with closing(Stream(project.sources[0], 0)) as stream, connect(url) as db, closing(log):
+        facts = read_server(db)
+        guard = Watchman(db, project.sources[0], log, facts, stream)
+        until(lambda: _reader(db, "reader") == stream.backend)
+        guard.check_if_due()
+        db.execute("SELECT pg_terminate_backend(%s, 5000)", [stream.backend])
+        with pytest.raises(SourceUnavailable, match=f"not by our stream \\(pid {stream.backend}\\)"):
+            guard.check_if_due()
+        stream.timeline += 1
+        with pytest.raises(SourceUnavailable, match="another server than the checks"):
+            Watchman(db, project.sources[0], log, facts, stream)
 
 
 def test_a_table_is_renamed_while_running(server: PostgresServer, tmp_path: Path) -> None:
