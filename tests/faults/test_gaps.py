@@ -252,7 +252,7 @@ def test_a_restored_state_folder_is_a_gap(server: PostgresServer, tmp_path: Path
 @pytest.mark.parametrize("version", [16, 18])
 def test_a_restored_server_is_a_gap(tmp_path: Path, version: int) -> None:
     """Disk copies and recoveries of one server: what the log holds and the server has lost is noticed."""
-    server = PostgresServer(tmp_path / "pg", version, durable=True)
+    server = PostgresServer(tmp_path / "pg", version)
     copy = tmp_path / "copy"
     with server:
         project, url = make_source(server, tmp_path / "project", "restored")
