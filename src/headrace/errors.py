@@ -25,6 +25,11 @@ from __future__ import annotations
 
 import enum
 
+RESYNC = (
+    "Run `headrace resync {source}`: it copies every table again and repairs what differs, deletes included."
+)
+"""The remedy of every gap; `format` it with the source's name."""
+
 
 class Verdict(enum.Enum):
     """What to do with a failure."""

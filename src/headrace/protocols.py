@@ -74,6 +74,10 @@ class Log(Protocol):
         """Return the last durable position in the source, from which capture resumes."""
         ...
 
+    def last_commit(self) -> tuple[Position, int] | None:
+        """Return that position with the time of its commit (microseconds)."""
+        ...
+
     def schemas(self) -> dict[TableId, TableSchema]:
         """Return the newest shape of every table."""
         ...

@@ -29,7 +29,7 @@ from harness import (
 )
 
 from headrace.config import Project, load_project
-from headrace.errors import HeadraceError
+from headrace.errors import RESYNC, HeadraceError
 from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
 from headrace.server import ask, read
@@ -237,7 +237,7 @@ def test_a_gap_is_never_skipped(server: PostgresServer, tmp_path: Path, harm: ob
         assert list(status["stopped"]) == ["shop.capture"]
         assert words in status["stopped"]["shop.capture"]
     assert "STOPPED shop.capture" in said(project)
-    assert "run again" in said(project), "the remedy is missing"
+    assert RESYNC.format(source="shop") in said(project), "the remedy is missing"
 
 
 def ask_status(project: Project) -> dict[str, dict[str, str]]:

@@ -228,15 +228,20 @@ class SQLiteLog:
 
     def position(self) -> Position | None:
         """See `Log.position`."""
+        last = self.last_commit()
+        return last[0] if last else None
+
+    def last_commit(self) -> tuple[Position, int] | None:
+        """See `Log.last_commit`."""
         row = (
             self._connection()
             .execute(
-                "SELECT last_epoch, last_commit, last_ordinal FROM entries "
+                "SELECT last_epoch, last_commit, last_ordinal, committed_at FROM entries "
                 "WHERE ends_group AND kind NOT IN ('copy', 'marker') ORDER BY \"offset\" DESC LIMIT 1"
             )
             .fetchone()
         )
-        return Position(*row) if row else None
+        return (Position(*row[:3]), int(row[3])) if row else None
 
     def schemas(self) -> dict[TableId, TableSchema]:
         """See `Log.schemas`."""

@@ -24,6 +24,7 @@ from headrace.sources.postgres.events import (
     Transaction,
     Truncate,
 )
+from headrace.sources.postgres.roster import Roster
 
 alerts = logging.getLogger("headrace.alert")
 
@@ -64,9 +65,12 @@ class Spool:
 class GroupBuilder:
     """Turns what the decoder took into entries with positions, and knows every table's shape."""
 
-    def __init__(self, schemas: dict[TableId, TableSchema], catalog: Connection, epoch: int = 0) -> None:
+    def __init__(
+        self, schemas: dict[TableId, TableSchema], catalog: Connection, roster: Roster, epoch: int = 0
+    ) -> None:
         self._schemas = dict(schemas)
         self._catalog = catalog
+        self._roster = roster
         self._epoch = epoch
         self._spool = Spool()
         self._deferred: list[Event] = []
@@ -90,7 +94,8 @@ class GroupBuilder:
         yield from sorted(entries, key=lambda entry: entry.last)
 
     def adopt(self, shape: TableSchema) -> None:
-        """Take over the shape that a copy has logged for its table."""
+        """Take over the shape that a copy has logged for its table, which is captured from now on."""
+        self._roster.add(shape.table)
         self._schemas[shape.table] = shape
 
     def close(self) -> None:
@@ -109,11 +114,11 @@ class GroupBuilder:
         serial = event.serial
         if serial > done:
             self._deferred.append(event)
-        elif isinstance(event, RelationSeen):
+        elif isinstance(event, RelationSeen) and times.fresh(serial):
             entries += self._seen(event, times)
         elif isinstance(event, Truncate) and times.fresh(serial):
             at = times.position(serial, event.ordinal)
-            for relation in event.relations:
+            for relation in filter(self._roster.admits, event.relations):
                 table = _table(relation)
                 version = self._version(relation, serial, event.ordinal, times, entries)
                 entries.append(Entry("truncate", table, at, at, times.at(serial), 1, version, b""))
@@ -126,7 +131,7 @@ class GroupBuilder:
     def _resolve(self, rows: Rows, times: _Times, entries: list[Entry]) -> None:
         """Give rows their commit, time and transaction id, and drop those that the log holds."""
         batch = times.keep_fresh(rows.batch)
-        if not batch.num_rows:
+        if not batch.num_rows or not self._roster.admits(rows.relation):
             return
         table = _table(rows.relation)
         serials = batch.column(1).to_numpy()

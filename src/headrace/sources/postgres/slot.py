@@ -1,15 +1,17 @@
-"""The replication slot: made, checked, resumed; and the server that it stands on."""
+"""The replication slot: made, checked, resumed."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import psycopg
 from psycopg import pq
 
 from headrace.config import SourceConfig
-from headrace.errors import HeadraceError, SourceGap, SourceUnavailable, UserError
+from headrace.errors import RESYNC, HeadraceError, SourceGap, SourceUnavailable, UserError
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, quoted
-from headrace.sources.postgres.connection import place, without_password
+from headrace.sources.postgres.connection import without_password
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 
 POINT = "point"
@@ -26,21 +28,6 @@ def durable_commit(log: Log) -> int:
     position = log.position()
     streamed = position.commit if position and position.epoch == epoch_of(log) else 0
     return max(streamed, int(log.note(POINT) or 0))
-
-
-def same_server(db: Connection, config: SourceConfig, log: Log) -> None:
-    """Refuse another server than the one that filled the log."""
-    row = db.execute("SELECT system_identifier::text FROM pg_control_system()").fetchone()
-    found = str(row[0]) if row else ""
-    known = log.note("system")
-    if not known:
-        log.set_note("system", found)
-    elif known != found:
-        raise UserError(
-            f"{place(config.url.reveal())} is another server than the one this state folder was filled from "
-            f"(system identifier {found}, not {known}).",
-            "Point the url at the original server, or start with an empty project folder.",
-        )
 
 
 def drop_unfinished(db: Connection, config: SourceConfig, log: Log) -> None:
@@ -74,31 +61,82 @@ def create_slot(holder: psycopg.Connection[tuple[object, ...]], config: SourceCo
     return parse_lsn(point.decode()), snapshot.decode()
 
 
-def check_resumable(db: Connection, config: SourceConfig, log: Log) -> None:
-    """Refuse to go on where the slot stands beyond what the log holds: a gap is never skipped."""
-    durable = durable_commit(log)
+def check_resumable(db: Connection, config: SourceConfig, log: Log) -> Slot:
+    """Return the slot; refuse one from which changes that the log does not hold cannot be had.
+
+    Raises SourceGap: the slot is gone, invalidated, not the one that Headrace made, or stands beyond
+    what the log holds. A slot that stands behind is harmless: what is sent again is dropped.
+    """
+    slot = read_slot(db, config.slot)
+    fault = _fault(slot, config.slot, durable_commit(log))
+    if slot is None or fault:
+        raise SourceGap(f"Source {config.name}: {fault}", RESYNC.format(source=config.name))
+    return slot
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A replication slot as the server sees it; `confirmed` is an LSN, 0 where there is none yet.
+
+    `lost` says why the server has given the slot up, '' while it has not. `foreign` says what about it
+    is not as Headrace makes it.
+    """
+
+    confirmed: int
+    active_pid: int | None
+    lost: str
+    foreign: str
+
+
+_LOST = {
+    "wal_removed": "the WAL that it needed is thrown away (max_slot_wal_keep_size)",
+    "rows_removed": "rows of the catalog that it needed are vacuumed away",
+    "wal_level_insufficient": "wal_level was below logical for a while",
+    "idle_timeout": "nobody read it for longer than idle_replication_slot_timeout",
+}
+
+
+def read_slot(db: Connection, name: str) -> Slot | None:
+    """Ask a server about a slot, on every version in the words of the newest."""
     row = db.execute(
-        "SELECT confirmed_flush_lsn::text, wal_status FROM pg_replication_slots WHERE slot_name = %s",
-        [config.slot],
+        "SELECT to_jsonb(s), current_database() FROM pg_replication_slots s WHERE slot_name = %s", [name]
     ).fetchone()
-    remedy = (
-        "The changes in between are gone: move the state folder and the destination away and run "
-        "again, which copies everything anew."
-    )
     if row is None:
-        raise SourceGap(f"Source {config.name}: the slot {config.slot} is gone.", remedy)
-    if row[1] == "lost":
-        raise SourceGap(
-            f"Source {config.name}: the server has thrown away WAL that the slot {config.slot} "
-            "needed (max_slot_wal_keep_size).",
-            remedy,
+        return None
+    facts, database = row
+    lost = ""
+    if facts["wal_status"] == "lost" or facts.get("invalidation_reason"):
+        # Before 17 the server does not say why; there, WAL is what a primary takes away.
+        reason = facts.get("invalidation_reason") or "wal_removed"
+        lost = _LOST.get(reason, reason)
+    foreign = {
+        "it is a physical one": facts["slot_type"] != "logical",
+        f"its plugin is {facts['plugin']}": facts["plugin"] != "pgoutput",
+        f"it belongs to the database {facts['database']}": facts["database"] != database,
+        "it is temporary": facts["temporary"],
+        "it decodes prepared transactions (two_phase)": facts.get("two_phase"),
+    }
+    words = next((words for words, holds in foreign.items() if holds), "")
+    confirmed = facts["confirmed_flush_lsn"]
+    return Slot(parse_lsn(confirmed) if confirmed else 0, facts["active_pid"], lost, words)
+
+
+def _fault(slot: Slot | None, name: str, durable: int) -> str:
+    if slot is None:
+        return f"the slot {name} is gone; the log holds commits up to {format_lsn(durable)}."
+    if slot.foreign:
+        return f"the slot {name} is not the one that Headrace made: {slot.foreign}."
+    if slot.lost:
+        return (
+            f"the server has given up the slot {name}: {slot.lost}. It stands at "
+            f"{format_lsn(slot.confirmed)}, the log holds commits up to {format_lsn(durable)}."
         )
-    if row[0] and parse_lsn(str(row[0])) > durable:
-        raise SourceGap(
-            f"Source {config.name}: the slot stands at {row[0]}, the log at {format_lsn(durable)}: "
-            "another reader moved it, or the state folder is older than it.",
-            remedy,
+    if slot.confirmed > durable:
+        return (
+            f"the slot {name} stands at {format_lsn(slot.confirmed)}, the log at {format_lsn(durable)}: "
+            "another reader moved it, it was dropped and made again, or the state folder is older than it."
         )
+    return ""
 
 
 def replication_error(result: pq.abc.PGresult, what: str) -> HeadraceError:

@@ -1,8 +1,8 @@
 """Postgres as a source: slot, stream, and copies beside it.
 
-Facts that outlive the process are notes in the log: `system` (the server's identity), `slot` (its
-name, written before it is created), `point` (the position from which it delivers, an LSN as a number),
-`epoch`, `tables` (see `headrace.sources.postgres.tables`) and `resync` (asked for, not yet begun).
+Facts that outlive the process are notes in the log: `slot` (its name, written before it is created),
+`point` (the position from which it delivers, an LSN as a number), `epoch`, `resync` (asked for, not yet
+begun), and those of `tables`, `identity`, `continuity` and `fingerprint`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Literal
 
 import psycopg
@@ -23,28 +23,34 @@ from headrace.errors import SourceUnavailable, UserError
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, list_tables
 from headrace.sources.postgres.connection import connect, connect_replication, place, without_password
+from headrace.sources.postgres.continuity import Continuity
 from headrace.sources.postgres.copier import Copier
+from headrace.sources.postgres.fingerprint import captured_oids, check_publication, expect_publication
 from headrace.sources.postgres.groups import GroupBuilder
+from headrace.sources.postgres.identity import Server, check_server, forget_server, refuse_standby
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish, withdraw
+from headrace.sources.postgres.roster import Roster
 from headrace.sources.postgres.slot import (
     POINT,
+    Slot,
     check_resumable,
     create_slot,
     drop_unfinished,
     durable_commit,
     epoch_of,
-    same_server,
 )
 from headrace.sources.postgres.stream import Stream
-from headrace.sources.postgres.tables import Stage, TableStates, read_states
+from headrace.sources.postgres.tables import Stage, TableStates, captured_tables, read_states
+from headrace.sources.postgres.takeover import Takeover
+from headrace.sources.postgres.watchman import Watchman
 
 logger = logging.getLogger("headrace.capture")
 
 Request = Literal["add", "remove", "resync", "pause", "resume"]
 
-RESYNC = "resync"
+_RESYNC = "resync"
 
 _IDLE = 0.2
 _COPYING = 0.01  # how long a wait for the stream may hold up what a copy has ready
@@ -64,6 +70,7 @@ class PostgresSource:
         self._max_bytes = max_bytes
         self._linger = linger
         self._confirmed = 0
+        self._takeover = Takeover(config)
         self._stream: Stream | None = None
         self._requests: deque[TableId] = deque()
         self._resync = threading.Event()
@@ -73,18 +80,20 @@ class PostgresSource:
         """See `Source.read`."""
         try:
             self._plain = connect(self._url)
-            if log.note(RESYNC):
+            if log.note(_RESYNC):
                 self._start_anew(log)
-            same_server(self._plain, self._config, log)
+            server = check_server(self._plain, self._config, log)
+            if log.note("slot") == self._config.slot:
+                self._takeover.consider(self._plain)
             with closing(Copier(self._config, log, epoch_of(log))) as copier:
                 if not log.note(POINT):
                     self._begin(log, copier)
-                else:
-                    publish(self._plain, self._config, TableStates(log).captured())
+                slot = check_resumable(self._plain, self._config, log)
+                check_publication(self._plain, self._config, log)
+                self._publish(log)
                 self._say_what_is_new(log)
-                check_resumable(self._plain, self._config, log)
                 copier.resume()
-                yield from self._follow(log, copier)
+                yield from self._follow(log, copier, server, slot)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise SourceUnavailable(
                 f"{place(self._url)} broke off: {without_password(str(error)).strip()}"
@@ -100,6 +109,7 @@ class PostgresSource:
         """Return an LSN that every change committed until now lies before, and make sure that the
         stream will pass it: a logical message is written behind it."""
         with connect(self._url) as db:
+            refuse_standby(db, self._config)
             return _emit(db, "head")
 
     def close(self) -> None:
@@ -128,7 +138,7 @@ class PostgresSource:
                         f"{place(self._url)} has no table {', '.join(missing)}.", "Check the names."
                     )
                 capturable_shapes(db, self._config, tables)
-        elif missing := [str(table) for table in tables if table not in states.captured()]:
+        elif missing := [str(table) for table in tables if table not in captured_tables(log)]:
             raise UserError(
                 f"Source {self.name} does not capture {', '.join(missing)}.", "See `headrace tables list`."
             )
@@ -136,7 +146,7 @@ class PostgresSource:
             states.pause(tables, what == "pause")
             return
         stage: Stage = "removed" if what == "remove" else "requested"
-        captured = states.captured()
+        captured = captured_tables(log)
         tables = [table for table in tables if what != "add" or table not in captured]
         states.move(tables, stage, {"add": "added", "resync": "resync", "remove": ""}[what])
         self._requests.extend(tables)
@@ -146,7 +156,7 @@ class PostgresSource:
 
         Durable when it returns; a running `read` ends with SourceUnavailable, the next one takes it up.
         """
-        log.set_note(RESYNC, "requested")
+        log.set_note(_RESYNC, "requested")
         self._resync.set()
 
     def _start_anew(self, log: Log) -> None:
@@ -154,8 +164,8 @@ class PostgresSource:
         if log.note(POINT):
             log.set_note("epoch", str(epoch_of(log) + 1))
             log.set_note(POINT, "")
-        log.set_note("system", "")
-        log.set_note(RESYNC, "")
+        forget_server(log)
+        log.set_note(_RESYNC, "")
         self._resync.clear()
 
     def _take_requests(self, log: Log, copier: Copier) -> None:
@@ -168,10 +178,16 @@ class PostgresSource:
             if state.stage == "removed":
                 copier.drop(table)
                 withdraw(self._catalog(), self._config, table)
+                expect_publication(self._catalog(), self._config, log)
                 logger.info("%s is no longer captured", table)
             elif state.stage == "requested":
-                publish(self._catalog(), self._config, TableStates(log).captured())
+                self._publish(log)
                 copier.start(table, state.reason, after=log.end().offset)
+
+    def _publish(self, log: Log) -> None:
+        """Publish what is to be captured, and expect to find that from now on."""
+        if publish(self._catalog(), self._config, captured_tables(log)):
+            expect_publication(self._catalog(), self._config, log)
 
     def _say_what_is_new(self, log: Log) -> None:
         """Name tables that the patterns select but that are not captured."""
@@ -187,8 +203,9 @@ class PostgresSource:
         """Make publication and slot, and have every table copied under the slot's own snapshot."""
         db = self._catalog()
         states = TableStates(log)
-        tables = states.captured() or chosen_tables(db, self._config)
+        tables = captured_tables(log) or chosen_tables(db, self._config)
         publish(db, self._config, tables)
+        expect_publication(db, self._config, log)
         drop_unfinished(db, self._config, log)
         log.set_note("slot", self._config.slot)
         again = log.end().offset > 0
@@ -201,11 +218,14 @@ class PostgresSource:
         for table in tables:
             copier.start(table, "resync" if again else "", after=log.end().offset, under_current=True)
 
-    def _follow(self, log: Log, copier: Copier) -> Iterator[Iterable[Entry]]:
+    def _follow(self, log: Log, copier: Copier, server: Server, slot: Slot) -> Iterator[Iterable[Entry]]:
         after = self._confirmed = durable_commit(log)
-        stream = self._stream = Stream(self._config, after)
+        continuity = Continuity(self._config, log, f"{server.system} {server.started}", slot.confirmed)
+        stream = self._stream = Stream(self._config, continuity.after)
+        watchman = Watchman(self._catalog(), self._config, log, server, stream)
         decoder = Decoder(max_batch_bytes=self._max_bytes)
-        builder = GroupBuilder(log.schemas(), self._catalog(), epoch_of(log))
+        roster = Roster(self.name, captured_tables(log), captured_oids(log))
+        builder = GroupBuilder(log.schemas(), self._catalog(), roster, epoch_of(log))
         beat = _Every(self._config.heartbeat)
         feedback = _Every(_FEEDBACK_EVERY)
         nudge = _Every(_NUDGE_EVERY)
@@ -219,6 +239,7 @@ class PostgresSource:
                 too_big = decoder.pending_bytes >= self._max_bytes
                 if too_big or (waited >= self._linger and not decoder.in_transaction):
                     transactions, events = decoder.take()
+                    continuity.check(transactions)
                     if entries := list(builder.build(transactions, events, after)):
                         yield entries
                     collected_since = None
@@ -231,16 +252,20 @@ class PostgresSource:
                     if group.shape:
                         builder.adopt(group.shape)
                 if asked or feedback.due():
-                    stream.report(self._confirmed)
+                    stream.report(continuity.confirmable(self._confirmed))
+                watchman.check_if_due()
                 if beat.due():
                     _emit(self._catalog(), "heartbeat")
                 if not more:
                     yield ()
-                    stream.report(self._confirmed, always=False)
+                    stream.report(continuity.confirmable(self._confirmed), always=False)
                     idle = _IDLE if collected_since is None else max(0.0, self._linger - waited)
                     stream.wait(min(idle, _COPYING) if copier.busy else idle)
         finally:
             builder.close()
+            # The slot of a project that only ever runs once at a time would never move otherwise.
+            with suppress(psycopg.Error):
+                stream.report(continuity.confirmable(self._confirmed), always=False)
 
 
 class _Every:

@@ -12,6 +12,7 @@ from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, SourceUnavailable
 from headrace.sources.postgres.catalog import quoted
 from headrace.sources.postgres.connection import connect_replication, place, without_password
+from headrace.sources.postgres.identity import identify
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.slot import replication_error
@@ -23,8 +24,9 @@ _EPOCH_2000 = 946_684_800
 
 
 class Stream:
-    """The slot's changes as they are committed, from LSN `after` on.
+    """The slot's changes as they are committed, from LSN `after` on; 0 is where the slot stands.
 
+    `system` and `timeline` say which server sends them, `backend` is the pid of its process.
     Raises SourceUnavailable from every method when the connection breaks.
     """
 
@@ -34,6 +36,9 @@ class Stream:
         self._reported = after
         self._connection = connect_replication(self._url)
         try:
+            self.system, self.timeline, _ = identify(self._connection)
+            pid = self._connection.pgconn.exec_(b"SELECT pg_backend_pid()").get_value(0, 0)
+            self.backend = int(pid or 0)
             self._start(after)
         except BaseException:
             self._connection.close()

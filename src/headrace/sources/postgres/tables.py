@@ -40,6 +40,11 @@ def read_states(log: Log) -> dict[TableId, TableState]:
     return {TableId(*table): TableState(**state) for table, state in raw}
 
 
+def captured_tables(log: Log) -> list[TableId]:
+    """Return the tables that are captured, or will be as soon as the source can be asked."""
+    return [table for table, state in read_states(log).items() if state.stage != "removed"]
+
+
 class TableStates:
     """The states, changed by one process; safe to use from any thread."""
 
@@ -51,10 +56,6 @@ class TableStates:
     def all(self) -> dict[TableId, TableState]:
         """Return all states."""
         return read_states(self._log)
-
-    def captured(self) -> list[TableId]:
-        """Return the tables that are not removed."""
-        return [table for table, state in self.all().items() if state.stage != "removed"]
 
     def move(self, tables: Iterable[TableId], stage: Stage, reason: str = "") -> None:
         """Put tables into a stage, durably."""

@@ -1,0 +1,87 @@
+"""Proof that a server which was away is still the one whose changes the log holds.
+
+A server restored from a copy of its disk keeps system identifier and timeline, and once it has
+written more than it lost, no LSN tells the difference: it would resume as if nothing had been, and
+what took the place of the lost transactions would be dropped as known. But its slot, as old as the
+copy, sends everything behind it again, so the last transaction that the log holds must be among that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from headrace.config import SourceConfig
+from headrace.errors import RESYNC, SourceGap
+from headrace.protocols import Log
+from headrace.sources.postgres.events import Transaction
+from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.slot import durable_commit, epoch_of
+
+
+class Continuity:
+    """Watches what a restarted server sends again until the log's last transaction has come.
+
+    A run of the server in which that was seen is remembered in the note `server_run`; as long as it
+    lasts, nothing can be restored under us and `after` is the log's end. Otherwise it is 0: from
+    wherever the slot stands.
+    """
+
+    def __init__(self, config: SourceConfig, log: Log, run: str, confirmed: int) -> None:
+        """`run` names this run of the server, `confirmed` is where the slot stands."""
+        self._source = config.name
+        self._log = log
+        self._run = run
+        self._durable = durable_commit(log)
+        self._committed_at = self._last_commit_time()
+        self._open = log.note("server_run") != run
+        if self._open and (self._committed_at is None or confirmed >= self._durable):
+            self._close()
+
+    def confirmable(self, lsn: int) -> int:
+        """Return what may be confirmed where the log holds `lsn`: nothing (0) while it is open whether the
+        server still has that, since a slot that has moved up would hide the gap."""
+        return 0 if self._open else lsn
+
+    @property
+    def after(self) -> int:
+        """The LSN to start the stream from; 0 where the slot stands."""
+        return 0 if self._open else self._durable
+
+    def check(self, transactions: Sequence[Transaction]) -> None:
+        """Look at transactions in the order in which they are sent.
+
+        Raises SourceGap when the stream passes the log's last commit and that transaction was not there.
+        """
+        if not self._open:
+            return
+        for transaction in transactions:
+            if transaction.commit >= self._durable:
+                if (transaction.commit, transaction.committed_at) != (self._durable, self._committed_at):
+                    raise SourceGap(self._words(transaction), RESYNC.format(source=self._source))
+                self._close()
+                return
+
+    def _close(self) -> None:
+        self._open = False
+        if self._log.note("server_run") != self._run:
+            self._log.set_note("server_run", self._run)
+
+    def _last_commit_time(self) -> int | None:
+        """Return the commit time of the log's last transaction; None if it has none of this epoch."""
+        last = self._log.last_commit()
+        if last is None or last[0].epoch != epoch_of(self._log) or last[0].commit != self._durable:
+            return None
+        return last[1]
+
+    def _words(self, found: Transaction) -> str:
+        assert self._committed_at is not None
+        return (
+            f"Source {self._source}: the log holds a transaction committed at {format_lsn(self._durable)} "
+            f"({_time(self._committed_at)}), but the server has none there and goes on with one at "
+            f"{format_lsn(found.commit)} ({_time(found.committed_at)}): it was restored to an earlier state."
+        )
+
+
+def _time(microseconds: int) -> str:
+    return datetime.fromtimestamp(microseconds / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

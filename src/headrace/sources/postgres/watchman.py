@@ -1,0 +1,63 @@
+"""Looks, while the stream runs, whether the source is still what it was when the stream began."""
+
+from __future__ import annotations
+
+import time
+
+from headrace.config import SourceConfig
+from headrace.errors import SourceUnavailable
+from headrace.protocols import Log
+from headrace.sources.postgres.catalog import Connection
+from headrace.sources.postgres.fingerprint import check_publication
+from headrace.sources.postgres.identity import Server, noted_timeline, read_server
+from headrace.sources.postgres.slot import check_resumable
+from headrace.sources.postgres.stream import Stream
+
+WATCH_EVERY = 10.0
+"""Seconds between two looks."""
+
+
+class Watchman:
+    """Checks server, slot and publication of one running stream, each with a short query or two."""
+
+    def __init__(
+        self, db: Connection, config: SourceConfig, log: Log, server: Server, stream: Stream
+    ) -> None:
+        """`server` is what the start's checks accepted on `db`.
+
+        Raises SourceUnavailable when the stream has reached another one (a url may name several hosts).
+        """
+        self._db = db
+        self._config = config
+        self._log = log
+        self._server = server
+        self._reader = stream.backend
+        self._last = time.monotonic()
+        timeline = noted_timeline(log)
+        if stream.system != server.system or (timeline and stream.timeline != timeline.number):
+            raise SourceUnavailable(
+                f"Source {config.name}: the stream has reached another server than the checks.",
+                "It is tried again.",
+            )
+
+    def check_if_due(self) -> None:
+        """Check if it is time.
+
+        Raises SourceGap when something is missing for good, SourceUnavailable when another start must
+        find out: somebody else reads the slot, or another server answers.
+        """
+        if time.monotonic() - self._last < WATCH_EVERY:
+            return
+        self._last = time.monotonic()
+        if read_server(self._db) != self._server:
+            raise SourceUnavailable(
+                f"Source {self._config.name}: another server answers now.", "It is tried again."
+            )
+        slot = check_resumable(self._db, self._config, self._log)
+        if slot.active_pid != self._reader:
+            raise SourceUnavailable(
+                f"Source {self._config.name}: the slot {self._config.slot} is read by pid {slot.active_pid}, "
+                f"not by our stream (pid {self._reader}).",
+                "It is tried again.",
+            )
+        check_publication(self._db, self._config, self._log)
