@@ -22,7 +22,7 @@ from headrace.change import Mark, Offset, TableSchema
 from headrace.config import Project, SourceConfig
 from headrace.destinations.duckdb import DuckDBDestination, foreign
 from headrace.errors import ForeignDestination, HeadraceError, ModelBroken, Verdict, verdict_of
-from headrace.keys import key_before, key_of_row
+from headrace.keys import identity
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Part, Prepared, Slice
 from headrace.sources.postgres.source import PostgresSource
@@ -327,7 +327,7 @@ class Lane:
         """Return all changes of some keys up to an offset, with the table-wide ones among them."""
         changes = self.staging.read(model.table, 0, through)
         mine = pc.equal(changes["_op"], "t")
-        for expression in (key_of_row(model.schema.key), key_before(model.schema.key)):
+        for expression in identity(model.schema):
             mine = pc.or_(mine, pc.is_in(_evaluate(changes, expression), value_set=keys))
         return fill_unchanged(self.staging, model.table, model.schema.key, changes.filter(mine))
 

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 from headrace.change import Mark, TableSchema
 from headrace.config import Project
 from headrace.errors import HeadraceError
-from headrace.keys import literal, quoted, source_key
+from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
 from headrace.pipeline import open_lanes
 from headrace.server import is_running, read
@@ -144,7 +144,7 @@ def _compare_source(lane: Lane, snapshot: SourceSnapshot, schema: TableSchema) -
         return Finding(f"source table {schema.table}", False, str(error))
     with duckdb.connect() as db:
         db.register("found_raw", found)
-        key = source_key([quoted(name) for name in schema.key])
+        key, _ = identity(schema)
         keyed = f"SELECT {key} AS _source_key, * FROM found_raw"
         db.register("expected_raw", expected)
         what = f"source table {schema.table} = staging"

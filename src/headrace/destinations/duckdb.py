@@ -18,7 +18,8 @@ import duckdb
 import pyarrow as pa
 
 from headrace.change import Mark
-from headrace.destinations.tables import CREATE, LEDGER_COUNTS, OPEN, RECORD_COLUMNS
+from headrace.destinations.multiset import take_off
+from headrace.destinations.tables import CREATE, LEDGER_COUNTS, OPEN, RECORD_COLUMNS, place_of
 from headrace.errors import (
     DestinationBusy,
     DestinationError,
@@ -131,8 +132,8 @@ class DuckDBDestination:
         """See `Destination.apply`. In this order, in one transaction:
 
         1. progress is compared with what the slice says it starts from;
-        2. each model's table is made or widened, its rows are changed;
-        3. its open records that a later good change has healed become superseded;
+        2. each model's table is made or widened;
+        3. its open records that a later change has healed become superseded; its rows are changed;
         4. its new records and its ledger row are written;
         5. the models' and the source's progress move; commit.
         """
@@ -152,8 +153,10 @@ class DuckDBDestination:
             moves: list[_Move] = []
             new_issues: list[str] = []
             for part in work.parts:
-                self._change_rows(db, work.source, part.model, part.prepared)
+                self._shape(db, part.model)
                 healed = _heal(db, work, part) if open_records.get(part.model.name) else 0
+                healed += take_off(db, work, part)
+                self._change_rows(db, work.source, part.model, part.prepared)
                 if part.prepared.records.num_rows:
                     new_issues += _record(db, part.model, part.prepared.records)
                 moves.append(_Move(part, healed, open_records.get(part.model.name, 0)))
@@ -182,6 +185,7 @@ class DuckDBDestination:
             db.register("_hr_redriven", pa.table({"key": prepared.removed}))
             db.register("_hr_still_bad", prepared.records)
             before = _number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
+            self._shape(db, model)
             self._change_rows(db, model.source, model, prepared)
             resolved = _number(
                 db,
@@ -238,7 +242,7 @@ class DuckDBDestination:
 
         Its open records become superseded and its ledger rows void: it is built again from staging.
         """
-        schema, table = _place(model.name)
+        schema, table = place_of(model.name)
         self._shaped.clear()
         with self.open() as db:
             known = _columns(db, schema, table)
@@ -284,14 +288,10 @@ class DuckDBDestination:
             if stands.get(part.model.name, 0) != work.after.offset:
                 raise DestinationError(f"Model {part.model.name} does not stand at {work.after.offset}.")
 
-    def _change_rows(
-        self, db: duckdb.DuckDBPyConnection, source: str, model: Model, prepared: Prepared
-    ) -> None:
-        schema, table = _place(model.name)
-        target = f"{quoted(schema)}.{quoted(table)}"
+    def _shape(self, db: duckdb.DuckDBPyConnection, model: Model) -> None:
         try:
             if self._shaped.get(model.name) != model.types():
-                _shape(db, schema, table, model)
+                _shape(db, *place_of(model.name), model)
                 self._shaped[model.name] = model.types()
         except duckdb.Error as error:
             raise ModelBroken(
@@ -299,6 +299,11 @@ class DuckDBDestination:
                 f"Table {model.name} cannot take the model's columns: {str(error).splitlines()[0]}",
                 "Drop or mend the table.",
             ) from error
+
+    def _change_rows(
+        self, db: duckdb.DuckDBPyConnection, source: str, model: Model, prepared: Prepared
+    ) -> None:
+        target = ".".join(map(quoted, place_of(model.name)))
         if prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = ?", [source])
         if len(prepared.removed):
@@ -339,11 +344,6 @@ def _progress(db: duckdb.DuckDBPyConnection, source: str) -> Mark | None:
         'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = ?', [source]
     ).fetchall()
     return Mark(*rows[0]) if rows else None
-
-
-def _place(name: str) -> tuple[str, str]:
-    schema, dot, table = name.partition(".")
-    return (schema, table) if dot else ("main", schema)
 
 
 def _columns(db: duckdb.DuckDBPyConnection, schema: str, table: str) -> dict[str, str]:

@@ -34,3 +34,9 @@ CREATE TABLE IF NOT EXISTS headrace.ledger (
   waiting BIGINT, blocked BIGINT, model_version VARCHAR, recorded_at TIMESTAMPTZ
 );
 """
+
+
+def place_of(model: str) -> tuple[str, str]:
+    """Return schema and name of a model's table."""
+    schema, dot, table = model.partition(".")
+    return (schema, table) if dot else ("main", schema)
