@@ -129,6 +129,7 @@ def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def take(events: pa.Table, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Return the events of these numbers."""
     return events if len(numbers) == events.num_rows else events.take(numbers)
 
 
@@ -190,6 +191,7 @@ def _count_in(verdicts: pa.Table, verdict: str, settled: pa.Array) -> int:
 
 
 def records_of(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Table:
+    """Return the records of the bad events, given by their numbers."""
     if not len(bad):
         return RECORD.empty_table()
     rows = events.take(bad)
