@@ -395,7 +395,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
 
 def _conditions(document: Document, path: tuple[str, ...], raw: object) -> tuple[tuple[str, str], ...]:
     """Parse the table `where`: each key a pattern of tables, each value a condition."""
-    parsers = dict.fromkeys(raw, _condition) if isinstance(raw, dict) else {}
+    parsers: dict[str, Parser] = dict.fromkeys(raw, _condition) if isinstance(raw, dict) else {}
     for pattern in parsers:
         fault = _pattern_fault(pattern)
         if pattern.startswith("!"):

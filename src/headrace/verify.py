@@ -101,7 +101,7 @@ def _source(project: Project, source: str) -> list[Finding]:
     config = next(item for item in project.sources if item.name == source)
     lane = _lane(project, source)
     try:
-        with take_snapshot(config.url.reveal()) as snapshot:
+        with take_snapshot(config) as snapshot:
             if is_running(project):
                 lane = _wait_past(project, lane, snapshot.commit)
             else:

@@ -8,10 +8,11 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from headrace.config import load_project
+from headrace.config import Secret, load_project, source_config
 from headrace.errors import HeadraceError, SourceGap, SourceUnavailable
 from headrace.pipeline import Pipeline
 from headrace.sources.postgres.catalog import read_shapes
+from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import connect, connect_bulk, connect_replication
 from headrace.sources.postgres.copy import copy_tables
 from headrace.testing.postgres import PostgresServer
@@ -33,6 +34,7 @@ def test_a_table_rewritten_after_the_snapshot_is_not_taken_as_empty(
     server.psql("CREATE TABLE parted (id int PRIMARY KEY, v text) PARTITION BY HASH (id)")
     server.psql("CREATE TABLE parted_0 PARTITION OF parted FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
     server.psql("INSERT INTO plain VALUES (1, '1'); INSERT INTO parted VALUES (1, '1')")
+    policy = Policy(source_config("shop", Secret(server.url)))
     with connect(server.url) as db:
         (shape,) = read_shapes(db, [t for t in _tables(db) if t.name == table]).values()
     for rewritten in (False, True):
@@ -46,9 +48,11 @@ def test_a_table_rewritten_after_the_snapshot_is_not_taken_as_empty(
             if rewritten:
                 server.psql(statement % table)
                 with pytest.raises(SourceUnavailable, match="rewritten during its copy"):
-                    list(copy_tables(bulk, [shape], 1))
+                    list(copy_tables(bulk, [shape], policy, 1))
             else:
-                assert sum(entry.rows for group in copy_tables(bulk, [shape], 1) for entry in group) == 2
+                assert (
+                    sum(entry.rows for group in copy_tables(bulk, [shape], policy, 1) for entry in group) == 2
+                )
 
 
 def test_a_publication_that_leaves_changes_out_and_a_key_that_changes_are_refused(

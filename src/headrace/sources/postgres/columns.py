@@ -69,6 +69,10 @@ class Policy:
         """Whether a column is left out."""
         return any(pattern.fits(table, column) for pattern in self._exclude)
 
+    def excludes_of(self, table: TableId) -> bool:
+        """Whether a table may have columns that are left out."""
+        return any(pattern.fits_table(table) for pattern in self._exclude)
+
     def hashes(self, table: TableId, column: str) -> bool:
         """Whether a column is captured as the hash of its values."""
         return any(pattern.fits(table, column) for pattern in self._hash)

@@ -19,6 +19,7 @@ from headrace.errors import SourceUnavailable
 from headrace.failpoints import failpoint
 from headrace.payload import encode_rows
 from headrace.sources.postgres.catalog import qualified, quoted
+from headrace.sources.postgres.columns import HASHED, Policy
 
 _SAME_AS_OUTPUT = (
     "smallint", "integer", "bigint", "numeric", "real", "double precision", "text", "character varying",
@@ -26,8 +27,9 @@ _SAME_AS_OUTPUT = (
 )  # fmt: skip
 
 
-def select_text(schema: TableSchema, partitioned: bool) -> str:
-    """Return the query that reads a table with every column as the stream would send it.
+def select_text(schema: TableSchema, partitioned: bool, where: str = "") -> str:
+    """Return the query that reads a table with every column as the stream would send it, as captured
+    (`Policy.shape`) but for hashing, and the rows that meet the condition `where`.
 
     A table that others inherit from is read without their rows, which are theirs; a partitioned one
     has none of its own.
@@ -38,13 +40,16 @@ def select_text(schema: TableSchema, partitioned: bool) -> str:
         base = (
             column.type.partition("(")[0].removesuffix(" with time zone").removesuffix(" without time zone")
         )
-        if base in _SAME_AS_OUTPUT or column.base in {"enum", "array"}:
+        # The type of a hashed column is that of the hash.
+        known = base in _SAME_AS_OUTPUT or column.base in {"enum", "array"}
+        if known and not column.base.startswith(HASHED):
             cells.append(f"{name}::text AS {name}")
         else:
             cells.append(
                 f"CASE WHEN {name} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {name}) END AS {name}"
             )
-    return f"SELECT {', '.join(cells)} FROM {'' if partitioned else 'ONLY '}{qualified(schema.table)}"
+    table = f"{'' if partitioned else 'ONLY '}{qualified(schema.table)}"
+    return f"SELECT {', '.join(cells)} FROM {table}" + (f" WHERE ({where})" if where else "")
 
 
 def partitioned_tables(cursor: Any) -> set[TableId]:
@@ -56,7 +61,9 @@ def partitioned_tables(cursor: Any) -> set[TableId]:
     return {TableId(*row) for row in cursor.fetchall()}
 
 
-def copy_tables(bulk: Any, shapes: Sequence[TableSchema], commit: int) -> Iterator[Sequence[Entry]]:
+def copy_tables(
+    bulk: Any, shapes: Sequence[TableSchema], policy: Policy, commit: int
+) -> Iterator[Sequence[Entry]]:
     """Yield groups that hold every row of the tables as of the snapshot that `bulk` has adopted.
 
     Each table begins with a marker, before which nothing of it counts any more: an interrupted copy
@@ -74,10 +81,11 @@ def copy_tables(bulk: Any, shapes: Sequence[TableSchema], commit: int) -> Iterat
                 Entry("schema", shape.table, at, at, now, 0, shape.version, shape.to_json().encode()),
                 Entry("marker", shape.table, at, at, now, 1, shape.version, begin),
             ]
-            cursor.execute(select_text(shape, shape.table in partitioned))
+            cursor.execute(select_text(shape, shape.table in partitioned, policy.where(shape.table)))
             for batch in cursor.fetch_record_batch():
                 if batch.num_rows:
-                    yield [_rows(shape.table, shape.version, batch, commit, ordinal, now)]
+                    rows = policy.apply(shape.table, batch)
+                    yield [_rows(shape.table, shape.version, rows, commit, ordinal, now)]
                     ordinal += batch.num_rows
                     failpoint("source.copy.batch")
             _was_not_rewritten(cursor, shape.table)

@@ -58,6 +58,8 @@ class Table:
     generated: tuple[str, ...]
     weak_partitions: tuple[str, ...]
     """Partitions in which an UPDATE of a published root would fail."""
+    partial_partitions: tuple[str, ...]
+    """Partitions whose replica identity is not FULL."""
 
     @property
     def can_be_listed(self) -> bool:
@@ -67,7 +69,7 @@ class Table:
     def obstacles(self, role: Role) -> Iterator[tuple[str, str]]:
         """Yield what forbids to capture the table, rights aside: a clause, and the SQL that mends it."""
         name = qualified(self.id)
-        yield from self._key_obstacles(name)
+        yield from self.key_obstacles()
         folded = [column.casefold() for column in self.columns]
         for column in self.columns:
             if column.casefold() in RESERVED:
@@ -84,12 +86,23 @@ class Table:
             bypass = f"ALTER ROLE {quoted(role.name)} BYPASSRLS;"
             yield f"row security hides rows of it from role {role.name}, so a copy would lack them", bypass
 
-    def _key_obstacles(self, name: str) -> Iterator[tuple[str, str]]:
+    def key_obstacles(self) -> Iterator[tuple[str, str]]:
+        """Yield why rows of the table cannot be told apart, or what of its replica identity does harm."""
+        name = qualified(self.id)
         fails = "publishing it would make the application's own UPDATE and DELETE fail"
         back = f"ALTER TABLE {name} REPLICA IDENTITY DEFAULT;"
-        if not self.key:
-            why = fails if self.identity != "f" else "changes of its rows could not be told apart"
-            yield f"it has no primary key: {why}", f"ALTER TABLE {name} ADD PRIMARY KEY (…);"
+        if not self.key and self.identity == "f":
+            if self.partial_partitions:
+                yield (
+                    f"it has no key, and partitions that do not send whole old rows "
+                    f"({shortened(self.partial_partitions)})",
+                    f"ALTER TABLE {self.partial_partitions[0]} REPLICA IDENTITY FULL; for each of them,",
+                )
+        elif not self.key:
+            yield (
+                f"it has no primary key: {fails}",
+                f"ALTER TABLE {name} ADD PRIMARY KEY (…); or ALTER TABLE {name} REPLICA IDENTITY FULL;",
+            )
         elif computed := set(self.key) & set(self.generated):
             yield (
                 f"its key has the generated column {min(computed)}, which is not captured",
@@ -129,7 +142,11 @@ SELECT n.nspname::text, c.relname::text, c.relkind::text, c.relispartition, c.re
     SELECT coalesce(array_agg(l.oid::regclass::text ORDER BY l.oid), '{}')
     FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid
     WHERE t.isleaf AND l.relkind = 'r' AND (l.relreplident = 'n' OR l.relreplident = 'd' AND NOT EXISTS (
-      SELECT FROM pg_index x WHERE x.indrelid = l.oid AND x.indisprimary AND x.indimmediate))) END
+      SELECT FROM pg_index x WHERE x.indrelid = l.oid AND x.indisprimary AND x.indimmediate))) END,
+  CASE WHEN c.relkind <> 'p' THEN '{}' ELSE (
+    SELECT coalesce(array_agg(l.oid::regclass::text ORDER BY l.oid), '{}')
+    FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid
+    WHERE t.isleaf AND l.relkind = 'r' AND l.relreplident <> 'f') END
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_index p ON p.indrelid = c.oid AND p.indisprimary
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisreplident AND c.relreplident = 'i'
@@ -176,7 +193,9 @@ def table_findings(db: Connection, config: SourceConfig, role: Role) -> Iterator
     yield from _publication(db, config.publication, sound, role)
     yield from _left_out(config, every, chosen)
     if len(sound) == len(chosen):
-        yield Finding("ok", f"{counted(len(chosen))} selected, each with a key")
+        keyless = sum(not table.key for table in chosen)
+        rest = f", {keyless} of them without: their rows are counted" if keyless else ""
+        yield Finding("ok", f"{counted(len(chosen))} selected, each with a key{rest}")
 
 
 def _obstacle(table: Table, clause: str, remedy: str) -> Finding:

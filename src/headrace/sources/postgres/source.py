@@ -17,6 +17,7 @@ from headrace.config import SourceConfig, select_tables
 from headrace.errors import SourceUnavailable
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, list_tables
+from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import (
     connect,
     connect_bulk,
@@ -28,7 +29,7 @@ from headrace.sources.postgres.copy import copy_tables
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.pgoutput import Decoder
-from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish
+from headrace.sources.postgres.publication import amend, capturable_shapes, chosen_tables, publish
 from headrace.sources.postgres.slot import check_resumable, create_slot, drop_unfinished, same_server
 from headrace.sources.postgres.stream import Stream
 
@@ -46,6 +47,7 @@ class PostgresSource:
         a group waits for more while changes keep coming."""
         self.name = config.name
         self._config = config
+        self._policy = Policy(config)
         self._url = config.url.reveal()
         self._max_bytes = max_bytes
         self._linger = linger
@@ -62,6 +64,7 @@ class PostgresSource:
                 yield from self._copy(log)
             else:
                 self._say_what_is_new(log)
+                amend(self._plain, self._config, log.schemas())
             check_resumable(self._plain, self._config, log)
             yield from self._follow(log)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
@@ -113,7 +116,7 @@ class PostgresSource:
             known = log.schemas()
             shapes = [_next_version(shape, known) for shape in capturable_shapes(db, self._config, tables)]
             logger.info("copy of %d tables begins at %s", len(shapes), format_lsn(point))
-            yield from copy_tables(bulk, shapes, point)
+            yield from copy_tables(bulk, shapes, self._policy, point)
         log.set_note("copied", str(point))
         logger.info("copy is complete")
 
@@ -123,7 +126,7 @@ class PostgresSource:
         self._confirmed = after
         stream = self._stream = Stream(self._config, after)
         decoder = Decoder(max_batch_bytes=self._max_bytes)
-        builder = GroupBuilder(log.schemas(), self._catalog())
+        builder = GroupBuilder(log.schemas(), self._catalog(), self._config)
         beat = _Every(self._config.heartbeat)
         feedback = _Every(_FEEDBACK_EVERY)
         collected_since: float | None = None
