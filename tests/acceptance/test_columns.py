@@ -105,7 +105,8 @@ def test_what_is_left_out_or_hashed_is_in_no_file(server: PostgresServer, tmp_pa
     run(
         server,
         fill(100),
-        "UPDATE users SET v = 'w', secret = 'hidden too' WHERE id IN (1, 101); DELETE FROM users WHERE id = 2",
+        "UPDATE users SET v = 'w', secret = 'hidden too' WHERE id IN (1, 101)",
+        "DELETE FROM users WHERE id IN (2, 102)",
         "UPDATE users SET email = 'plain again', id = id + 1000 WHERE id IN (3, 103)",
         "UPDATE whole SET secret = 'hidden more'; UPDATE whole SET id = -id, email = NULL WHERE id = 101",
         "UPDATE bag SET flag = NULL WHERE flag AND secret < 'hidden 102'; DELETE FROM bag WHERE NOT flag",
@@ -117,16 +118,13 @@ def test_what_is_left_out_or_hashed_is_in_no_file(server: PostgresServer, tmp_pa
     assert not [finding for finding in verify(load_project(tmp_path)).findings if not finding.ok]
     long = "é" * 3000
     assert sorted(found(project, "SELECT id, email, v FROM shop.users")) == sorted(
-        [
-            (n, digest(f"plain {n}{long}"), "w" if n in (1, 101) else "v")
-            for n in (0, 1, 4, 100, 101, 102, 104)
-        ]
+        [(n, digest(f"plain {n}{long}"), "w" if n in (1, 101) else "v") for n in (0, 1, 4, 100, 101, 104)]
         + [(n + 1000, digest("plain again"), "v") for n in (3, 103)]
     )
     assert found(project, "SELECT email FROM shop.whole WHERE id = -101") == [(None,)]
     assert found(project, "SELECT flag, count(*), any_value(email) FROM shop.bag GROUP BY 1 ORDER BY 1") == [
-        (True, 3, digest("plain")),
-        (None, 3, digest("plain")),
+        (True, 4, digest("plain")),
+        (None, 2, digest("plain")),
     ]
     ids = {digest(f"{n}.50") for n in (1, 2, 3, 4, 100, 101, 102, 103, 105)}
     assert {row[0] for row in found(project, "SELECT id FROM shop.persons")} == ids
@@ -162,7 +160,9 @@ def test_the_publication_leaves_out_what_it_can_without_harm(server: PostgresSer
     assert held["orders"] is not None
     assert "created_at" in held["orders"].where
     # What the application does goes on, also after the settings have changed.
-    settings = SETTINGS.replace("public.*.secret", "public.users.v").replace("'2024-01-01'", "'2023-01-01'")
+    settings = SETTINGS.replace('"public.*.secret"', '"public.users.v", "public.bag.secret"').replace(
+        "'2024-01-01'", "'2023-01-01'"
+    )
     project = made(tmp_path, server, settings, "cut")
     for _ in range(2):
         every = "; ".join(
@@ -207,10 +207,10 @@ def test_a_column_that_a_table_gains_is_published_and_said(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ('exclude = ["public.*.id"]', r"leaves out id, which is of the key of public\.users: hash it instead"),
-        ('exclude = ["public.users.secert"]', r'no column public\.users\.secert; did you mean "public\.users\.s'),
+        ('exclude = ["public.*.id"]', r"leaves out id, which is of the key of public\.users"),
+        ('exclude = ["public.users.secert"]', r'no column public\.users\.secert; did you mean'),
         ('where = {"public.user" = "true"}', r'no table public\.user .*did you mean "public\.users"'),
-        ('where = {"public.users" = "v = \'x\'"}', r"reads v, outside of the table's replica identity: with it"),
+        ('where = {"public.users" = "v = \'x\'"}', r"reads v, outside of the table's replica identity"),
         ('where = {"public.users" = "nope = 1"}', r'does not take .* column "nope" does not exist'),
         ('where = {"public.users" = "random() > id"}', r"does not take"),
     ],
