@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from headrace.log.sqlite import SQLiteLog
 from headrace.payload import decode_rows
 from headrace.pipeline import Pipeline
 from headrace.sources.postgres.clauses import Clause, held_clauses
+from headrace.sources.postgres.preflight import inspect
 from headrace.testing.postgres import INSTALLS, PostgresServer
 from headrace.verify import verify
 
@@ -153,7 +155,13 @@ def _holds_nothing_of(project: Project, secrets: tuple[bytes, ...]) -> None:
 def test_the_publication_leaves_out_what_it_can_without_harm(server: PostgresServer, tmp_path: Path) -> None:
     run(server, "CREATE DATABASE cut")
     run(server, DEFINITIONS, fill(0), database="cut")
-    project = once(made(tmp_path, server, SETTINGS, "cut"))
+    project = made(tmp_path, server, SETTINGS, "cut")
+    said = {finding.what for finding in inspect(project.sources[0], fresh=True)}
+    assert {
+        "columns left out: public.bag.secret, public.users.secret, public.whole.secret",
+        "5 tables selected, each with a key but 1, whose equal rows are counted",
+    } <= said
+    once(project)
     held = clauses(project)
     assert held["users"] == Clause(("id", "email", "v"))
     assert held["whole"] == held["bag"] == held["persons"] == Clause()  # FULL takes no list of columns
@@ -221,6 +229,8 @@ def test_settings_that_cannot_be_kept_are_refused_before_anything_is_made(
     run(server, "DROP DATABASE IF EXISTS refused", "CREATE DATABASE refused")
     run(server, "CREATE TABLE users (id int PRIMARY KEY, secret text, v text)", database="refused")
     project = made(tmp_path, server, settings, "refused")
+    failures = [finding.what for finding in inspect(project.sources[0]) if finding.level == "fail"]
+    assert any(re.search(message, what) for what in failures), failures
     with pytest.raises(UserError, match=message):
         once(project)
     assert clauses(project) == {}

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
-from headrace.change import RESERVED, TableId
+from headrace.change import RESERVED, Column, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
+from headrace.errors import UserError
 from headrace.sources.postgres.catalog import Connection, qualified, quoted
+from headrace.sources.postgres.clauses import wanted_clauses
+from headrace.sources.postgres.columns import Policy
 
 SHOWN = 5
 """How many names a message lists before it counts the rest."""
@@ -190,11 +193,12 @@ def table_findings(db: Connection, config: SourceConfig, role: Role) -> Iterator
             sound.append(table)
     yield from _same_names(chosen)
     yield from _reading(chosen, role)
-    yield from _publication(db, config.publication, sound, role)
+    yield from _columns(config, chosen)
+    yield from _publication(db, config, sound, role)
     yield from _left_out(config, every, chosen)
     if len(sound) == len(chosen):
         keyless = sum(not table.key for table in chosen)
-        rest = f", {keyless} of them without: their rows are counted" if keyless else ""
+        rest = f" but {keyless}, whose equal rows are counted" if keyless else ""
         yield Finding("ok", f"{counted(len(chosen))} selected, each with a key{rest}")
 
 
@@ -277,11 +281,34 @@ def _left_out(config: SourceConfig, every: Iterable[Table], chosen: Iterable[Tab
             )
 
 
+def _columns(config: SourceConfig, chosen: Iterable[Table]) -> Iterator[Finding]:
+    """Judge what the configuration leaves out of the tables, or hashes."""
+    policy = Policy(config)
+    shapes = [
+        TableSchema(table.id, tuple(Column(name, "") for name in table.columns), table.key)
+        for table in chosen
+    ]
+    for mistake in policy.mistakes(shapes):
+        yield Finding("fail", mistake, f"Mend it in [source.{config.name}].")
+    columns = [(shape.table, column.name) for shape in shapes for column in shape.columns]
+    for verb, chooses in (("left out", policy.excludes), ("hashed", policy.hashes)):
+        if names := [f"{table}.{name}" for table, name in columns if chooses(table, name)]:
+            yield Finding("ok", f"columns {verb}: {shortened(names)}")
+
+
 # --------------------------------------------------------------------------------- the publication
 
 
-def _publication(db: Connection, name: str, tables: Sequence[Table], role: Role) -> Iterator[Finding]:
+def _publication(
+    db: Connection, config: SourceConfig, tables: Sequence[Table], role: Role
+) -> Iterator[Finding]:
     """Judge whether the publication holds the tables that can be captured, or can be made to."""
+    name = config.publication
+    try:
+        clauses = wanted_clauses(db, config, [table.id for table in tables])
+    except UserError as error:
+        yield Finding("fail", str(error), error.remedy)
+        return
     row = db.execute(
         """SELECT pg_has_role(pubowner, 'USAGE'), pubviaroot,
         pubinsert AND pubupdate AND pubdelete AND pubtruncate FROM pg_publication WHERE pubname = %s""",
@@ -305,7 +332,7 @@ def _publication(db: Connection, name: str, tables: Sequence[Table], role: Role)
             yield Finding("ok", f"publication {name} holds {counted(len(tables))}")
         return
     lacking = list(_lacking(missing, role, exists=bool(row), ours=bool(row and row[0])))
-    listed = ", ".join(qualified(table.id) for table in missing)
+    listed = ", ".join(clauses[table.id].after(table.id) for table in missing)
     if not lacking:
         todo = "be extended by" if row else "be made with"
         yield Finding("ok", f"publication {name} can {todo} {counted(len(missing))}")
