@@ -247,3 +247,21 @@ def test_a_key_that_is_hashed_in_another_way_stops_the_source(server: PostgresSe
             once(made(tmp_path, server, settings, "salts"))
     once(made(tmp_path, server, SETTINGS.split("[source", maxsplit=1)[0], "salts"))
     assert found(project, "SELECT id, v FROM shop.persons") == [(digest("a"), "xyy")]
+
+
+def test_where_the_server_knows_no_clauses_columns_are_left_out_on_our_side(
+    server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Postgres 14, whose catalog has no columns for them."""
+    monkeypatch.setattr("headrace.sources.postgres.clauses.CLAUSES_SINCE", 999_999)
+    run(server, "DROP DATABASE IF EXISTS older", "CREATE DATABASE older")
+    run(server, "CREATE TABLE users (id int PRIMARY KEY, secret text, v text)", database="older")
+    settings = 'exclude = ["*.*.secret"]\n'
+    with pytest.raises(UserError, match="Postgres before 15 publishes no conditions"):
+        once(made(tmp_path, server, settings + "where = {'public.*' = 'true'}", "older"))
+    project = once(made(tmp_path, server, settings, "older"))
+    run(server, "INSERT INTO users VALUES (1, 'hidden', 'x')", database="older")
+    once(project)
+    with psycopg.connect(project.sources[0].url.reveal()) as db:
+        assert db.execute("SELECT prattrs FROM pg_publication_rel").fetchall() == [(None,)]
+    assert found(project, "SELECT * EXCLUDE (_source, _source_key) FROM shop.users") == [(1, "x")]
