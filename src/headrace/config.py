@@ -59,6 +59,9 @@ MAX_SECRET_FILE_BYTES = 64 << 10
 MAX_SOURCE_NAME = 40
 """Characters; `headrace_<source>` then fits the 63 bytes that Postgres allows a slot's name."""
 
+MIN_SALT = 16
+"""Characters of a salt."""
+
 _URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
 
@@ -69,6 +72,8 @@ class SourceConfig:
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
     Copies: how many connections read at once, how many bytes per second all of them may read (0: no
     limit), how large a chunk is on the source's disk (bytes), how old a snapshot grows (seconds).
+    `exclude` and `hash` are patterns `schema.table.column` of columns that are left out or hashed with
+    `hash_salt`; `where` holds pairs of a pattern of tables and the condition of the rows to capture.
     """
 
     name: str
@@ -82,6 +87,10 @@ class SourceConfig:
     copy_rate: int = 0
     chunk_bytes: int = 16 << 20
     max_snapshot_age: float = 900.0
+    exclude: tuple[str, ...] = ()
+    hash: tuple[str, ...] = ()
+    hash_salt: Secret | None = None
+    where: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +146,10 @@ class Project:
 
 
 def load_project(folder: Path) -> Project:
-    """Read `folder/headrace.toml`, with `${env:NAME}` and `${file:PATH}` in a source's url filled in.
+    """Read `folder/headrace.toml`, with `${env:NAME}` and `${file:PATH}` in a source's secrets filled in.
 
     Raises `ConfigError` that lists every mistake, a line `headrace.toml:LINE: …` for each; none of
-    them quotes a url or what an environment variable or secret file holds.
+    them quotes a secret or what an environment variable or secret file holds.
     """
     root = Path(folder).expanduser().resolve()
     document = Document(read_text(root))
@@ -279,7 +288,7 @@ def _path_in(root: Path, what: str) -> Parser:
     def parse(value: object) -> Path:
         text = _text(value)
         if "${" in text:
-            raise Invalid("${…} is filled in only in the url of a source")
+            raise Invalid("${…} is filled in only in the url and hash_salt of a source")
         if not text.strip() or not text.isprintable() or "://" in text:
             raise Invalid(f"must be the path of a local {what}; addresses are not supported")
         return Path(os.path.normpath(root / _home(text)))
@@ -328,6 +337,33 @@ def _pattern_fault(pattern: object) -> str:
     return ""
 
 
+def _columns(value: object) -> tuple[str, ...]:
+    example = 'such as ["public.users.email", "public.*.password"]'
+    if not isinstance(value, list):
+        raise Invalid(f"must be an array of patterns of columns {example}, not {kind_of(value)}")
+    wrong = [fault for pattern in value if (fault := _column_fault(pattern))]
+    if wrong:
+        raise Invalid(*wrong)
+    return tuple(value)
+
+
+def _column_fault(pattern: object) -> str:
+    if not isinstance(pattern, str):
+        return f"a pattern must be a string, not {kind_of(pattern)}"
+    parts = pattern.split(".")
+    clean = pattern.isprintable() and "://" not in pattern and not pattern.startswith("!")
+    if len(parts) < 3 or not clean or any(part != part.strip() for part in parts) or not all(parts):
+        return f'{quoted(pattern)} is not a pattern schema.table.column, such as "public.users.email"'
+    return ""
+
+
+def _condition(value: object) -> str:
+    text = _text(value, " with a condition in SQL")
+    if not text.strip() or "\0" in text:
+        raise Invalid("must be a condition in SQL, such as \"created_at >= '2024-01-01'\"")
+    return text.strip()
+
+
 # ------------------------------------------------------------------------------------- the source
 
 _LOG = {"max_group_bytes": _size("64KiB", "1GiB"), "group_linger": _duration("0ms", "10s")}
@@ -346,6 +382,10 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "copy_rate": _size("0B", "100GiB"),
         "chunk_bytes": _size("64KiB", "1GiB"),
         "max_snapshot_age": _duration("1s", "24h"),
+        "exclude": _columns,
+        "hash": _columns,
+        "hash_salt": lambda value: _salt(value, root),
+        "where": lambda value: value,
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'
@@ -364,13 +404,46 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         values = document.table(path, table, parsers)
         if "url" not in table:
             document.fail((*path, "url"), 'missing; add for example url = "${env:SHOP_URL}"')
+        if "where" in values:
+            values["where"] = _conditions(document, (*path, "where"), values["where"])
+        if values.get("hash") and "hash_salt" not in table:
+            example_salt = 'missing; hash needs it: hash_salt = "${env:HEADRACE_HASH_SALT}"'
+            document.fail((*path, "hash_salt"), example_salt)
         if "url" in values:
             found.append(source_config(name, **values))
     return tuple(found)
 
 
+def _conditions(document: Document, path: tuple[str, ...], raw: object) -> tuple[tuple[str, str], ...]:
+    """Parse the table `where`: each key a pattern of tables, each value a condition."""
+    parsers: dict[str, Parser] = dict.fromkeys(raw, _condition) if isinstance(raw, dict) else {}
+    for pattern in parsers:
+        fault = _pattern_fault(pattern)
+        if pattern.startswith("!"):
+            fault = "a pattern of where includes; it cannot begin with !"
+        if fault:
+            document.fail((*path, pattern), fault)
+    return tuple(document.table(path, raw, parsers).items())
+
+
+def _salt(value: object, root: Path) -> Secret:
+    salt = _filled(_text(value), root)
+    if len(salt) < MIN_SALT:
+        raise Invalid(f"must have at least {MIN_SALT} characters, or what it hides can be guessed")
+    return Secret(salt)
+
+
 def _url(value: object, root: Path) -> Secret:
-    text = _text(value)
+    text = _filled(_text(value), root)
+    try:
+        place_of(text)
+    except ValueError as error:
+        raise Invalid(str(error)) from None
+    return Secret(text)
+
+
+def _filled(text: str, root: Path) -> str:
+    """Fill in what `${kind:name}` stands for."""
     missing: list[str] = []
 
     def fill(reference: re.Match[str]) -> str:
@@ -386,11 +459,7 @@ def _url(value: object, root: Path) -> Secret:
     text = re.sub(r"\$\{(?P<kind>[^{}:]*):?(?P<name>[^{}]*)\}", fill, text)
     if missing:
         raise Invalid(*missing)
-    try:
-        place_of(text)
-    except ValueError as error:
-        raise Invalid(str(error)) from None
-    return Secret(text)
+    return text
 
 
 def _referred(kind: str, name: str, root: Path) -> str:

@@ -126,7 +126,7 @@ class Joiner:
         total = changes.num_rows
         changes = beyond(changes, copy.floor)
         changes = fill_unchanged(self._staging, model.table, model.schema.key, changes, newest=copy.end)
-        if copy.ceiling > copy.floor:
+        if copy.ceiling > copy.floor and model.schema.key:  # without a key a copy has one snapshot
             changes = self._not_copied_later(model, copy, changes)
         prepared = model.prepare(changes)
         left_out = total - changes.num_rows

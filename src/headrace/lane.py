@@ -24,7 +24,7 @@ from headrace.destinations.duckdb import DuckDBDestination, foreign
 from headrace.destinations.joins import Joins
 from headrace.errors import ForeignDestination, HeadraceError, ModelBroken, Verdict, verdict_of
 from headrace.joining import Joiner
-from headrace.keys import key_before, key_of_row
+from headrace.keys import identity
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Part, Prepared, Slice
 from headrace.sources.postgres.source import PostgresSource
@@ -396,7 +396,7 @@ class Lane:
         """Return all changes of some keys up to an offset, with the table-wide ones among them."""
         changes = self.staging.history(model.table, self.joiner.stands_on(model), through)
         mine = pc.equal(changes["_op"], "t")
-        for expression in (key_of_row(model.schema.key), key_before(model.schema.key)):
+        for expression in identity(model.schema):
             mine = pc.or_(mine, pc.is_in(_evaluate(changes, expression), value_set=keys))
         return self._filled(model, changes.filter(mine), through)
 

@@ -164,6 +164,10 @@ class Prepared:
     (string array of source keys, each key that has settled); then `rows` come (`_source_key` and
     the output columns, one row per source key). `records` has the columns of headrace.quarantine
     that a change determines.
+
+    Of a table without a key, whose rows are a multiset, a source key has as many rows as it came to, and
+    `fewer` (`_source_key`, `count`) says how many of those that were there before go: of the key's open
+    records first, the newest first, then of its rows.
     """
 
     reset: bool
@@ -171,6 +175,7 @@ class Prepared:
     rows: pa.Table
     records: pa.Table
     counts: Counts
+    fewer: pa.Table | None = None
 
 
 class Model(Protocol):

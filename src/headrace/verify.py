@@ -28,7 +28,7 @@ from headrace.change import Mark, TableSchema
 from headrace.config import Project
 from headrace.destinations.joins import JOINS, Join
 from headrace.errors import HeadraceError
-from headrace.keys import literal, quoted, source_key
+from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
 from headrace.pipeline import open_lanes
 from headrace.server import is_running, read
@@ -102,7 +102,7 @@ def _source(project: Project, source: str) -> list[Finding]:
     config = next(item for item in project.sources if item.name == source)
     lane = _lane(project, source)
     try:
-        with take_snapshot(config.url.reveal()) as snapshot:
+        with take_snapshot(config) as snapshot:
             if is_running(project):
                 lane = _wait_past(project, lane, snapshot.commit)
             else:
@@ -149,7 +149,7 @@ def _compare_source(lane: Lane, snapshot: SourceSnapshot, schema: TableSchema) -
         return Finding(f"source table {schema.table}", False, str(error))
     with duckdb.connect() as db:
         db.register("found_raw", found)
-        key = source_key([quoted(name) for name in schema.key])
+        key, _ = identity(schema)
         keyed = f"SELECT {key} AS _source_key, * FROM found_raw"
         db.register("expected_raw", expected)
         cells = ", ".join(f"{quoted(name)} VARCHAR" for name in model.types())

@@ -347,5 +347,5 @@ def test_a_table_without_a_key_is_refused(server: PostgresServer, tmp_path: Path
     (tmp_path / "headrace.toml").write_text(
         f'[source.kl]\ntype = "postgres"\nurl = "{url}"\n[destination]\ntype = "duckdb"\npath = "w.duckdb"\n'
     )
-    with pytest.raises(HeadraceError, match=r"no primary key in public\.t"):
+    with pytest.raises(HeadraceError, match=r"table public\.t: it has no primary key"):
         Pipeline(load_project(tmp_path)).run_once()

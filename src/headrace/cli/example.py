@@ -19,10 +19,7 @@ from headrace.transform.types import cast_keeps_apart, duckdb_type
 
 _TEXT = """\
 /* headrace
-key = [{key}]
-[contract]
-{contract}
-*/
+{header}*/
 -- An example of a model, not in use: to use it, rename this file to {name}.sql.
 --
 -- While no model reads it, the table is mirrored as {source}.{table}: each column with the source's own
@@ -48,7 +45,7 @@ class Example(NamedTuple):
 def write_example(source: str, schema: TableSchema) -> Example | None:
     """Write a model of a table that reads and binds; None where its names or types are too odd."""
     columns = [column for column in schema.columns if not column.name.startswith("_")]
-    if not set(schema.key) <= {column.name for column in columns}:
+    if not columns or not set(schema.key) <= {column.name for column in columns}:
         return None
     name = re.sub("[^a-z0-9_]+", "_", schema.table.label.lower()).strip("_") + "_clean"
     for cast in (True, False):
@@ -72,11 +69,17 @@ def _text(name: str, source: str, schema: TableSchema, columns: Sequence[Column]
         table=schema.table.label,
         source_sql=_identifier(source, keywords),
         table_sql=_identifier(schema.table.label, keywords),
-        key=", ".join(map(_toml, schema.key)),
-        contract="\n".join(f'{_toml(key)} = "{types[key]} NOT NULL"' for key in schema.key),
+        header=_header(schema, types),
         outputs=",\n".join(outputs),
-        first=cells[schema.key[0]],
+        first=cells[schema.key[0] if schema.key else columns[0].name],
     )
+
+
+def _header(schema: TableSchema, types: dict[str, str]) -> str:
+    if not schema.key:
+        return ""
+    contract = "\n".join(f'{_toml(key)} = "{types[key]} NOT NULL"' for key in schema.key)
+    return f"key = [{', '.join(map(_toml, schema.key))}]\n[contract]\n{contract}\n"
 
 
 def _type(column: Column, key: Sequence[str]) -> str:

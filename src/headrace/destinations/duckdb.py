@@ -3,6 +3,10 @@
 The file is opened for each apply and closed again: a process that holds it, even read-only, holds
 up apply. Tables carry no index and no declared constraint (models check); rows are changed by
 `DELETE … USING` and `INSERT`, never MERGE or `INSERT OR REPLACE`.
+
+Arrow tables reach the engine as Python variables that a statement names (`_hr_…`), not by `register`:
+a transaction keeps every view that it ever had until it ends, and with it the table behind it, so
+that a slice of ten million rows would stay in memory whole.
 """
 
 from __future__ import annotations
@@ -12,13 +16,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Mark, Position
-from headrace.destinations.tables import CREATE, LEDGER_COUNTS, OPEN, RECORD_COLUMNS
+from headrace.change import Mark
+from headrace.destinations.books import Books, insert, move_progress, numbers, read_progress, record
+from headrace.destinations.tables import CREATE, OPEN, Table, place_of
 from headrace.errors import (
     DestinationBusy,
     DestinationError,
@@ -28,7 +32,7 @@ from headrace.errors import (
 )
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
-from headrace.protocols import Counts, Model, ModelState, Part, Prepared, Slice
+from headrace.protocols import Counts, Model, ModelState, Prepared, Slice
 
 _READING = {
     duckdb.StatementType.SELECT,
@@ -38,13 +42,7 @@ _READING = {
 _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re.DOTALL)
 
 
-class Table(Protocol):
-    """What a table takes from its model."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    def types(self) -> dict[str, str]: ...  # noqa: D102
-
+MEMORY = 64 << 20
 
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
@@ -54,8 +52,12 @@ _opening = threading.Lock()
 class DuckDBDestination:
     """One DuckDB file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, spill: Path | None = None, memory: int = MEMORY) -> None:
+        """`memory` (bytes) is what the engine may hold, beyond four times the part that it is given;
+        what does not fit goes to the folder `spill`, by default beside the file."""
         self.path = path
+        self._spill = spill
+        self._memory = memory
         self._shaped: dict[str, dict[str, str]] = {}
 
     @contextmanager
@@ -88,6 +90,11 @@ class DuckDBDestination:
         try:
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET enable_progress_bar = false")
+            connection.execute("SET allocator_flush_threshold = '16MB'")
+            connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
+            connection.execute(f"SET memory_limit = '{self._memory}B'")
+            if self._spill is not None:
+                connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
             yield connection
         finally:
             with _opening:
@@ -122,7 +129,7 @@ class DuckDBDestination:
         """See `Destination.progress`. Makes the file and Headrace's own tables in it if need be."""
         with self.open() as db:
             db.execute(CREATE)
-            return _progress(db, source)
+            return read_progress(db, source)
 
     def models(self, source: str) -> dict[str, ModelState]:
         """See `Destination.models`."""
@@ -139,10 +146,9 @@ class DuckDBDestination:
         """See `Destination.apply`. In this order, in one transaction:
 
         1. progress is compared with what the slice says it starts from;
-        2. each model's table is made or widened, its rows are changed;
-        3. its open records that a later good change has healed become superseded;
-        4. its new records and its ledger row are written;
-        5. the models' and the source's progress move; commit.
+        2. part by part: the model's table is made or widened, its rows are changed, its open records
+           that a later good change has healed become superseded, its new records are written;
+        3. the ledger has one row per model, the models' and the source's progress move; commit.
         """
         try:
             return self._apply(work)
@@ -156,21 +162,16 @@ class DuckDBDestination:
                 db.execute(CREATE)
             db.execute("BEGIN")
             self._check(db, work)
-            open_records = _open_records(db, work.source)
-            moves: list[_Move] = []
+            books = Books(db, work)
             new_issues: list[str] = []
             for part in work.parts:
+                self.make_table(db, part.model)
+                books.admit(part)
                 self.change_rows(db, work.source, part.model, part.prepared)
-                healed = (
-                    heal(db, part.model.name, part.prepared, work.position.commit)
-                    if open_records.get(part.model.name)
-                    else 0
-                )
-                if part.prepared.records.num_rows:
-                    new_issues += record(db, part.model, part.prepared.records)
-                moves.append(_Move(part, healed, open_records.get(part.model.name, 0)))
-            _write_ledger(db, work, moves)
-            _write_models(db, work, moves)
+                new_issues += books.take(part)
+                failpoint("destination.apply.part")
+                del part  # before the next one is made
+            books.close()
             move_progress(db, work.source, work.through, work.position, work.committed_at)
             failpoint("destination.apply.commit")
             db.execute("COMMIT")
@@ -194,6 +195,7 @@ class DuckDBDestination:
             db.register("_hr_redriven", pa.table({"key": prepared.removed}))
             db.register("_hr_still_bad", prepared.records)
             before = _number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
+            self.make_table(db, model)
             self.change_rows(db, model.source, model, prepared)
             resolved = _number(
                 db,
@@ -250,7 +252,7 @@ class DuckDBDestination:
 
         Its open records become superseded and its ledger rows void: it is built again from staging.
         """
-        schema, table = place(model.name)
+        schema, table = place_of(model.name)
         self._shaped.clear()
         with self.open() as db:
             known = _columns(db, schema, table)
@@ -280,7 +282,7 @@ class DuckDBDestination:
         return rows[0]
 
     def _check(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
-        progress = _progress(db, work.source)
+        progress = read_progress(db, work.source)
         if progress is None and work.after.offset:
             raise ForeignDestination(f"{self.path} has no progress for source {work.source}.")
         if progress is not None and progress.log_id != work.after.log_id:
@@ -291,24 +293,12 @@ class DuckDBDestination:
                 "another pipeline writes to it.",
                 "Run one pipeline only.",
             )
-        rows = db.execute('SELECT model, "offset" FROM headrace.models WHERE source = ?', [work.source])
-        stands = dict(rows.fetchall())
-        for part in work.parts:
-            if stands.get(part.model.name, 0) != work.after.offset:
-                raise DestinationError(f"Model {part.model.name} does not stand at {work.after.offset}.")
 
-    def change_rows(
-        self, db: duckdb.DuckDBPyConnection, source: str, model: Table, prepared: Prepared
-    ) -> None:
-        """Write an outcome to a table, which is made or widened if need be.
-
-        Raises ModelBroken when the table cannot take the columns.
-        """
-        schema, table = place(model.name)
-        target = f"{quoted(schema)}.{quoted(table)}"
+    def make_table(self, db: duckdb.DuckDBPyConnection, model: Table) -> None:
+        """Make or widen a model's table; raises ModelBroken when it cannot take the columns."""
         try:
             if self._shaped.get(model.name) != model.types():
-                shape(db, model)
+                _shape(db, model)
                 self._shaped[model.name] = model.types()
         except duckdb.Error as error:
             raise ModelBroken(
@@ -316,16 +306,24 @@ class DuckDBDestination:
                 f"Table {model.name} cannot take the model's columns: {str(error).splitlines()[0]}",
                 "Drop or mend the table.",
             ) from error
+
+    def change_rows(
+        self, db: duckdb.DuckDBPyConnection, source: str, model: Table, prepared: Prepared
+    ) -> None:
+        """Write an outcome to a model's table."""
+        target = ".".join(map(quoted, place_of(model.name)))
         if prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = ?", [source])
+        if prepared.rows.nbytes > self._memory // 2:  # one large value, say
+            db.execute(f"SET memory_limit = '{self._memory + 8 * prepared.rows.nbytes}B'")
         if len(prepared.removed):
-            db.register("_hr_removed", pa.table({"key": prepared.removed}))
+            _hr_removed = pa.table({"key": prepared.removed})
             db.execute(
                 f"DELETE FROM {target} USING _hr_removed r WHERE _source = ? AND _source_key = r.key",
                 [source],
             )
         if prepared.rows.num_rows:
-            db.register("_hr_arrived", prepared.rows)
+            _hr_arrived = prepared.rows
             db.execute(
                 f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_arrived"
             )
@@ -341,19 +339,6 @@ def foreign(path: Path, source: str) -> ForeignDestination:
     )
 
 
-def _progress(db: duckdb.DuckDBPyConnection, source: str) -> Mark | None:
-    rows = db.execute(
-        'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = ?', [source]
-    ).fetchall()
-    return Mark(*rows[0]) if rows else None
-
-
-def place(name: str) -> tuple[str, str]:
-    """Return schema and table of a model's name."""
-    schema, dot, table = name.partition(".")
-    return (schema, table) if dot else ("main", schema)
-
-
 def _columns(db: duckdb.DuckDBPyConnection, schema: str, table: str) -> dict[str, str]:
     """Return a table's columns with their types, without hidden ones; empty if there is none."""
     rows = db.execute(
@@ -364,9 +349,9 @@ def _columns(db: duckdb.DuckDBPyConnection, schema: str, table: str) -> dict[str
     return dict(rows.fetchall())
 
 
-def shape(db: duckdb.DuckDBPyConnection, model: Table) -> None:
+def _shape(db: duckdb.DuckDBPyConnection, model: Table) -> None:
     """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""
-    schema, table = place(model.name)
+    schema, table = place_of(model.name)
     target = f"{quoted(schema)}.{quoted(table)}"
     known = _columns(db, schema, table)
     wanted = model.types()
@@ -379,140 +364,6 @@ def shape(db: duckdb.DuckDBPyConnection, model: Table) -> None:
             db.execute(f"ALTER TABLE {target} ADD COLUMN {quoted(name)} {type_}")
         elif known[name] != type_:
             db.execute(f"ALTER TABLE {target} ALTER COLUMN {quoted(name)} SET DATA TYPE {type_}")
-
-
-class _Move(NamedTuple):
-    """What a part moved besides its rows: records that it healed, and how many were open before."""
-
-    part: Part
-    healed: int
-    open_before: int
-
-    @property
-    def open_after(self) -> int:
-        return self.open_before - self.healed + int(self.part.prepared.records.num_rows)
-
-
-def _open_records(db: duckdb.DuckDBPyConnection, source: str) -> dict[str, int]:
-    rows = db.execute("SELECT model, open_records FROM headrace.models WHERE source = ?", [source])
-    return dict(rows.fetchall())
-
-
-def heal(db: duckdb.DuckDBPyConnection, model: str, prepared: Prepared, commit: int) -> int:
-    """Mark the open records that a later good change has overtaken; returns how many."""
-    if not prepared.reset and not len(prepared.removed):
-        return 0
-    db.register("_hr_settled", pa.table({"key": prepared.removed}))
-    where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_settled)"
-    return _number(
-        db,
-        f"UPDATE headrace.quarantine SET status = 'superseded', superseded_by = {commit}, "
-        f"resolved_at = now() WHERE model = {literal(model)} AND {OPEN} {where}",
-    )
-
-
-def _write_ledger(db: duckdb.DuckDBPyConnection, work: Slice, moves: Sequence[_Move]) -> None:
-    rows = []
-    for part, healed, _ in moves:
-        head = (work.source, part.model.name)
-        span = (work.after.offset, work.through.offset)
-        if part.prepared.counts.read:
-            rows.append((*head, "apply", *span, *numbers(part.prepared.counts), part.model.version))
-        if healed:
-            moved = Counts(superseded=healed, quarantined=-healed)
-            rows.append((*head, "superseded", *span, *numbers(moved), part.model.version))
-    insert(db, "ledger", rows)
-
-
-def _write_models(db: duckdb.DuckDBPyConnection, work: Slice, moves: Sequence[_Move]) -> None:
-    names = ", ".join(literal(move.part.model.name) for move in moves)
-    db.execute(f"DELETE FROM headrace.models WHERE model IN ({names})")
-    rows = [
-        (
-            move.part.model.name, work.source, move.part.model.version,
-            "in_sync" if move.part.in_sync else "joining", "", work.through.offset,
-            work.position.epoch, work.position.commit, work.committed_at, move.open_after,
-        )
-        for move in moves
-    ]  # fmt: skip
-    insert(db, "models", rows)
-
-
-def stand(
-    db: duckdb.DuckDBPyConnection,
-    model: Model,
-    at: Mark,
-    position: Position,
-    committed_at: int,
-    *,
-    in_sync: bool,
-) -> None:
-    """Write where a model stands, with its open records counted anew."""
-    ((records,),) = db.execute(
-        f"SELECT count(*) FROM headrace.quarantine WHERE model = ? AND {OPEN}", [model.name]
-    ).fetchall()
-    db.execute("DELETE FROM headrace.models WHERE model = ?", [model.name])
-    state = "in_sync" if in_sync else "joining"
-    place_ = (at.offset, position.epoch, position.commit, committed_at)
-    insert(db, "models", [(model.name, model.source, model.version, state, "", *place_, records)])
-
-
-def move_progress(
-    db: duckdb.DuckDBPyConnection, source: str, at: Mark, position: Position, committed_at: int
-) -> None:
-    """Move how far a source is applied to `at`, unless it is there or beyond."""
-    progress = _progress(db, source)
-    if progress is not None and progress.offset >= at.offset:
-        return
-    db.execute("DELETE FROM headrace.progress WHERE source = ?", [source])
-    db.execute(
-        "INSERT INTO headrace.progress VALUES (?, ?, ?, ?, ?, ?, ?, now())",
-        [source, *at, position.epoch, position.commit, committed_at],
-    )
-
-
-def numbers(counts: Counts) -> list[int]:
-    """Return counts in the order of the ledger's columns."""
-    return [getattr(counts, name) for name in LEDGER_COUNTS]
-
-
-def insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[object]]) -> None:
-    """Insert a few rows into one of Headrace's tables, whose last column is the time now."""
-    if rows:
-        marks = ", ".join(f"({', '.join('?' * len(rows[0]))}, now())" for _ in rows)
-        db.execute(f"INSERT INTO headrace.{table} VALUES {marks}", [cell for row in rows for cell in row])
-
-
-def record(db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table) -> list[str]:
-    """Write records; return the ids of issues that no record had before.
-
-    A record's id comes from its model and position, so a change has one record however often it fails:
-    writing it again keeps when it was first seen and counts one more attempt.
-    """
-    source, name, table = literal(model.source), literal(model.name), literal(str(model.table))
-    db.register("_hr_records", records)
-    db.execute(
-        f"""CREATE OR REPLACE TEMP TABLE _hr_incoming AS SELECT
-        md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
-        'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
-        {source} AS source, {name} AS model, {table} AS table_name,
-        stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
-        make_timestamptz(committed_at) AS committed_at, "offset", preview,
-        {literal(model.version)} AS model_version, 'quarantined' AS status, 1 AS attempts,
-        now() AS first_seen, now() AS last_attempt FROM _hr_records"""
-    )
-    issues = db.execute(
-        "SELECT DISTINCT issue FROM _hr_incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
-    ).fetchall()
-    db.execute(
-        "UPDATE _hr_incoming SET attempts = q.attempts + 1, first_seen = q.first_seen "
-        "FROM headrace.quarantine q WHERE q.id = _hr_incoming.id"
-    )
-    db.execute("DELETE FROM headrace.quarantine WHERE id IN (SELECT id FROM _hr_incoming)")
-    db.execute(
-        f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM _hr_incoming"
-    )
-    return [str(row[0]) for row in issues]
 
 
 def _number(db: duckdb.DuckDBPyConnection, statement: str) -> int:

@@ -14,18 +14,10 @@ from typing import Literal
 import duckdb
 
 from headrace.change import Mark, Offset, Position
-from headrace.destinations.duckdb import (
-    DuckDBDestination,
-    heal,
-    insert,
-    move_progress,
-    numbers,
-    place,
-    record,
-    shape,
-    stand,
-)
-from headrace.destinations.tables import CREATE, OPEN
+from headrace.destinations.books import heal, insert, move_progress, numbers, record, stand
+from headrace.destinations.duckdb import DuckDBDestination
+from headrace.destinations.multiset import take_off
+from headrace.destinations.tables import CREATE, OPEN, Table, place_of
 from headrace.errors import DestinationError
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
@@ -86,11 +78,11 @@ class Joins:
         with self._destination.open() as db:
             db.execute(CREATE)
             db.execute("BEGIN")
-            shape(db, target)
+            self._destination.make_table(db, target)
             db.execute(f"DELETE FROM {_sql_name(target)} WHERE _source = ?", [join.source])
             _void(db, join)
             if not join.beside:
-                stand(db, model, Mark("", 0, ""), Position(0, 0, 0), 0, in_sync=False)
+                stand(db, model, 0, Position(0, 0, 0), 0, in_sync=False)
             _save(db, join)
             db.execute("COMMIT")
 
@@ -105,8 +97,11 @@ class Joins:
         with self._destination.open() as db:
             db.execute("BEGIN")
             _check(db, join)
-            self._destination.change_rows(db, join.source, _target(join, model), prepared)
+            target = _target(join, model)
+            self._destination.make_table(db, target)
             healed = heal(db, model.name, prepared, join.end)
+            healed += take_off(db, join.source, model.name, target, prepared, join.end)
+            self._destination.change_rows(db, join.source, target, prepared)
             issues = record(db, model, prepared.records)
             # The live table has accounted for the changes already.
             if join.phase == "copy" or not join.beside:
@@ -133,13 +128,14 @@ class Joins:
             db.execute("BEGIN")
             _check(db, join)
             if join.beside:
+                self._destination.make_table(db, model)
                 written = _exchange(db, join, model)
                 db.execute(
                     "UPDATE headrace.quarantine SET status = 'superseded', resolution = 'resync', "
                     f'resolved_at = now() WHERE model = ? AND {OPEN} AND "offset" <= ?',
                     [model.name, join.begin],
                 )
-            stand(db, model, at, position, committed_at, in_sync=in_sync)
+            stand(db, model, at.offset, position, committed_at, in_sync=in_sync)
             _balance(db, model)
             move_progress(db, join.source, at, position, committed_at)
             _save(db, replace(join, phase="done", stands=join.end))
@@ -163,8 +159,8 @@ def _target(join: Join, model: Model) -> _Target:
     return _Target(f"{BESIDE}.{model.name}" if join.beside else model.name, model.types())
 
 
-def _sql_name(model: Model | _Target) -> str:
-    schema, table = place(model.name)
+def _sql_name(model: Table) -> str:
+    schema, table = place_of(model.name)
     return f"{quoted(schema)}.{quoted(table)}"
 
 
@@ -195,7 +191,6 @@ def _check(db: duckdb.DuckDBPyConnection, join: Join) -> None:
 
 def _exchange(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> int:
     """Write to the live table what differs from the one beside it, key by key."""
-    shape(db, model)
     live, beside = _sql_name(model), _sql_name(_target(join, model))
     mine = f"_source = {literal(join.source)}"
     cells = ", ".join(quoted(name) for name in model.types())

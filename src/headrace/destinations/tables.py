@@ -1,5 +1,7 @@
 """The tables that Headrace keeps in a destination, beside the data and in its transactions."""
 
+from typing import Protocol
+
 LEDGER_COUNTS = ("read", "applied", "superseded", "filtered", "quarantined", "waiting", "blocked")
 
 RECORD_COLUMNS = (
@@ -38,3 +40,22 @@ CREATE TABLE IF NOT EXISTS headrace.joins (
   phase VARCHAR, "offset" BIGINT, target BIGINT
 );
 """
+
+
+class Table(Protocol):
+    """What a table of the destination takes from its model."""
+
+    @property
+    def name(self) -> str:
+        """`orders`, or `shop.orders`."""
+        ...
+
+    def types(self) -> dict[str, str]:
+        """Return the columns with their types, without hidden ones."""
+        ...
+
+
+def place_of(model: str) -> tuple[str, str]:
+    """Return schema and name of a model's table."""
+    schema, dot, table = model.partition(".")
+    return (schema, table) if dot else ("main", schema)

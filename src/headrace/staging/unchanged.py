@@ -36,10 +36,11 @@ def fill_unchanged(
 
     A row with a cell that raw cannot tell keeps its `_unchanged`. Reads raw backwards from the newest of
     `changes`, or from `newest` (where a copy ends whose rows are older than they), twice as far each
-    time, and no further than needed.
+    time, and no further than needed. Without a key no cell can be told: such a table sends its old rows
+    whole, so that none is unchanged.
     """
     lists = changes["_unchanged"]
-    if lists.null_count == changes.num_rows:
+    if lists.null_count == changes.num_rows or not key:
         return changes
     names = pc.unique(pc.list_flatten(lists)).to_pylist()
     with duckdb.connect() as db:

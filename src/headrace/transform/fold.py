@@ -40,7 +40,7 @@ RECORD = pa.schema(
         "preview": pa.string(),
     }
 )
-_NO_ROWS = pa.table({"_source_key": pa.array([], pa.string())})
+NO_ROWS = pa.table({"_source_key": pa.array([], pa.string())})
 _PREVIEW_CELL = 120
 _PREVIEW = 4096
 
@@ -56,22 +56,22 @@ def fold(
     resets = np.flatnonzero(pc.equal(changes["_op"], "t").to_numpy(zero_copy_only=False))
     live = changes.slice(int(resets[-1]) + 1) if len(resets) else changes
     if not total:
-        return Prepared(False, pa.array([], pa.string()), _NO_ROWS, RECORD.empty_table(), Counts())
+        return Prepared(False, pa.array([], pa.string()), NO_ROWS, RECORD.empty_table(), Counts())
     events = _events(db, key, live)
     points, lasts = _lasts(db, key, events)
-    verdicts = evaluation.run(_undecided(_take(events, lasts)))
-    verdicts = _with_fatal(evaluation, verdicts, events)
+    verdicts = evaluation.run(undecided(take(events, lasts)))
+    verdicts = with_fatal(evaluation, verdicts, events)
     any_bad = pc.any(pc.equal(verdicts["verdict"], "bad")).as_py()
     if any_bad:
         again = _earlier_of_bad(db, points, verdicts)
-        verdicts = evaluation.run(_undecided(_take(events, again)))
-        verdicts = _with_fatal(evaluation, verdicts, events)
+        verdicts = evaluation.run(undecided(take(events, again)))
+        verdicts = with_fatal(evaluation, verdicts, events)
     if not any_bad and len(lasts) == points.num_rows:
         settled, removed, bad = _one(lasts), _one(points["k"]), pa.array([], pa.int64())
     else:
         settled, removed, bad = _settle(db, points, verdicts)
     filtered = _count_in(verdicts, "filtered", settled)
-    records = _records(evaluation, events, bad)
+    records = records_of(evaluation, events, bad)
     return Prepared(
         reset=bool(len(resets)),
         removed=removed,
@@ -128,11 +128,12 @@ def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
-def _take(events: pa.Table, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
+def take(events: pa.Table, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Return the events of these numbers."""
     return events if len(numbers) == events.num_rows else events.take(numbers)
 
 
-def _undecided(events: pa.Table) -> pa.Table:
+def undecided(events: pa.Table) -> pa.Table:
     """Leave out what needs no conversion, and what cannot be converted for want of a cell."""
     mask = pc.not_equal(events["_op"], "d")
     if events["_unchanged"].null_count < events.num_rows:
@@ -140,7 +141,7 @@ def _undecided(events: pa.Table) -> pa.Table:
     return events.filter(mask)
 
 
-def _with_fatal(evaluation: Evaluation, verdicts: pa.Table, events: pa.Table) -> pa.Table:
+def with_fatal(evaluation: Evaluation, verdicts: pa.Table, events: pa.Table) -> pa.Table:
     """Add the rows that no query could judge, and those with a cell that raw does not know."""
     fatal = pa.array(evaluation.fatal(), pa.int64())
     partial = events.filter(pc.is_valid(events["_unchanged"]))["_hr_n"].combine_chunks()
@@ -189,7 +190,8 @@ def _count_in(verdicts: pa.Table, verdict: str, settled: pa.Array) -> int:
     return int(pc.sum(pc.is_in(chosen, value_set=settled)).as_py() or 0) if len(chosen) else 0
 
 
-def _records(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Table:
+def records_of(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Table:
+    """Return the records of the bad events, given by their numbers."""
     if not len(bad):
         return RECORD.empty_table()
     rows = events.take(bad)

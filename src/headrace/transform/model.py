@@ -17,6 +17,7 @@ from headrace.keys import quoted
 from headrace.protocols import Prepared
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
+from headrace.transform.multiset import fold_multiset
 from headrace.transform.sql import Check, ModelText
 from headrace.transform.types import canonical, cast_keeps_apart, duckdb_type, mirror_expression
 
@@ -61,7 +62,9 @@ class RowModel:
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
         with engine() as db:
-            return fold(db, self.schema.key, changes, Evaluation(db, self))
+            if self.schema.key:
+                return fold(db, self.schema.key, changes, Evaluation(db, self))
+            return fold_multiset(db, self.schema, changes, Evaluation(db, self))
 
     @property
     def is_mirror(self) -> bool:
@@ -139,6 +142,9 @@ def _empty_events(db: duckdb.DuckDBPyConnection, schema: TableSchema) -> None:
     numbers = ("_epoch", "_commit", "_ordinal", "_offset", "_txid", "_hr_n")
     meta = [f"NULL::BIGINT AS {name}" for name in numbers]
     hidden = ["NULL::VARCHAR AS _op", "NULL::TIMESTAMPTZ AS _committed_at", "NULL::VARCHAR AS _hr_k"]
+    if not schema.key:
+        # Rows that are the same must come out the same, whichever change brought them.
+        meta, hidden = meta[-1:], hidden[-1:]
     db.execute(f"CREATE OR REPLACE TEMP TABLE events AS SELECT {', '.join(cells + meta + hidden)} LIMIT 0")
 
 
@@ -168,6 +174,11 @@ def _check_key(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str
     """Accept a key that is unique because the source's key is."""
     if not text.key:
         return
+    if not schema.key:
+        raise ModelError(
+            f"Model {text.name} has a key, but its table has none: rows of it may be the same.",
+            "Leave the key out, or give the table one at the source.",
+        )
     expressions = {name: (expression, type_) for name, expression, type_ in outputs}
     covered = set()
     for name in text.key:

@@ -66,6 +66,16 @@ def read_shapes(db: Connection, tables: Iterable[TableId]) -> dict[TableId, Tabl
     }
 
 
+def empty_columns(db: Connection, table: TableId) -> list[str]:
+    """Return the columns that are null in every row written before they were added."""
+    rows = db.execute(
+        "SELECT attname::text FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attnum > 0 AND NOT "
+        "(attisdropped OR attnotnull OR atthasdef OR atthasmissing OR attidentity <> '')",
+        [qualified(table)],
+    )
+    return [str(row[0]) for row in rows]
+
+
 def name_types(db: Connection, types: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
     """Return (name, base) of types given as (oid, modifier); a type that is gone is `text`."""
     rows = db.execute(

@@ -31,8 +31,9 @@ from headrace.errors import HeadraceError, SourceUnavailable, UserError
 from headrace.failpoints import failpoint
 from headrace.payload import encode_rows
 from headrace.protocols import Log
-from headrace.sources.postgres.catalog import read_shapes
+from headrace.sources.postgres.catalog import Connection, read_shapes
 from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, ranges
+from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import connect, connect_bulk, without_password
 from headrace.sources.postgres.copy import as_changes, partitioned_tables, select_text, was_rewritten
 from headrace.sources.postgres.publication import capturable_shapes
@@ -59,6 +60,7 @@ class _Table:
     after: int
     first: int  # the number of the first snapshot that it may be read under
     schema: TableSchema | None = None
+    raw: TableSchema | None = None  # with all columns, and none hashed
     left: set[int] = field(default_factory=set)
     commits: set[int] = field(default_factory=set)
 
@@ -88,6 +90,7 @@ class Copier:
         self.snapshots = Snapshots(config.url.reveal(), config.max_snapshot_age)
         self._config = config
         self._url = config.url.reveal()
+        self._policy = Policy(config)
         self._log = log
         self._epoch = epoch
         self._states = TableStates(log)
@@ -265,10 +268,11 @@ class Copier:
     def _plan(self, table: _Table) -> None:
         """Read the table's shape, cut it, and hand over the begin of its copy."""
         with connect(self._url) as db:
-            if not read_shapes(db, [table.id]):
-                raise UserError(f"Table {table.id} is gone.")
+            table.raw = self._raw_shape(db, table.id)
             (shape,) = capturable_shapes(db, self._config, [table.id])
-            bounds = cut(db, shape, self._config.chunk_bytes)
+            # The bounds stand in the log as they are: no value of a hashed key may be among them.
+            hashed = any(self._policy.hashes(table.id, name) for name in table.raw.key)
+            bounds = () if hashed else cut(db, table.raw, self._config.chunk_bytes)
         known = self._log.schemas().get(table.id)
         version = 1 if known is None else known.version + (not known.same_shape(shape))
         table.schema = TableSchema(shape.table, shape.columns, shape.key, version)
@@ -276,8 +280,18 @@ class Copier:
         begin = self._marker(table, 0, mark)
         self._hand_over(Group(iter([begin]), partial(self._begun, table, bounds), table.schema))
 
+    @staticmethod
+    def _raw_shape(db: Connection, table: TableId) -> TableSchema:
+        shape = read_shapes(db, [table]).get(table)
+        if shape is None:
+            raise UserError(f"Table {table} is gone.")
+        return shape
+
     def _copy_chunk(self, bulk: Any, table: _Table, part: Range) -> None:
         assert table.schema is not None
+        if table.raw is None:
+            with connect(self._url) as db:
+                table.raw = self._raw_shape(db, table.id)
         snapshot = self.snapshots.current(table.first)
         if not table.schema.key:
             with self._wake:
@@ -294,11 +308,12 @@ class Copier:
             cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot.name}'")
             cursor.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'")
             cursor.execute(f"SET LOCAL statement_timeout = '{self._config.max_snapshot_age:.0f}s'")
-            query = select_text(table.schema, table.id in partitioned_tables(cursor))
-            cursor.execute(f"{query} WHERE {condition(table.schema, part)}")
+            chosen = [condition(table.raw, part), *filter(None, [self._policy.where(table.id)])]
+            partitioned = table.id in partitioned_tables(cursor)
+            cursor.execute(select_text(table.schema, partitioned, ") AND (".join(chosen)))
             for batch in cursor.fetch_record_batch():
                 if batch.num_rows:
-                    rows.add(batch.num_rows, encode_rows(as_changes(batch, snapshot.commit, ordinal, now)))
+                    rows.add(batch.num_rows, encode_rows(as_changes(self._policy.apply(table.id, batch), snapshot.commit, ordinal, now)))
                     ordinal += batch.num_rows
                     failpoint("source.copy.batch")
                 self._pace.spend(batch.nbytes)

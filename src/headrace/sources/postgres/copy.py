@@ -15,6 +15,7 @@ import pyarrow as pa
 from headrace.change import TableId, TableSchema
 from headrace.sources.postgres.catalog import qualified, quoted
 from headrace.sources.postgres.chunks import table_literal
+from headrace.sources.postgres.columns import HASHED
 
 _SAME_AS_OUTPUT = (
     "smallint", "integer", "bigint", "numeric", "real", "double precision", "text", "character varying",
@@ -22,8 +23,9 @@ _SAME_AS_OUTPUT = (
 )  # fmt: skip
 
 
-def select_text(schema: TableSchema, partitioned: bool) -> str:
-    """Return the query that reads a table with every column as the stream would send it.
+def select_text(schema: TableSchema, partitioned: bool, where: str = "") -> str:
+    """Return the query that reads a table with every column as the stream would send it, as captured
+    (`Policy.shape`) but for hashing, and the rows that meet the condition `where`.
 
     A table that others inherit from is read without their rows, which are theirs; a partitioned one
     has none of its own.
@@ -34,13 +36,16 @@ def select_text(schema: TableSchema, partitioned: bool) -> str:
         base = (
             column.type.partition("(")[0].removesuffix(" with time zone").removesuffix(" without time zone")
         )
-        if base in _SAME_AS_OUTPUT or column.base in {"enum", "array"}:
+        # The type of a hashed column is that of the hash.
+        known = base in _SAME_AS_OUTPUT or column.base in {"enum", "array"}
+        if known and not column.base.startswith(HASHED):
             cells.append(f"{name}::text AS {name}")
         else:
             cells.append(
                 f"CASE WHEN {name} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {name}) END AS {name}"
             )
-    return f"SELECT {', '.join(cells)} FROM {'' if partitioned else 'ONLY '}{qualified(schema.table)}"
+    table = f"{'' if partitioned else 'ONLY '}{qualified(schema.table)}"
+    return f"SELECT {', '.join(cells)} FROM {table}" + (f" WHERE ({where})" if where else "")
 
 
 def partitioned_tables(cursor: Any) -> set[TableId]:

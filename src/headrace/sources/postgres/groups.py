@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.change import RESERVED, Column, Entry, Position, TableId, TableSchema
+from headrace.config import SourceConfig
 from headrace.errors import SourceGap
 from headrace.payload import decode_rows, encode_rows
-from headrace.sources.postgres.catalog import Connection, name_types, read_shapes
+from headrace.sources.postgres.catalog import Connection, empty_columns, name_types, read_shapes
+from headrace.sources.postgres.columns import HASHED, Policy
 from headrace.sources.postgres.events import (
     Event,
     Message,
@@ -25,6 +27,7 @@ from headrace.sources.postgres.events import (
     Truncate,
 )
 from headrace.sources.postgres.roster import Roster
+from headrace.sources.postgres.publication import amend
 
 alerts = logging.getLogger("headrace.alert")
 
@@ -66,10 +69,13 @@ class GroupBuilder:
     """Turns what the decoder took into entries with positions, and knows every table's shape."""
 
     def __init__(
-        self, schemas: dict[TableId, TableSchema], catalog: Connection, roster: Roster, epoch: int = 0
+        self, schemas: dict[TableId, TableSchema], catalog: Connection, config: SourceConfig,
+        roster: Roster, epoch: int = 0
     ) -> None:
         self._schemas = dict(schemas)
         self._catalog = catalog
+        self._config = config
+        self._policy = Policy(config)
         self._roster = roster
         self._epoch = epoch
         self._spool = Spool()
@@ -104,12 +110,13 @@ class GroupBuilder:
 
     def _add(self, event: Event, done: int, times: _Times, entries: list[Entry]) -> None:
         if isinstance(event, Rows):
-            serials = event.batch.column(1).to_numpy()
+            batch = self._captured(event)
+            serials = batch.column(1).to_numpy()
             complete = int(np.searchsorted(serials, done, side="right"))
             if complete:
-                self._resolve(Rows(event.relation, event.batch.slice(0, complete)), times, entries)
-            if complete < event.batch.num_rows:
-                self._spool.add(event.relation, event.batch.slice(complete))
+                self._resolve(Rows(event.relation, batch.slice(0, complete)), times, entries)
+            if complete < batch.num_rows:
+                self._spool.add(event.relation, batch.slice(complete))
             return
         serial = event.serial
         if serial > done:
@@ -127,6 +134,17 @@ class GroupBuilder:
             content = event.content.decode(errors="replace")
             payload = json.dumps({"prefix": event.prefix, "content": content}, ensure_ascii=False)
             entries.append(Entry("message", None, at, at, times.at(serial), 0, 0, payload.encode()))
+
+    def _captured(self, rows: Rows) -> pa.RecordBatch:
+        """Apply the policy: what it leaves out is not even spooled."""
+        names, columns = rows.batch.schema.names, rows.batch.columns
+        cells = pa.RecordBatch.from_arrays(columns[_HEAD:], names=names[_HEAD:])
+        kept = self._policy.apply(_table(rows.relation), cells)
+        if kept is cells:
+            return rows.batch
+        return pa.RecordBatch.from_arrays(
+            [*columns[:_HEAD], *kept.columns], names=[*names[:_HEAD], *kept.schema.names]
+        )
 
     def _resolve(self, rows: Rows, times: _Times, entries: list[Entry]) -> None:
         """Give rows their commit, time and transaction id, and drop those that the log holds."""
@@ -153,8 +171,14 @@ class GroupBuilder:
         One that the log does not know waits for its first row: the server describes a partition too,
         whose rows then come under the name of its root.
         """
-        known = self._schemas.get(_table(event.relation))
-        return [] if known is None else self._log_shape(event, known, times)
+        table = _table(event.relation)
+        known = self._schemas.get(table)
+        if known is None:
+            return []
+        if self._policy.excludes_of(table):
+            # Where columns are listed in the publication, one that the table has gained is not among them.
+            amend(self._catalog, self._config, [table])
+        return self._log_shape(event, known, times)
 
     def _version(
         self, relation: Relation, serial: int, ordinal: int, times: _Times, entries: list[Entry]
@@ -172,10 +196,28 @@ class GroupBuilder:
             return []
         if known is not None:
             _say_what_changed(known, shape)
+            if not shape.key:
+                self._check_content(known, shape)
         self._schemas[table] = shape
         at = times.position(event.serial, event.ordinal)
         payload = shape.to_json().encode()
         return [Entry("schema", table, at, at, times.at(event.serial), 0, shape.version, payload)]
+
+    def _check_content(self, known: TableSchema, shape: TableSchema) -> None:
+        """Let a table without a key take only such new columns as are null in every row there is.
+
+        Its rows are known by their content: any other change of it would part them from what was captured.
+        Raises SourceGap.
+        """
+        added = [column.name for column in shape.columns[len(known.columns) :]]
+        empty = set(empty_columns(self._catalog, shape.table))
+        if shape.columns[: len(known.columns)] != known.columns or not empty.issuperset(added):
+            raise SourceGap(
+                f"Columns of table {shape.table} changed, which has no key: its rows are known by their "
+                "content, which is another now.",
+                "Move the state folder and the destination away and run again, which copies everything "
+                "anew; with a primary key the table could have gone on.",
+            )
 
     def _shape(self, relation: Relation, known: TableSchema | None) -> TableSchema:
         types = name_types(self._catalog, [(c.type_oid, c.type_modifier) for c in relation.columns])
@@ -187,7 +229,7 @@ class GroupBuilder:
         key = tuple(column.name for column in relation.columns if column.is_key)
         if relation.replica_identity == "f":
             key = known.key if known else read_shapes(self._catalog, [table])[table].key
-        if not key:
+        elif not key:
             raise SourceGap(
                 f"Table {table} has lost its key: its changes cannot be told apart.",
                 f'Give it a primary key again, or exclude it with "!{table}" and start from scratch.',
@@ -198,14 +240,24 @@ class GroupBuilder:
                 f"Table {table} has a column called {taken[0]}, a name that Headrace uses itself.",
                 "Rename the column at the source, or exclude the table.",
             )
-        return TableSchema(table, columns, key, known.version + 1 if known else 1)
+        shape = TableSchema(table, columns, key, known.version + 1 if known else 1)
+        return self._policy.shape(shape)
 
 
 def _say_what_changed(known: TableSchema, shape: TableSchema) -> None:
     """Stop at a change that would make one row two; name what the stream does not carry.
 
-    Raises SourceGap when the key is another: rows already applied are known by the old one.
+    Raises SourceGap when the key is another, or hashed in another way: rows already applied are known by
+    the old one.
     """
+    hashes = {c.name: _hash_of(c) for c in known.columns}
+    if any(c.name in known.key and hashes.get(c.name, "") != _hash_of(c) for c in shape.columns):
+        raise SourceGap(
+            f"The key of table {shape.table} is hashed in another way than before: hash or hash_salt "
+            "changed.",
+            "Take the change back; or move the state folder and the destination away and run again, which "
+            "copies everything anew.",
+        )
     if known.key != shape.key:
         raise SourceGap(
             f"The key of table {shape.table} changed from {list(known.key)} to {list(shape.key)}.",
@@ -220,6 +272,10 @@ def _say_what_changed(known: TableSchema, shape: TableSchema) -> None:
             "a default, a new name or a conversion of the source; `headrace verify` tells.",
             shape.table, added, changed,
         )  # fmt: skip
+
+
+def _hash_of(column: Column) -> str:
+    return column.base if column.base.startswith(HASHED) else ""
 
 
 class _Times:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
-from headrace.change import RESERVED, TableId
+from headrace.change import RESERVED, Column, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
+from headrace.errors import UserError
 from headrace.sources.postgres.catalog import Connection, qualified, quoted
+from headrace.sources.postgres.clauses import wanted_clauses
+from headrace.sources.postgres.columns import Policy
 
 SHOWN = 5
 """How many names a message lists before it counts the rest."""
@@ -58,6 +61,8 @@ class Table:
     generated: tuple[str, ...]
     weak_partitions: tuple[str, ...]
     """Partitions in which an UPDATE of a published root would fail."""
+    partial_partitions: tuple[str, ...]
+    """Partitions whose replica identity is not FULL."""
 
     @property
     def can_be_listed(self) -> bool:
@@ -67,7 +72,7 @@ class Table:
     def obstacles(self, role: Role) -> Iterator[tuple[str, str]]:
         """Yield what forbids to capture the table, rights aside: a clause, and the SQL that mends it."""
         name = qualified(self.id)
-        yield from self._key_obstacles(name)
+        yield from self.key_obstacles()
         folded = [column.casefold() for column in self.columns]
         for column in self.columns:
             if column.casefold() in RESERVED:
@@ -84,12 +89,23 @@ class Table:
             bypass = f"ALTER ROLE {quoted(role.name)} BYPASSRLS;"
             yield f"row security hides rows of it from role {role.name}, so a copy would lack them", bypass
 
-    def _key_obstacles(self, name: str) -> Iterator[tuple[str, str]]:
+    def key_obstacles(self) -> Iterator[tuple[str, str]]:
+        """Yield why rows of the table cannot be told apart, or what of its replica identity does harm."""
+        name = qualified(self.id)
         fails = "publishing it would make the application's own UPDATE and DELETE fail"
         back = f"ALTER TABLE {name} REPLICA IDENTITY DEFAULT;"
-        if not self.key:
-            why = fails if self.identity != "f" else "changes of its rows could not be told apart"
-            yield f"it has no primary key: {why}", f"ALTER TABLE {name} ADD PRIMARY KEY (…);"
+        if not self.key and self.identity == "f":
+            if self.partial_partitions:
+                yield (
+                    f"it has no key, and partitions that do not send whole old rows "
+                    f"({shortened(self.partial_partitions)})",
+                    f"ALTER TABLE {self.partial_partitions[0]} REPLICA IDENTITY FULL; for each of them,",
+                )
+        elif not self.key:
+            yield (
+                f"it has no primary key: {fails}",
+                f"ALTER TABLE {name} ADD PRIMARY KEY (…); or ALTER TABLE {name} REPLICA IDENTITY FULL;",
+            )
         elif computed := set(self.key) & set(self.generated):
             yield (
                 f"its key has the generated column {min(computed)}, which is not captured",
@@ -129,7 +145,11 @@ SELECT n.nspname::text, c.relname::text, c.relkind::text, c.relispartition, c.re
     SELECT coalesce(array_agg(l.oid::regclass::text ORDER BY l.oid), '{}')
     FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid
     WHERE t.isleaf AND l.relkind = 'r' AND (l.relreplident = 'n' OR l.relreplident = 'd' AND NOT EXISTS (
-      SELECT FROM pg_index x WHERE x.indrelid = l.oid AND x.indisprimary AND x.indimmediate))) END
+      SELECT FROM pg_index x WHERE x.indrelid = l.oid AND x.indisprimary AND x.indimmediate))) END,
+  CASE WHEN c.relkind <> 'p' THEN '{}' ELSE (
+    SELECT coalesce(array_agg(l.oid::regclass::text ORDER BY l.oid), '{}')
+    FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid
+    WHERE t.isleaf AND l.relkind = 'r' AND l.relreplident <> 'f') END
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_index p ON p.indrelid = c.oid AND p.indisprimary
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisreplident AND c.relreplident = 'i'
@@ -173,10 +193,13 @@ def table_findings(db: Connection, config: SourceConfig, role: Role) -> Iterator
             sound.append(table)
     yield from _same_names(chosen)
     yield from _reading(chosen, role)
-    yield from _publication(db, config.publication, sound, role)
+    yield from _columns(config, chosen)
+    yield from _publication(db, config, sound, role)
     yield from _left_out(config, every, chosen)
     if len(sound) == len(chosen):
-        yield Finding("ok", f"{counted(len(chosen))} selected, each with a key")
+        keyless = sum(not table.key for table in chosen)
+        rest = f" but {keyless}, whose equal rows are counted" if keyless else ""
+        yield Finding("ok", f"{counted(len(chosen))} selected, each with a key{rest}")
 
 
 def _obstacle(table: Table, clause: str, remedy: str) -> Finding:
@@ -258,11 +281,34 @@ def _left_out(config: SourceConfig, every: Iterable[Table], chosen: Iterable[Tab
             )
 
 
+def _columns(config: SourceConfig, chosen: Iterable[Table]) -> Iterator[Finding]:
+    """Judge what the configuration leaves out of the tables, or hashes."""
+    policy = Policy(config)
+    shapes = [
+        TableSchema(table.id, tuple(Column(name, "") for name in table.columns), table.key)
+        for table in chosen
+    ]
+    for mistake in policy.mistakes(shapes):
+        yield Finding("fail", mistake, f"Mend it in [source.{config.name}].")
+    columns = [(shape.table, column.name) for shape in shapes for column in shape.columns]
+    for verb, chooses in (("left out", policy.excludes), ("hashed", policy.hashes)):
+        if names := [f"{table}.{name}" for table, name in columns if chooses(table, name)]:
+            yield Finding("ok", f"columns {verb}: {shortened(names)}")
+
+
 # --------------------------------------------------------------------------------- the publication
 
 
-def _publication(db: Connection, name: str, tables: Sequence[Table], role: Role) -> Iterator[Finding]:
+def _publication(
+    db: Connection, config: SourceConfig, tables: Sequence[Table], role: Role
+) -> Iterator[Finding]:
     """Judge whether the publication holds the tables that can be captured, or can be made to."""
+    name = config.publication
+    try:
+        clauses = wanted_clauses(db, config, [table.id for table in tables])
+    except UserError as error:
+        yield Finding("fail", str(error), error.remedy)
+        return
     row = db.execute(
         """SELECT pg_has_role(pubowner, 'USAGE'), pubviaroot,
         pubinsert AND pubupdate AND pubdelete AND pubtruncate FROM pg_publication WHERE pubname = %s""",
@@ -286,7 +332,7 @@ def _publication(db: Connection, name: str, tables: Sequence[Table], role: Role)
             yield Finding("ok", f"publication {name} holds {counted(len(tables))}")
         return
     lacking = list(_lacking(missing, role, exists=bool(row), ours=bool(row and row[0])))
-    listed = ", ".join(qualified(table.id) for table in missing)
+    listed = ", ".join(clauses[table.id].after(table.id) for table in missing)
     if not lacking:
         todo = "be extended by" if row else "be made with"
         yield Finding("ok", f"publication {name} can {todo} {counted(len(missing))}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 
 import psycopg
 
@@ -10,7 +11,13 @@ from headrace.change import RESERVED, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import UserError
 from headrace.sources.postgres.catalog import Connection, list_tables, qualified, quoted, read_shapes
+from headrace.sources.postgres.clauses import Clause, held_clauses, wanted_clauses
+from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import place
+from headrace.sources.postgres.preflight_tables import read_tables
+
+logger = logging.getLogger("headrace.capture")
+alerts = logging.getLogger("headrace.alert")
 
 
 def chosen_tables(db: Connection, config: SourceConfig) -> list[TableId]:
@@ -25,16 +32,13 @@ def chosen_tables(db: Connection, config: SourceConfig) -> list[TableId]:
 
 
 def capturable_shapes(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> list[TableSchema]:
-    """Return the tables' shapes; raises UserError for one whose changes cannot be captured."""
+    """Return the tables' shapes as they are captured: without excluded columns, hashed ones as text.
+
+    Raises UserError for a table whose changes cannot be captured.
+    """
     shapes = read_shapes(db, tables)
-    without = [str(table) for table in tables if not shapes[table].key]
-    if without:
-        raise UserError(
-            f"Source {config.name}: no primary key in {', '.join(without)}: changes of their rows cannot "
-            "be told apart, and publishing them would make the application's own UPDATE fail.",
-            f"Add one, ALTER TABLE {without[0]} ADD PRIMARY KEY (…); or exclude: tables = "
-            f'[…, "!{without[0]}"].',
-        )
+    _check_keys(db, config, tables)
+    policy = Policy(config)
     for shape in shapes.values():
         taken = [column.name for column in shape.columns if column.name.lower() in RESERVED]
         if taken:
@@ -42,12 +46,32 @@ def capturable_shapes(db: Connection, config: SourceConfig, tables: Sequence[Tab
                 f"Table {shape.table} has a column called {taken[0]}, a name that Headrace uses itself.",
                 f'Rename it at the source, or exclude the table: "!{shape.table}".',
             )
-    return [shapes[table] for table in tables]
+    return [policy.shape(shapes[table]) for table in tables]
+
+
+def _check_keys(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> None:
+    known = {table.id: table for table in read_tables(db)}
+    obstacles = [
+        (table, clause, remedy) for table in tables for clause, remedy in known[table].key_obstacles()
+    ]
+    if obstacles:
+        table, _, remedy = obstacles[0]
+        raise UserError(
+            f"Source {config.name}: "
+            + "; ".join(f"table {name}: {clause}" for name, clause, _ in obstacles)
+            + ".",
+            f'{remedy} or leave it out: tables = […, "!{table}"].',
+        )
 
 
 def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> bool:
-    """Make the publication, or add what it lacks; never FOR ALL TABLES. Returns whether it did any."""
+    """Make the publication, or add what it lacks; never FOR ALL TABLES. Returns whether it did any.
+
+    Raises UserError where the settings do not fit the tables, or the role has not the right.
+    """
     capturable_shapes(db, config, tables)
+    if mistakes := list(Policy(config).mistakes(list(read_shapes(db, tables).values()))):
+        raise UserError(f"Source {config.name}: {'; '.join(mistakes)}.", "Mend it in headrace.toml.")
     name = quoted(config.publication)
     found = db.execute(
         "SELECT pubviaroot, pubinsert AND pubupdate AND pubdelete AND pubtruncate "
@@ -60,26 +84,84 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
             f"Let its owner run: ALTER PUBLICATION {name} SET (publish_via_partition_root = true, "
             "publish = 'insert, update, delete, truncate');",
         )
-    has = db.execute(
-        "SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %s",
-        [config.publication],
-    ).fetchall()
-    missing = [table for table in tables if table not in {TableId(*row) for row in has}]
-    listed = ", ".join(qualified(table) for table in missing)
+    wanted = wanted_clauses(db, config, tables)
+    missing = [table for table in tables if table not in held_clauses(db, config.publication)]
+    listed = ", ".join(wanted[table].after(table) for table in missing)
     if not found:
         statement = f"CREATE PUBLICATION {name} FOR TABLE {listed} WITH (publish_via_partition_root = true)"
+        _run(db, config, [statement])
     elif missing:
-        statement = f"ALTER PUBLICATION {name} ADD TABLE {listed}"
-    else:
-        return False
+        _run(db, config, [f"ALTER PUBLICATION {name} ADD TABLE {listed}"])
+    given_out = _give_out(db, config, tables)
+    return bool(not found or missing or given_out)
+
+
+def amend(db: Connection, config: SourceConfig, tables: Iterable[TableId]) -> list[TableId]:
+    """Bring what the publication gives out of captured tables to what the settings say now, with an alert.
+
+    Returns the tables of which it gives out something else from now on. Rows and columns that it did not
+    give out until now are not made good by that. Raises UserError for a condition that cannot be published.
+    """
+    changed = _give_out(db, config, tables)
+    for table, (now, clause) in changed.items():
+        alerts.warning(
+            "PUBLICATION of %s changed from %s to %s. What it did not give out until now is not captured; "
+            "`headrace verify` tells.",
+            table, now, clause,
+        )  # fmt: skip
+    return list(changed)
+
+
+def _give_out(
+    db: Connection, config: SourceConfig, tables: Iterable[TableId]
+) -> dict[TableId, tuple[Clause, Clause]]:
+    """Publish tables that the publication holds as the settings say; returns what changed, from and to."""
+    chosen = set(tables)
+    held = {table: now for table, now in held_clauses(db, config.publication).items() if table in chosen}
+    changed = {}
+    for table, clause in wanted_clauses(db, config, list(held)).items():
+        now = held[table]
+        if now is None:
+            if clause.where:
+                raise UserError(
+                    f"Source {config.name}: the publication {config.publication} holds {table} with its "
+                    "whole schema, or with all tables: where has no effect there.",
+                    "Let its owner make it anew, FOR TABLE with the tables by name.",
+                )
+        elif not now.same(clause) and _replace(db, config, table, now, clause):
+            changed[table] = (now, clause)
+    return changed
+
+
+def _replace(db: Connection, config: SourceConfig, table: TableId, now: Clause, clause: Clause) -> bool:
+    """Publish a table with another clause; False where that needs rights which we can do without."""
+    name = quoted(config.publication)
+    statements = [
+        f"ALTER PUBLICATION {name} DROP TABLE {qualified(table)}",
+        f"ALTER PUBLICATION {name} ADD TABLE {clause.after(table)}",
+    ]
     try:
-        db.execute(statement.encode())
+        _run(db, config, statements)
+    except UserError as error:
+        enough = not now.columns or (clause.columns and set(clause.columns) <= set(now.columns))
+        if now.where != clause.where or not enough:
+            raise
+        logger.info("%s is published with more columns, and cut down here: %s", table, error)
+        return False
+    return True
+
+
+def _run(db: Connection, config: SourceConfig, statements: Sequence[str]) -> None:
+    """Run statements in one transaction."""
+    try:
+        with db.transaction():
+            for statement in statements:
+                db.execute(statement.encode())
     except psycopg.errors.InsufficientPrivilege as error:
         raise UserError(
             f"Source {config.name}: the role may not make the publication: {str(error).strip()}.",
-            f"Let an owner of the tables run: {statement};",
+            f"Let an owner of the tables run: {'; '.join(statements)};",
         ) from error
-    return True
 
 
 def withdraw(db: Connection, config: SourceConfig, table: TableId) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from headrace.change import TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import SourceError, SourceUnavailable
+from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import connect, connect_bulk, connect_replication, without_password
 from headrace.sources.postgres.copy import partitioned_tables, select_text
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
@@ -22,30 +23,35 @@ _ROW_MESSAGES = (b"I"[0], b"U"[0], b"D"[0], b"T"[0])
 class SourceSnapshot:
     """The source as of `commit`: everything committed up to there, and nothing else."""
 
-    def __init__(self, commit: int, bulk: Any) -> None:
+    def __init__(self, commit: int, bulk: Any, policy: Policy) -> None:
         self.commit = commit
         self._bulk = bulk
+        self._policy = policy
 
     def read(self, schema: TableSchema) -> pa.Table:
-        """Return all rows of a table, every column as the source's own text.
+        """Return all rows of a table that are captured, as they are captured.
 
         Raises SourceError when the table is no longer of that shape.
         """
         try:
             with self._bulk.cursor() as cursor:
-                cursor.execute(select_text(schema, schema.table in partitioned_tables(cursor)))
+                partitioned = schema.table in partitioned_tables(cursor)
+                cursor.execute(select_text(schema, partitioned, self._policy.where(schema.table)))
                 table = cursor.fetch_arrow_table()
         except adbc.Error as error:
             raise SourceError(f"{schema.table}: {without_password(str(error)).splitlines()[0]}") from error
-        return table.cast(pa.schema([(name, pa.string()) for name in table.schema.names]))
+        texts = table.cast(pa.schema([(name, pa.string()) for name in table.schema.names]))
+        batches = [self._policy.apply(schema.table, batch) for batch in texts.to_batches()]
+        return pa.Table.from_batches(batches, texts.schema)
 
 
 @contextmanager
-def take_snapshot(url: str) -> Iterator[SourceSnapshot]:
+def take_snapshot(config: SourceConfig) -> Iterator[SourceSnapshot]:
     """Hold a snapshot together with its position: a temporary slot is the only exact pair of both.
 
     The slot and the snapshot are gone when the block ends. Raises SourceUnavailable.
     """
+    url = config.url.reveal()
     with connect_replication(url) as holder, connect_bulk(url) as bulk:
         result = holder.pgconn.exec_(
             b"CREATE_REPLICATION_SLOT headrace_verify_%d TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"
@@ -63,7 +69,7 @@ def take_snapshot(url: str) -> Iterator[SourceSnapshot]:
         with bulk.cursor() as cursor:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
             cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot.decode()}'")
-        yield SourceSnapshot(parse_lsn(point.decode()), bulk)
+        yield SourceSnapshot(parse_lsn(point.decode()), bulk, Policy(config))
 
 
 def pending_changes(config: SourceConfig, through: int, after: int) -> int:

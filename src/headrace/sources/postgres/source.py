@@ -30,7 +30,7 @@ from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.identity import Server, check_server, forget_server, refuse_standby
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.pgoutput import Decoder
-from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish, withdraw
+from headrace.sources.postgres.publication import amend, capturable_shapes, chosen_tables, publish, withdraw
 from headrace.sources.postgres.roster import Roster
 from headrace.sources.postgres.slot import (
     POINT,
@@ -66,6 +66,7 @@ class PostgresSource:
         a group waits for more while changes keep coming."""
         self.name = config.name
         self._config = config
+        self._policy = Policy(config)
         self._url = config.url.reveal()
         self._max_bytes = max_bytes
         self._linger = linger
@@ -186,7 +187,9 @@ class PostgresSource:
 
     def _publish(self, log: Log) -> None:
         """Publish what is to be captured, and expect to find that from now on."""
-        if publish(self._catalog(), self._config, captured_tables(log)):
+        captured = captured_tables(log)
+        amended = amend(self._catalog(), self._config, captured)
+        if publish(self._catalog(), self._config, captured) or amended:
             expect_publication(self._catalog(), self._config, log)
 
     def _say_what_is_new(self, log: Log) -> None:
@@ -225,7 +228,7 @@ class PostgresSource:
         watchman = Watchman(self._catalog(), self._config, log, server, stream)
         decoder = Decoder(max_batch_bytes=self._max_bytes)
         roster = Roster(self.name, captured_tables(log), captured_oids(log))
-        builder = GroupBuilder(log.schemas(), self._catalog(), roster, epoch_of(log))
+        builder = GroupBuilder(log.schemas(), self._catalog(), self._config, roster, epoch_of(log))
         beat = _Every(self._config.heartbeat)
         feedback = _Every(_FEEDBACK_EVERY)
         nudge = _Every(_NUDGE_EVERY)
