@@ -29,6 +29,7 @@ from headrace.sources.postgres.source import PostgresSource
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.evaluate import scrub
+from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.sql import ModelText
@@ -87,8 +88,8 @@ class Lane:
         return position is not None and position.commit > lsn and self.log.note("copied") is not None
 
     def load(self) -> bool:
-        """Stage the next groups; False when all of the log is staged."""
-        entries = self.log.read(self.staging.through(), _LOAD_BYTES)
+        """Stage what comes next; False when all of the log is staged."""
+        entries = self.log.read(self.staging.written(), _LOAD_BYTES)
         if not entries:
             return False
         self.staging.write(entries)
@@ -225,41 +226,54 @@ class Lane:
 
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
         in_sync = caught_up and not self.log.copying(through)
-        parts = []
-        for model in models:
-            try:
-                parts.append(Part(model, model.prepare(self.changes(model, after, through)), in_sync))
-            except Exception as error:
-                if verdict_of(error) is Verdict.RETRY:
-                    raise
-                self._suspend(model.name, model.version, _broken(model.name, error))
-        if not parts:
-            return
         position, committed_at = self.log.place(through)
-        work = Slice(
-            self.config.name, self._mark(after), self._mark(through), position, committed_at, tuple(parts)
-        )
+        parts = self._parts(models, after, through, in_sync)
+        work = Slice(self.config.name, self._mark(after), self._mark(through), position, committed_at, parts)
         try:
             issues = self.destination.apply(work)
         except ModelBroken as error:
-            broken = next(part.model for part in parts if part.model.name == error.model)
+            broken = next(model for model in models if model.name == error.model)
             self._suspend(broken.name, broken.version, error)
             return
         except BaseException:
             self._stands = None
             raise
-        self._moved(parts, through)
+        self._moved(models, through, in_sync)
         for issue in issues:
             self._alert(issue)
 
-    def _moved(self, parts: Sequence[Part], through: Offset) -> None:
+    def _parts(
+        self, models: Sequence[RowModel], after: Offset, through: Offset, in_sync: bool
+    ) -> Iterator[Part]:
+        """Prepare piece by piece while the destination takes them; a model without changes costs nothing.
+
+        Raises ModelBroken for whatever is wrong with a model, so that nothing of it, and of the others
+        nothing yet, is applied.
+        """
+        for model in models:
+            quiet = True
+            try:
+                for changes in self.staging.pieces(model.table, after, through):
+                    quiet = False
+                    key = model.schema.key
+                    whole = fill_unchanged(self.staging, model.table, key, changes)
+                    yield Part(model, model.prepare(whole), in_sync)
+            except Exception as error:
+                if verdict_of(error) is Verdict.RETRY:
+                    raise
+                raise _broken(model.name, error) from error
+            if quiet:
+                yield Part(model, NOTHING, in_sync)
+
+    def _moved(self, models: Sequence[RowModel], through: Offset, in_sync: bool) -> None:
         self._reached = max(self._reached, through)
         if self._stands is None:
             return
-        for part in parts:
-            name, version = part.model.name, part.model.version
-            state = "in_sync" if part.in_sync else "joining"
+        state = "in_sync" if in_sync else "joining"
+        for name, version in ((model.name, model.version) for model in models):
             self._stands[name] = ModelState(name, self.config.name, version, state, "", through, 0)
+        running = [stand.offset for stand in self._stands.values() if stand.state in {"in_sync", "joining"}]
+        self.staging.forget(min(running))
 
     def _offset(self, model: RowModel) -> Offset:
         state = (self._stands or {}).get(model.name)
@@ -345,10 +359,10 @@ class Lane:
         )  # fmt: skip
 
 
-def _broken(name: str, error: Exception) -> HeadraceError:
+def _broken(name: str, error: Exception) -> ModelBroken:
     """Turn whatever went wrong in preparing a model into what is said of the model."""
     if isinstance(error, HeadraceError):
-        return error
+        return ModelBroken(name, str(error), error.remedy)
     what = f"{type(error).__name__}: {scrub(str(error))}"
     return ModelBroken(name, f"Model {name} cannot run: {what}", "Mend it, or report what Headrace lacks.")
 

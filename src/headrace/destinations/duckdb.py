@@ -12,13 +12,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import duckdb
 import pyarrow as pa
 
 from headrace.change import Mark
-from headrace.destinations.tables import CREATE, LEDGER_COUNTS, OPEN, RECORD_COLUMNS
+from headrace.destinations.books import Books, insert, number, numbers, record
+from headrace.destinations.tables import CREATE, OPEN
 from headrace.errors import (
     DestinationBusy,
     DestinationError,
@@ -28,7 +28,7 @@ from headrace.errors import (
 )
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
-from headrace.protocols import Counts, Model, ModelState, Part, Prepared, Slice
+from headrace.protocols import Counts, Model, ModelState, Prepared, Slice
 
 _READING = {
     duckdb.StatementType.SELECT,
@@ -131,10 +131,9 @@ class DuckDBDestination:
         """See `Destination.apply`. In this order, in one transaction:
 
         1. progress is compared with what the slice says it starts from;
-        2. each model's table is made or widened, its rows are changed;
-        3. its open records that a later good change has healed become superseded;
-        4. its new records and its ledger row are written;
-        5. the models' and the source's progress move; commit.
+        2. part by part: the model's table is made or widened, its rows are changed, its open records
+           that a later good change has healed become superseded, its new records are written;
+        3. the ledger has one row per model, the models' and the source's progress move; commit.
         """
         try:
             return self._apply(work)
@@ -148,17 +147,14 @@ class DuckDBDestination:
                 db.execute(CREATE)
             db.execute("BEGIN")
             self._check(db, work)
-            open_records = _open_records(db, work.source)
-            moves: list[_Move] = []
+            books = Books(db, work)
             new_issues: list[str] = []
             for part in work.parts:
+                books.admit(part)
                 self._change_rows(db, work.source, part.model, part.prepared)
-                healed = _heal(db, work, part) if open_records.get(part.model.name) else 0
-                if part.prepared.records.num_rows:
-                    new_issues += _record(db, part.model, part.prepared.records)
-                moves.append(_Move(part, healed, open_records.get(part.model.name, 0)))
-            _write_ledger(db, work, moves)
-            _write_models(db, work, moves)
+                new_issues += books.take(part)
+                failpoint("destination.apply.part")
+            books.close()
             self._move(db, work)
             failpoint("destination.apply.commit")
             db.execute("COMMIT")
@@ -181,19 +177,19 @@ class DuckDBDestination:
             db.execute("BEGIN")
             db.register("_hr_redriven", pa.table({"key": prepared.removed}))
             db.register("_hr_still_bad", prepared.records)
-            before = _number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
+            before = number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
             self._change_rows(db, model.source, model, prepared)
-            resolved = _number(
+            resolved = number(
                 db,
                 f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
                 f"resolved_at = now(), attempts = attempts + 1, last_attempt = now(), "
                 f"model_version = {literal(model.version)} WHERE {mine} "
                 f"AND NOT EXISTS (SELECT 1 FROM _hr_still_bad b WHERE {same})",
             )
-            _record(db, model, prepared.records)
+            record(db, model, prepared.records)
             if moved := before - bad:
-                counts = _numbers(Counts(applied=moved, quarantined=-moved))
-                _insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
+                counts = numbers(Counts(applied=moved, quarantined=-moved))
+                insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
             db.execute(
                 f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
                 f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
@@ -278,11 +274,6 @@ class DuckDBDestination:
                 "another pipeline writes to it.",
                 "Run one pipeline only.",
             )
-        rows = db.execute('SELECT model, "offset" FROM headrace.models WHERE source = ?', [work.source])
-        stands = dict(rows.fetchall())
-        for part in work.parts:
-            if stands.get(part.model.name, 0) != work.after.offset:
-                raise DestinationError(f"Model {part.model.name} does not stand at {work.after.offset}.")
 
     def _change_rows(
         self, db: duckdb.DuckDBPyConnection, source: str, model: Model, prepared: Prepared
@@ -370,109 +361,3 @@ def _shape(db: duckdb.DuckDBPyConnection, schema: str, table: str, model: Model)
             db.execute(f"ALTER TABLE {target} ADD COLUMN {quoted(name)} {type_}")
         elif known[name] != type_:
             db.execute(f"ALTER TABLE {target} ALTER COLUMN {quoted(name)} SET DATA TYPE {type_}")
-
-
-class _Move(NamedTuple):
-    """What a part moved besides its rows: records that it healed, and how many were open before."""
-
-    part: Part
-    healed: int
-    open_before: int
-
-    @property
-    def open_after(self) -> int:
-        return self.open_before - self.healed + int(self.part.prepared.records.num_rows)
-
-
-def _open_records(db: duckdb.DuckDBPyConnection, source: str) -> dict[str, int]:
-    rows = db.execute("SELECT model, open_records FROM headrace.models WHERE source = ?", [source])
-    return dict(rows.fetchall())
-
-
-def _heal(db: duckdb.DuckDBPyConnection, work: Slice, part: Part) -> int:
-    """Mark the open records that a later good change has overtaken; returns how many."""
-    prepared = part.prepared
-    if not prepared.reset and not len(prepared.removed):
-        return 0
-    db.register("_hr_settled", pa.table({"key": prepared.removed}))
-    where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_settled)"
-    return _number(
-        db,
-        f"UPDATE headrace.quarantine SET status = 'superseded', superseded_by = {work.position.commit}, "
-        f"resolved_at = now() WHERE model = {literal(part.model.name)} AND {OPEN} {where}",
-    )
-
-
-def _write_ledger(db: duckdb.DuckDBPyConnection, work: Slice, moves: Sequence[_Move]) -> None:
-    rows = []
-    for part, healed, _ in moves:
-        head = (work.source, part.model.name)
-        span = (work.after.offset, work.through.offset)
-        if part.prepared.counts.read:
-            rows.append((*head, "apply", *span, *_numbers(part.prepared.counts), part.model.version))
-        if healed:
-            moved = Counts(superseded=healed, quarantined=-healed)
-            rows.append((*head, "superseded", *span, *_numbers(moved), part.model.version))
-    _insert(db, "ledger", rows)
-
-
-def _write_models(db: duckdb.DuckDBPyConnection, work: Slice, moves: Sequence[_Move]) -> None:
-    names = ", ".join(literal(move.part.model.name) for move in moves)
-    db.execute(f"DELETE FROM headrace.models WHERE model IN ({names})")
-    rows = [
-        (
-            move.part.model.name, work.source, move.part.model.version,
-            "in_sync" if move.part.in_sync else "joining", "", work.through.offset,
-            work.position.epoch, work.position.commit, work.committed_at, move.open_after,
-        )
-        for move in moves
-    ]  # fmt: skip
-    _insert(db, "models", rows)
-
-
-def _numbers(counts: Counts) -> list[int]:
-    return [getattr(counts, name) for name in LEDGER_COUNTS]
-
-
-def _insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[object]]) -> None:
-    """Insert a few rows into one of Headrace's tables, whose last column is the time now."""
-    if rows:
-        marks = ", ".join(f"({', '.join('?' * len(rows[0]))}, now())" for _ in rows)
-        db.execute(f"INSERT INTO headrace.{table} VALUES {marks}", [cell for row in rows for cell in row])
-
-
-def _record(db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table) -> list[str]:
-    """Write records; return the ids of issues that no record had before.
-
-    A record's id comes from its model and position, so a change has one record however often it fails:
-    writing it again keeps when it was first seen and counts one more attempt.
-    """
-    source, name, table = literal(model.source), literal(model.name), literal(str(model.table))
-    db.register("_hr_records", records)
-    db.execute(
-        f"""CREATE OR REPLACE TEMP TABLE _hr_incoming AS SELECT
-        md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
-        'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
-        {source} AS source, {name} AS model, {table} AS table_name,
-        stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
-        make_timestamptz(committed_at) AS committed_at, "offset", preview,
-        {literal(model.version)} AS model_version, 'quarantined' AS status, 1 AS attempts,
-        now() AS first_seen, now() AS last_attempt FROM _hr_records"""
-    )
-    issues = db.execute(
-        "SELECT DISTINCT issue FROM _hr_incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
-    ).fetchall()
-    db.execute(
-        "UPDATE _hr_incoming SET attempts = q.attempts + 1, first_seen = q.first_seen "
-        "FROM headrace.quarantine q WHERE q.id = _hr_incoming.id"
-    )
-    db.execute("DELETE FROM headrace.quarantine WHERE id IN (SELECT id FROM _hr_incoming)")
-    db.execute(
-        f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM _hr_incoming"
-    )
-    return [str(row[0]) for row in issues]
-
-
-def _number(db: duckdb.DuckDBPyConnection, statement: str) -> int:
-    """Run a change and return how many rows it changed."""
-    return int(db.execute(statement).fetchall()[0][0])
