@@ -71,14 +71,14 @@ class Books:
 
     def _heal(self, part: Part) -> int:
         """Mark the open records that a later good change has overtaken; returns how many."""
-        self._db.register("_hr_settled", pa.table({"key": part.prepared.removed}))
+        _hr_settled = pa.table({"key": part.prepared.removed})
         where = "" if part.prepared.reset else "AND key IN (SELECT key FROM _hr_settled)"
-        return number(
-            self._db,
+        done = self._db.execute(
             f"UPDATE headrace.quarantine SET status = 'superseded', "
             f"superseded_by = {self._work.position.commit}, resolved_at = now() "
-            f"WHERE model = {literal(part.model.name)} AND {OPEN} {where}",
+            f"WHERE model = {literal(part.model.name)} AND {OPEN} {where}"
         )
+        return int(done.fetchall()[0][0])
 
     def _write_ledger(self) -> None:
         work, rows = self._work, []
@@ -144,31 +144,25 @@ def record(db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table) -> li
     writing it again keeps when it was first seen and counts one more attempt.
     """
     source, name, table = literal(model.source), literal(model.name), literal(str(model.table))
-    db.register("_hr_records", records)
-    db.execute(
-        f"""CREATE OR REPLACE TEMP TABLE _hr_incoming AS SELECT
-        md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
-        'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
-        {source} AS source, {name} AS model, {table} AS table_name,
-        stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
-        make_timestamptz(committed_at) AS committed_at, "offset", preview,
-        {literal(model.version)} AS model_version, 'quarantined' AS status, 1 AS attempts,
-        now() AS first_seen, now() AS last_attempt FROM _hr_records"""
-    )
+    _hr_records = records
+    _hr_incoming = db.sql(
+        f"""SELECT r.*, coalesce(q.attempts, 0) + 1 AS attempts,
+        coalesce(q.first_seen, now()) AS first_seen, now() AS last_attempt
+        FROM (
+          SELECT md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal)) AS id,
+          'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
+          {source} AS source, {name} AS model, {table} AS table_name,
+          stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
+          make_timestamptz(committed_at) AS committed_at, "offset", preview,
+          {literal(model.version)} AS model_version, 'quarantined' AS status FROM _hr_records
+        ) r LEFT JOIN headrace.quarantine q ON q.id = r.id::UUID"""
+    ).to_arrow_table()
     issues = db.execute(
         "SELECT DISTINCT issue FROM _hr_incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
     ).fetchall()
+    db.execute("DELETE FROM headrace.quarantine WHERE id IN (SELECT id::UUID FROM _hr_incoming)")
     db.execute(
-        "UPDATE _hr_incoming SET attempts = q.attempts + 1, first_seen = q.first_seen "
-        "FROM headrace.quarantine q WHERE q.id = _hr_incoming.id"
-    )
-    db.execute("DELETE FROM headrace.quarantine WHERE id IN (SELECT id FROM _hr_incoming)")
-    db.execute(
-        f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM _hr_incoming"
+        f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) "
+        f"SELECT {RECORD_COLUMNS} FROM (SELECT * REPLACE (id::UUID AS id) FROM _hr_incoming)"
     )
     return [str(row[0]) for row in issues]
-
-
-def number(db: duckdb.DuckDBPyConnection, statement: str) -> int:
-    """Run a change and return how many rows it changed."""
-    return int(db.execute(statement).fetchall()[0][0])

@@ -3,6 +3,10 @@
 The file is opened for each apply and closed again: a process that holds it, even read-only, holds
 up apply. Tables carry no index and no declared constraint (models check); rows are changed by
 `DELETE … USING` and `INSERT`, never MERGE or `INSERT OR REPLACE`.
+
+Arrow tables reach the engine as Python variables that a statement names (`_hr_…`), not by `register`:
+a transaction keeps every view that it ever had until it ends, and with it the table behind it, so
+that a slice of ten million rows would stay in memory whole.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import duckdb
 import pyarrow as pa
 
 from headrace.change import Mark
-from headrace.destinations.books import Books, insert, number, numbers, record
+from headrace.destinations.books import Books, insert, numbers, record
 from headrace.destinations.tables import CREATE, OPEN
 from headrace.errors import (
     DestinationBusy,
@@ -38,6 +42,8 @@ _READING = {
 _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re.DOTALL)
 
 
+MEMORY = 96 << 20
+
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
 _opening = threading.Lock()
@@ -46,8 +52,12 @@ _opening = threading.Lock()
 class DuckDBDestination:
     """One DuckDB file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, spill: Path | None = None, memory: int = MEMORY) -> None:
+        """`memory` (bytes) is what the engine may hold, beyond four times the part that it is given;
+        what does not fit goes to the folder `spill`, by default beside the file."""
         self.path = path
+        self._spill = spill
+        self._memory = memory
         self._shaped: dict[str, dict[str, str]] = {}
 
     @contextmanager
@@ -80,6 +90,9 @@ class DuckDBDestination:
         try:
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET enable_progress_bar = false")
+            connection.execute(f"SET memory_limit = '{self._memory}B'")
+            if self._spill is not None:
+                connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
             yield connection
         finally:
             with _opening:
@@ -177,9 +190,9 @@ class DuckDBDestination:
             db.execute("BEGIN")
             db.register("_hr_redriven", pa.table({"key": prepared.removed}))
             db.register("_hr_still_bad", prepared.records)
-            before = number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
+            before = _number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
             self._change_rows(db, model.source, model, prepared)
-            resolved = number(
+            resolved = _number(
                 db,
                 f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
                 f"resolved_at = now(), attempts = attempts + 1, last_attempt = now(), "
@@ -292,14 +305,16 @@ class DuckDBDestination:
             ) from error
         if prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = ?", [source])
+        if prepared.rows.nbytes > self._memory // 4:  # one large value, say
+            db.execute(f"SET memory_limit = '{self._memory + 4 * prepared.rows.nbytes}B'")
         if len(prepared.removed):
-            db.register("_hr_removed", pa.table({"key": prepared.removed}))
+            _hr_removed = pa.table({"key": prepared.removed})
             db.execute(
                 f"DELETE FROM {target} USING _hr_removed r WHERE _source = ? AND _source_key = r.key",
                 [source],
             )
         if prepared.rows.num_rows:
-            db.register("_hr_arrived", prepared.rows)
+            _hr_arrived = prepared.rows
             db.execute(
                 f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_arrived"
             )
@@ -361,3 +376,8 @@ def _shape(db: duckdb.DuckDBPyConnection, schema: str, table: str, model: Model)
             db.execute(f"ALTER TABLE {target} ADD COLUMN {quoted(name)} {type_}")
         elif known[name] != type_:
             db.execute(f"ALTER TABLE {target} ALTER COLUMN {quoted(name)} SET DATA TYPE {type_}")
+
+
+def _number(db: duckdb.DuckDBPyConnection, statement: str) -> int:
+    """Run a change and return how many rows it changed."""
+    return int(db.execute(statement).fetchall()[0][0])

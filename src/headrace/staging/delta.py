@@ -121,6 +121,7 @@ class DeltaStaging:
         self._cache: OrderedDict[Path, pa.Table] = OrderedDict()
         self._cached_bytes = 0
         self._cache_lock = threading.Lock()
+        self._moved = threading.Condition()
         self._through: Offset = 0
         self._written: Offset = 0
         self._schemas: list[tuple[Offset, TableSchema]] = []
@@ -196,8 +197,10 @@ class DeltaStaging:
             raise
         known = {offset for offset, _ in self._schemas}
         self._schemas += [pair for pair in pending.shapes if pair[0] not in known]
-        self._written = max(self._written, pending.through)
-        self._through = max(self._through, pending.group_end)
+        with self._moved:
+            self._written = max(self._written, pending.through)
+            self._through = max(self._through, pending.group_end)
+            self._moved.notify_all()
 
     def written(self) -> Offset:
         """See `Staging.written`."""
@@ -206,6 +209,11 @@ class DeltaStaging:
     def through(self) -> Offset:
         """See `Staging.through`."""
         return self._through
+
+    def wait(self, after: Offset, timeout: float) -> bool:
+        """Wait up to `timeout` seconds until `through` is past `after`; say whether it is."""
+        with self._moved:
+            return self._moved.wait_for(lambda: self._through > after, timeout)
 
     def read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
         """See `Staging.read`."""
