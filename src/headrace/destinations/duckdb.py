@@ -305,7 +305,7 @@ class DuckDBDestination:
             ) from error
         if prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = ?", [source])
-        if prepared.rows.nbytes > self._memory // 4:  # one large value, say
+        if prepared.rows.nbytes > self._memory // 2:  # one large value, say
             db.execute(f"SET memory_limit = '{self._memory + 4 * prepared.rows.nbytes}B'")
         if len(prepared.removed):
             _hr_removed = pa.table({"key": prepared.removed})

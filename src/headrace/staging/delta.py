@@ -116,7 +116,7 @@ class DeltaStaging:
         self._root = root / "raw" / encode(source)
         self._log_id = log_id
         self._read_only = read_only
-        self._piece_bytes = piece_bytes
+        self.piece_bytes = piece_bytes
         self._tables: dict[TableId, _Table] = {}
         self._cache: OrderedDict[Path, pa.Table] = OrderedDict()
         self._cached_bytes = 0
@@ -166,7 +166,7 @@ class DeltaStaging:
         pending = _Pending()
         for item in entries:
             self.decode(item, pending)
-            if pending.bytes >= self._piece_bytes:
+            if pending.bytes >= self.piece_bytes:
                 self._flush(pending)
                 pending = _Pending()
         self._flush(pending)
@@ -227,7 +227,7 @@ class DeltaStaging:
             return
         for file in _overlapping(staged.files, after, through):
             part = self._load(staged, [file], after, through)
-            full = sum(table.nbytes for table in held) + part.nbytes > self._piece_bytes
+            full = sum(table.nbytes for table in held) + part.nbytes > self.piece_bytes
             if held and (full or sum(table.num_rows for table in held) + part.num_rows > _PIECE_ROWS):
                 yield pa.concat_tables(held)
                 held = []
@@ -247,7 +247,7 @@ class DeltaStaging:
         for file in reversed(_overlapping(staged.files, 0, before)):
             parts.insert(1, self._load(staged, [file], 0, before).select(columns))
             first = file.first
-            full = sum(part.nbytes for part in parts) >= self._piece_bytes
+            full = sum(part.nbytes for part in parts) >= self.piece_bytes
             if full or sum(part.num_rows for part in parts) >= rows:
                 break
         return pa.concat_tables(parts), first - 1
