@@ -253,17 +253,22 @@ class Lane:
         for model in models:
             quiet = True
             try:
-                for changes in self.staging.pieces(model.table, after, through):
+                pieces = self.staging.pieces(model.table, after, through)
+                while (changes := next(pieces, None)) is not None:
                     quiet = False
-                    key = model.schema.key
-                    whole = fill_unchanged(self.staging, model.table, key, changes)
-                    yield Part(model, model.prepare(whole), in_sync)
+                    prepared = self._prepare(model, changes)
+                    del changes  # not beside what the destination makes of them
+                    yield Part(model, prepared, in_sync)
+                    del prepared
             except Exception as error:
                 if verdict_of(error) is Verdict.RETRY:
                     raise
                 raise _broken(model.name, error) from error
             if quiet:
                 yield Part(model, NOTHING, in_sync)
+
+    def _prepare(self, model: RowModel, changes: pa.Table) -> Prepared:
+        return model.prepare(fill_unchanged(self.staging, model.table, model.schema.key, changes))
 
     def _moved(self, models: Sequence[RowModel], through: Offset, in_sync: bool) -> None:
         self._reached = max(self._reached, through)

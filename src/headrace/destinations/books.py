@@ -18,7 +18,8 @@ from headrace.protocols import Counts, Model, Part, Slice
 class _Account:
     """One model in a slice: how it stood before, and what all of its parts so far amount to."""
 
-    part: Part
+    model: Model
+    state: str
     known: bool
     counts: Counts
     healed: int
@@ -48,7 +49,7 @@ class Books:
         if offset != self._work.after.offset:
             raise DestinationError(f"Model {name} does not stand at {self._work.after.offset}.")
         known = (version, state, reason) == (part.model.version, _state(part), "")
-        self._accounts[name] = _Account(part, known, Counts(), 0, opened)
+        self._accounts[name] = _Account(part.model, _state(part), known, Counts(), 0, opened)
 
     def take(self, part: Part) -> list[str]:
         """Enter a part whose rows were applied: heal and write its records; return new issues."""
@@ -84,7 +85,7 @@ class Books:
         work, rows = self._work, []
         span = (work.after.offset, work.through.offset)
         for name, account in self._accounts.items():
-            version = account.part.model.version
+            version = account.model.version
             if account.counts.read:
                 rows.append((work.source, name, "apply", *span, *numbers(account.counts), version))
             if account.healed:
@@ -111,7 +112,7 @@ class Books:
             self._db,
             "models",
             [
-                (name, work.source, account.part.model.version, _state(account.part), "", *place,
+                (name, work.source, account.model.version, account.state, "", *place,
                  account.open_records)
                 for name, account in others.items()
             ],

@@ -42,7 +42,7 @@ _READING = {
 _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re.DOTALL)
 
 
-MEMORY = 96 << 20
+MEMORY = 64 << 20
 
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
@@ -90,6 +90,8 @@ class DuckDBDestination:
         try:
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET enable_progress_bar = false")
+            connection.execute("SET allocator_flush_threshold = '16MB'")
+            connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
             connection.execute(f"SET memory_limit = '{self._memory}B'")
             if self._spill is not None:
                 connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
@@ -167,6 +169,7 @@ class DuckDBDestination:
                 self._change_rows(db, work.source, part.model, part.prepared)
                 new_issues += books.take(part)
                 failpoint("destination.apply.part")
+                del part  # before the next one is made
             books.close()
             self._move(db, work)
             failpoint("destination.apply.commit")
@@ -306,7 +309,7 @@ class DuckDBDestination:
         if prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = ?", [source])
         if prepared.rows.nbytes > self._memory // 2:  # one large value, say
-            db.execute(f"SET memory_limit = '{self._memory + 4 * prepared.rows.nbytes}B'")
+            db.execute(f"SET memory_limit = '{self._memory + 8 * prepared.rows.nbytes}B'")
         if len(prepared.removed):
             _hr_removed = pa.table({"key": prepared.removed})
             db.execute(

@@ -51,7 +51,7 @@ _META = {
     "_before": BEFORE,
 }
 _NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 """How much is decoded at once: of one write, and of what `pieces` yields. An entry is never cut."""
 _PIECE_ROWS = 100_000
 _CACHE_BYTES = 32 << 20
@@ -226,14 +226,14 @@ class DeltaStaging:
         if staged is None:
             return
         for file in _overlapping(staged.files, after, through):
-            part = self._load(staged, [file], after, through)
-            full = sum(table.nbytes for table in held) + part.nbytes > self.piece_bytes
-            if held and (full or sum(table.num_rows for table in held) + part.num_rows > _PIECE_ROWS):
-                yield pa.concat_tables(held)
-                held = []
-            if part.num_rows:
-                held.append(part)
-        if held:
+            held.append(self._load(staged, [file], after, through))
+            full = sum(part.nbytes for part in held) >= self.piece_bytes // 2
+            if full or sum(part.num_rows for part in held) >= _PIECE_ROWS // 2:
+                piece, held = pa.concat_tables(held), []
+                if piece.num_rows:
+                    yield piece
+                del piece  # nothing here holds what the caller is done with
+        if sum(part.num_rows for part in held):
             yield pa.concat_tables(held)
 
     def read_back(
