@@ -18,7 +18,7 @@ FLOORS = [
     {"change", "errors", "config", "document", "secret", "failpoints", "keys"},
     {"protocols", "payload", "cells"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
-    {"joining", "lane", "pipeline", "server", "verify"},
+    {"joining", "lane", "pipeline", "server", "verify", "memory"},
     {"cli", "console", "testing"},
 ]
 FOLDERS = FLOORS[2]

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import Mark, Offset, TableSchema
+from headrace.change import Mark, Offset, Position, TableSchema
 from headrace.config import Project, SourceConfig
 from headrace.destinations.duckdb import DuckDBDestination, foreign
 from headrace.destinations.joins import Joins
@@ -32,6 +32,7 @@ from headrace.sources.postgres.tables import UNFINISHED, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.evaluate import scrub
+from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.sql import ModelText
@@ -96,8 +97,8 @@ class Lane:
         return position is not None and position.commit > lsn
 
     def load(self) -> bool:
-        """Stage the next groups; False when all of the log is staged."""
-        entries = self.log.read(self.staging.through(), _LOAD_BYTES)
+        """Stage what comes next; False when all of the log is staged."""
+        entries = self.log.read(self.staging.written(), _LOAD_BYTES)
         if not entries:
             return False
         self.staging.write(entries)
@@ -216,10 +217,6 @@ class Lane:
         states = self.destination.models(self.config.name)
         return {name: state.reason for name, state in states.items() if state.state == "suspended"}
 
-    def changes(self, model: RowModel, after: Offset, through: Offset) -> pa.Table:
-        """Return the streamed changes of a model's table, unchanged cells filled."""
-        return self._filled(model, self.staging.read(model.table, after, through), through)
-
     def history(self, model: RowModel, through: Offset) -> pa.Table:
         """Return all that made a model's table what it is, in source order, unchanged cells filled."""
         changes = self.staging.history(model.table, self.joiner.stands_on(model), through)
@@ -280,45 +277,64 @@ class Lane:
 
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
         position, committed_at = self.log.place(through)
-        parts = []
-        for model in models:
-            copy = self.joiner.stands_on(model)
-            in_sync = caught_up and copy is not None and copy.floor.epoch == position.epoch
-            try:
-                parts.append(Part(model, model.prepare(self.changes(model, after, through)), in_sync))
-            except Exception as error:
-                if verdict_of(error) is Verdict.RETRY:
-                    raise
-                self._suspend(model.name, model.version, _broken(model.name, error))
-        if not parts:
-            return
-        work = Slice(
-            self.config.name, self._mark(after), self._mark(through), position, committed_at, tuple(parts)
-        )
+        in_sync = {model.name for model in models if caught_up and self._is_of(model, position)}
+        parts = self._parts(models, after, through, in_sync)
+        work = Slice(self.config.name, self._mark(after), self._mark(through), position, committed_at, parts)
         try:
             issues = self.destination.apply(work)
         except ModelBroken as error:
-            broken = next(part.model for part in parts if part.model.name == error.model)
+            broken = next(model for model in models if model.name == error.model)
             self._suspend(broken.name, broken.version, error)
             return
         except BaseException:
             self._stands = None
             raise
-        self._moved(parts, through)
+        self._moved(models, through, in_sync)
         self._alert_all(issues)
 
     def _alert_all(self, issues: Sequence[str]) -> None:
         for issue in issues:
             self._alert(issue)
 
-    def _moved(self, parts: Sequence[Part], through: Offset) -> None:
+    def _parts(
+        self, models: Sequence[RowModel], after: Offset, through: Offset, in_sync: Collection[str]
+    ) -> Iterator[Part]:
+        """Prepare piece by piece while the destination takes them; a model without changes costs nothing.
+
+        Raises ModelBroken for whatever is wrong with a model, so that nothing of it, and of the others
+        nothing yet, is applied.
+        """
+        for model in models:
+            quiet = True
+            try:
+                pieces = self.staging.pieces(model.table, after, through)
+                while (changes := next(pieces, None)) is not None:
+                    quiet = False
+                    prepared = model.prepare(self._filled(model, changes, through))
+                    del changes  # not beside what the destination makes of them
+                    yield Part(model, prepared, model.name in in_sync)
+                    del prepared
+            except Exception as error:
+                if verdict_of(error) is Verdict.RETRY:
+                    raise
+                raise _broken(model.name, error) from error
+            if quiet:
+                yield Part(model, NOTHING, model.name in in_sync)
+
+    def _is_of(self, model: RowModel, position: Position) -> bool:
+        """Whether a model's table is made of a copy whose changes the log holds without a gap."""
+        copy = self.joiner.stands_on(model)
+        return copy is not None and copy.floor.epoch == position.epoch
+
+    def _moved(self, models: Sequence[RowModel], through: Offset, in_sync: Collection[str]) -> None:
         self._reached = max(self._reached, through)
         if self._stands is None:
             return
-        for part in parts:
-            name, version = part.model.name, part.model.version
-            state = "in_sync" if part.in_sync else "joining"
+        for name, version in ((model.name, model.version) for model in models):
+            state = "in_sync" if name in in_sync else "joining"
             self._stands[name] = ModelState(name, self.config.name, version, state, "", through, 0)
+        running = [stand.offset for stand in self._stands.values() if stand.state in {"in_sync", "joining"}]
+        self.staging.forget(min(running))
 
     def _offset(self, model: RowModel) -> Offset:
         state = (self._stands or {}).get(model.name)
@@ -414,10 +430,10 @@ class Lane:
         )  # fmt: skip
 
 
-def _broken(name: str, error: Exception) -> HeadraceError:
+def _broken(name: str, error: Exception) -> ModelBroken:
     """Turn whatever went wrong in preparing a model into what is said of the model."""
     if isinstance(error, HeadraceError):
-        return error
+        return ModelBroken(name, str(error), error.remedy)
     what = f"{type(error).__name__}: {scrub(str(error))}"
     return ModelBroken(name, f"Model {name} cannot run: {what}", "Mend it, or report what Headrace lacks.")
 

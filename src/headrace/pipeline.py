@@ -17,14 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import pyarrow as pa
-
 from headrace.change import TableId
 from headrace.config import Project
 from headrace.destinations.duckdb import DuckDBDestination
 from headrace.errors import DestinationBusy, HeadraceError, StateInUse, UserError, Verdict, verdict_of
 from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
+from headrace.memory import economise, give_back
 from headrace.server import Server
 from headrace.transform.evaluate import scrub
 from headrace.transform.folder import ModelFolder
@@ -38,7 +37,7 @@ _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
 _ALERT_AFTER = 10.0
 _POLL = 0.5
-_PACE = 0.15  # seconds between two loads or applies while changes trickle: fewer, larger steps
+_PACE = 0.15  # seconds between two loads while changes trickle: fewer, larger steps
 
 
 def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
@@ -46,7 +45,7 @@ def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
 
     Raises ModelError for a model file that does not parse, UserError for one of no source.
     """
-    destination = DuckDBDestination(project.destination.path)
+    destination = DuckDBDestination(project.destination.path, spill=project.state / "spill")
     folder = ModelFolder(project.models, {source.name for source in project.sources})
     return [Lane(project, source, destination, folder, read_only=read_only) for source in project.sources]
 
@@ -60,8 +59,7 @@ class Pipeline:
 
         Raises StateInUse when another process runs on it, ForeignDestination and ModelError.
         """
-        # Arrow's own pool keeps what it once needed: 110 MB more at the peak of a catch-up, and no faster.
-        pa.set_memory_pool(pa.system_memory_pool())
+        economise()
         self.project = project
         self.stop = stop or threading.Event()
         self._errors: dict[str, HeadraceError | BaseException] = {}
@@ -163,14 +161,24 @@ class Pipeline:
     def _start(self, lane: Lane, verb: str) -> None:
         """Start the thread that repeats one verb of a lane."""
 
+        worked = True
+
         def load() -> None:
             if not lane.load():
-                lane.log.wait(lane.staging.through(), _POLL)
-            self.stop.wait(_PACE)
+                lane.log.wait(lane.staging.written(), _POLL)
+            elif lane.staging.written() >= lane.log.end().offset:
+                self.stop.wait(_PACE)
 
         def apply() -> None:
-            if not lane.apply():
-                self.stop.wait(_PACE)
+            nonlocal worked
+            staged = lane.staging.through()
+            if lane.apply():
+                worked = True
+                return
+            if worked:
+                give_back()
+                worked = False
+            lane.staging.wait(staged, _POLL)
 
         steps = {"capture": lambda: lane.capture(self.stop), "load": load, "apply": apply}
         name = f"{lane.config.name}.{verb}"

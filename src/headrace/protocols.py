@@ -58,8 +58,8 @@ class Log(Protocol):
         ...
 
     def read(self, after: Offset, max_bytes: int) -> Sequence[LoggedEntry]:
-        """Return whole groups after `after`, in order: at least one if there is one, then as many
-        as fit in `max_bytes` of payload."""
+        """Return entries after `after`, in order: at least one if there is one, then as many as fit in
+        `max_bytes` of payload. They may end in the middle of a group."""
         ...
 
     def end(self) -> Mark:
@@ -100,11 +100,16 @@ class Staging(Protocol):
     """Raw tables: every change as the source wrote it, text cells, in log order."""
 
     def write(self, entries: Sequence[LoggedEntry]) -> None:
-        """Stage whole groups; return when they are durable. Staging an entry twice changes nothing."""
+        """Stage entries, from wherever to wherever in a group; return when they are durable. Staging
+        an entry twice changes nothing."""
+        ...
+
+    def written(self) -> Offset:
+        """Return the last offset that is staged for every table, be it in the middle of a group."""
         ...
 
     def through(self) -> Offset:
-        """Return the last offset that is staged for every table."""
+        """Return the last end of a group that is staged for every table: what apply may use."""
         ...
 
     def read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
@@ -127,6 +132,10 @@ class Staging(Protocol):
     def history(self, table: TableId, copy: Copy | None, through: Offset) -> pa.Table:
         """Return all that made a table what it is as of an offset, in source order: the rows of a copy
         and every change that may not be contained in them."""
+        ...
+
+    def pieces(self, table: TableId, after: Offset, through: Offset) -> Iterator[pa.Table]:
+        """Yield what `read` would return, in pieces of a bounded size; nothing if there is nothing."""
         ...
 
     def count(self, table: TableId, after: Offset, through: Offset) -> int:
@@ -154,6 +163,9 @@ class Counts:
         """Whether every change that was read is accounted for."""
         parts = self.applied + self.superseded + self.filtered + self.quarantined
         return self.read == parts + self.waiting + self.blocked
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +241,7 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One model's share of a slice, ready to apply."""
+    """One model's share of a slice, or a piece of that share, ready to apply."""
 
     model: Model
     prepared: Prepared
@@ -238,14 +250,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The changes of one source in `(after, through]`, prepared for all models that stand there."""
+    """The changes of one source in `(after, through]`, prepared for all models that stand there.
+
+    `parts` is taken once, one at a time: a slice need not fit in memory. Each model that moves has at
+    least one part; the parts of one model are in source order.
+    """
 
     source: str
     after: Mark
     through: Mark
     position: Position
     committed_at: int
-    parts: tuple[Part, ...]
+    parts: Iterable[Part]
 
 
 class Destination(Protocol):
@@ -261,7 +277,7 @@ class Destination(Protocol):
 
     def apply(self, work: Slice) -> Sequence[str]:
         """Apply a slice in one transaction: data, quarantine, ledger and progress; return the ids of
-        issues that are new.
+        issues that are new. Whatever taking its parts raises is raised here, and nothing changes.
 
         The models named in `work` move from `work.after` to `work.through`; a model that does not
         stand at `work.after` is refused, and nothing changes: a second owner, or a repeated call,

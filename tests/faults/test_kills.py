@@ -132,6 +132,7 @@ POINTS = {
     "staging.data_synced": "once",
     "staging.committed": "once",
     "staging.commit_synced": "once",
+    "destination.apply.part": "once",
     "destination.apply.commit": "once",
     "destination.apply.committed": "once",
     "destination.redrive.commit": "redrive",

@@ -75,14 +75,18 @@ def test_an_empty_group_changes_nothing(log: SQLiteLog) -> None:
     assert log.append([]) == end == log.end()
 
 
-def test_read_gives_whole_groups_and_at_least_one(log: SQLiteLog) -> None:
+def test_read_gives_what_fits_and_at_least_one_entry(log: SQLiteLog) -> None:
+    """Also in the middle of a group: a group of any size is read in pieces."""
     for commit, size in ((1, 3), (2, 2), (3, 1)):
         log.append([entry(commit, i, b"x" * 100) for i in range(size)])
-    assert offsets(log.read(0, 1)) == [1, 2, 3]
-    assert offsets(log.read(0, 499)) == [1, 2, 3]
-    assert offsets(log.read(0, 500)) == [1, 2, 3, 4, 5]
+    assert offsets(log.read(0, 1)) == [1]
+    assert offsets(log.read(1, 200)) == [2, 3]
+    assert offsets(log.read(0, 499)) == [1, 2, 3, 4]
     assert offsets(log.read(3, 1 << 20)) == [4, 5, 6]
     assert log.read(6, 1) == []
+    assert log.slice_end(0, 6, 1) == 3, "a slice is never less than a group"
+    assert log.slice_end(0, 6, 499) == 3
+    assert log.slice_end(0, 2, 499) == 0, "no group ends there"
 
 
 def test_slice_end_stops_at_groups_bytes_rows_and_limit(log: SQLiteLog) -> None:

@@ -86,7 +86,7 @@ def opened(folder: Path, log: SQLiteLog, *, read_only: bool = False) -> DeltaSta
 
 
 def load(staging: DeltaStaging, log: SQLiteLog, max_bytes: int = 1) -> None:
-    while entries := log.read(staging.through(), max_bytes):
+    while entries := log.read(staging.written(), max_bytes):
         staging.write(entries)
 
 

@@ -123,7 +123,7 @@ class SQLiteLog:
 
     def read(self, after: Offset, max_bytes: int) -> Sequence[LoggedEntry]:
         """See `Log.read`."""
-        through = self.slice_end(after, self._end.offset, max_bytes)
+        through = self._reach(after, self._end.offset, max_bytes)[0]
         rows = self._connection().execute(
             f'SELECT {_COLUMNS} FROM entries WHERE "offset" > ? AND "offset" <= ? ORDER BY "offset"',
             (after, through),
@@ -156,7 +156,24 @@ class SQLiteLog:
     def slice_end(self, after: Offset, limit: Offset, max_bytes: int) -> Offset:
         """Return the last group end up to `limit` that keeps `(after, …]` within `max_bytes` of payload
         and `MAX_SLICE_ROWS` rows; at least one group's, if there is one."""
-        through, total, rows = after, 0, 0
+        through, end = self._reach(after, limit, max_bytes)
+        if end > after or through == limit:
+            return end
+        row = (
+            self._connection()
+            .execute(
+                'SELECT min("offset") FROM entries WHERE "offset" > ? AND "offset" <= ? AND ends_group',
+                (after, limit),
+            )
+            .fetchone()
+        )
+        return after if row is None or row[0] is None else int(row[0])
+
+    def _reach(self, after: Offset, limit: Offset, max_bytes: int) -> tuple[Offset, Offset]:
+        """Return the last entry up to `limit` that keeps `(after, …]` within `max_bytes` of payload and
+        `MAX_SLICE_ROWS` rows, at least one if there is one, and the last group end up to there."""
+        through = end = after
+        total = rows = 0
         for offset, count, size, ends in self._connection().execute(
             'SELECT "offset", rows, bytes, ends_group FROM entries '
             'WHERE "offset" > ? AND "offset" <= ? ORDER BY "offset"',
@@ -166,9 +183,10 @@ class SQLiteLog:
             rows += int(count)
             if through > after and (total > max_bytes or rows > MAX_SLICE_ROWS):
                 break
+            through = int(offset)
             if ends:
-                through = int(offset)
-        return through
+                end = through
+        return through, end
 
     def copy_marks(self) -> list[tuple[Offset, TableId, Position, int, CopyMark]]:
         """See `Log.copy_marks`."""

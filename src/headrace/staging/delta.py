@@ -14,14 +14,14 @@ changes nothing. delta-rs's own checkpoints and log clean-up stay off, since the
 from __future__ import annotations
 
 import json
-import os
+import threading
 import time
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +35,7 @@ from headrace.errors import HeadraceError, LogError
 from headrace.failpoints import failpoint
 from headrace.payload import BEFORE, HEAD, UNCHANGED, decode_rows
 from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
+from headrace.staging.folders import commit_name, decode, encode, fsync, mend_tail
 
 HISTORY = TableId("", "_history")
 """The internal table that holds the entries which are not rows: shapes, and markers of copies."""
@@ -51,7 +52,10 @@ _META = {
     "_before": BEFORE,
 }
 _NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
-_CACHE_BYTES = 48 << 20
+PIECE_BYTES = 16 << 20
+"""How much is decoded at once: of one write, and of what `pieces` yields. An entry is never cut."""
+_PIECE_ROWS = 100_000
+_CACHE_BYTES = 32 << 20
 
 
 class StagingForeign(HeadraceError):
@@ -69,6 +73,21 @@ class _File:
 
 
 @dataclass(slots=True)
+class _Pending:
+    """What one write is going to commit: staged rows by table, and entries that are no rows."""
+
+    parts: dict[TableId, list[pa.Table]] = field(default_factory=dict)
+    events: list[LoggedEntry] = field(default_factory=list)
+    bytes: int = 0
+    through: Offset = 0
+    group_end: Offset = 0
+
+    def add(self, table: TableId, part: pa.Table) -> None:
+        self.parts.setdefault(table, []).append(part)
+        self.bytes += part.nbytes
+
+
+@dataclass(slots=True)
 class _Table:
     path: Path
     delta: DeltaTable
@@ -80,23 +99,37 @@ class _Table:
 class DeltaStaging:
     """The raw tables of one source. One writer; `read` may be called from other threads."""
 
-    def __init__(self, root: Path, source: str, log_id: str, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        source: str,
+        log_id: str,
+        *,
+        read_only: bool = False,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
         """Open what is there and, unless `read_only`, repair what a power cut left half written.
+
+        `piece_bytes` bounds how much is decoded at once.
 
         Raises StagingForeign when the folder belongs to another log.
         """
-        self._root = root / "raw" / _encode(source)
+        self._root = root / "raw" / encode(source)
         self._log_id = log_id
         self._read_only = read_only
+        self.piece_bytes = piece_bytes
         self._tables: dict[TableId, _Table] = {}
         self._cache: OrderedDict[Path, pa.Table] = OrderedDict()
         self._cached_bytes = 0
+        self._cache_lock = threading.Lock()
+        self._moved = threading.Condition()
         self._through: Offset = 0
+        self._written: Offset = 0
         self._schemas: list[tuple[Offset, TableSchema]] = []
         self._copies = CopyHistory()
         for path in sorted(self._root.glob("*/*/_delta_log")):
             schema, name = path.parent.parent.name, path.parent.name
-            self._open(TableId(_decode(schema), _decode(name)))
+            self._open(TableId(decode(schema), decode(name)))
         if HISTORY in self._tables:
             for row in self._read(HISTORY, 0, self._tables[HISTORY].version).to_pylist():
                 at = Position(row["_epoch"], row["_commit"], row["_ordinal"])
@@ -122,7 +155,7 @@ class DeltaStaging:
             for table, last in last_offsets.items()
             if self._version(table) < last
         ]
-        self._through = min(lagging, default=end)
+        self._through = self._written = min(lagging, default=end)
         ahead = max((table.version for table in self._tables.values()), default=0)
         if ahead > end:
             raise LogError(
@@ -132,36 +165,60 @@ class DeltaStaging:
             )
 
     def write(self, entries: Sequence[LoggedEntry]) -> None:
-        """See `Staging.write`."""
-        if not entries:
-            return
-        through = entries[-1].offset
-        pending: dict[TableId, list[pa.Table]] = {}
-        events = [item for item in entries if item.entry.kind in ("schema", "marker")]
+        """See `Staging.write`. Commits whenever `piece_bytes` are decoded, and at the end."""
+        pending = _Pending()
         for item in entries:
-            table = item.entry.table
-            if item.entry.kind in ("schema", "marker"):
-                if item.offset > self._version(HISTORY):
-                    pending.setdefault(HISTORY, []).append(_event_row(item))
-                if shape := shape_in(item.entry.kind, item.entry.payload):
-                    pending.setdefault(shape.table, []).append(_no_rows(shape))
-            elif table is not None and item.offset > self._version(table):
-                pending.setdefault(table, []).append(_staged(item))
+            self.decode(item, pending)
+            if pending.bytes >= self.piece_bytes:
+                self._flush(pending)
+                pending = _Pending()
+        self._flush(pending)
+
+    def decode(self, item: LoggedEntry, pending: _Pending) -> None:
+        """Add to what is pending what an entry brings that is not staged yet."""
+        entry = item.entry
+        if entry.kind in ("schema", "marker"):
+            pending.events.append(item)
+            if item.offset > self._version(HISTORY):
+                pending.add(HISTORY, _event_row(item))
+            if shape := shape_in(entry.kind, entry.payload):
+                pending.add(shape.table, _no_rows(shape))
+        elif entry.table is not None and item.offset > self._version(entry.table):
+            pending.add(entry.table, _staged(item))
+        pending.through = item.offset
+        if item.ends_group:
+            pending.group_end = item.offset
+
+    def _flush(self, pending: _Pending) -> None:
+        """Make what is pending durable, table by table, then say so. The end of what apply may use moves
+        only where a group ends: a transaction is never applied in part."""
         try:
-            for table, parts in pending.items():
-                self._append(table, parts, through)
+            for table, parts in pending.parts.items():
+                self._append(table, parts, pending.through)
         except BaseException:
-            self._look_again(pending)
+            self._look_again(pending.parts)
             raise
-        for item in events:
+        for item in pending.events:
             entry = item.entry
             assert entry.table is not None
             self._remember_event(item.offset, entry.kind, entry.table, entry.last, entry.payload.decode())
-        self._through = through
+        with self._moved:
+            self._written = max(self._written, pending.through)
+            self._through = max(self._through, pending.group_end)
+            self._moved.notify_all()
+
+    def written(self) -> Offset:
+        """See `Staging.written`."""
+        return self._written
 
     def through(self) -> Offset:
         """See `Staging.through`."""
         return self._through
+
+    def wait(self, after: Offset, timeout: float) -> bool:
+        """Wait up to `timeout` seconds until `through` is past `after`; say whether it is."""
+        with self._moved:
+            return self._moved.wait_for(lambda: self._through > after, timeout)
 
     def read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
         """See `Staging.read`."""
@@ -193,22 +250,41 @@ class DeltaStaging:
         rows = self.read_copied(table, copy, copy.begin, min(copy.end, through))
         return in_source_order([rows, beyond(self.read(table, copy.after, through), copy.floor)])
 
+    def pieces(self, table: TableId, after: Offset, through: Offset) -> Iterator[pa.Table]:
+        """See `Staging.pieces`. Cut between files, each of which was one piece when it was written."""
+        staged = self._tables.get(table)
+        held: list[pa.Table] = []
+        if staged is None:
+            return
+        copies = self._copies.between(table, after, through)
+        for file in _overlapping(staged.files, after, through):
+            part = self._load(staged, [file], after, through)
+            held.append(streamed(part) if copies else part)
+            del part
+            full = sum(part.nbytes for part in held) >= self.piece_bytes // 2
+            if full or sum(part.num_rows for part in held) >= _PIECE_ROWS // 2:
+                piece, held = pa.concat_tables(held), []
+                if piece.num_rows:
+                    yield piece
+                del piece  # nothing here holds what the caller is done with
+        if sum(part.num_rows for part in held):
+            yield pa.concat_tables(held)
+
     def read_back(
         self, table: TableId, before: Offset, columns: Sequence[str], rows: int
     ) -> tuple[pa.Table, Offset]:
-        """Read at least `rows` changes (if there are as many) that end at offset `before`, backwards
-        by whole files; return them in order with the offset before the first file's."""
+        """Read at least `rows` changes, or `piece_bytes` (if there are as many), that end at offset
+        `before`, backwards by whole files; return them in order with the offset before the first file's."""
         staged = self._tables[table]
-        chosen: list[_File] = []
-        for file in reversed(staged.files):
-            if file.first > before:
-                continue
-            chosen.append(file)
-            if sum(f.rows for f in chosen) >= rows:
+        parts = [self._empty(staged).select(columns)]
+        first = 1
+        for file in reversed(_overlapping(staged.files, 0, before)):
+            parts.insert(1, self._load(staged, [file], 0, before).select(columns))
+            first = file.first
+            full = sum(part.nbytes for part in parts) >= self.piece_bytes
+            if full or sum(part.num_rows for part in parts) >= rows:
                 break
-        if not chosen:
-            return self._empty(staged).select(columns), 0
-        return self._load(staged, reversed(chosen), 0, before).select(columns), chosen[-1].first - 1
+        return pa.concat_tables(parts), first - 1
 
     def count(self, table: TableId, after: Offset, through: Offset) -> int:
         """See `Staging.count`."""
@@ -222,6 +298,12 @@ class DeltaStaging:
             else:
                 total += self._load(staged, [file], after, through).num_rows
         return total
+
+    def forget(self, through: Offset) -> None:
+        """Let go of what is kept in memory of changes up to an offset: everything has used them."""
+        with self._cache_lock:
+            for path in [path for path in self._cache if int(path.stem) <= through]:
+                self._cached_bytes -= self._cache.pop(path).nbytes
 
     def schemas(self, through: Offset) -> dict[TableId, TableSchema]:
         """See `Staging.schemas`."""
@@ -262,11 +344,12 @@ class DeltaStaging:
 
     def _remember(self, path: Path, table: pa.Table) -> None:
         """Keep what was just written: prepare reads it within moments."""
-        self._cache[path] = table
-        self._cached_bytes += table.nbytes
-        while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
-            _, oldest = self._cache.popitem(last=False)
-            self._cached_bytes -= oldest.nbytes
+        with self._cache_lock:
+            self._cache[path] = table
+            self._cached_bytes += table.nbytes
+            while self._cached_bytes > _CACHE_BYTES:
+                _, oldest = self._cache.popitem(last=False)
+                self._cached_bytes -= oldest.nbytes
 
     def _look_again(self, tables: Iterable[TableId]) -> None:
         """Ask the tables themselves how far they got: a commit may stand although its write failed."""
@@ -275,7 +358,7 @@ class DeltaStaging:
                 self._open(table)
 
     def _folder(self, table: TableId) -> Path:
-        return self._root / _encode(table.schema) / _encode(table.name)
+        return self._root / encode(table.schema) / encode(table.name)
 
     def _version(self, table: TableId) -> Offset:
         staged = self._tables.get(table)
@@ -288,16 +371,17 @@ class DeltaStaging:
         staged = self._tables.get(table) or self._create(table, columns)
         if parts:
             self._widen(staged, columns)
-            data = pa.concat_tables([self._empty(staged), *parts], promote_options="default")
-            if data.num_rows:
-                self._commit(staged, data.combine_chunks(), through)
+            whole = [_with_columns(part, staged.columns) for part in parts if part.num_rows]
+            if whole:  # one part is not copied: it may be one large value
+                data = whole[0] if len(whole) == 1 else pa.concat_tables(whole).combine_chunks()
+                self._commit(staged, data, through)
 
     def _commit(self, staged: _Table, data: pa.Table, through: Offset) -> None:
         name = f"{through:020d}.parquet"
         path = staged.path / name
         pq.write_table(data, path, compression="zstd", compression_level=1, write_statistics=["_offset"])
-        _fsync(path)
-        _fsync(staged.path)
+        fsync(path)
+        fsync(staged.path)
         failpoint("staging.data_synced")
         first, last = data["_offset"][0].as_py(), data["_offset"][-1].as_py()
         stats = {
@@ -337,9 +421,9 @@ class DeltaStaging:
             post_commithook_properties=_NO_HOOKS,
         )
         staged = _Table(path, delta, 0, full)
-        _fsync(path / "_delta_log" / _commit_name(0))
+        fsync(path / "_delta_log" / commit_name(0))
         for folder in (path / "_delta_log", path, *list(path.parents)[:5]):  # up to the state folder
-            _fsync(folder)
+            fsync(folder)
         self._tables[table] = staged
         return staged
 
@@ -357,13 +441,13 @@ class DeltaStaging:
         before = staged.delta.version()
         staged.delta.update_incremental()
         for version in range(before, staged.delta.version() + 1):
-            _fsync(log / _commit_name(version))
-        _fsync(log)
+            fsync(log / commit_name(version))
+        fsync(log)
 
     def _open(self, table: TableId) -> None:
         path = self._folder(table)
         if not self._read_only:
-            _mend_tail(path)
+            mend_tail(path)
         if not any((path / "_delta_log").glob("*.json")):
             self._tables.pop(table, None)
             return
@@ -401,6 +485,15 @@ def _staged(item: LoggedEntry) -> pa.Table:
     return batch
 
 
+def _with_columns(part: pa.Table, columns: dict[str, pa.DataType]) -> pa.Table:
+    """Return a part with just these columns; those that it lacks are null."""
+    known = set(part.schema.names)
+    cells = [
+        part[name] if name in known else pa.nulls(part.num_rows, type_) for name, type_ in columns.items()
+    ]
+    return pa.table(cells, schema=pa.schema(list(columns.items())))
+
+
 def _no_rows(shape: TableSchema) -> pa.Table:
     """Return a table's columns without a row: the raw table has them from its schema entry on."""
     columns = [(column.name, pa.string()) for column in shape.columns]
@@ -417,55 +510,12 @@ def _event_row(item: LoggedEntry) -> pa.Table:
     return row
 
 
-def _overlapping(files: Sequence[_File], after: Offset, through: Offset) -> list[_File]:
-    return [file for file in files if file.last > after and file.first <= through]
+def _overlapping(files: Sequence[_File], after: Offset, through: Offset) -> Sequence[_File]:
+    """Return the files of a table, which follow one another, with changes in `(after, through]`."""
+    begin = bisect_right(files, after, key=lambda file: file.last)
+    return files[begin : bisect_right(files, through, key=lambda file: file.first)]
 
 
 def _arrow_columns(delta: DeltaTable) -> dict[str, pa.DataType]:
     known: dict[str, Any] = dict(_META)
     return {f.name: known.get(f.name, pa.string()) for f in delta.schema().fields}
-
-
-def _mend_tail(path: Path) -> None:
-    """Delete trailing commits that a power cut tore (unreadable, or naming a file of another size) and
-    sync the last whole one, which a crash may have left unsynced.
-
-    Nothing acknowledged is lost: a load is done only when commit and files are synced.
-    """
-    for commit in sorted((path / "_delta_log").glob("*.json"), reverse=True):
-        try:
-            actions = [json.loads(line) for line in commit.read_text().splitlines()]
-            adds = [action["add"] for action in actions if "add" in action]
-            if actions and all((path / add["path"]).stat().st_size == add["size"] for add in adds):
-                for file in (*(path / add["path"] for add in adds), path, commit, commit.parent):
-                    _fsync(file)
-                return
-        except (ValueError, OSError):
-            pass
-        commit.unlink()
-
-
-def _commit_name(version: int) -> str:
-    return f"{version:020d}.json"
-
-
-def _encode(name: str) -> str:
-    """Make any table name a safe folder name: never hidden, `.`, empty or read as an escape.
-
-    Percent encoding with `~` for `%`, which object stores would decode.
-    """
-    if name == "_delta_log":  # Delta's own
-        return "~5Fdelta_log"
-    return quote(name, safe="").replace("~", "%7E").replace(".", "%2E").replace("%", "~") or "~"
-
-
-def _decode(folder: str) -> str:
-    return "" if folder == "~" else unquote(folder.replace("~", "%"))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

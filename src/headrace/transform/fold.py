@@ -41,6 +41,8 @@ RECORD = pa.schema(
     }
 )
 NO_ROWS = pa.table({"_source_key": pa.array([], pa.string())})
+NOTHING = Prepared(False, pa.array([], pa.string()), NO_ROWS, RECORD.empty_table(), Counts())
+"""What becomes of no changes."""
 _PREVIEW_CELL = 120
 _PREVIEW = 4096
 
@@ -56,7 +58,7 @@ def fold(
     resets = np.flatnonzero(pc.equal(changes["_op"], "t").to_numpy(zero_copy_only=False))
     live = changes.slice(int(resets[-1]) + 1) if len(resets) else changes
     if not total:
-        return Prepared(False, pa.array([], pa.string()), NO_ROWS, RECORD.empty_table(), Counts())
+        return NOTHING
     events = _events(db, key, live)
     points, lasts = _lasts(db, key, events)
     verdicts = evaluation.run(undecided(take(events, lasts)))

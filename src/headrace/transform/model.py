@@ -38,6 +38,9 @@ def engine() -> duckdb.DuckDBPyConnection:
         connection.execute("SET disabled_optimizers = 'common_subexpressions'")
         connection.execute("SET preserve_insertion_order = true")
         connection.execute("SET enable_progress_bar = false")
+        # What one evaluation frees goes back before the next: the default keeps up to half a gigabyte.
+        connection.execute("SET allocator_flush_threshold = '16MB'")
+        connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
         _local.connection = connection
     cursor = connection.cursor()
     cursor.execute("SET TimeZone = 'UTC'")  # a setting of the session: a cursor is one of its own

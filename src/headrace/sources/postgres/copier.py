@@ -313,7 +313,12 @@ class Copier:
             cursor.execute(select_text(table.schema, partitioned, ") AND (".join(chosen)))
             for batch in cursor.fetch_record_batch():
                 if batch.num_rows:
-                    rows.add(batch.num_rows, encode_rows(as_changes(self._policy.apply(table.id, batch), snapshot.commit, ordinal, now)))
+                    rows.add(
+                        batch.num_rows,
+                        encode_rows(
+                            as_changes(self._policy.apply(table.id, batch), snapshot.commit, ordinal, now)
+                        ),
+                    )
                     ordinal += batch.num_rows
                     failpoint("source.copy.batch")
                 self._pace.spend(batch.nbytes)

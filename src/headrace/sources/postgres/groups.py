@@ -26,8 +26,8 @@ from headrace.sources.postgres.events import (
     Transaction,
     Truncate,
 )
-from headrace.sources.postgres.roster import Roster
 from headrace.sources.postgres.publication import amend
+from headrace.sources.postgres.roster import Roster
 
 alerts = logging.getLogger("headrace.alert")
 
@@ -69,8 +69,12 @@ class GroupBuilder:
     """Turns what the decoder took into entries with positions, and knows every table's shape."""
 
     def __init__(
-        self, schemas: dict[TableId, TableSchema], catalog: Connection, config: SourceConfig,
-        roster: Roster, epoch: int = 0
+        self,
+        schemas: dict[TableId, TableSchema],
+        catalog: Connection,
+        config: SourceConfig,
+        roster: Roster,
+        epoch: int = 0,
     ) -> None:
         self._schemas = dict(schemas)
         self._catalog = catalog

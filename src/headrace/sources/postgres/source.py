@@ -66,7 +66,6 @@ class PostgresSource:
         a group waits for more while changes keep coming."""
         self.name = config.name
         self._config = config
-        self._policy = Policy(config)
         self._url = config.url.reveal()
         self._max_bytes = max_bytes
         self._linger = linger
