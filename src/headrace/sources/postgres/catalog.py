@@ -12,7 +12,7 @@ from headrace.change import Column, TableId, TableSchema
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 _TYPE = """
-format_type(t.oid, {modifier}), CASE WHEN t.typcategory = 'A' THEN 'array'
+format_type(t.oid, {modifier}), CASE WHEN t.typoutput = 'pg_catalog.array_out'::regproc THEN 'array'
   WHEN t.typtype = 'e' THEN 'enum' WHEN t.typtype = 'd' THEN 'domain' WHEN t.typtype = 'c' THEN 'composite'
   WHEN t.typtype IN ('r', 'm') THEN 'range' ELSE '' END
 """

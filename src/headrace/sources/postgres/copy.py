@@ -1,29 +1,37 @@
 """The initial copy: every row of every table under one snapshot, as text.
 
-The text must be what the stream would send, which is a type's output function; `::text` is that for
-most types, but not where Postgres has an explicit cast (`true` for `t`, `1.2.3.4/32` for `1.2.3.4`).
-`format('%s', …)` always is.
+The text must be what the stream would send, which is what a type's output function gives. A cast to text
+is not that where Postgres has one of its own (`true` for `t`, `1.2.3.4/32` for `1.2.3.4`) or a user made
+one. So the output function is called by name, and for types without a name here by `format('%s', …)`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from headrace.change import Entry, Position, TableId, TableSchema
+from headrace.change import Column, Entry, Position, TableId, TableSchema
 from headrace.errors import SourceUnavailable
 from headrace.failpoints import failpoint
 from headrace.payload import encode_rows
 from headrace.sources.postgres.catalog import qualified, quoted
 
-_SAME_AS_OUTPUT = (
-    "smallint", "integer", "bigint", "numeric", "real", "double precision", "text", "character varying",
-    "date", "timestamp", "time", "interval", "uuid", "json", "jsonb", "bytea",
-)  # fmt: skip
+_OUTPUT = {
+    "smallint": "int2out", "integer": "int4out", "bigint": "int8out", "numeric": "numeric_out",
+    "real": "float4out", "double precision": "float8out", "boolean": "boolout", "oid": "oidout",
+    "text": "textout", "character varying": "varcharout", "character": "bpcharout", "bytea": "byteaout",
+    "date": "date_out", "time without time zone": "time_out", "time with time zone": "timetz_out",
+    "timestamp without time zone": "timestamp_out", "timestamp with time zone": "timestamptz_out",
+    "interval": "interval_out", "uuid": "uuid_out", "json": "json_out", "jsonb": "jsonb_out",
+    "inet": "inet_out", "cidr": "cidr_out", "macaddr": "macaddr_out",
+}  # fmt: skip
+_OUTPUT_OF_BASE = {"enum": "enum_out", "array": "array_out"}
+_MODIFIERS = re.compile(r"\(\d+(,-?\d+)?\)")
 
 
 def select_text(schema: TableSchema, partitioned: bool) -> str:
@@ -32,19 +40,16 @@ def select_text(schema: TableSchema, partitioned: bool) -> str:
     A table that others inherit from is read without their rows, which are theirs; a partitioned one
     has none of its own.
     """
-    cells = []
-    for column in schema.columns:
-        name = quoted(column.name)
-        base = (
-            column.type.partition("(")[0].removesuffix(" with time zone").removesuffix(" without time zone")
-        )
-        if base in _SAME_AS_OUTPUT or column.base in {"enum", "array"}:
-            cells.append(f"{name}::text AS {name}")
-        else:
-            cells.append(
-                f"CASE WHEN {name} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {name}) END AS {name}"
-            )
-    return f"SELECT {', '.join(cells)} FROM {'' if partitioned else 'ONLY '}{qualified(schema.table)}"
+    cells = ", ".join(f"{_text(column)} AS {quoted(column.name)}" for column in schema.columns)
+    return f"SELECT {cells} FROM {'' if partitioned else 'ONLY '}{qualified(schema.table)}"
+
+
+def _text(column: Column) -> str:
+    name = quoted(column.name)
+    output = _OUTPUT.get(_MODIFIERS.sub("", column.type)) or _OUTPUT_OF_BASE.get(column.base)
+    if output:
+        return f"pg_catalog.{output}({name})::text"
+    return f"CASE WHEN {name} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {name}) END"
 
 
 def partitioned_tables(cursor: Any) -> set[TableId]:
