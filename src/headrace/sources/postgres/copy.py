@@ -20,6 +20,7 @@ from headrace.errors import SourceUnavailable
 from headrace.failpoints import failpoint
 from headrace.payload import encode_rows
 from headrace.sources.postgres.catalog import qualified, quoted
+from headrace.sources.postgres.undecodable import Undecodable
 
 _OUTPUT = {
     "smallint": "int2out", "integer": "int4out", "bigint": "int8out", "numeric": "numeric_out",
@@ -70,6 +71,7 @@ def copy_tables(bulk: Any, shapes: Sequence[TableSchema], commit: int) -> Iterat
     """
     now = time.time_ns() // 1000
     ordinal = 0
+    undecodable = Undecodable()
     with bulk.cursor() as cursor:
         partitioned = partitioned_tables(cursor)
         for shape in shapes:
@@ -82,6 +84,7 @@ def copy_tables(bulk: Any, shapes: Sequence[TableSchema], commit: int) -> Iterat
             cursor.execute(select_text(shape, shape.table in partitioned))
             for batch in cursor.fetch_record_batch():
                 if batch.num_rows:
+                    batch = undecodable.escape(shape.table, batch)  # noqa: PLW2901
                     yield [_rows(shape.table, shape.version, batch, commit, ordinal, now)]
                     ordinal += batch.num_rows
                     failpoint("source.copy.batch")

@@ -24,6 +24,7 @@ from headrace.sources.postgres.events import (
     Transaction,
     Truncate,
 )
+from headrace.sources.postgres.undecodable import Undecodable, text_of
 
 alerts = logging.getLogger("headrace.alert")
 
@@ -69,6 +70,7 @@ class GroupBuilder:
         self._catalog = catalog
         self._spool = Spool()
         self._deferred: list[Event] = []
+        self._undecodable = Undecodable()
 
     def build(
         self, transactions: Sequence[Transaction], events: Sequence[Event], after: int
@@ -114,8 +116,8 @@ class GroupBuilder:
                 entries.append(Entry("truncate", table, at, at, times.at(serial), 1, version, b""))
         elif isinstance(event, Message) and serial >= 0 and times.fresh(serial):
             at = times.position(serial, event.ordinal)
-            content = event.content.decode(errors="replace")
-            payload = json.dumps({"prefix": event.prefix, "content": content}, ensure_ascii=False)
+            content = {"prefix": event.prefix, "content": text_of(event.content)}
+            payload = json.dumps(content, ensure_ascii=False)
             entries.append(Entry("message", None, at, at, times.at(serial), 0, 0, payload.encode()))
 
     def _resolve(self, rows: Rows, times: _Times, entries: list[Entry]) -> None:
@@ -131,7 +133,8 @@ class GroupBuilder:
         ordinals = batch.column(2)
         first = Position(0, commits[0].as_py(), ordinals[0].as_py())
         last = Position(0, commits[-1].as_py(), ordinals[-1].as_py())
-        payload = encode_rows(pa.RecordBatch.from_arrays(columns, names=names))
+        whole = self._undecodable.escape(table, pa.RecordBatch.from_arrays(columns, names=names))
+        payload = encode_rows(whole)
         version = self._version(rows.relation, int(serials[0]), first.ordinal, times, entries)
         entries.append(
             Entry("rows", table, first, last, moments[-1].as_py(), batch.num_rows, version, payload)
