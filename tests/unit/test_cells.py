@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from headrace.cells import json_of, rows_of
 
-UTC = dt.timezone.utc
-
 
 ENGINE = duckdb.connect()
 

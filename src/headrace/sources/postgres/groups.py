@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 import numpy as np
@@ -14,7 +14,8 @@ import pyarrow as pa
 from headrace.change import RESERVED, Column, Entry, Position, TableId, TableSchema
 from headrace.errors import SourceGap
 from headrace.payload import decode_rows, encode_rows
-from headrace.sources.postgres.catalog import Connection, name_types, read_shapes
+from headrace.sources.postgres.catalog import Connection, filled_columns, name_types, read_shapes
+from headrace.sources.postgres.ddl import rewritten
 from headrace.sources.postgres.events import (
     Event,
     Message,
@@ -26,6 +27,7 @@ from headrace.sources.postgres.events import (
 )
 from headrace.sources.postgres.undecodable import Undecodable, text_of
 
+logger = logging.getLogger("headrace.capture")
 alerts = logging.getLogger("headrace.alert")
 
 _SPOOL_MEMORY = 32 << 20
@@ -62,12 +64,29 @@ class Spool:
         self._file.close()
 
 
+def alert_rewrite(table: TableId, reason: str) -> None:
+    """Say that the rows at rest of a table are not what the source has now."""
+    alerts.warning(
+        "SCHEMA of %s changed: %s. Rows that no later change touches do not show it; `headrace verify` tells.",
+        table,
+        reason,
+    )
+
+
 class GroupBuilder:
     """Turns what the decoder took into entries with positions, and knows every table's shape."""
 
-    def __init__(self, schemas: dict[TableId, TableSchema], catalog: Connection) -> None:
+    def __init__(
+        self,
+        schemas: dict[TableId, TableSchema],
+        catalog: Connection,
+        on_rewrite: Callable[[TableId, str], None] = alert_rewrite,
+    ) -> None:
+        """`on_rewrite` is called with a table and a reason when the source changed rows of it that the
+        stream says nothing of; before the group with that change is out, and again if it is built anew."""
         self._schemas = dict(schemas)
         self._catalog = catalog
+        self._on_rewrite = on_rewrite
         self._spool = Spool()
         self._deferred: list[Event] = []
         self._undecodable = Undecodable()
@@ -164,7 +183,7 @@ class GroupBuilder:
         if known is not None and known.same_shape(shape):
             return []
         if known is not None:
-            _say_what_changed(known, shape)
+            self._say_what_changed(known, shape)
         self._schemas[table] = shape
         at = times.position(event.serial, event.ordinal)
         payload = shape.to_json().encode()
@@ -179,7 +198,7 @@ class GroupBuilder:
         table = _table(relation)
         key = tuple(column.name for column in relation.columns if column.is_key)
         if relation.replica_identity == "f":
-            key = known.key if known else read_shapes(self._catalog, [table])[table].key
+            key = self._key_of_full(table, key, known)
         if not key:
             raise SourceGap(
                 f"Table {table} has lost its key: its changes cannot be told apart.",
@@ -193,26 +212,31 @@ class GroupBuilder:
             )
         return TableSchema(table, columns, key, known.version + 1 if known else 1)
 
+    def _key_of_full(
+        self, table: TableId, columns: tuple[str, ...], known: TableSchema | None
+    ) -> tuple[str, ...]:
+        """Return the key of a table whose replica identity is all of its `columns`: the catalog knows the
+        primary key; where the table is gone, it is the whole row."""
+        if known is not None and set(known.key) <= set(columns):
+            return known.key
+        shape = read_shapes(self._catalog, [table]).get(table)
+        return shape.key if shape is not None and set(shape.key) <= set(columns) else columns
 
-def _say_what_changed(known: TableSchema, shape: TableSchema) -> None:
-    """Stop at a change that would make one row two; name what the stream does not carry.
+    def _say_what_changed(self, known: TableSchema, shape: TableSchema) -> None:
+        """Stop at a change that would make one row two; report one that changed rows at rest.
 
-    Raises SourceGap when the key is another: rows already applied are known by the old one.
-    """
-    if known.key != shape.key:
-        raise SourceGap(
-            f"The key of table {shape.table} changed from {list(known.key)} to {list(shape.key)}.",
-            "Move the state folder and the destination away and run again, which copies everything anew.",
-        )
-    before = {column.name: column.type for column in known.columns}
-    changed = [c.name for c in shape.columns if before.get(c.name, c.type) != c.type]
-    added = [c.name for c in shape.columns if c.name not in before]
-    if changed or added:
-        alerts.warning(
-            "SCHEMA of %s changed: added %s, another type %s. Rows that no later change touches do not show "
-            "a default, a new name or a conversion of the source; `headrace verify` tells.",
-            shape.table, added, changed,
-        )  # fmt: skip
+        Raises SourceGap when the key is another: rows already applied are known by the old one.
+        """
+        if known.key != shape.key:
+            raise SourceGap(
+                f"The key of table {shape.table} changed from {list(known.key)} to {list(shape.key)}.",
+                "Move the state folder and the destination away and run again, which copies everything anew.",
+            )
+        reason = rewritten(known, shape, filled_columns(self._catalog, shape.table))
+        if reason:
+            self._on_rewrite(shape.table, reason)
+        else:
+            logger.info("table %s has another shape now, version %d", shape.table, shape.version)
 
 
 class _Times:

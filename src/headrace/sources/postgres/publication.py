@@ -26,7 +26,7 @@ def chosen_tables(db: Connection, config: SourceConfig) -> list[TableId]:
 
 def capturable_shapes(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> list[TableSchema]:
     """Return the tables' shapes; raises UserError for one whose changes cannot be captured."""
-    shapes = read_shapes(db, tables)
+    shapes = read_shapes(db, tables, config.publication)
     without = [str(table) for table in tables if not shapes[table].key]
     if without:
         raise UserError(
