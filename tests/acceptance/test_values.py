@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # ruff: noqa: E501
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from headrace.change import TableId
 from headrace.config import Project, load_project
-from headrace.pipeline import Pipeline, open_lanes
+from headrace.pipeline import open_lanes
 from headrace.sources.postgres.connection import connect
 from headrace.testing.postgres import PostgresServer
 
@@ -222,7 +223,13 @@ def project_of(folder: Path, url: str, tables: str = "*.*") -> Project:
 
 
 def once(project: Project) -> None:
-    Pipeline(load_project(project.root)).run_once()
+    """Bring everything into the raw tables."""
+    (project.state / "log").mkdir(parents=True, exist_ok=True)
+    (lane,) = open_lanes(project)
+    lane.capture(threading.Event(), until=lane.source.head())
+    while lane.load():
+        pass
+    lane.close()
 
 
 def raw(project: Project, table: str, schema: str = "public") -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from headrace.cells import json_of, rows_of
 
-
 ENGINE = duckdb.connect()
 
 

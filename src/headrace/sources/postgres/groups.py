@@ -67,7 +67,7 @@ class Spool:
 def alert_rewrite(table: TableId, reason: str) -> None:
     """Say that the rows at rest of a table are not what the source has now."""
     alerts.warning(
-        "SCHEMA of %s changed: %s. Rows that no later change touches do not show it; `headrace verify` tells.",
+        "SCHEMA of %s changed: %s. Rows that no later change touches do not show it: `headrace verify`.",
         table,
         reason,
     )
@@ -82,8 +82,9 @@ class GroupBuilder:
         catalog: Connection,
         on_rewrite: Callable[[TableId, str], None] = alert_rewrite,
     ) -> None:
-        """`on_rewrite` is called with a table and a reason when the source changed rows of it that the
-        stream says nothing of; before the group with that change is out, and again if it is built anew."""
+        """`on_rewrite` is called with a table and a reason when it has rows that are not what the log says,
+        because the source changed them without a word in the stream or because they were never copied. It
+        is called before the group with that change is out, and again if that group is built again."""
         self._schemas = dict(schemas)
         self._catalog = catalog
         self._on_rewrite = on_rewrite
@@ -182,7 +183,9 @@ class GroupBuilder:
         shape = self._shape(event.relation, known)
         if known is not None and known.same_shape(shape):
             return []
-        if known is not None:
+        if known is None:
+            self._on_rewrite(table, "its first change came through the stream, rows from before it did not")
+        else:
             self._say_what_changed(known, shape)
         self._schemas[table] = shape
         at = times.position(event.serial, event.ordinal)
