@@ -1,14 +1,14 @@
 """The initial copy: every row of every table under one snapshot, as text.
 
 The text must be what the stream would send, which is what a type's output function gives. A cast to text
-is not that where Postgres has one of its own (`true` for `t`, `1.2.3.4/32` for `1.2.3.4`) or a user made
-one. So the output function is called by name, and for types without a name here by `format('%s', …)`.
+is that for most types, and costs less, but not where Postgres has an explicit cast (`true` for `t`,
+`1.2.3.4/32` for `1.2.3.4`) or a user made one (for enums, arrays, composites). `format('%s', …)` always is.
+Both take a column that has another type meanwhile.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,17 +22,10 @@ from headrace.payload import encode_rows
 from headrace.sources.postgres.catalog import qualified, quoted
 from headrace.sources.postgres.undecodable import Undecodable
 
-_OUTPUT = {
-    "smallint": "int2out", "integer": "int4out", "bigint": "int8out", "numeric": "numeric_out",
-    "real": "float4out", "double precision": "float8out", "boolean": "boolout", "oid": "oidout",
-    "text": "textout", "character varying": "varcharout", "character": "bpcharout", "bytea": "byteaout",
-    "date": "date_out", "time without time zone": "time_out", "time with time zone": "timetz_out",
-    "timestamp without time zone": "timestamp_out", "timestamp with time zone": "timestamptz_out",
-    "interval": "interval_out", "uuid": "uuid_out", "json": "json_out", "jsonb": "jsonb_out",
-    "inet": "inet_out", "cidr": "cidr_out", "macaddr": "macaddr_out",
-}  # fmt: skip
-_OUTPUT_OF_BASE = {"enum": "enum_out", "array": "array_out"}
-_MODIFIERS = re.compile(r"\(\d+(,-?\d+)?\)")
+_SAME_AS_OUTPUT = (
+    "smallint", "integer", "bigint", "numeric", "real", "double precision", "text", "character varying",
+    "date", "timestamp", "time", "interval", "uuid", "json", "jsonb", "bytea",
+)  # fmt: skip
 
 
 def select_text(schema: TableSchema, partitioned: bool) -> str:
@@ -47,9 +40,9 @@ def select_text(schema: TableSchema, partitioned: bool) -> str:
 
 def _text(column: Column) -> str:
     name = quoted(column.name)
-    output = _OUTPUT.get(_MODIFIERS.sub("", column.type)) or _OUTPUT_OF_BASE.get(column.base)
-    if output:
-        return f"pg_catalog.{output}({name})::text"
+    bare = column.type.partition("(")[0].removesuffix(" with time zone").removesuffix(" without time zone")
+    if bare in _SAME_AS_OUTPUT:
+        return f"{name}::text"
     return f"CASE WHEN {name} IS DISTINCT FROM NULL THEN pg_catalog.format('%s', {name}) END"
 
 
