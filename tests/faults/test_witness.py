@@ -1,4 +1,4 @@
-"""What others say happened, compared with our log: another decoder of the same WAL, and the tables' triggers."""
+"""Our log, and what others say happened: another decoder of the same WAL, and the tables' triggers."""
 
 from __future__ import annotations
 
@@ -60,14 +60,16 @@ class Scene:
             pass
 
     def play(self) -> None:
-        options = f"-c search_path={self.schema},pg_catalog -c lock_timeout=20ms -c TimeZone=UTC -c DateStyle=ISO,YMD"
+        options = f"-c search_path={self.schema},pg_catalog -c lock_timeout=20ms -c TimeZone=UTC"
         sessions = [psycopg.connect(self.url, autocommit=True, options=options) for _ in range(2)]
         witness.play(self.history, sessions)
         for session in sessions:
             session.close()
 
     def close(self) -> None:
-        self.admin.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
+        self.admin.execute(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active"
+        )
         self.admin.execute(f"DROP PUBLICATION {self.schema}; DROP SCHEMA {self.schema} CASCADE".encode())
         self.admin.close()
 
@@ -106,10 +108,9 @@ def cells_of(text: str) -> tuple[dict[str, str | None], frozenset[str]]:
 
 def by_test_decoding(db: psycopg.Connection[Any], slot: str) -> list[Told]:
     found: list[Told] = []
-    for (line,) in db.execute(
-        "SELECT data FROM pg_logical_slot_get_changes(%s, NULL, NULL, 'include-xids', '1', 'skip-empty-xacts', '1')",
-        [slot],
-    ):
+    options = "'include-xids', '1', 'skip-empty-xacts', '1'"
+    query = f"SELECT data FROM pg_logical_slot_get_changes(%s, NULL, NULL, {options})"
+    for (line,) in db.execute(query.encode(), [slot]):
         kind, _, rest = line.partition(" ")
         if kind == "BEGIN":
             found.append(Told(int(rest), 0, []))
@@ -119,7 +120,9 @@ def by_test_decoding(db: psycopg.Connection[Any], slot: str) -> list[Told]:
 
 
 def change_of(text: str) -> Change:
-    names, op, rest = re.fullmatch(r"(.*?): (INSERT|UPDATE|DELETE|TRUNCATE):(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(.*?): (INSERT|UPDATE|DELETE|TRUNCATE):(.*)", text, re.DOTALL)
+    assert found is not None
+    names, op, rest = found.groups()
     tables = tuple(name.rpartition(".")[2] for name in names.split(", "))
     if op == "TRUNCATE":
         return Change(tables, "t")
@@ -192,12 +195,13 @@ def audit(db: psycopg.Connection[Any], table: witness.Table) -> None:
     def trigger(when: str, old: str, new: str) -> None:
         op = {"TRUNCATE": "t", "DELETE": "d", "UPDATE": "u", "INSERT": "c"}[when]
         level = "STATEMENT" if when == "TRUNCATE" else "ROW"
+        function = f"{table.name}_{op}"
         db.execute(
-            f"CREATE FUNCTION {table.name}_{op}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO audit "
-            f"(tbl, op, old, new) VALUES ('{table.name}', '{op}', {old}, {new}); RETURN NULL; END $$; "
-            f"CREATE TRIGGER a AFTER {when} ON {table.name} FOR EACH {level} EXECUTE FUNCTION {table.name}_{op}()"
-            .replace("CREATE TRIGGER a", f"CREATE TRIGGER a{op}").encode()
-        )  # fmt: skip
+            f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            f"INSERT INTO audit (tbl, op, old, new) VALUES ('{table.name}', '{op}', {old}, {new}); "
+            f"RETURN NULL; END $$; CREATE TRIGGER {function} AFTER {when} ON {table.name} "
+            f"FOR EACH {level} EXECUTE FUNCTION {function}()".encode()
+        )
 
     trigger("INSERT", "NULL", cells("NEW"))
     trigger("UPDATE", cells("OLD"), cells("NEW"))
@@ -209,8 +213,8 @@ def by_audit(db: psycopg.Connection[Any]) -> list[Told]:
     """What the triggers wrote, transactions by the time of their commit."""
     found: dict[int, Told] = {}
     for xid, at, table, op, old, new in db.execute(
-        "SELECT xid, (extract(epoch FROM pg_xact_commit_timestamp(xid::text::xid)) * 1000000)::bigint, tbl, op, "
-        "old, new FROM audit ORDER BY seq"
+        "SELECT xid, (extract(epoch FROM pg_xact_commit_timestamp(xid::text::xid)) * 1000000)::bigint, "
+        "tbl, op, old, new FROM audit ORDER BY seq"
     ):
         told = found.setdefault(xid, Told(xid, at, []))
         told.changes.append(Change((table,), op, new or {}, frozenset(), old))

@@ -22,9 +22,10 @@ LITERALS = {
     "numeric": ["1.10", "'NaN'", "1e40", "-0.000"],
     "double precision": ["0.1", "'-Infinity'", "1e-300"],
     "boolean": ["true", "false"],
-    "text": ["''", "'a b'", "'it''s'", "E'\\\\x'", "E'a\\nb\\t'", "'größe 🚰'", "'null'", "'a[b]:c'", "'\"'", "repeat('x', 3000)"],
+    "text": ["''", "'a b'", "'it''s'", "E'\\\\x'", "E'a\\nb\\t'", "'größe 🚰'", "'null'", "'a[b]:c'", "'\"'", "repeat('x', 3000)"],  # noqa: E501
     "bytea": [r"'\x00ff'", "''"],
-    "timestamp with time zone": ["'2024-02-29 12:00:00.5+05:30'", "'infinity'", "'0044-03-15 12:00:00+00 BC'"],
+    "timestamp with time zone": ["'2024-02-29 12:00:00.5+05:30'", "'infinity'",
+                                 "'0044-03-15 12:00:00+00 BC'"],
     "date": ["'2024-02-29'", "'-infinity'"],
     "jsonb": ["""'{"a": [1, null, "x"]}'""", "'null'"],
     "text[]": ["""'{"a b",NULL,"NULL"}'""", "'{}'", "'{{a},{b}}'"],
@@ -59,6 +60,15 @@ class Table:
             f"ALTER TABLE {self.name} REPLICA IDENTITY {self.identity}"
         )
 
+    def some(self, first: int, last: int) -> str:
+        """Rows with numbers for keys, and a long text each."""
+        keys = ", ".join("n" if self.columns[key] == "integer" else "n::text" for key in self.keys)
+        listed = ", ".join(map(quoted, self.keys))
+        return (
+            f"INSERT INTO {self.name} ({listed}, far) SELECT {keys}, {LONG.format(first)} "
+            f"FROM generate_series({first}, {last}) n ON CONFLICT DO NOTHING"
+        )
+
 
 @dataclass
 class History:
@@ -79,11 +89,13 @@ def histories(draw: st.DrawFn) -> History:
         columns["far"] = "text"
         identity = draw(st.sampled_from(["DEFAULT", "DEFAULT", "FULL"]))
         tables.append(Table(f"t{number}", tuple(columns)[: len(keys)], columns, identity))
-    steps = []
-    for session in draw(st.lists(st.integers(0, 1), min_size=2, max_size=9)):
+    steps = [(0, table.some(1, 4)) for table in tables]
+    for session in draw(st.lists(st.integers(0, 1), min_size=4, max_size=9)):
         ends = draw(st.sampled_from(["COMMIT", "COMMIT", "COMMIT", "ROLLBACK", ""]))
         steps.append((session, "BEGIN"))
-        steps += [(session, statement) for statement in draw(st.lists(statements(tables), max_size=7))]
+        steps += [
+            (session, statement) for statement in draw(st.lists(statements(tables), min_size=2, max_size=8))
+        ]
         steps += [(session, ends)] if ends else []
     return History(tables, steps)
 
@@ -91,7 +103,7 @@ def histories(draw: st.DrawFn) -> History:
 @st.composite
 def statements(draw: st.DrawFn, tables: Sequence[Table]) -> str:
     table = draw(st.sampled_from(tables))
-    kinds = ["insert"] * 4 + ["update", "key", "delete", "far"] * 2
+    kinds = ["insert", "update", "far"] * 3 + ["key", "delete"] * 2
     kind = draw(st.sampled_from([*kinds, "again", "truncate", "savepoint", "rollback", "release", "many"]))
     cells = [
         _key(draw, type_) if name in table.keys else _cell(draw, name, type_)
@@ -102,33 +114,24 @@ def statements(draw: st.DrawFn, tables: Sequence[Table]) -> str:
     where = f"k0::text < '{draw(st.sampled_from(['1', '5', '9', 'x']))}'"
     insert = f"INSERT INTO {table.name} VALUES ({', '.join(cells)}) ON CONFLICT DO NOTHING"
     only = f"k0 = {_key(draw, table.columns['k0'])}"
-    match kind:
-        case "update" | "far":
-            name = "far" if kind == "far" else column
-            value = _cell(draw, name, table.columns[name])
-            return f"UPDATE {table.name} SET {quoted(name)} = {value} WHERE {where}"
-        case "key":
-            new = _key(draw, table.columns["k0"])
-            taken = f"EXISTS (SELECT FROM {table.name} WHERE k0 = {new})"
-            return f"UPDATE {table.name} SET k0 = {new} WHERE {only} AND NOT {taken}"
-        case "delete":
-            return f"DELETE FROM {table.name} WHERE {draw(st.sampled_from([where, only]))}"
-        case "again":
-            return f"DELETE FROM {table.name} WHERE {only}; {insert}"
-        case "truncate":
-            names = st.sampled_from([table.name for table in tables])
-            return f"TRUNCATE {', '.join(draw(st.sets(names, min_size=1)))}"
-        case "savepoint" | "rollback" | "release":
-            return {"savepoint": "SAVEPOINT s", "rollback": "ROLLBACK TO s", "release": "RELEASE s"}[kind]
-        case "many":
-            key = ", ".join(
-                "n" if type_ == "integer" else "n::text"
-                for type_ in list(table.columns.values())[: len(table.keys)]
-            )
-            return (
-                f"INSERT INTO {table.name} SELECT {key} FROM generate_series(3, 12) n ON CONFLICT DO NOTHING"
-            )
-    return insert
+    name = "far" if kind == "far" else column
+    value = _cell(draw, name, table.columns[name])
+    new = _key(draw, table.columns["k0"])
+    emptied = draw(st.sets(st.sampled_from([table.name for table in tables]), min_size=1))
+    return {
+        "insert": insert,
+        "update": f"UPDATE {table.name} SET {quoted(name)} = {value} WHERE {where}",
+        "far": f"UPDATE {table.name} SET {quoted(name)} = {value} WHERE {where}",
+        "key": f"UPDATE {table.name} SET k0 = {new} WHERE {only} "
+        f"AND NOT EXISTS (SELECT FROM {table.name} WHERE k0 = {new})",
+        "delete": f"DELETE FROM {table.name} WHERE {draw(st.sampled_from([where, only]))}",
+        "again": f"DELETE FROM {table.name} WHERE {only}; {insert}",
+        "truncate": f"TRUNCATE {', '.join(sorted(emptied))}",
+        "savepoint": "SAVEPOINT s",
+        "rollback": "ROLLBACK TO s",
+        "release": "RELEASE s",
+        "many": table.some(3, 12),
+    }[kind]
 
 
 def _key(draw: st.DrawFn, type_: str) -> str:
@@ -176,7 +179,8 @@ def project_of(folder: Path, url: str, tables: Sequence[str], slot: str) -> Proj
     (folder / ".headrace" / "log").mkdir(parents=True)
     (folder / "headrace.toml").write_text(
         f'[source.pg]\ntype = "postgres"\nurl = "{url}"\nslot = "{slot}"\npublication = "{slot}"\n'
-        f'tables = [{listed}]\n[log]\ngroup_linger = "1ms"\n[destination]\ntype = "duckdb"\npath = "w.duckdb"\n'
+        f'tables = [{listed}]\n[log]\ngroup_linger = "1ms"\n'
+        '[destination]\ntype = "duckdb"\npath = "w.duckdb"\n'
     )
     return load_project(folder)
 
