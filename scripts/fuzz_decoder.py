@@ -17,6 +17,7 @@ every take. Not allowed is any other exception, a crash, a hang, a count that is
 
 from __future__ import annotations
 
+import logging
 import random
 import struct
 import sys
@@ -244,6 +245,7 @@ def fuzz(folder: Path, options: list[str]) -> None:
 
 def main() -> None:
     """Run the command line."""
+    logging.disable()
     match sys.argv[1:]:
         case ["record", folder]:
             record(Path(folder))

@@ -34,6 +34,7 @@ from headrace.change import LoggedEntry, Offset, TableId, TableSchema
 from headrace.errors import HeadraceError, LogError
 from headrace.failpoints import failpoint
 from headrace.payload import BEFORE, HEAD, UNCHANGED, decode_rows
+from headrace.staging.naming import logical_name, physical_names
 
 SCHEMAS = TableId("", "_schemas")
 """The internal table that holds the schema history: one row per schema entry."""
@@ -177,7 +178,7 @@ class DeltaStaging:
             if sum(f.rows for f in chosen) >= rows:
                 break
         if not chosen:
-            return self._empty(staged).select(columns), 0
+            return _as_the_source_says(self._empty(staged)).select(columns), 0
         return self._load(staged, reversed(chosen), 0, before).select(columns), chosen[-1].first - 1
 
     def count(self, table: TableId, after: Offset, through: Offset) -> int:
@@ -213,7 +214,7 @@ class DeltaStaging:
                 offsets = part["_offset"]
                 part = part.filter(pc.and_(pc.greater(offsets, after), pc.less_equal(offsets, through)))
             parts.append(part)
-        return pa.concat_tables(parts, promote_options="default")
+        return _as_the_source_says(pa.concat_tables(parts, promote_options="default"))
 
     def _empty(self, staged: _Table) -> pa.Table:
         return pa.schema(list(staged.columns.items())).empty_table()
@@ -247,7 +248,11 @@ class DeltaStaging:
         columns: dict[str, pa.DataType] = {}
         for part in parts:
             columns.update({f.name: f.type for f in part.schema if f.name not in _META})
-        staged = self._tables.get(table) or self._create(table, columns)
+        known = self._tables.get(table)
+        names = physical_names(known.columns if known else _META, columns)
+        columns = {names[name]: type_ for name, type_ in columns.items()}
+        parts = [part.rename_columns([names[name] for name in part.column_names]) for part in parts]
+        staged = known or self._create(table, columns)
         if parts:
             self._widen(staged, columns)
             data = pa.concat_tables([self._empty(staged), *parts], promote_options="default")
@@ -362,6 +367,10 @@ def _staged(item: LoggedEntry) -> pa.Table:
     for name, value in zip(("_epoch", "_offset"), constant, strict=True):
         batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
     return batch
+
+
+def _as_the_source_says(table: pa.Table) -> pa.Table:
+    return table.rename_columns([logical_name(name) for name in table.column_names])
 
 
 def _no_rows(shape: TableSchema) -> pa.Table:
