@@ -34,7 +34,7 @@ from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.evaluate import scrub
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
-from headrace.transform.model import RowModel, bind, mirror
+from headrace.transform.model import RowModel, bind, mirror, refuse_twins
 from headrace.transform.sql import ModelText
 
 logger = logging.getLogger("headrace.lane")
@@ -358,7 +358,7 @@ class Lane:
         for name, schema, text in self._named(through):
             known = self._bound.get(name)
             if known is None or known[0] != schema:
-                known = self._bound[name] = (schema, self._bind(schema, text))
+                known = self._bound[name] = (schema, self._bind(schema, text, through))
             if isinstance(known[1], RowModel):
                 yield known[1]
 
@@ -392,13 +392,15 @@ class Lane:
                 logger.info("%s is no longer a model of this project: its table stays as it is", name)
                 self.destination.retire(name)
 
-    def _bind(self, schema: TableSchema, text: ModelText | None) -> RowModel | HeadraceError:
-        if text is None:
-            return mirror(self.config.name, schema)
+    def _bind(self, schema: TableSchema, text: ModelText | None, through: Offset) -> RowModel | HeadraceError:
+        copied = mirror(self.config.name, schema)
+        name, version = (text.name, text.version) if text else (copied.name, copied.version)
         try:
-            return bind(text, schema)
+            tables = () if text else self.staging.schemas(through)
+            refuse_twins(name, schema, tables)
+            return bind(text, schema) if text else copied
         except HeadraceError as error:
-            self._suspend(text.name, text.version, error)
+            self._suspend(name, version, error)
             return error
 
     def _suspend(self, name: str, version: str, error: HeadraceError) -> None:

@@ -8,6 +8,8 @@ them `_unchanged` list<string> (cells that the source did not send) and `_before
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import pyarrow as pa
 
 HEAD = ("_op", "_commit", "_ordinal", "_committed_at", "_txid")
@@ -17,12 +19,24 @@ BEFORE = pa.map_(pa.string(), pa.string())
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
+_LARGE = 8 << 20
+"""Bytes from which a batch is written where growing and handing over cost no copy of it."""
+
+
 def encode_rows(batch: pa.RecordBatch) -> bytes:
     """Write a batch as a payload."""
-    sink = pa.BufferOutputStream()
+    if batch.nbytes < _LARGE:
+        sink = pa.BufferOutputStream()
+        _write(sink, batch)
+        return bytes(memoryview(sink.getvalue()))
+    file = BytesIO()
+    _write(pa.PythonFile(file, "w"), batch)
+    return file.getvalue()
+
+
+def _write(sink: pa.NativeFile, batch: pa.RecordBatch) -> None:
     with pa.ipc.new_stream(sink, batch.schema, options=_OPTIONS) as writer:
         writer.write_batch(batch)
-    return bytes(memoryview(sink.getvalue()))
 
 
 def decode_rows(payload: bytes) -> pa.RecordBatch:

@@ -36,6 +36,7 @@ from headrace.failpoints import failpoint
 from headrace.payload import BEFORE, HEAD, UNCHANGED, decode_rows
 from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
 from headrace.staging.folders import commit_name, decode, encode, fsync, mend_tail
+from headrace.staging.naming import logical_name, physical_names
 
 HISTORY = TableId("", "_history")
 """The internal table that holds the entries which are not rows: shapes, and markers of copies."""
@@ -276,7 +277,7 @@ class DeltaStaging:
         """Read at least `rows` changes, or `piece_bytes` (if there are as many), that end at offset
         `before`, backwards by whole files; return them in order with the offset before the first file's."""
         staged = self._tables[table]
-        parts = [self._empty(staged).select(columns)]
+        parts = [_as_the_source_says(self._empty(staged)).select(columns)]
         first = 1
         for file in reversed(_overlapping(staged.files, 0, before)):
             parts.insert(1, self._load(staged, [file], 0, before).select(columns))
@@ -333,7 +334,7 @@ class DeltaStaging:
                 offsets = part["_offset"]
                 part = part.filter(pc.and_(pc.greater(offsets, after), pc.less_equal(offsets, through)))
             parts.append(part)
-        return pa.concat_tables(parts, promote_options="default")
+        return _as_the_source_says(pa.concat_tables(parts, promote_options="default"))
 
     def _empty(self, staged: _Table) -> pa.Table:
         return pa.schema(list(staged.columns.items())).empty_table()
@@ -368,7 +369,11 @@ class DeltaStaging:
         columns: dict[str, pa.DataType] = {}
         for part in parts:
             columns.update({f.name: f.type for f in part.schema if f.name not in _META})
-        staged = self._tables.get(table) or self._create(table, columns)
+        known = self._tables.get(table)
+        names = physical_names(known.columns if known else _META, columns)
+        columns = {names[name]: type_ for name, type_ in columns.items()}
+        parts = [part.rename_columns([names[name] for name in part.column_names]) for part in parts]
+        staged = known or self._create(table, columns)
         if parts:
             self._widen(staged, columns)
             whole = [_with_columns(part, staged.columns) for part in parts if part.num_rows]
@@ -492,6 +497,8 @@ def _with_columns(part: pa.Table, columns: dict[str, pa.DataType]) -> pa.Table:
         part[name] if name in known else pa.nulls(part.num_rows, type_) for name, type_ in columns.items()
     ]
     return pa.table(cells, schema=pa.schema(list(columns.items())))
+def _as_the_source_says(table: pa.Table) -> pa.Table:
+    return table.rename_columns([logical_name(name) for name in table.column_names])
 
 
 def _no_rows(shape: TableSchema) -> pa.Table:

@@ -84,7 +84,8 @@ class PostgresServer:
 
     `settings` are lines of postgresql.conf, written at each start; what `ALTER SYSTEM` set wins over them.
     `durable=False` switches fsync off: a killed server keeps what was committed even so, a machine that
-    loses power does not.
+    loses power does not. `bin_folder` names the binaries of an installed Postgres, of version `version`, to
+    be used instead of the wheel's.
 
     As root the server runs as `nobody`, since Postgres refuses root; folders above `folder` and above
     the binaries are then opened for passing through (o+x) where they are not.
@@ -100,9 +101,10 @@ class PostgresServer:
         settings: Mapping[str, str] | None = None,
         *,
         durable: bool = False,
+        bin_folder: Path | None = None,
     ) -> None:
         self.folder = Path(folder).resolve()
-        self.bin = binaries(version)
+        self.bin = bin_folder or binaries(version)
         self.version = version
         self.data = self.folder / "data"
         self.log = self.folder / "postgres.log"

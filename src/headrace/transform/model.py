@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import duckdb
@@ -95,6 +95,33 @@ def mirror(source: str, schema: TableSchema) -> RowModel:
         checks=(),
         version="mirror:" + hashlib.blake2b(repr(outputs).encode(), digest_size=8).hexdigest(),
     )
+
+
+def refuse_twins(name: str, schema: TableSchema, tables: Iterable[TableId]) -> None:
+    """Refuse a model whose table has columns that DuckDB takes for one, since they differ in case only.
+
+    A mirror, whose name is its table's, gives way to one of such a name among `tables`, the first one
+    captured. Raises ModelBroken; what was captured stays in staging.
+    """
+    folded: dict[str, str] = {}
+    for column in schema.columns:
+        other = folded.setdefault(column.name.casefold(), column.name)
+        if other != column.name:
+            raise ModelBroken(
+                name,
+                f"Table {schema.table} has columns {other} and {column.name}, which differ in upper and "
+                "lower case only: the destination takes them for one.",
+                "Rename one of them at the source. Nothing is lost: staging holds both.",
+            )
+    mine = schema.table.label.casefold()
+    first = next((table for table in tables if table.label.casefold() == mine), schema.table)
+    if first != schema.table:
+        raise ModelBroken(
+            name,
+            f"Tables {first} and {schema.table} would have one name in the destination, which takes upper "
+            "and lower case for the same.",
+            "Write a model with another name for one of them. Nothing is lost: staging holds both.",
+        )
 
 
 def as_text(source: str, schema: TableSchema) -> RowModel:

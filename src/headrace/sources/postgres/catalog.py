@@ -12,7 +12,7 @@ from headrace.change import Column, TableId, TableSchema
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 _TYPE = """
-format_type(t.oid, {modifier}), CASE WHEN t.typcategory = 'A' THEN 'array'
+format_type(t.oid, {modifier}), CASE WHEN t.typoutput = 'pg_catalog.array_out'::regproc THEN 'array'
   WHEN t.typtype = 'e' THEN 'enum' WHEN t.typtype = 'd' THEN 'domain' WHEN t.typtype = 'c' THEN 'composite'
   WHEN t.typtype IN ('r', 'm') THEN 'range' ELSE '' END
 """
@@ -23,7 +23,9 @@ SELECT n.nspname, c.relname, c.relreplident::text, a.attname, {_TYPE.format(modi
   coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
 FROM pg_class c
 JOIN pg_namespace n ON n.oid = c.relnamespace
-JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+LEFT JOIN pg_publication_tables o ON o.pubname = %s AND o.schemaname = n.nspname AND o.tablename = c.relname
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+  AND coalesce(to_jsonb(o) -> 'attnames' ? a.attname::text, a.attgenerated = '')
 JOIN pg_type t ON t.oid = a.atttypid
 LEFT JOIN pg_index p ON p.indrelid = c.oid AND p.indisprimary
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisreplident
@@ -43,8 +45,14 @@ def list_tables(db: Connection) -> list[TableId]:
     return [TableId(*row) for row in rows]
 
 
-def read_shapes(db: Connection, tables: Iterable[TableId]) -> dict[TableId, TableSchema]:
+def read_shapes(
+    db: Connection, tables: Iterable[TableId], publication: str = ""
+) -> dict[TableId, TableSchema]:
     """Return the shape of each table that exists, as `db`'s snapshot sees it.
+
+    Columns are those that `publication` gives out of the table, since the stream has no others: without
+    generated ones, unless it publishes them (Postgres 18). For a table outside of it, and on Postgres 14,
+    all that are not generated.
 
     The key is the replica identity's index where one is set, else the primary key; empty if none.
     """
@@ -52,7 +60,7 @@ def read_shapes(db: Connection, tables: Iterable[TableId]) -> dict[TableId, Tabl
     oids = [row[0] for row in db.execute("SELECT to_regclass(n)::oid FROM unnest(%s::text[]) n", [names])]
     shapes: dict[TableId, tuple[list[Column], list[str], list[str]]] = {}
     for schema, name, identity, column, type_, base, in_primary, in_identity in db.execute(
-        _SHAPES, [[oid for oid in oids if oid is not None]]
+        _SHAPES, [publication, [oid for oid in oids if oid is not None]]
     ):
         columns, primary, index = shapes.setdefault(TableId(schema, name), ([], [], []))
         columns.append(Column(column, type_, base))
@@ -74,6 +82,21 @@ def empty_columns(db: Connection, table: TableId) -> list[str]:
         [qualified(table)],
     )
     return [str(row[0]) for row in rows]
+
+
+def filled_columns(db: Connection, table: TableId) -> set[str]:
+    """Return the columns that have a value of their own, so that adding one gave it to the rows there were:
+    a constant default (`attmissingval`), any other default or an identity, or those of the type.
+
+    Empty for a table that is gone.
+    """
+    rows = db.execute(
+        "SELECT a.attname FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid "
+        "WHERE a.attrelid = to_regclass(%s) AND a.attnum > 0 AND NOT a.attisdropped AND "
+        "(a.attmissingval IS NOT NULL OR a.atthasdef OR a.attidentity <> '' OR t.typdefault IS NOT NULL)",
+        [qualified(table)],
+    ).fetchall()
+    return {str(row[0]) for row in rows}
 
 
 def name_types(db: Connection, types: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:

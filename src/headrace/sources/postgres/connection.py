@@ -1,7 +1,8 @@
 """Connections to a Postgres source, all with the same pinned settings.
 
 Copy, stream and verify must give the same text for the same value, whatever the server's or the
-role's defaults are.
+role's defaults are. Text comes as UTF-8, from a database of encoding SQL_ASCII as the bytes that it holds:
+see `undecodable`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ PINNED = {
     "application_name": "headrace",
 }
 _CONNECT_TIMEOUT = 10
+
+# A database of this encoding holds bytes of any kind: asked for UTF-8, it would break off at what is none.
+BYTES_AS_THEY_ARE = (
+    "SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false) "
+    "WHERE pg_catalog.current_setting('server_encoding') = 'SQL_ASCII'"
+)
 
 
 def pinned_conninfo(url: str, **extra: str) -> str:
@@ -65,9 +72,11 @@ def connect(url: str) -> psycopg.Connection[tuple[Any, ...]]:
 def connect_replication(url: str) -> psycopg.Connection[tuple[Any, ...]]:
     """Open a connection that speaks the replication protocol; raises what `connect` raises."""
     try:
-        return psycopg.connect(pinned_conninfo(url, replication="database"), autocommit=True)
+        db = psycopg.connect(pinned_conninfo(url, replication="database"), autocommit=True)
+        db.execute(BYTES_AS_THEY_ARE)
     except psycopg.OperationalError as error:
         raise refusal(url, error) from error
+    return db
 
 
 def connect_bulk(url: str) -> Any:
@@ -78,9 +87,14 @@ def connect_bulk(url: str) -> Any:
     info = conninfo.conninfo_to_dict(pinned_conninfo(url))
     text = " ".join(f"{key}='{_escaped(str(value))}'" for key, value in info.items())
     try:
-        return adbc.connect(text)
+        connection = adbc.connect(text)
+        with connection.cursor() as cursor:
+            cursor.execute(BYTES_AS_THEY_ARE)
+            cursor.fetchall()
+        connection.commit()
     except adbc.Error as error:
         raise SourceUnavailable(without_password(str(error))) from error
+    return connection
 
 
 def refusal(url: str, error: Exception) -> SourceUnavailable | UserError:

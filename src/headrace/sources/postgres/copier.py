@@ -24,6 +24,7 @@ from typing import IO, Any
 
 import adbc_driver_postgresql.dbapi as adbc
 import psycopg
+import pyarrow as pa
 
 from headrace.change import CopyMark, Entry, Position, TableId, TableSchema
 from headrace.config import SourceConfig
@@ -39,6 +40,7 @@ from headrace.sources.postgres.copy import as_changes, partitioned_tables, selec
 from headrace.sources.postgres.publication import capturable_shapes
 from headrace.sources.postgres.snapshots import Snapshot, Snapshots
 from headrace.sources.postgres.tables import UNFINISHED, TableStates
+from headrace.sources.postgres.undecodable import Undecodable
 
 logger = logging.getLogger("headrace.copy")
 alerts = logging.getLogger("headrace.alert")
@@ -91,6 +93,7 @@ class Copier:
         self._config = config
         self._url = config.url.reveal()
         self._policy = Policy(config)
+        self._undecodable = Undecodable()
         self._log = log
         self._epoch = epoch
         self._states = TableStates(log)
@@ -279,6 +282,10 @@ class Copier:
         mark = CopyMark("begin", table.schema, bounds, table.after, table.reason)
         begin = self._marker(table, 0, mark)
         self._hand_over(Group(iter([begin]), partial(self._begun, table, bounds), table.schema))
+
+    def _encoded(self, table: TableId, batch: pa.RecordBatch, commit: int, after: int, now: int) -> bytes:
+        cells = self._policy.apply(table, self._undecodable.escape(table, batch))
+        return encode_rows(as_changes(cells, commit, after, now))
 
     @staticmethod
     def _raw_shape(db: Connection, table: TableId) -> TableSchema:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
-import tempfile
-from collections.abc import Iterator, Sequence
-from typing import IO
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from headrace.change import RESERVED, Column, Entry, Position, TableId, TableSchema
-from headrace.config import SourceConfig
-from headrace.errors import SourceGap
+from headrace.change import Entry, Position, TableId, TableSchema
 from headrace.payload import decode_rows, encode_rows
-from headrace.sources.postgres.catalog import Connection, empty_columns, name_types, read_shapes
-from headrace.sources.postgres.columns import HASHED, Policy
+from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.events import (
     Event,
     Message,
@@ -26,129 +23,155 @@ from headrace.sources.postgres.events import (
     Transaction,
     Truncate,
 )
-from headrace.sources.postgres.publication import amend
 from headrace.sources.postgres.roster import Roster
+from headrace.sources.postgres.shapes import Shapes
+from headrace.sources.postgres.spool import Spool, SpoolSpace
+from headrace.sources.postgres.undecodable import Undecodable, text_of
 
-alerts = logging.getLogger("headrace.alert")
-
-_SPOOL_MEMORY = 32 << 20
 _HEAD = 3  # the decoder's own columns before the source's: _op, _serial, _ordinal
 
 
-class Spool:
-    """Rows of a transaction that has not committed yet, compressed; on disk past a limit."""
+class _OpenTransaction:
+    """Events of a transaction that was decoded before its commit came, in pieces, each ended by a take."""
 
-    def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(_SPOOL_MEMORY)  # noqa: SIM115 - lives with the spool
-        self._parts: list[tuple[Relation, int, int]] = []
+    def __init__(self, space: SpoolSpace) -> None:
+        self._spool = Spool(space)
+        self._pieces: list[list[Event | Relation]] = []  # a relation stands for rows that are spooled
 
-    def add(self, relation: Relation, batch: pa.RecordBatch) -> None:
-        """Keep one batch."""
-        data = encode_rows(batch)
-        self._parts.append((relation, self._file.tell(), len(data)))
-        self._file.write(data)
+    def add(self, events: Sequence[Event]) -> None:
+        """Keep one piece. Raises SourceUnavailable where there is no room."""
+        for event in events:
+            if isinstance(event, Rows):
+                self._spool.append(encode_rows(event.batch))
+        self._pieces.append([event.relation if isinstance(event, Rows) else event for event in events])
 
-    def drain(self) -> Iterator[Rows]:
-        """Yield what was kept, in order, and forget it."""
-        for relation, start, size in self._parts:
-            self._file.seek(start)
-            yield Rows(relation, decode_rows(self._file.read(size)))
-        self._parts.clear()
-        self._file.seek(0)
-        self._file.truncate()
+    def pieces(self) -> Iterator[Sequence[Event]]:
+        """Yield piece by piece, and give the room back at the end.
+
+        Batches of one relation alone are in order, so that each is a piece.
+        """
+        payloads = iter(self._spool)
+        for piece in self._pieces:
+            step = 1 if all(event == piece[0] for event in piece) else len(piece)
+            for at in range(0, len(piece), step):
+                yield [
+                    Rows(event, decode_rows(next(payloads))) if isinstance(event, Relation) else event
+                    for event in piece[at : at + step]
+                ]
+        self._spool.close()
 
     def __bool__(self) -> bool:
-        return bool(self._parts)
+        return bool(self._pieces)
 
-    def close(self) -> None:
-        """Give the disk back."""
-        self._file.close()
+
+class _Dated(Protocol):
+    """A transaction whose commit is known, see `Transaction`."""
+
+    @property
+    def serial(self) -> int: ...
+    @property
+    def commit(self) -> int: ...
+    @property
+    def xid(self) -> int: ...
+    @property
+    def committed_at(self) -> int: ...
 
 
 class GroupBuilder:
     """Turns what the decoder took into entries with positions, and knows every table's shape."""
 
     def __init__(
-        self,
-        schemas: dict[TableId, TableSchema],
-        catalog: Connection,
-        config: SourceConfig,
-        roster: Roster,
-        epoch: int = 0,
+        self, shapes: Shapes, roster: Roster, policy: Policy, space: SpoolSpace, epoch: int = 0
     ) -> None:
-        self._schemas = dict(schemas)
-        self._catalog = catalog
-        self._config = config
-        self._policy = Policy(config)
+        self._shapes = shapes
         self._roster = roster
+        self._policy = policy
+        self._space = space
         self._epoch = epoch
-        self._spool = Spool()
-        self._deferred: list[Event] = []
-
-    def build(
-        self, transactions: Sequence[Transaction], events: Sequence[Event], after: int
-    ) -> Iterator[Entry]:
-        """Yield the entries of complete transactions with a commit beyond `after`, ordered by their
-        last position; rows of a transaction still open are spooled until it commits."""
-        done = transactions[-1].serial if transactions else -1
-        entries: list[Entry] = []
-        times = _Times(transactions, after, self._epoch)
-        if done >= 0:
-            for event in self._deferred:
-                self._add(event, done, times, entries)
-            for rows in self._spool.drain():
-                self._resolve(rows, times, entries)
-            self._deferred.clear()
-        for event in events:
-            self._add(event, done, times, entries)
-        yield from sorted(entries, key=lambda entry: entry.last)
+        self._open = _OpenTransaction(space)
+        self._last_commit_time = 0
+        self._undecodable = Undecodable()
 
     def adopt(self, shape: TableSchema) -> None:
         """Take over the shape that a copy has logged for its table, which is captured from now on."""
         self._roster.add(shape.table)
-        self._schemas[shape.table] = shape
+        self._shapes.adopt(shape)
 
-    def close(self) -> None:
-        """Drop what is spooled: the server sends it again."""
-        self._spool.close()
+    def build(
+        self, transactions: Sequence[Transaction], events: Sequence[Event], after: int
+    ) -> Sequence[Entry] | Iterator[Entry]:
+        """Return the entries of complete transactions with a commit beyond `after`, and of messages
+        outside of transactions, ordered by their last position.
 
-    def _add(self, event: Event, done: int, times: _Times, entries: list[Entry]) -> None:
+        What belongs to a transaction still open is spooled until it commits. Its entries are then
+        made as they are taken, and the iterator is to be taken to its end before the next call.
+        Raises SourceGap, and SourceUnavailable where the spool is full.
+        """
+        done = transactions[-1].serial if transactions else -1
+        complete, rest = _split(list(map(self._captured, events)), done)
+        times = _Times(transactions, after, self._last_commit_time, self._epoch)
+        waiting: Iterator[Sequence[Event]] | None = None
+        if done >= 0 and self._open:
+            waiting, self._open = self._open.pieces(), _OpenTransaction(self._space)
+        if rest:
+            self._open.add(rest)
+        if transactions:
+            self._last_commit_time = transactions[-1].committed_at
+        if waiting is not None:
+            return self._entries(chain(waiting, [complete]), times)
+        return list(self._entries([complete], times))
+
+    def replay(self, transaction: _Dated, pieces: Iterable[Sequence[Event]], after: int) -> Iterator[Entry]:
+        """Yield the entries of one transaction that comes in pieces, if its commit is beyond `after`."""
+        self._last_commit_time = transaction.committed_at
+        times = _Times([transaction], after, transaction.committed_at, self._epoch)
+        return self._entries((list(map(self._captured, piece)) for piece in pieces), times)
+
+    def _captured(self, event: Event) -> Event:
+        """Apply the policy to rows: what it leaves out is not even spooled."""
+        if not isinstance(event, Rows):
+            return event
+        names, columns = event.batch.schema.names, event.batch.columns
+        cells = pa.RecordBatch.from_arrays(columns[_HEAD:], names=names[_HEAD:])
+        kept = self._policy.apply(_table(event.relation), cells)
+        if kept is cells:
+            return event
+        batch = pa.RecordBatch.from_arrays(
+            [*columns[:_HEAD], *kept.columns], names=[*names[:_HEAD], *kept.schema.names]
+        )
+        return Rows(event.relation, batch)
+
+    def _entries(self, pieces: Iterable[Sequence[Event]], times: _Times) -> Iterator[Entry]:
+        """Yield entries ordered by their last position: pieces follow one another, so each is sorted."""
+        for events in pieces:
+            entries = self._piece(events, times)
+            del events  # before the next piece is made: never two in memory
+            yield from entries
+
+    def _piece(self, events: Sequence[Event], times: _Times) -> list[Entry]:
+        entries: list[Entry] = []
+        for event in events:
+            self._add(event, times, entries)
+        return sorted(entries, key=lambda entry: entry.last)
+
+    def _add(self, event: Event, times: _Times, entries: list[Entry]) -> None:
         if isinstance(event, Rows):
-            batch = self._captured(event)
-            serials = batch.column(1).to_numpy()
-            complete = int(np.searchsorted(serials, done, side="right"))
-            if complete:
-                self._resolve(Rows(event.relation, batch.slice(0, complete)), times, entries)
-            if complete < batch.num_rows:
-                self._spool.add(event.relation, batch.slice(complete))
-            return
-        serial = event.serial
-        if serial > done:
-            self._deferred.append(event)
-        elif isinstance(event, RelationSeen) and times.fresh(serial):
+            self._resolve(event, times, entries)
+        elif isinstance(event, RelationSeen) and times.fresh(event.serial):
             entries += self._seen(event, times)
-        elif isinstance(event, Truncate) and times.fresh(serial):
+        elif isinstance(event, Truncate) and times.fresh(event.serial):
+            serial = event.serial
             at = times.position(serial, event.ordinal)
             for relation in filter(self._roster.admits, event.relations):
                 table = _table(relation)
                 version = self._version(relation, serial, event.ordinal, times, entries)
                 entries.append(Entry("truncate", table, at, at, times.at(serial), 1, version, b""))
-        elif isinstance(event, Message) and serial >= 0 and times.fresh(serial):
-            at = times.position(serial, event.ordinal)
-            content = event.content.decode(errors="replace")
-            payload = json.dumps({"prefix": event.prefix, "content": content}, ensure_ascii=False)
-            entries.append(Entry("message", None, at, at, times.at(serial), 0, 0, payload.encode()))
-
-    def _captured(self, rows: Rows) -> pa.RecordBatch:
-        """Apply the policy: what it leaves out is not even spooled."""
-        names, columns = rows.batch.schema.names, rows.batch.columns
-        cells = pa.RecordBatch.from_arrays(columns[_HEAD:], names=names[_HEAD:])
-        kept = self._policy.apply(_table(rows.relation), cells)
-        if kept is cells:
-            return rows.batch
-        return pa.RecordBatch.from_arrays(
-            [*columns[:_HEAD], *kept.columns], names=[*names[:_HEAD], *kept.schema.names]
-        )
+        elif isinstance(event, Message):
+            at, committed_at = times.of_message(event)
+            if at.commit > times.after:
+                content = {"prefix": event.prefix, "content": text_of(event.content)}
+                payload = json.dumps(content, ensure_ascii=False)
+                entries.append(Entry("message", None, at, at, committed_at, 0, 0, payload.encode()))
 
     def _resolve(self, rows: Rows, times: _Times, entries: list[Entry]) -> None:
         """Give rows their commit, time and transaction id, and drop those that the log holds."""
@@ -163,7 +186,8 @@ class GroupBuilder:
         ordinals = batch.column(2)
         first = Position(self._epoch, commits[0].as_py(), ordinals[0].as_py())
         last = Position(self._epoch, commits[-1].as_py(), ordinals[-1].as_py())
-        payload = encode_rows(pa.RecordBatch.from_arrays(columns, names=names))
+        whole = self._undecodable.escape(table, pa.RecordBatch.from_arrays(columns, names=names))
+        payload = encode_rows(whole)
         version = self._version(rows.relation, int(serials[0]), first.ordinal, times, entries)
         entries.append(
             Entry("rows", table, first, last, moments[-1].as_py(), batch.num_rows, version, payload)
@@ -175,123 +199,56 @@ class GroupBuilder:
         One that the log does not know waits for its first row: the server describes a partition too,
         whose rows then come under the name of its root.
         """
-        table = _table(event.relation)
-        known = self._schemas.get(table)
-        if known is None:
-            return []
-        if self._policy.excludes_of(table):
-            # Where columns are listed in the publication, one that the table has gained is not among them.
-            amend(self._catalog, self._config, [table])
-        return self._log_shape(event, known, times)
+        return self._log_shape(event, times) if _table(event.relation) in self._shapes else []
 
     def _version(
         self, relation: Relation, serial: int, ordinal: int, times: _Times, entries: list[Entry]
     ) -> int:
         """Return the version of the shape that a row has; a table's first row logs its shape before it."""
         table = _table(relation)
-        if table not in self._schemas:
-            entries += self._log_shape(RelationSeen(relation, serial, ordinal - 1), None, times)
-        return self._schemas[table].version
+        if table not in self._shapes:
+            entries += self._log_shape(RelationSeen(relation, serial, ordinal - 1), times)
+        return self._shapes[table].version
 
-    def _log_shape(self, event: RelationSeen, known: TableSchema | None, times: _Times) -> list[Entry]:
-        table = _table(event.relation)
-        shape = self._shape(event.relation, known)
-        if known is not None and known.same_shape(shape):
+    def _log_shape(self, event: RelationSeen, times: _Times) -> list[Entry]:
+        shape = self._shapes.learn(event.relation)
+        if shape is None:
             return []
-        if known is not None:
-            _say_what_changed(known, shape)
-            if not shape.key:
-                self._check_content(known, shape)
-        self._schemas[table] = shape
         at = times.position(event.serial, event.ordinal)
         payload = shape.to_json().encode()
-        return [Entry("schema", table, at, at, times.at(event.serial), 0, shape.version, payload)]
-
-    def _check_content(self, known: TableSchema, shape: TableSchema) -> None:
-        """Let a table without a key take only such new columns as are null in every row there is.
-
-        Its rows are known by their content: any other change of it would part them from what was captured.
-        Raises SourceGap.
-        """
-        added = [column.name for column in shape.columns[len(known.columns) :]]
-        empty = set(empty_columns(self._catalog, shape.table))
-        if shape.columns[: len(known.columns)] != known.columns or not empty.issuperset(added):
-            raise SourceGap(
-                f"Columns of table {shape.table} changed, which has no key: its rows are known by their "
-                "content, which is another now.",
-                "Move the state folder and the destination away and run again, which copies everything "
-                "anew; with a primary key the table could have gone on.",
-            )
-
-    def _shape(self, relation: Relation, known: TableSchema | None) -> TableSchema:
-        types = name_types(self._catalog, [(c.type_oid, c.type_modifier) for c in relation.columns])
-        columns = tuple(
-            Column(column.name, type_, base)
-            for column, (type_, base) in zip(relation.columns, types, strict=True)
-        )
-        table = _table(relation)
-        key = tuple(column.name for column in relation.columns if column.is_key)
-        if relation.replica_identity == "f":
-            key = known.key if known else read_shapes(self._catalog, [table])[table].key
-        elif not key:
-            raise SourceGap(
-                f"Table {table} has lost its key: its changes cannot be told apart.",
-                f'Give it a primary key again, or exclude it with "!{table}" and start from scratch.',
-            )
-        taken = [column.name for column in columns if column.name.lower() in RESERVED]
-        if taken:
-            raise SourceGap(
-                f"Table {table} has a column called {taken[0]}, a name that Headrace uses itself.",
-                "Rename the column at the source, or exclude the table.",
-            )
-        shape = TableSchema(table, columns, key, known.version + 1 if known else 1)
-        return self._policy.shape(shape)
+        return [Entry("schema", shape.table, at, at, times.at(event.serial), 0, shape.version, payload)]
 
 
-def _say_what_changed(known: TableSchema, shape: TableSchema) -> None:
-    """Stop at a change that would make one row two; name what the stream does not carry.
-
-    Raises SourceGap when the key is another, or hashed in another way: rows already applied are known by
-    the old one.
-    """
-    hashes = {c.name: _hash_of(c) for c in known.columns}
-    if any(c.name in known.key and hashes.get(c.name, "") != _hash_of(c) for c in shape.columns):
-        raise SourceGap(
-            f"The key of table {shape.table} is hashed in another way than before: hash or hash_salt "
-            "changed.",
-            "Take the change back; or move the state folder and the destination away and run again, which "
-            "copies everything anew.",
-        )
-    if known.key != shape.key:
-        raise SourceGap(
-            f"The key of table {shape.table} changed from {list(known.key)} to {list(shape.key)}.",
-            "Move the state folder and the destination away and run again, which copies everything anew.",
-        )
-    before = {column.name: column.type for column in known.columns}
-    changed = [c.name for c in shape.columns if before.get(c.name, c.type) != c.type]
-    added = [c.name for c in shape.columns if c.name not in before]
-    if changed or added:
-        alerts.warning(
-            "SCHEMA of %s changed: added %s, another type %s. Rows that no later change touches do not show "
-            "a default, a new name or a conversion of the source; `headrace verify` tells.",
-            shape.table, added, changed,
-        )  # fmt: skip
-
-
-def _hash_of(column: Column) -> str:
-    return column.base if column.base.startswith(HASHED) else ""
+def _split(events: Sequence[Event], done: int) -> tuple[list[Event], list[Event]]:
+    """Part events of complete transactions, through serial `done`, from those of the one still open."""
+    complete: list[Event] = []
+    rest: list[Event] = []
+    for event in events:
+        if not isinstance(event, Rows):
+            (complete if event.serial <= done else rest).append(event)
+            continue
+        rows = int(np.searchsorted(event.batch.column(1).to_numpy(), done, side="right"))
+        if rows:
+            complete.append(Rows(event.relation, event.batch.slice(0, rows)))
+        if rows < event.batch.num_rows:
+            rest.append(Rows(event.relation, event.batch.slice(rows)))
+    return complete, rest
 
 
 class _Times:
     """Commit, time and id of transactions by serial."""
 
-    def __init__(self, transactions: Sequence[Transaction], after: int, epoch: int) -> None:
+    def __init__(
+        self, transactions: Sequence[_Dated], after: int, last_commit_time: int, epoch: int
+    ) -> None:
+        """`last_commit_time` is that of the transaction before these, 0 if none is known."""
+        self.after = after
+        self._epoch = epoch
         self._base = transactions[0].serial if transactions else 0
         self._commits = np.array([t.commit for t in transactions], dtype=np.int64)
         self._moments = np.array([t.committed_at for t in transactions], dtype=np.int64)
         self._xids = np.array([t.xid for t in transactions], dtype=np.int64)
-        self._after = after
-        self._epoch = epoch
+        self._before = last_commit_time or time.time_ns() // 1000
         self._all_fresh = bool((self._commits > after).all())
 
     def of(self, serials: np.ndarray) -> tuple[pa.Array, pa.Array, pa.Array]:
@@ -305,14 +262,27 @@ class _Times:
     def position(self, serial: int, ordinal: int) -> Position:
         return Position(self._epoch, int(self._commits[max(serial - self._base, 0)]), ordinal)
 
+    def of_message(self, message: Message) -> tuple[Position, int]:
+        """Return a message's place and time.
+
+        One outside of a transaction stands a byte behind the start of its WAL record: past every
+        commit before it, whose record ends there or earlier, and before the end of every later one.
+        Its time is that of the last commit before it, since it carries none.
+        """
+        if message.serial >= 0:
+            return self.position(message.serial, message.ordinal), self.at(message.serial)
+        at = Position(self._epoch, message.lsn + 1, 0)
+        earlier = int(np.searchsorted(self._commits, message.lsn, side="right"))
+        return at, int(self._moments[earlier - 1]) if earlier else self._before
+
     def fresh(self, serial: int) -> bool:
         """Whether the log does not hold this transaction yet."""
-        return int(self._commits[serial - self._base]) > self._after
+        return int(self._commits[serial - self._base]) > self.after
 
     def keep_fresh(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         if self._all_fresh:
             return batch
-        mask = self._commits[batch.column(1).to_numpy() - self._base] > self._after
+        mask = self._commits[batch.column(1).to_numpy() - self._base] > self.after
         return batch.filter(pa.array(mask))
 
 

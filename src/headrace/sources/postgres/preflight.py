@@ -176,8 +176,9 @@ def _kind_of_server(server: _Server) -> Iterator[Finding]:
         )
     if server.encoding == "SQL_ASCII":
         yield Finding(
-            "fail",
-            f"database {server.database} has the encoding SQL_ASCII: what its bytes mean is not known",
+            "warn",
+            f"database {server.database} has the encoding SQL_ASCII: what its bytes mean is not known; cells "
+            "that are not UTF-8 are kept as U+0000, \\x and their bytes in hex",
             "Dump it and restore it into one that has: CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0;",
         )
 

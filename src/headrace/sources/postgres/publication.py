@@ -36,7 +36,7 @@ def capturable_shapes(db: Connection, config: SourceConfig, tables: Sequence[Tab
 
     Raises UserError for a table whose changes cannot be captured.
     """
-    shapes = read_shapes(db, tables)
+    shapes = read_shapes(db, tables, config.publication)
     _check_keys(db, config, tables)
     policy = Policy(config)
     for shape in shapes.values():

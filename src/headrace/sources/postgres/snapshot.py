@@ -13,9 +13,16 @@ from headrace.change import TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import SourceError, SourceUnavailable
 from headrace.sources.postgres.columns import Policy
-from headrace.sources.postgres.connection import connect, connect_bulk, connect_replication, without_password
+from headrace.sources.postgres.connection import (
+    BYTES_AS_THEY_ARE,
+    connect,
+    connect_bulk,
+    connect_replication,
+    without_password,
+)
 from headrace.sources.postgres.copy import partitioned_tables, select_text
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
+from headrace.sources.postgres.undecodable import Undecodable
 
 _ROW_MESSAGES = (b"I"[0], b"U"[0], b"D"[0], b"T"[0])
 
@@ -33,16 +40,18 @@ class SourceSnapshot:
 
         Raises SourceError when the table is no longer of that shape.
         """
+        undecodable = Undecodable()
         try:
             with self._bulk.cursor() as cursor:
                 partitioned = schema.table in partitioned_tables(cursor)
                 cursor.execute(select_text(schema, partitioned, self._policy.where(schema.table)))
-                table = cursor.fetch_arrow_table()
+                kept = [
+                    self._policy.apply(schema.table, undecodable.escape(schema.table, batch))
+                    for batch in cursor.fetch_record_batch()
+                ]
         except adbc.Error as error:
             raise SourceError(f"{schema.table}: {without_password(str(error)).splitlines()[0]}") from error
-        texts = table.cast(pa.schema([(name, pa.string()) for name in table.schema.names]))
-        batches = [self._policy.apply(schema.table, batch) for batch in texts.to_batches()]
-        return pa.Table.from_batches(batches, texts.schema)
+        return pa.Table.from_batches(kept, pa.schema([(c.name, pa.string()) for c in schema.columns]))
 
 
 @contextmanager
@@ -78,9 +87,10 @@ def pending_changes(config: SourceConfig, through: int, after: int) -> int:
     Looks without taking anything; call it only while no pipeline reads the slot.
     """
     with connect(config.url.reveal()) as db:
+        db.execute(BYTES_AS_THEY_ARE)  # the output plugin heeds it; the answer has no text
         rows = db.execute(
-            "SELECT data, lsn::text FROM pg_logical_slot_peek_binary_changes(%s, %s::pg_lsn, NULL, "
-            "'proto_version', '1', 'publication_names', %s)",
+            "SELECT data, (lsn - '0/0')::bigint FROM pg_logical_slot_peek_binary_changes("
+            "%s, %s::pg_lsn, NULL, 'proto_version', '1', 'publication_names', %s)",
             [config.slot, format_lsn(through), '"' + config.publication.replace('"', '""') + '"'],
         )
-        return sum(row[0][0] in _ROW_MESSAGES and parse_lsn(row[1]) > after for row in rows)
+        return sum(row[0][0] in _ROW_MESSAGES and row[1] > after for row in rows)

@@ -1,0 +1,282 @@
+"""Changes of a table's shape amid changes of its rows: what the log holds is what the stream said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from headrace.change import TableId, TableSchema
+from headrace.config import Project, load_project
+from headrace.payload import HEAD, decode_rows
+from headrace.pipeline import open_lanes
+from headrace.testing.postgres import INSTALLS, PostgresServer
+
+TABLES = """plain defaulted volatile identity dropped renamed moved readded middle widened retyped full_
+gone""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module", params=sorted(INSTALLS))
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("pg"), request.param) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def project(server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One table for each case, with rows 1 and 2 copied."""
+    for table in TABLES:
+        server.psql(
+            f"CREATE TABLE {table} (id integer PRIMARY KEY, v integer, w text); "
+            f"INSERT INTO {table} VALUES (1, 10, 'a'), (2, 20, 'b')"
+        )
+    server.psql("ALTER TABLE full_ REPLICA IDENTITY FULL; ALTER TABLE gone REPLICA IDENTITY FULL")
+    root = tmp_path_factory.mktemp("project")
+    (root / "headrace.toml").write_text(
+        f'[source.pg]\ntype = "postgres"\nurl = "{server.url}"\n'
+        '[destination]\ntype = "duckdb"\npath = "warehouse.duckdb"\n'
+    )
+    project = load_project(root)
+    once(project)
+    return project
+
+
+def once(project: Project) -> None:
+    """Bring everything into the raw tables."""
+    (project.state / "log").mkdir(parents=True, exist_ok=True)
+    (lane,) = open_lanes(project)
+    lane.capture(threading.Event(), until=lane.source.head())
+    while lane.load():
+        pass
+    lane.close()
+
+
+class Said:
+    """What was streamed to one table in a run: rows with their operation, each under its shape's columns."""
+
+    def __init__(self, project: Project, table: str, server: PostgresServer, *statements: str) -> None:
+        (lane,) = open_lanes(project, read_only=True)
+        after = lane.log.end().offset
+        for statement in statements:
+            server.psql(statement)
+        once(project)
+        (lane,) = open_lanes(project, read_only=True)
+        self.rows: list[dict[str, Any]] = []
+        self.shapes: list[dict[str, str]] = []
+        versions: dict[int, TableSchema] = {}
+        every = [item for item in lane.log.read(0, 1 << 30) if item.entry.table == TableId("public", table)]
+        for item in every:
+            if item.entry.kind == "schema":
+                shape = TableSchema.from_json(item.entry.payload)
+                versions[shape.version] = shape
+                if item.offset > after:
+                    self.shapes.append({column.name: column.type for column in shape.columns})
+            elif item.entry.kind == "rows" and item.offset > after:
+                batch = decode_rows(item.entry.payload)
+                names = [c.name for c in versions[item.entry.schema_version].columns]
+                assert batch.schema.names[len(HEAD) :][: len(names)] == names, "not the schema bound to it"
+                for row in batch.to_pylist():
+                    self.rows.append({"op": row["_op"], **{name: row[name] for name in names}})
+        staged = lane.staging.read(TableId("public", table), after, lane.staging.through()).to_pylist()
+        self.raw = [row for row in staged if row["_op"] != "t"]
+        assert len(self.raw) == len(self.rows)
+        for one, other in zip(self.raw, self.rows, strict=True):
+            assert one["_op"] == other["op"]
+            assert {name: one[name] for name in other if name != "op"} == {
+                name: cell for name, cell in other.items() if name != "op"
+            }
+
+
+@pytest.fixture
+def alerts(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+    """Reasons to copy a table again, as they were alerted."""
+    found: list[str] = []
+
+    class Taken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if str(record.msg).startswith("SCHEMA of"):
+                assert isinstance(record.args, tuple)
+                found.append(str(record.args[1]))
+
+    handler = Taken()
+    logging.getLogger("headrace.alert").addHandler(handler)
+    yield found
+    logging.getLogger("headrace.alert").removeHandler(handler)
+
+
+def test_an_added_column(server: PostgresServer, project: Project, alerts: list[str]) -> None:
+    said = Said(
+        project, "plain", server,
+        "INSERT INTO plain VALUES (3, 30, 'c')", "ALTER TABLE plain ADD COLUMN n date",
+        "INSERT INTO plain VALUES (4, 40, 'd', '2024-01-01')", "UPDATE plain SET w = 'A' WHERE id = 1",
+    )  # fmt: skip
+    assert said.rows == [
+        {"op": "c", "id": "3", "v": "30", "w": "c"},
+        {"op": "c", "id": "4", "v": "40", "w": "d", "n": "2024-01-01"},
+        {"op": "u", "id": "1", "v": "10", "w": "A", "n": None},
+    ]
+    assert said.shapes == [{"id": "integer", "v": "integer", "w": "text", "n": "date"}]
+    assert said.raw[0]["n"] is None
+    assert alerts == []
+
+
+@pytest.mark.parametrize(
+    ("table", "added", "cell"),
+    [
+        ("defaulted", "integer DEFAULT 7", "7"),
+        ("volatile", "text DEFAULT left(random()::text, 2)", "0."),
+        ("identity", "bigint GENERATED ALWAYS AS IDENTITY", "1"),
+    ],
+)
+def test_a_column_added_with_a_value(
+    server: PostgresServer, project: Project, alerts: list[str], table: str, added: str, cell: str
+) -> None:
+    said = Said(
+        project, table, server,
+        f"ALTER TABLE {table} ADD COLUMN n {added}", f"UPDATE {table} SET w = 'A' WHERE id = 1",
+    )  # fmt: skip
+    assert said.rows == [{"op": "u", "id": "1", "v": "10", "w": "A", "n": cell}]
+    assert alerts == ["column n was added with a value for old rows"]
+
+
+def test_a_dropped_column(server: PostgresServer, project: Project, alerts: list[str]) -> None:
+    said = Said(
+        project, "dropped", server,
+        "ALTER TABLE dropped DROP COLUMN v", "INSERT INTO dropped VALUES (3, 'c')",
+        "DELETE FROM dropped WHERE id = 2",
+    )  # fmt: skip
+    assert said.rows == [{"op": "c", "id": "3", "w": "c"}, {"op": "d", "id": "2", "w": None}]
+    assert said.raw[0]["v"] is None
+    assert alerts == []
+
+
+def test_a_renamed_column(server: PostgresServer, project: Project, alerts: list[str]) -> None:
+    said = Said(
+        project, "renamed", server,
+        "UPDATE renamed SET v = 11 WHERE id = 1", "ALTER TABLE renamed RENAME v TO value",
+        "UPDATE renamed SET value = 12 WHERE id = 1",
+    )  # fmt: skip
+    assert said.rows == [
+        {"op": "u", "id": "1", "v": "11", "w": "a"},
+        {"op": "u", "id": "1", "value": "12", "w": "a"},
+    ]
+    assert alerts == ["columns v may be called value now"]
+
+
+def test_a_renamed_table(server: PostgresServer, project: Project, alerts: list[str]) -> None:
+    said = Said(
+        project, "moved_on", server,
+        "UPDATE moved SET v = 11 WHERE id = 1", "ALTER TABLE moved RENAME TO moved_on",
+        "UPDATE moved_on SET v = 12 WHERE id = 1", "DELETE FROM moved_on WHERE id = 2",
+    )  # fmt: skip
+    assert said.rows == [
+        {"op": "u", "id": "1", "v": "12", "w": "a"},
+        {"op": "d", "id": "2", "v": None, "w": None},
+    ]
+    assert alerts == ["its first change came through the stream, rows from before it did not"]
+
+
+def test_one_name_three_columns_in_one_transaction(
+    server: PostgresServer, project: Project, alerts: list[str]
+) -> None:
+    said = Said(
+        project, "readded", server,
+        "BEGIN; INSERT INTO readded VALUES (3, 30, 'c'); ALTER TABLE readded ADD COLUMN x integer; "
+        "INSERT INTO readded VALUES (4, 40, 'd', 1); ALTER TABLE readded DROP COLUMN x; "
+        "INSERT INTO readded VALUES (5, 50, 'e'); ALTER TABLE readded ADD COLUMN x text; "
+        "INSERT INTO readded VALUES (6, 60, 'f', 'one'); ALTER TABLE readded DROP COLUMN v; "
+        "ALTER TABLE readded ADD COLUMN v date; UPDATE readded SET v = '2024-01-01' WHERE id = 6; COMMIT",
+    )  # fmt: skip
+    assert said.rows == [
+        {"op": "c", "id": "3", "v": "30", "w": "c"},
+        {"op": "c", "id": "4", "v": "40", "w": "d", "x": "1"},
+        {"op": "c", "id": "5", "v": "50", "w": "e"},
+        {"op": "c", "id": "6", "v": "60", "w": "f", "x": "one"},
+        {"op": "u", "id": "6", "w": "f", "x": "one", "v": "2024-01-01"},
+    ]
+    assert [shape.get("x") for shape in said.shapes] == ["integer", None, "text", "text"]
+    assert alerts == ["column v changed from integer to date"]
+
+
+def test_shapes_that_were_rolled_back_are_not_there(
+    server: PostgresServer, project: Project, alerts: list[str]
+) -> None:
+    said = Said(
+        project, "middle", server,
+        "BEGIN; INSERT INTO middle VALUES (3, 30, 'c'); ALTER TABLE middle ADD COLUMN n integer; "
+        "UPDATE middle SET n = 1; ROLLBACK",
+        "BEGIN; INSERT INTO middle VALUES (4, 40, 'd'); SAVEPOINT s; ALTER TABLE middle DROP COLUMN w; "
+        "INSERT INTO middle VALUES (5, 50); ROLLBACK TO s; INSERT INTO middle VALUES (6, 60, 'f'); "
+        "ALTER TABLE middle ADD COLUMN m text; UPDATE middle SET m = w WHERE id = 4; TRUNCATE middle; "
+        "INSERT INTO middle VALUES (7, 70, 'g', 'h'); COMMIT",
+    )  # fmt: skip
+    assert said.rows == [
+        {"op": "c", "id": "4", "v": "40", "w": "d"},
+        {"op": "c", "id": "6", "v": "60", "w": "f"},
+        {"op": "u", "id": "4", "v": "40", "w": "d", "m": "d"},
+        {"op": "c", "id": "7", "v": "70", "w": "g", "m": "h"},
+    ]
+    assert said.shapes == [{"id": "integer", "v": "integer", "w": "text", "m": "text"}]
+    assert alerts == []
+
+
+def test_a_wider_type_needs_no_copy(server: PostgresServer, project: Project, alerts: list[str]) -> None:
+    said = Said(
+        project, "widened", server,
+        "ALTER TABLE widened ALTER v TYPE bigint, ALTER id TYPE bigint",
+        "UPDATE widened SET v = 1 << 30 WHERE id = 1",
+    )  # fmt: skip
+    assert said.rows == [{"op": "u", "id": "1", "v": "1073741824", "w": "a"}]
+    assert said.shapes == [{"id": "bigint", "v": "bigint", "w": "text"}]
+    assert alerts == []
+
+
+def test_a_converted_type(server: PostgresServer, project: Project, alerts: list[str]) -> None:
+    said = Said(
+        project, "retyped", server,
+        "UPDATE retyped SET v = 11 WHERE id = 1",
+        "ALTER TABLE retyped ALTER v TYPE text USING 'no. ' || v",
+        "UPDATE retyped SET w = 'B' WHERE id = 2",
+    )  # fmt: skip
+    assert said.rows == [
+        {"op": "u", "id": "1", "v": "11", "w": "a"},
+        {"op": "u", "id": "2", "v": "no. 20", "w": "B"},
+    ]
+    assert alerts == ["column v changed from integer to text"]
+
+
+def test_whole_old_rows_across_a_change(server: PostgresServer, project: Project, alerts: list[str]) -> None:
+    said = Said(
+        project, "full_", server,
+        "ALTER TABLE full_ RENAME w TO word", "DELETE FROM full_ WHERE id = 1",
+        "ALTER TABLE full_ DROP COLUMN v", "DELETE FROM full_ WHERE id = 2",
+    )  # fmt: skip
+    assert said.rows == [
+        {"op": "d", "id": "1", "v": "10", "word": "a"},
+        {"op": "d", "id": "2", "word": "b"},
+    ]
+    assert alerts == ["columns w may be called word now"]
+
+
+def test_a_table_that_is_gone_before_its_changes_are_read(
+    server: PostgresServer, project: Project, alerts: list[str]
+) -> None:
+    said = Said(
+        project, "gone_by", server,
+        "ALTER TABLE gone RENAME TO gone_by", "ALTER TABLE gone_by RENAME w TO word",
+        "INSERT INTO gone_by VALUES (3, 30, 'c')", "DROP TABLE gone_by",
+    )  # fmt: skip
+    assert said.rows == [{"op": "c", "id": "3", "v": "30", "word": "c"}]
+    (lane,) = open_lanes(project, read_only=True)
+    (shape,) = [
+        json.loads(item.entry.payload)
+        for item in lane.log.read(0, 1 << 30)
+        if item.entry.kind == "schema" and item.entry.table == TableId("public", "gone_by")
+    ]
+    assert shape["key"] == ["id", "v", "word"]
