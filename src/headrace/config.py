@@ -64,7 +64,7 @@ _URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds.
+    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds, `spool_max` in bytes.
 
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
     """
@@ -76,6 +76,8 @@ class SourceConfig:
     slot: str
     publication: str
     heartbeat: float
+    origin: Literal["any", "none"] = "any"
+    spool_max: int = 64 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +208,12 @@ def _text(value: object, example: str = "") -> str:
     return value
 
 
-def _only(allowed: str) -> Parser:
+def _only(*allowed: str) -> Parser:
     def parse(value: object) -> str:
-        if _text(value) != allowed:
-            raise Invalid(f'{quoted(_text(value))} is not supported; it must be "{allowed}"')
-        return allowed
+        if _text(value) not in allowed:
+            names = " or ".join(f'"{name}"' for name in allowed)
+            raise Invalid(f"{quoted(_text(value))} is not supported; it must be {names}")
+        return _text(value)
 
     return parse
 
@@ -325,6 +328,8 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "slot": _slot,
         "publication": _publication,
         "heartbeat": _duration("100ms", "1h"),
+        "origin": _only("any", "none"),
+        "spool_max": _size("1MiB", "65536GiB"),
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
-from collections.abc import Iterator, Sequence
-from typing import IO
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,99 +25,125 @@ from headrace.sources.postgres.events import (
     Transaction,
     Truncate,
 )
+from headrace.sources.postgres.spool import Spool, SpoolSpace
 
 alerts = logging.getLogger("headrace.alert")
 
-_SPOOL_MEMORY = 32 << 20
 _HEAD = 3  # the decoder's own columns before the source's: _op, _serial, _ordinal
 
 
-class Spool:
-    """Rows of a transaction that has not committed yet, compressed; on disk past a limit."""
+class _OpenTransaction:
+    """Events of a transaction that was decoded before its commit came, in pieces, each ended by a take."""
 
-    def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(_SPOOL_MEMORY)  # noqa: SIM115 - lives with the spool
-        self._parts: list[tuple[Relation, int, int]] = []
+    def __init__(self, space: SpoolSpace) -> None:
+        self._spool = Spool(space)
+        self._pieces: list[list[Event | Relation]] = []  # a relation stands for rows that are spooled
 
-    def add(self, relation: Relation, batch: pa.RecordBatch) -> None:
-        """Keep one batch."""
-        data = encode_rows(batch)
-        self._parts.append((relation, self._file.tell(), len(data)))
-        self._file.write(data)
+    def add(self, events: Sequence[Event]) -> None:
+        """Keep one piece. Raises SourceUnavailable where there is no room."""
+        for event in events:
+            if isinstance(event, Rows):
+                self._spool.append(encode_rows(event.batch))
+        self._pieces.append([event.relation if isinstance(event, Rows) else event for event in events])
 
-    def drain(self) -> Iterator[Rows]:
-        """Yield what was kept, in order, and forget it."""
-        for relation, start, size in self._parts:
-            self._file.seek(start)
-            yield Rows(relation, decode_rows(self._file.read(size)))
-        self._parts.clear()
-        self._file.seek(0)
-        self._file.truncate()
+    def pieces(self) -> Iterator[Sequence[Event]]:
+        """Yield piece by piece, and give the room back at the end."""
+        payloads = iter(self._spool)
+        for piece in self._pieces:
+            yield [Rows(e, decode_rows(next(payloads))) if isinstance(e, Relation) else e for e in piece]
+        self.close()
 
     def __bool__(self) -> bool:
-        return bool(self._parts)
+        return bool(self._pieces)
 
     def close(self) -> None:
-        """Give the disk back."""
-        self._file.close()
+        """Give the room back."""
+        self._spool.close()
+        self._pieces.clear()
+
+
+class _Dated(Protocol):
+    """A transaction whose commit is known, see `Transaction`."""
+
+    @property
+    def serial(self) -> int: ...
+    @property
+    def commit(self) -> int: ...
+    @property
+    def xid(self) -> int: ...
+    @property
+    def committed_at(self) -> int: ...
 
 
 class GroupBuilder:
     """Turns what the decoder took into entries with positions, and knows every table's shape."""
 
-    def __init__(self, schemas: dict[TableId, TableSchema], catalog: Connection) -> None:
+    def __init__(self, schemas: dict[TableId, TableSchema], catalog: Connection, space: SpoolSpace) -> None:
         self._schemas = dict(schemas)
         self._catalog = catalog
-        self._spool = Spool()
-        self._deferred: list[Event] = []
+        self._space = space
+        self._open = _OpenTransaction(space)
+        self._last_commit_time = 0
 
     def build(
         self, transactions: Sequence[Transaction], events: Sequence[Event], after: int
-    ) -> Iterator[Entry]:
-        """Yield the entries of complete transactions with a commit beyond `after`, ordered by their
-        last position; rows of a transaction still open are spooled until it commits."""
+    ) -> Sequence[Entry] | Iterator[Entry]:
+        """Return the entries of complete transactions with a commit beyond `after`, and of messages
+        outside of transactions, ordered by their last position.
+
+        What belongs to a transaction still open is spooled until it commits. Its entries are then
+        made as they are taken, and the iterator is to be taken to its end before the next call.
+        Raises SourceGap, and SourceUnavailable where the spool is full.
+        """
         done = transactions[-1].serial if transactions else -1
-        entries: list[Entry] = []
-        times = _Times(transactions, after)
-        if done >= 0:
-            for event in self._deferred:
-                self._add(event, done, times, entries)
-            for rows in self._spool.drain():
-                self._resolve(rows, times, entries)
-            self._deferred.clear()
-        for event in events:
-            self._add(event, done, times, entries)
-        yield from sorted(entries, key=lambda entry: entry.last)
+        complete, rest = _split(events, done)
+        times = _Times(transactions, after, self._last_commit_time)
+        waiting = self._open if done >= 0 else None
+        if waiting:
+            self._open = _OpenTransaction(self._space)
+        if rest:
+            self._open.add(rest)
+        if transactions:
+            self._last_commit_time = transactions[-1].committed_at
+        if waiting:
+            return self._entries(chain(waiting.pieces(), [complete]), times)
+        return list(self._entries([complete], times))
+
+    def replay(self, transaction: _Dated, pieces: Iterable[Sequence[Event]], after: int) -> Iterator[Entry]:
+        """Yield the entries of one transaction that comes in pieces, if its commit is beyond `after`."""
+        self._last_commit_time = transaction.committed_at
+        return self._entries(pieces, _Times([transaction], after, transaction.committed_at))
 
     def close(self) -> None:
         """Drop what is spooled: the server sends it again."""
-        self._spool.close()
+        self._open.close()
 
-    def _add(self, event: Event, done: int, times: _Times, entries: list[Entry]) -> None:
+    def _entries(self, pieces: Iterable[Sequence[Event]], times: _Times) -> Iterator[Entry]:
+        """Yield entries ordered by their last position: pieces follow one another, so each is sorted."""
+        for events in pieces:
+            entries: list[Entry] = []
+            for event in events:
+                self._add(event, times, entries)
+            yield from sorted(entries, key=lambda entry: entry.last)
+
+    def _add(self, event: Event, times: _Times, entries: list[Entry]) -> None:
         if isinstance(event, Rows):
-            serials = event.batch.column(1).to_numpy()
-            complete = int(np.searchsorted(serials, done, side="right"))
-            if complete:
-                self._resolve(Rows(event.relation, event.batch.slice(0, complete)), times, entries)
-            if complete < event.batch.num_rows:
-                self._spool.add(event.relation, event.batch.slice(complete))
-            return
-        serial = event.serial
-        if serial > done:
-            self._deferred.append(event)
+            self._resolve(event, times, entries)
         elif isinstance(event, RelationSeen):
             entries += self._seen(event, times)
-        elif isinstance(event, Truncate) and times.fresh(serial):
+        elif isinstance(event, Truncate) and times.fresh(event.serial):
+            serial = event.serial
             at = times.position(serial, event.ordinal)
             for relation in event.relations:
                 table = _table(relation)
                 version = self._version(relation, serial, event.ordinal, times, entries)
                 entries.append(Entry("truncate", table, at, at, times.at(serial), 1, version, b""))
-        elif isinstance(event, Message) and serial >= 0 and times.fresh(serial):
-            at = times.position(serial, event.ordinal)
-            content = event.content.decode(errors="replace")
-            payload = json.dumps({"prefix": event.prefix, "content": content}, ensure_ascii=False)
-            entries.append(Entry("message", None, at, at, times.at(serial), 0, 0, payload.encode()))
+        elif isinstance(event, Message):
+            at, committed_at = times.of_message(event)
+            if at.commit > times.after:
+                content = event.content.decode(errors="replace")
+                payload = json.dumps({"prefix": event.prefix, "content": content}, ensure_ascii=False)
+                entries.append(Entry("message", None, at, at, committed_at, 0, 0, payload.encode()))
 
     def _resolve(self, rows: Rows, times: _Times, entries: list[Entry]) -> None:
         """Give rows their commit, time and transaction id, and drop those that the log holds."""
@@ -212,15 +239,33 @@ def _say_what_changed(known: TableSchema, shape: TableSchema) -> None:
         )  # fmt: skip
 
 
+def _split(events: Sequence[Event], done: int) -> tuple[list[Event], list[Event]]:
+    """Part events of complete transactions, through serial `done`, from those of the one still open."""
+    complete: list[Event] = []
+    rest: list[Event] = []
+    for event in events:
+        if not isinstance(event, Rows):
+            (complete if event.serial <= done else rest).append(event)
+            continue
+        rows = int(np.searchsorted(event.batch.column(1).to_numpy(), done, side="right"))
+        if rows:
+            complete.append(Rows(event.relation, event.batch.slice(0, rows)))
+        if rows < event.batch.num_rows:
+            rest.append(Rows(event.relation, event.batch.slice(rows)))
+    return complete, rest
+
+
 class _Times:
     """Commit, time and id of transactions by serial."""
 
-    def __init__(self, transactions: Sequence[Transaction], after: int) -> None:
+    def __init__(self, transactions: Sequence[_Dated], after: int, last_commit_time: int) -> None:
+        """`last_commit_time` is that of the transaction before these, 0 if none is known."""
+        self.after = after
         self._base = transactions[0].serial if transactions else 0
         self._commits = np.array([t.commit for t in transactions], dtype=np.int64)
         self._moments = np.array([t.committed_at for t in transactions], dtype=np.int64)
         self._xids = np.array([t.xid for t in transactions], dtype=np.int64)
-        self._after = after
+        self._before = last_commit_time or time.time_ns() // 1000
         self._all_fresh = bool((self._commits > after).all())
 
     def of(self, serials: np.ndarray) -> tuple[pa.Array, pa.Array, pa.Array]:
@@ -234,14 +279,27 @@ class _Times:
     def position(self, serial: int, ordinal: int) -> Position:
         return Position(0, int(self._commits[max(serial - self._base, 0)]), ordinal)
 
+    def of_message(self, message: Message) -> tuple[Position, int]:
+        """Return a message's place and time.
+
+        One outside of a transaction stands a byte behind the start of its WAL record: past every
+        commit before it, whose record ends there or earlier, and before the end of every later one.
+        Its time is that of the last commit before it, since it carries none.
+        """
+        if message.serial >= 0:
+            return self.position(message.serial, message.ordinal), self.at(message.serial)
+        at = Position(0, message.lsn + 1, 0)
+        earlier = int(np.searchsorted(self._commits, message.lsn, side="right"))
+        return at, int(self._moments[earlier - 1]) if earlier else self._before
+
     def fresh(self, serial: int) -> bool:
         """Whether the log does not hold this transaction yet."""
-        return int(self._commits[serial - self._base]) > self._after
+        return int(self._commits[serial - self._base]) > self.after
 
     def keep_fresh(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         if self._all_fresh:
             return batch
-        mask = self._commits[batch.column(1).to_numpy() - self._base] > self._after
+        mask = self._commits[batch.column(1).to_numpy() - self._base] > self.after
         return batch.filter(pa.array(mask))
 
 

@@ -7,53 +7,53 @@ name, written before it is created), `copied` (its consistent point, once the co
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import psycopg
 
 from headrace.change import Entry, Position, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
-from headrace.errors import SourceUnavailable
 from headrace.protocols import Log
+from headrace.sources.postgres.assembly import Assembler
 from headrace.sources.postgres.catalog import Connection, list_tables
-from headrace.sources.postgres.connection import (
-    connect,
-    connect_bulk,
-    connect_replication,
-    place,
-    without_password,
-)
+from headrace.sources.postgres.connection import broke_off, connect, connect_bulk, connect_replication
 from headrace.sources.postgres.copy import copy_tables
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
-from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish
 from headrace.sources.postgres.slot import check_resumable, create_slot, drop_unfinished, same_server
+from headrace.sources.postgres.spool import SpoolSpace
 from headrace.sources.postgres.stream import Stream
 
 logger = logging.getLogger("headrace.capture")
 
 _IDLE = 0.2
-_FEEDBACK_EVERY = 10.0
+_YIELD_EVERY = 0.4
 
 
 class PostgresSource:
     """One Postgres database, read through one logical replication slot."""
 
-    def __init__(self, config: SourceConfig, max_bytes: int, linger: float) -> None:
+    def __init__(
+        self, config: SourceConfig, max_bytes: int, linger: float, spool: Path | None = None
+    ) -> None:
         """`max_bytes` bounds what is decoded before it becomes a group, `linger` (seconds) how long
-        a group waits for more while changes keep coming."""
+        a group waits for more while changes keep coming. Large transactions wait in the folder `spool`
+        for their commit, by default the system's for temporary files."""
         self.name = config.name
         self._config = config
         self._url = config.url.reveal()
         self._max_bytes = max_bytes
         self._linger = linger
+        self._spool = spool or Path(tempfile.gettempdir())
         self._confirmed = 0
         self._stream: Stream | None = None
         self._plain: Connection | None = None
 
-    def read(self, log: Log) -> Iterator[Iterable[Entry]]:
+    def read(self, log: Log) -> Generator[Iterable[Entry]]:
         """See `Source.read`."""
         try:
             self._plain = connect(self._url)
@@ -65,9 +65,7 @@ class PostgresSource:
             check_resumable(self._plain, self._config, log)
             yield from self._follow(log)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            raise SourceUnavailable(
-                f"{place(self._url)} broke off: {without_password(str(error)).strip()}"
-            ) from error
+            raise broke_off(self._url, error) from error
         finally:
             self.close()
 
@@ -122,32 +120,24 @@ class PostgresSource:
         after = position.commit if position else 0
         self._confirmed = after
         stream = self._stream = Stream(self._config, after)
-        decoder = Decoder(max_batch_bytes=self._max_bytes)
-        builder = GroupBuilder(log.schemas(), self._catalog())
+        space = SpoolSpace(self.name, self._spool, self._config.spool_max)
+        builder = GroupBuilder(log.schemas(), self._catalog(), space)
+        assembler = Assembler(self._config, builder, space, self._max_bytes, self._linger, after)
         beat = _Every(self._config.heartbeat)
-        feedback = _Every(_FEEDBACK_EVERY)
-        collected_since: float | None = None
+        breath = _Every(_YIELD_EVERY)
         try:
             while True:
-                more, asked = stream.pump(decoder, self._max_bytes)
-                if decoder.pending_bytes and collected_since is None:
-                    collected_since = time.monotonic()
-                waited = time.monotonic() - (collected_since or time.monotonic())
-                too_big = decoder.pending_bytes >= self._max_bytes
-                if too_big or (waited >= self._linger and not decoder.in_transaction):
-                    transactions, events = decoder.take()
-                    if entries := list(builder.build(transactions, events, after)):
-                        yield entries
-                    collected_since = None
-                if asked or feedback.due():
+                more, asked = assembler.pump(stream)
+                yield from assembler.groups()
+                if asked:
                     stream.report(self._confirmed)
                 if beat.due():
                     _emit(self._catalog(), "heartbeat")
-                if not more:
+                if not more or breath.due():
                     yield ()
                     stream.report(self._confirmed, always=False)
-                    idle = _IDLE if collected_since is None else max(0.0, self._linger - waited)
-                    stream.wait(idle)
+                if not more:
+                    stream.wait(assembler.pause(_IDLE))
         finally:
             builder.close()
 
