@@ -51,15 +51,10 @@ class _OpenTransaction:
         payloads = iter(self._spool)
         for piece in self._pieces:
             yield [Rows(e, decode_rows(next(payloads))) if isinstance(e, Relation) else e for e in piece]
-        self.close()
+        self._spool.close()
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
-
-    def close(self) -> None:
-        """Give the room back."""
-        self._spool.close()
-        self._pieces.clear()
 
 
 class _Dated(Protocol):
@@ -113,10 +108,6 @@ class GroupBuilder:
         """Yield the entries of one transaction that comes in pieces, if its commit is beyond `after`."""
         self._last_commit_time = transaction.committed_at
         return self._entries(pieces, _Times([transaction], after, transaction.committed_at))
-
-    def close(self) -> None:
-        """Drop what is spooled: the server sends it again."""
-        self._open.close()
 
     def _entries(self, pieces: Iterable[Sequence[Event]], times: _Times) -> Iterator[Entry]:
         """Yield entries ordered by their last position: pieces follow one another, so each is sorted."""

@@ -26,7 +26,7 @@ from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish
 from headrace.sources.postgres.slot import check_resumable, create_slot, drop_unfinished, same_server
 from headrace.sources.postgres.spool import SpoolSpace
-from headrace.sources.postgres.stream import Stream
+from headrace.sources.postgres.stream import Stream, StreamingFailed
 
 logger = logging.getLogger("headrace.capture")
 
@@ -63,7 +63,11 @@ class PostgresSource:
             else:
                 self._say_what_is_new(log)
             check_resumable(self._plain, self._config, log)
-            yield from self._follow(log)
+            try:
+                yield from self._follow(log, streaming=True)
+            except StreamingFailed as error:
+                logger.warning("%s; large transactions are now awaited as a whole", error)
+                yield from self._follow(log, streaming=False)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise broke_off(self._url, error) from error
         finally:
@@ -115,11 +119,11 @@ class PostgresSource:
         log.set_note("copied", str(point))
         logger.info("copy is complete")
 
-    def _follow(self, log: Log) -> Iterator[Iterable[Entry]]:
+    def _follow(self, log: Log, *, streaming: bool) -> Iterator[Iterable[Entry]]:
         position = log.position()
         after = position.commit if position else 0
         self._confirmed = after
-        stream = self._stream = Stream(self._config, after)
+        stream = self._stream = Stream(self._config, after, streaming=streaming)
         space = SpoolSpace(self.name, self._spool, self._config.spool_max)
         builder = GroupBuilder(log.schemas(), self._catalog(), space)
         assembler = Assembler(self._config, builder, space, self._max_bytes, self._linger, after)
@@ -139,7 +143,8 @@ class PostgresSource:
                 if not more:
                     stream.wait(assembler.pause(_IDLE))
         finally:
-            builder.close()
+            stream.close()
+            space.close()
 
 
 class _Every:

@@ -50,6 +50,7 @@ class SpoolSpace:
         self._folder = folder
         self._limit = limit
         self._alerted = False
+        self._files: set[IO[bytes]] = set()
         self.used = 0
         self.in_memory = 0
 
@@ -79,18 +80,29 @@ class SpoolSpace:
         self.in_memory += size if stays else 0
         return stays
 
-    def give_back(self, in_memory: int, on_disk: int) -> None:
-        """Count bytes that are gone."""
+    def give_back(self, in_memory: int, on_disk: int, file: IO[bytes] | None) -> None:
+        """Count bytes that are gone, and close the file that held some of them."""
         self.used -= in_memory + on_disk
         self.in_memory -= in_memory
+        if file is not None:
+            self._files.discard(file)
+            file.close()
 
     def open_file(self) -> IO[bytes]:
         """Make a file for what does not fit in memory. Raises SourceUnavailable."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            return tempfile.TemporaryFile(dir=self._folder)
+            file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - lives with its spool
         except OSError as error:
             raise self.refused(error) from error
+        self._files.add(file)
+        return file
+
+    def close(self) -> None:
+        """Close every file: what they hold, the server sends again."""
+        for file in self._files:
+            file.close()
+        self._files.clear()
 
     def refused(self, error: OSError) -> SourceUnavailable:
         """Say what it means that the disk takes no more."""
@@ -140,11 +152,9 @@ class Spool:
         """Give memory and disk back."""
         in_memory = sum(len(part) for part in self._parts if isinstance(part, bytes))
         on_disk = sum(part for part in self._parts if isinstance(part, int))
-        self._space.give_back(in_memory, on_disk)
+        self._space.give_back(in_memory, on_disk, self._file)
         self._parts.clear()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file = None
 
 
 class _Streamed:
