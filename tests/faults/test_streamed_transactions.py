@@ -182,7 +182,7 @@ def test_interleaved_transactions_come_in_the_order_of_their_commits(
         assert len(streamed) >= 2
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_what_is_rolled_back_leaves_nothing(
     server: PostgresServer, tmp_path: Path, streamed: list[int], seed: int
 ) -> None:
@@ -252,7 +252,7 @@ def test_a_change_of_shape_that_is_rolled_back_is_none(
             insert(db, "u", 1, 10)
             db.execute("SAVEPOINT s")
             db.execute("ALTER TABLE t ADD COLUMN never int")
-            insert(db, "u", 1, 100)
+            insert(db, "u", 301, 400)
             db.execute("INSERT INTO t VALUES (1000, 'x', 5)")
             insert_wide = f"INSERT INTO t (id, v) SELECT i, {WIDE} FROM generate_series(1001, 1100) i"
             db.execute(insert_wide)
@@ -284,6 +284,7 @@ def test_what_a_server_cannot_stream_is_awaited_as_a_whole(
             insert(db, "t", 1, 100)
             db.execute("SAVEPOINT s")
             db.execute("ALTER TABLE t ADD COLUMN never int")
+            db.execute(f"INSERT INTO t (id, v) SELECT i, {WIDE} FROM generate_series(301, 400) i")
             db.execute("ROLLBACK TO s")
             insert(db, "t", 101, 200)
             db.execute("ALTER TABLE t ADD COLUMN later int")
@@ -466,7 +467,7 @@ def test_a_long_append_keeps_the_connection(
                 def paced() -> Iterator[Entry]:
                     for number, entry in enumerate(entries):
                         if number == 1 and not slept:
-                            slept.append(time.sleep(5))
+                            slept.append(time.sleep(3.5))
                         yield entry
 
                 return append(paced())

@@ -15,6 +15,8 @@ from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.spool import SpoolSpace, StreamedTransactions
 from headrace.sources.postgres.stream import Stream
 
+_PIECES = 4  # of a group that is made while it is taken: what is decoded is copied more than once
+
 
 class Assembler:
     """Decoder and spools of one stream, and the rule of when a group is complete.
@@ -61,7 +63,7 @@ class Assembler:
             transactions, events = self._decoder.take()
             yield from self._whole(self._builder.build(transactions, events, self._after))
         if committed:
-            pieces = committed.replay(self._decoder, self._max_bytes)
+            pieces = committed.replay(self._decoder, self._max_bytes // _PIECES)
             yield from self._whole(self._builder.replay(committed, pieces, self._after))
 
     def pause(self, longest: float) -> float:

@@ -47,10 +47,18 @@ class _OpenTransaction:
         self._pieces.append([event.relation if isinstance(event, Rows) else event for event in events])
 
     def pieces(self) -> Iterator[Sequence[Event]]:
-        """Yield piece by piece, and give the room back at the end."""
+        """Yield piece by piece, and give the room back at the end.
+
+        Batches of one relation alone are in order, so that each is a piece.
+        """
         payloads = iter(self._spool)
         for piece in self._pieces:
-            yield [Rows(e, decode_rows(next(payloads))) if isinstance(e, Relation) else e for e in piece]
+            step = 1 if all(event == piece[0] for event in piece) else len(piece)
+            for at in range(0, len(piece), step):
+                yield [
+                    Rows(event, decode_rows(next(payloads))) if isinstance(event, Relation) else event
+                    for event in piece[at : at + step]
+                ]
         self._spool.close()
 
     def __bool__(self) -> bool:
@@ -112,10 +120,15 @@ class GroupBuilder:
     def _entries(self, pieces: Iterable[Sequence[Event]], times: _Times) -> Iterator[Entry]:
         """Yield entries ordered by their last position: pieces follow one another, so each is sorted."""
         for events in pieces:
-            entries: list[Entry] = []
-            for event in events:
-                self._add(event, times, entries)
-            yield from sorted(entries, key=lambda entry: entry.last)
+            entries = self._piece(events, times)
+            del events  # before the next piece is made: never two in memory
+            yield from entries
+
+    def _piece(self, events: Sequence[Event], times: _Times) -> list[Entry]:
+        entries: list[Entry] = []
+        for event in events:
+            self._add(event, times, entries)
+        return sorted(entries, key=lambda entry: entry.last)
 
     def _add(self, event: Event, times: _Times, entries: list[Entry]) -> None:
         if isinstance(event, Rows):

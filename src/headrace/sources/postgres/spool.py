@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 alerts = logging.getLogger("headrace.alert")
 
-MEMORY = 32 << 20
+MEMORY = 8 << 20
 """Bytes that the spools of one source keep in memory before they go to disk."""
 ALERT_AT = 0.8
-_MAX_TAILS = 32  # MiB at most: where more transactions are open, each block goes to the spool at once
+_MAX_TAILS = 16  # MiB at most: where more transactions are open, each block goes to the spool at once
 
 _CODEC = pa.Codec("lz4_raw")
 _FRAME = struct.Struct("=II")  # xid and length, as `Decoder.replay` reads them
