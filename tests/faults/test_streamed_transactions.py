@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,8 +14,8 @@ from typing import Any
 
 import psycopg
 import pytest
-
 from harness import make_project
+
 from headrace.change import Entry, TableSchema
 from headrace.errors import SourceUnavailable
 from headrace.lane import Lane
