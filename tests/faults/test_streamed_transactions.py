@@ -22,6 +22,8 @@ from headrace.lane import Lane
 from headrace.payload import decode_rows
 from headrace.pipeline import open_lanes
 from headrace.sources.postgres import spool
+from headrace.sources.postgres.events import Transaction
+from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.spool import StreamedTransactions
 from headrace.testing.postgres import PostgresServer
 
@@ -323,21 +325,19 @@ def test_messages_outside_of_transactions_are_entries_in_their_place(
     server: PostgresServer, tmp_path: Path
 ) -> None:
     with captured(server, tmp_path) as here:
-        lsns = []
-        for word in ("a", "b", "c"):
-            here.db.execute("INSERT INTO t SELECT count(*) FROM t")
-            row = here.db.execute("SELECT pg_logical_emit_message(false, 'app', %s)", [word]).fetchone()
-            lsns.append(row)
+        for number, word in enumerate(("a", "b", "c")):
+            here.db.execute("INSERT INTO t VALUES (%s)", [number])
+            here.db.execute("SELECT pg_logical_emit_message(false, 'app', %s)", [word])
         here.catch_up()
         here.catch_up()
-        mine = [e for e in here.entries() if e.kind == "rows" or b'"app"' in e.payload]
-        changes = [e for e in mine if e.first.ordinal <= 1 and (e.kind == "message" or e.first.commit)]
-        kinds = [e.kind for e in changes][-6:]
-        assert kinds.count("message") == 3
-        assert [json.loads(e.payload)["content"] for e in mine if e.kind == "message"] == ["a", "b", "c"]
-        positions = [e.last for e in here.entries()]
-        assert positions == sorted(positions)
-        assert all(e.committed_at > 1_600_000_000_000_000 for e in mine)
+        commits = [row[2] for row in here.changes()]
+        messages = [entry for entry in here.entries() if b'"app"' in entry.payload]
+        assert [json.loads(entry.payload)["content"] for entry in messages] == ["a", "b", "c"]
+        places = [entry.last.commit for entry in messages]
+        both = [place for pair in zip(commits, places, strict=True) for place in pair]
+        assert both == sorted(set(both))
+        assert all(entry.last.ordinal == 0 and entry.table is None for entry in messages)
+        assert all(entry.committed_at > 1_600_000_000_000_000 for entry in messages)
 
 
 def test_a_message_alone_is_confirmed(server: PostgresServer, tmp_path: Path) -> None:
@@ -389,18 +389,51 @@ def test_prepared_transactions_come_when_they_commit(
         assert here.folded("t") == here.held("t")
 
 
-def test_origins_are_filtered_at_the_server(server: PostgresServer, tmp_path: Path) -> None:
-    with captured(server, tmp_path, more='origin = "none"\n') as here, here.session() as db:
-        name = here.project.sources[0].slot
-        here.db.execute("SELECT pg_replication_origin_create(%s)", [name])
+@contextmanager
+def from_elsewhere(here: Captured) -> Iterator[psycopg.Connection[Any]]:
+    """A session whose transactions have an origin, named as the slot is."""
+    name = here.project.sources[0].slot
+    with here.session() as db:
+        db.execute("SELECT pg_replication_origin_create(%s)", [name])
         db.execute("SELECT pg_replication_origin_session_setup(%s)", [name])
-        insert(db, "t", 1, 100)
-        db.commit()
-        insert(here.db, "t", 101, 200)
-        here.catch_up()
-        assert [int(row[4]) for row in here.changes()] == list(range(101, 201))
+        yield db
         db.execute("SELECT pg_replication_origin_session_reset()")
-        db.commit()
+
+
+def test_origins_are_filtered_at_the_server(server: PostgresServer, tmp_path: Path) -> None:
+    with captured(server, tmp_path, more='origin = "none"\n') as here:
+        with from_elsewhere(here) as db:
+            insert(db, "t", 1, 100)
+            db.commit()
+            insert(db, "t", 101, 101)
+        insert(here.db, "t", 201, 300)
+        here.catch_up()
+        assert [int(row[4]) for row in here.changes()] == list(range(201, 301))
+
+
+def test_a_transaction_knows_its_origin(
+    server: PostgresServer, tmp_path: Path, streamed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Transaction] = []
+    build = GroupBuilder.build
+
+    def noted(self: GroupBuilder, transactions: Any, *rest: Any) -> Any:
+        seen.extend(transactions)
+        return build(self, transactions, *rest)
+
+    monkeypatch.setattr(GroupBuilder, "build", noted)
+    with captured(server, tmp_path) as here:
+        with from_elsewhere(here) as db:
+            insert(db, "t", 1, 100)
+            db.commit()
+            insert(db, "t", 101, 101)
+            db.commit()
+        insert(here.db, "t", 201, 300)
+        here.catch_up()
+        assert here.folded("t") == here.held("t")
+        name = here.project.sources[0].slot
+        assert [t.origin for t in seen if t.rows in (100, 1)][:3] == [name, name, ""]
+        assert len(streamed) >= 2
 
 
 def test_restarts_lose_and_double_nothing(
