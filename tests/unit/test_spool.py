@@ -6,6 +6,7 @@ import logging
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -30,10 +31,13 @@ from test_pgoutput import (
     truncate,
 )
 
+from headrace.change import Column, Entry, TableId, TableSchema
 from headrace.config import source_config
 from headrace.errors import MalformedMessage, SourceUnavailable, UserError
+from headrace.payload import decode_rows
 from headrace.secret import Secret
-from headrace.sources.postgres import spool
+from headrace.sources.postgres import groups, spool
+from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.pgoutput import (
     Decoder,
     Event,
@@ -325,6 +329,67 @@ def test_any_bytes_raise_nothing_but_malformed_message(
     for event in stream.events:
         if isinstance(event, Rows):
             event.batch.validate()
+
+
+# -- transactions that come whole and are larger than a group -------------------------------------------
+
+
+PLAIN = Relation(30, "public", "plain", "d", (RelationColumn("id", 25, -1, True),))
+
+
+@settings(max_examples=60)
+@given(
+    sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6),
+    takes=st.sets(st.integers(0, 40)),
+    after=st.integers(0, 3),
+)
+def test_groups_are_the_same_wherever_they_are_cut(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    sizes: list[int],
+    takes: set[int],
+    after: int,
+) -> None:
+    """Rows of two tables and messages, taken at any place, come once, in order, with their commits."""
+    monkeypatch.setattr(groups, "name_types", lambda _, types: [("text", "")] * len(types))
+    decoder = Decoder()
+    builder = GroupBuilder(
+        {TableId(r.schema, r.name): shape_of(r) for r in (ITEMS, PLAIN)},
+        Mock(),
+        SpoolSpace("shop", tmp_path_factory.getbasetemp(), 1 << 30),
+    )
+    entries: list[Entry] = []
+    expected = []
+    messages = [described(ITEMS), described(PLAIN)]
+    for number, size in enumerate(sizes, 1):
+        lsn = number * 100
+        messages += [logical(b"", transactional=False, lsn=lsn - 50), begin(lsn)]
+        expected.append((lsn - 49, 0))
+        for ordinal in range(1, size + 1):
+            change = [insert(ITEM, "a"), insert(PLAIN.id, "b"), logical()][ordinal % 3]
+            messages.append(change)
+            expected.append((lsn + 8, ordinal))
+        messages.append(commit(lsn, lsn + 8))
+    for at, message in enumerate(messages):
+        decoder.push(message)
+        if at in takes or at == len(messages) - 1:
+            group = list(builder.build(*decoder.take(), after * 100))
+            assert group == sorted(group, key=lambda entry: entry.last)
+            entries += group
+    places = []
+    for entry in entries:
+        if entry.kind == "rows":
+            batch = decode_rows(entry.payload)
+            places += zip(batch["_commit"].to_pylist(), batch["_ordinal"].to_pylist(), strict=True)
+            assert (entry.first[1:], entry.last[1:]) == (places[-entry.rows], places[-1])
+        else:
+            places.append(entry.last[1:])
+    assert sorted(places) == [place for place in expected if place[0] > after * 100]
+
+
+def shape_of(relation: Relation) -> TableSchema:
+    columns = tuple(Column(c.name, "text") for c in relation.columns)
+    return TableSchema(TableId(relation.schema, relation.name), columns, (relation.columns[0].name,))
 
 
 # -- the room ------------------------------------------------------------------------------------------

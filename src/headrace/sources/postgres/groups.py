@@ -101,15 +101,15 @@ class GroupBuilder:
         done = transactions[-1].serial if transactions else -1
         complete, rest = _split(events, done)
         times = _Times(transactions, after, self._last_commit_time)
-        waiting = self._open if done >= 0 else None
-        if waiting:
-            self._open = _OpenTransaction(self._space)
+        waiting: Iterator[Sequence[Event]] | None = None
+        if done >= 0 and self._open:
+            waiting, self._open = self._open.pieces(), _OpenTransaction(self._space)
         if rest:
             self._open.add(rest)
         if transactions:
             self._last_commit_time = transactions[-1].committed_at
-        if waiting:
-            return self._entries(chain(waiting.pieces(), [complete]), times)
+        if waiting is not None:
+            return self._entries(chain(waiting, [complete]), times)
         return list(self._entries([complete], times))
 
     def replay(self, transaction: _Dated, pieces: Iterable[Sequence[Event]], after: int) -> Iterator[Entry]:
