@@ -67,7 +67,7 @@ _URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds.
+    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds, `spool_max` in bytes.
 
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
     Copies: how many connections read at once, how many bytes per second all of them may read (0: no
@@ -91,6 +91,8 @@ class SourceConfig:
     hash: tuple[str, ...] = ()
     hash_salt: Secret | None = None
     where: tuple[tuple[str, str], ...] = ()
+    origin: Literal["any", "none"] = "any"
+    spool_max: int = 64 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +223,12 @@ def _text(value: object, example: str = "") -> str:
     return value
 
 
-def _only(allowed: str) -> Parser:
+def _only(*allowed: str) -> Parser:
     def parse(value: object) -> str:
-        if _text(value) != allowed:
-            raise Invalid(f'{quoted(_text(value))} is not supported; it must be "{allowed}"')
-        return allowed
+        if _text(value) not in allowed:
+            names = " or ".join(f'"{name}"' for name in allowed)
+            raise Invalid(f"{quoted(_text(value))} is not supported; it must be {names}")
+        return _text(value)
 
     return parse
 
@@ -386,6 +389,8 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "hash": _columns,
         "hash_salt": lambda value: _salt(value, root),
         "where": lambda value: value,
+        "origin": _only("any", "none"),
+        "spool_max": _size("1MiB", "65536GiB"),
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'

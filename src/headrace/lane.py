@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 
 import duckdb
 import pyarrow as pa
@@ -63,7 +64,8 @@ class Lane:
         """
         self.config = config
         self.destination = destination
-        self.source = PostgresSource(config, project.log.max_group_bytes, project.log.group_linger)
+        spool = project.state / "spool" / config.name
+        self.source = PostgresSource(config, project.log.max_group_bytes, project.log.group_linger, spool)
         self.log = SQLiteLog(project.state / "log" / f"{config.name}.db", read_only=read_only)
         self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
         self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
@@ -80,14 +82,14 @@ class Lane:
 
     def capture(self, stop: threading.Event, until: int | None = None) -> None:
         """Copy from the source to the log until `stop`, or until the log is past LSN `until`."""
-        for group in self.source.read(self.log):
-            entries = list(group)
-            if entries:
-                self.log.append(entries)
-                if position := self.log.position():
-                    self.source.confirm(position)
-            if stop.is_set() or (until is not None and self._captured_past(until)):
-                return
+        with closing(self.source.read(self.log)) as groups:
+            for group in groups:
+                if group:
+                    self.log.append(group)
+                    if position := self.log.position():
+                        self.source.confirm(position)
+                if stop.is_set() or (until is not None and self._captured_past(until)):
+                    return
 
     def _captured_past(self, lsn: int) -> bool:
         states = read_states(self.log).values()

@@ -9,7 +9,7 @@ a replay is a sink that starts again from an earlier offset.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,8 +24,11 @@ class Source(Protocol):
 
     name: str
 
-    def read(self, log: Log) -> Iterator[Sequence[Entry]]:
+    def read(self, log: Log) -> Generator[Iterable[Entry]]:
         """Yield groups: whole source transactions, in commit order, from where `log` ends.
+
+        A group may be larger than memory: its entries are made as they are taken, once, and it is to be
+        taken to its end before the next is asked for. One that is made so may turn out to be empty.
 
         Reads `log` for its last position, its schemas and its notes, and writes notes only. Yields
         an empty group at least twice a second when there is nothing, so that the caller can stop.

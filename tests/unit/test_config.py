@@ -72,6 +72,8 @@ def test_the_url_alone_is_enough(tmp_path: Path) -> None:
                 slot="headrace_shop",
                 publication="headrace_shop",
                 heartbeat=10.0,
+                origin="any",
+                spool_max=64 << 30,
             ),
         ),
         log=LogConfig(max_group_bytes=16 * 1024 * 1024, group_linger=0.05),
@@ -96,6 +98,8 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         slot = "my_slot_1"
         publication = "My publication"
         heartbeat = "250ms"
+        origin = "none"
+        spool_max = "1GiB"
         [log]
         max_group_bytes = "64KiB"
         group_linger = "0ms"
@@ -117,6 +121,8 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             slot="my_slot_1",
             publication="My publication",
             heartbeat=0.25,
+            origin="none",
+            spool_max=1 << 30,
         ),
     )
     assert project.log == LogConfig(max_group_bytes=65536, group_linger=0.0)
@@ -296,6 +302,8 @@ def test_the_longest_source_name_makes_a_valid_slot(tmp_path: Path) -> None:
         ('publication = "a\\nb"', "without control characters"),
         ("heartbeat = true", 'heartbeat: must be a string such as "10s", not a boolean'),
         ("heartbeat = 1.5", "not a float"),
+        ('origin = "some"', 'origin: "some" is not supported; it must be "any" or "none"'),
+        ("spool_max = 1000", 'this number of bytes is out of range; allowed are "1MiB" to "65536GiB"'),
         ('heartbeat = ""', "heartbeat: this value is not a duration"),
         ('heartbeat = "10"', "is not a duration"),
         ('heartbeat = "-1s"', "is not a duration"),

@@ -313,9 +313,12 @@ def test_a_truncate_closes_the_batches_it_names(options: int) -> None:
     ]
 
 
-def test_origins_and_types_are_read_and_dropped() -> None:
-    decoder = opened(origin(), a_type(), commit())
-    assert decoder.take() == ([Transaction(0, 108, 7, EPOCH + 5, 0)], [])
+def test_an_origin_is_of_its_transaction_alone_and_types_are_dropped() -> None:
+    decoder = opened(origin(), a_type(), commit(), begin(200), commit(200, 208))
+    assert decoder.take() == (
+        [Transaction(0, 108, 7, EPOCH + 5, 0, "elsewhere"), Transaction(1, 208, 7, EPOCH + 5, 0)],
+        [],
+    )
 
 
 # -- relations -----------------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ cdef class Table:
     cdef Cell* old
     cdef Cell* new
     cdef uint8_t* is_key
+    cdef bint told  # whether an event has told of the relation
     cdef Py_ssize_t rows
     cdef Py_ssize_t bytes
     cdef Strings ops

@@ -115,6 +115,11 @@ def refusal(url: str, error: Exception) -> SourceUnavailable | UserError:
     )
 
 
+def broke_off(url: str, error: Exception) -> SourceUnavailable:
+    """Turn the end of a connection that was open into what it means for the user."""
+    return SourceUnavailable(f"{place(url)} broke off: {without_password(str(error)).strip()}")
+
+
 def place(url: str) -> str:
     """Name a server for people, without any secret."""
     info = conninfo.conninfo_to_dict(url)

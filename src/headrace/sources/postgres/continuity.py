@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from headrace.config import SourceConfig
 from headrace.errors import RESYNC, SourceGap
 from headrace.protocols import Log
-from headrace.sources.postgres.events import Transaction
+from headrace.sources.postgres.groups import Dated
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.slot import durable_commit, epoch_of
 
@@ -38,6 +38,11 @@ class Continuity:
         if self._open and (self._committed_at is None or confirmed >= self._durable):
             self._close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the last transaction of the log has not been seen yet."""
+        return self._open
+
     def confirmable(self, lsn: int) -> int:
         """Return what may be confirmed where the log holds `lsn`: nothing (0) while it is open whether the
         server still has that, since a slot that has moved up would hide the gap."""
@@ -48,7 +53,7 @@ class Continuity:
         """The LSN to start the stream from; 0 where the slot stands."""
         return 0 if self._open else self._durable
 
-    def check(self, transactions: Sequence[Transaction]) -> None:
+    def check(self, transactions: Sequence[Dated]) -> None:
         """Look at transactions in the order in which they are sent.
 
         Raises SourceGap when the stream passes the log's last commit and that transaction was not there.
@@ -70,11 +75,12 @@ class Continuity:
     def _last_commit_time(self) -> int | None:
         """Return the commit time of the log's last transaction; None if it has none of this epoch."""
         last = self._log.last_commit()
-        if last is None or last[0].epoch != epoch_of(self._log) or last[0].commit != self._durable:
+        # What has no ordinal is a message outside of transactions.
+        if last is None or not last[0].ordinal or last[0].epoch != epoch_of(self._log) or last[0].commit != self._durable:
             return None
         return last[1]
 
-    def _words(self, found: Transaction) -> str:
+    def _words(self, found: Dated) -> str:
         assert self._committed_at is not None
         return (
             f"Source {self._source}: the log holds a transaction committed at {format_lsn(self._durable)} "

@@ -36,7 +36,8 @@ class Transaction:
     """A committed transaction.
 
     `commit` is the LSN of the end of its commit record, `committed_at` is in microseconds since
-    1970 UTC, `rows` is how many ordinals it used.
+    1970 UTC, `rows` is how many ordinals it used, `origin` names where it was first made if the server
+    replicated it from elsewhere.
     """
 
     serial: int
@@ -44,6 +45,7 @@ class Transaction:
     xid: int
     committed_at: int
     rows: int
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)

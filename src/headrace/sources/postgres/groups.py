@@ -64,7 +64,7 @@ class _OpenTransaction:
         return bool(self._pieces)
 
 
-class _Dated(Protocol):
+class Dated(Protocol):
     """A transaction whose commit is known, see `Transaction`."""
 
     @property
@@ -121,7 +121,7 @@ class GroupBuilder:
             return self._entries(chain(waiting, [complete]), times)
         return list(self._entries([complete], times))
 
-    def replay(self, transaction: _Dated, pieces: Iterable[Sequence[Event]], after: int) -> Iterator[Entry]:
+    def replay(self, transaction: Dated, pieces: Iterable[Sequence[Event]], after: int) -> Iterator[Entry]:
         """Yield the entries of one transaction that comes in pieces, if its commit is beyond `after`."""
         self._last_commit_time = transaction.committed_at
         times = _Times([transaction], after, transaction.committed_at, self._epoch)
@@ -239,7 +239,7 @@ class _Times:
     """Commit, time and id of transactions by serial."""
 
     def __init__(
-        self, transactions: Sequence[_Dated], after: int, last_commit_time: int, epoch: int
+        self, transactions: Sequence[Dated], after: int, last_commit_time: int, epoch: int
     ) -> None:
         """`last_commit_time` is that of the transaction before these, 0 if none is known."""
         self.after = after

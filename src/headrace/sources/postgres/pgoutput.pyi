@@ -1,3 +1,4 @@
+from collections.abc import Container
 from typing import Self, final
 
 from _typeshed import ReadableBuffer
@@ -10,15 +11,22 @@ from headrace.sources.postgres.events import RelationSeen as RelationSeen
 from headrace.sources.postgres.events import Rows as Rows
 from headrace.sources.postgres.events import Transaction as Transaction
 from headrace.sources.postgres.events import Truncate as Truncate
+from headrace.sources.postgres.spool import StreamedTransactions
 
 @final
 class Decoder:
-    def __new__(cls, max_batch_rows: int = 65536, max_batch_bytes: int = 16 << 20) -> Self: ...
+    def __new__(
+        cls,
+        max_batch_rows: int = 65536,
+        max_batch_bytes: int = 16 << 20,
+        spool: StreamedTransactions | None = None,
+    ) -> Self: ...
     @property
     def in_transaction(self) -> bool: ...
     @property
     def pending_rows(self) -> int: ...
     @property
     def pending_bytes(self) -> int: ...
-    def push(self, message: ReadableBuffer, start: int = 0) -> None: ...
+    def push(self, message: ReadableBuffer, start: int = 0) -> bool: ...
+    def replay(self, frames: bytes, start: int, aborted: Container[int], max_bytes: int) -> int: ...
     def take(self) -> tuple[list[Transaction], list[Event]]: ...

@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True
 """pgoutput, the protocol of Postgres' logical replication, decoded into Arrow columns of text.
 
-Version 1 of the protocol, text format; see "Logical Replication Message Formats" in the Postgres
+Versions 1 to 4 of the protocol, text format; see "Logical Replication Message Formats" in the Postgres
 manual. Integers are big-endian, `name:4` is a field of four bytes, `s` a string that ends with NUL:
 
     B begin     commit_lsn:8 committed_at:8 xid:4
@@ -16,6 +16,17 @@ manual. Integers are big-endian, `name:4` is a field of four bytes, `s` a string
     M message   flags:1 lsn:8 prefix:s length:4 byte * length
     tuple       n:2 ('n' | 'u' | 't' length:4 byte * length) * n
 
+From version 2 on a large transaction comes in blocks, before it commits and between others:
+
+    S start     xid:4 first:1, whether it is the transaction's first block
+    E stop
+    c commit    xid:4 flags:1 commit_lsn:8 end_lsn:8 committed_at:8
+    A abort     xid:4 subxid:4 [lsn:8 aborted_at:8], of a subtransaction if the two differ
+
+In a block R, Y, I, U, D, T and M have the (sub)transaction's xid:4 behind their kind. What a block
+holds is not decoded but kept, framed `xid:4 length:4 message` in the machine's byte order, until
+`replay` brings it back. `b`, `P`, `K`, `r` and `p` belong to `two_phase`, which is never asked for.
+
 A message is read to its last byte before anything of it is kept, and every read is checked against
 its end. No Python object is made for a row: its text goes from the message into the memory that
 Arrow later adopts.
@@ -23,8 +34,9 @@ Arrow later adopts.
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE, PyByteArray_Resize
 from libc.stdint cimport INT32_MAX, int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memchr
+from libc.string cimport memchr, memcpy
 
 from copy import copy
 
@@ -42,6 +54,8 @@ cdef enum:
     RECENT_TABLES = 1024  # slots that find a table by its id without making a Python int
     ROW_BYTES = 24  # what operation, serial and ordinal of a row weigh
     EVENT_BYTES = 128  # what an event without rows, or a transaction, weighs; so that all is counted
+    FRAME_HEAD = 8  # bytes before a kept message: its xid, its length
+    TAIL_BYTES = 1 << 20  # what is kept of one streamed transaction before the spool takes it over
 
 
 cdef struct Wire:
@@ -129,6 +143,20 @@ cdef int read_tuple(Wire* wire, Cell* cells, Py_ssize_t width) except -1:
     return unchanged
 
 
+cdef int append_frame(bytearray tail, uint32_t xid, char kind, const uint8_t* body, Py_ssize_t size) except -1:
+    """Add a message to `tail` as `Decoder.replay` reads it."""
+    cdef Py_ssize_t at = PyByteArray_GET_SIZE(tail)
+    cdef uint32_t length = <uint32_t> size + 1
+    cdef char* frame
+    PyByteArray_Resize(tail, at + FRAME_HEAD + length)
+    frame = PyByteArray_AS_STRING(tail) + at
+    memcpy(frame, &xid, 4)
+    memcpy(frame + 4, &length, 4)
+    frame[FRAME_HEAD] = kind
+    memcpy(frame + FRAME_HEAD + 1, body, size)
+    return 0
+
+
 @cython.final
 cdef class Decoder:
     """Turns pgoutput messages into transactions and events.
@@ -154,6 +182,12 @@ cdef class Decoder:
     truncated, changes or loses its name to another, and by `take`. Batches of different relations
     interleave in the order of their closing.
 
+    Streamed transactions go to `spool` (see `spool.StreamedTransactions`); without one their messages
+    are malformed. When one has committed, `push` says so and takes nothing before it is replayed.
+
+    A relation is told when it is described; one that only an aborted subtransaction described, with
+    its first row: the server takes it for known, but what it says may never have been.
+
     `pending_rows` and `pending_bytes` count all that `take` would hand over: text, offsets and names,
     and 128 bytes for a transaction or an event without rows.
 
@@ -171,6 +205,12 @@ cdef class Decoder:
     cdef int64_t ordinal
     cdef uint64_t commit_lsn
     cdef uint32_t xid
+    cdef str origin  # of the open transaction
+    cdef object spool
+    cdef bytearray block  # the tail of the streamed transaction whose block is open
+    cdef bint waiting  # a streamed transaction has committed and is not replayed yet
+    cdef bint replaying
+    cdef bint aborted  # what is replayed now is of an aborted subtransaction
     cdef dict tables  # by id
     cdef dict named  # by (schema, name): the table that bears it now
     cdef list recent  # by id % RECENT_TABLES, so that a row needs no Python int
@@ -178,12 +218,14 @@ cdef class Decoder:
     cdef list transactions
     cdef list events
 
-    def __cinit__(self, Py_ssize_t max_batch_rows=65536, Py_ssize_t max_batch_bytes=16 << 20):
+    def __cinit__(self, Py_ssize_t max_batch_rows=65536, Py_ssize_t max_batch_bytes=16 << 20, spool=None):
         if max_batch_rows < 1 or max_batch_bytes < 1:
             raise ValueError("a batch holds at least one row and one byte")
         self.max_batch_rows, self.max_batch_bytes = max_batch_rows, max_batch_bytes
         self.pending_rows = self.pending_bytes = 0
         self.serials, self.serial, self.ordinal = 0, -1, 0
+        self.origin, self.spool, self.block = "", spool, None
+        self.waiting = self.replaying = self.aborted = False
         self.tables, self.named, self.recent = {}, {}, [None] * RECENT_TABLES
         self.building, self.transactions, self.events = [], [], []
 
@@ -195,7 +237,9 @@ cdef class Decoder:
     def push(self, message, Py_ssize_t start=0):
         """Decode the one pgoutput message in `message[start:]`; it may be changed afterwards.
 
-        Raises MalformedMessage, and ValueError for a `start` outside of the message.
+        Returns whether a streamed transaction has committed: it is to be replayed before the next push.
+        Raises MalformedMessage, what the spool raises, and ValueError for a `start` outside of the
+        message or a replay that was left out.
         """
         cdef Py_buffer view
         cdef Wire wire
@@ -203,6 +247,8 @@ cdef class Decoder:
             raise copy(self.failure)
         PyObject_GetBuffer(message, &view, PyBUF_SIMPLE)
         try:
+            if self.waiting:
+                raise ValueError("a streamed transaction that has committed is to be replayed first")
             if start < 0 or start > view.len:
                 raise ValueError(f"start {start} is outside of a message of {view.len} bytes")
             wire.start = wire.at = <const uint8_t*> view.buf + start
@@ -210,6 +256,36 @@ cdef class Decoder:
             self.decode(&wire)
         finally:
             PyBuffer_Release(&view)
+        return self.waiting
+
+    def replay(self, bytes frames, Py_ssize_t start, aborted, Py_ssize_t max_bytes):
+        """Decode kept messages from `frames[start:]` until `max_bytes` are pending; returns where to go on.
+
+        What the subtransactions in `aborted` changed is left out, by their own xid. Raises
+        MalformedMessage.
+        """
+        cdef const uint8_t* data = frames
+        cdef Py_ssize_t size = len(frames)
+        cdef uint32_t xid, length, last = 0
+        cdef Wire wire
+        if self.failure is not None:
+            raise copy(self.failure)
+        self.replaying = True
+        try:
+            while start < size and self.pending_bytes < max_bytes:
+                memcpy(&xid, data + start, 4)
+                memcpy(&length, data + start + 4, 4)
+                wire.start = wire.at = data + start + FRAME_HEAD
+                wire.end = wire.start + length
+                start += FRAME_HEAD + length
+                if xid != last:
+                    last, self.aborted = xid, xid in aborted
+                # Later changes of the transaction rely on what an aborted part of it described.
+                if not self.aborted or wire.start[0] == c"R":
+                    self.decode(&wire)
+        finally:
+            self.replaying = self.aborted = False
+        return start
 
     def take(self):
         """Hand over the transactions completed since the last take, and all events held.
@@ -227,6 +303,8 @@ cdef class Decoder:
         try:
             if wire.end - wire.start > INT32_MAX:
                 fault(wire, "it is longer than 2 GiB - 1")
+            if self.block is not None:
+                return self.keep_streamed(wire)
             kind = <char> integer(wire, 1)
             if kind == c"I" or kind == c"U" or kind == c"D":
                 self.row(wire, kind)
@@ -242,11 +320,68 @@ cdef class Decoder:
                 self.message(wire)
             elif kind == c"O" or kind == c"Y":
                 self.skip(wire, kind)
+            elif kind == c"S" or kind == c"E" or kind == c"c" or kind == c"A":
+                self.streamed(wire, kind)
+            elif kind == c"b" or kind == c"P" or kind == c"K" or kind == c"r" or kind == c"p":
+                fault(wire, "prepared transactions were not asked for")
             else:
                 fault(wire, "there is no such kind")
         except Exception as error:
             self.failure = copy(error)  # without its traceback, which would keep the caller's frames
             raise
+        return 0
+
+    cdef int keep_streamed(self, Wire* wire) except -1:
+        """Keep a message of the open block under its own (sub)transaction, or end the block."""
+        cdef char kind = <char> integer(wire, 1)
+        cdef uint32_t xid = 0
+        if kind == c"E":
+            finish(wire)
+            self.block = None
+            self.spool.stop()
+            return 0
+        if kind in (c"I", c"U", c"D", c"R", c"Y", c"T", c"M"):
+            xid = <uint32_t> integer(wire, 4)
+        elif kind != c"O":  # comes without an xid: it is the transaction's
+            fault(wire, "it has no place in a stream block")
+        append_frame(self.block, xid, kind, wire.at, wire.end - wire.at)
+        if PyByteArray_GET_SIZE(self.block) >= TAIL_BYTES:
+            self.spool.flush()
+        return 0
+
+    cdef int streamed(self, Wire* wire, char kind) except -1:
+        """Begin a block, or learn how a streamed transaction ended."""
+        if self.spool is None:
+            fault(wire, "streamed transactions were not asked for")
+        if kind == c"E":
+            fault(wire, "a block ends that has not begun")
+        if self.serial >= 0:
+            fault(wire, "a stream message within a transaction")
+        xid = <uint32_t> integer(wire, 4)
+        if kind == c"S":
+            first = integer(wire, 1) != 0
+            finish(wire)
+            if first == self.spool.holds(xid):
+                fault(wire, "a first block of a transaction known, or a later one of a transaction unknown")
+            self.block = self.spool.start(xid)
+            return 0
+        if kind == c"A":
+            subxid = <uint32_t> integer(wire, 4)
+            if wire.at != wire.end:  # only where parallel streaming is asked for
+                integer(wire, 8)
+                integer(wire, 8)
+            finish(wire)
+            self.spool.abort(xid, subxid)
+            return 0
+        integer(wire, 1)
+        commit_lsn = integer(wire, 8)
+        end_lsn = integer(wire, 8)
+        committed_at = <int64_t> integer(wire, 8)
+        finish(wire)
+        if not self.spool.holds(xid):
+            fault(wire, "a commit of a transaction unknown")
+        self.spool.commit(xid, self.serials, commit_lsn, end_lsn, committed_at)
+        self.waiting = True
         return 0
 
     cdef int row(self, Wire* wire, char kind) except -1:
@@ -284,6 +419,8 @@ cdef class Decoder:
         if table.bytes + weight > INT32_MAX:
             self.close(table)
         if table.rows == 0:
+            if not table.told:
+                self.tell(table)
             table.begin_batch()
         table.put(op, self.serial, self.ordinal + 1, cells)
         if unchanged:
@@ -331,7 +468,7 @@ cdef class Decoder:
         if self.serial >= 0:
             fault(wire, "a transaction within a transaction")
         self.commit_lsn, self.xid = commit_lsn, xid
-        self.serial, self.ordinal = self.serials, 0
+        self.serial, self.ordinal, self.origin = self.serials, 0, ""
         self.serials += 1
         return 0
 
@@ -345,23 +482,29 @@ cdef class Decoder:
             fault(wire, "a commit without a begin")
         if commit_lsn != self.commit_lsn:
             fault(wire, "a commit at another place than its begin said")
-        self.transactions.append(Transaction(self.serial, end_lsn, self.xid, committed_at, self.ordinal))
+        self.transactions.append(
+            Transaction(self.serial, end_lsn, self.xid, committed_at, self.ordinal, self.origin)
+        )
         self.pending_bytes += EVENT_BYTES
-        self.serial, self.ordinal = -1, 0
+        self.serial, self.ordinal, self.waiting = -1, 0, False
         return 0
 
     cdef int skip(self, Wire* wire, char kind) except -1:
-        """Origins tell where a transaction was first made, types what an oid is called: nobody asks."""
-        if kind == c"O":
-            integer(wire, 8)
-        else:
+        """Note an origin, where the transaction was first made; what a type is called nobody asks."""
+        if kind == c"Y":
             integer(wire, 4)
             string(wire)
-        string(wire)
-        return finish(wire)
+            string(wire)
+            return finish(wire)
+        integer(wire, 8)
+        origin = string(wire)
+        finish(wire)
+        self.origin = origin
+        return 0
 
     cdef int describe(self, Wire* wire) except -1:
         columns = []
+        cdef const uint8_t* body = wire.at
         id = <uint32_t> integer(wire, 4)
         schema = string(wire) or "pg_catalog"
         name = string(wire)
@@ -377,6 +520,10 @@ cdef class Decoder:
             type_oid = <uint32_t> integer(wire, 4)
             columns.append(RelationColumn(column, type_oid, <int32_t> integer(wire, 4), is_key))
         finish(wire)
+        if self.spool is not None and not self.replaying:
+            # It is newer than what streamed transactions have said so far: their replay ends with it.
+            for tail in self.spool.tails():
+                append_frame(tail, 0, c"R", body, wire.end - body)
         return self.learn(Relation(id, schema, name, replica_identity, tuple(columns)))
 
     cdef int learn(self, relation) except -1:
@@ -394,7 +541,11 @@ cdef class Decoder:
                 del self.named[former.schema, former.name]
         table = Table(relation)
         self.tables[relation.id] = self.named[key] = self.recent[relation.id % RECENT_TABLES] = table
-        return self.append(RelationSeen(relation, self.serial, self.ordinal))
+        return 0 if self.aborted else self.tell(table)
+
+    cdef int tell(self, Table table) except -1:
+        table.told = True
+        return self.append(RelationSeen(table.relation, self.serial, self.ordinal))
 
     cdef int truncate(self, Wire* wire) except -1:
         cdef int32_t count = <int32_t> integer(wire, 4)
@@ -407,6 +558,8 @@ cdef class Decoder:
         finish(wire)
         for table in tables:
             self.close(<Table> table)
+            if not (<Table> table).told:
+                self.tell(<Table> table)
         self.ordinal += 1
         relations = tuple([(<Table> table).relation for table in tables])
         cascade, restart_identity = options & 1 != 0, options & 2 != 0

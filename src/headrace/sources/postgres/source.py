@@ -8,11 +8,13 @@ begun), and those of `tables`, `identity`, `continuity` and `fingerprint`.
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import psycopg
@@ -22,102 +24,109 @@ from headrace.config import SourceConfig, select_tables
 from headrace.errors import SourceUnavailable, UserError
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, list_tables
-from headrace.sources.postgres.connection import connect, connect_replication, place, without_password
-from headrace.sources.postgres.continuity import Continuity
+from headrace.sources.postgres.connection import broke_off, connect, connect_replication, place
 from headrace.sources.postgres.copier import Copier
-from headrace.sources.postgres.fingerprint import captured_oids, check_publication, expect_publication
-from headrace.sources.postgres.groups import GroupBuilder
-from headrace.sources.postgres.identity import Server, check_server, forget_server, refuse_standby
-from headrace.sources.postgres.lsn import format_lsn, parse_lsn
-from headrace.sources.postgres.pgoutput import Decoder
-from headrace.sources.postgres.publication import amend, capturable_shapes, chosen_tables, publish, withdraw
-from headrace.sources.postgres.roster import Roster
+from headrace.sources.postgres.failover import keep_failover, wants_failover
+from headrace.sources.postgres.fingerprint import check_publication, expect_publication
+from headrace.sources.postgres.follow import Follower, Limits, Progress, emit
+from headrace.sources.postgres.identity import check_server, forget_server
+from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.publication import (
+    amend,
+    capturable_shapes,
+    chosen_tables,
+    publish,
+    withdraw,
+)
+from headrace.sources.postgres.recovery import in_recovery, replayed
 from headrace.sources.postgres.slot import (
     POINT,
-    Slot,
     check_resumable,
     create_slot,
     drop_unfinished,
-    durable_commit,
     epoch_of,
 )
-from headrace.sources.postgres.stream import Stream
 from headrace.sources.postgres.tables import Stage, TableStates, captured_tables, read_states
 from headrace.sources.postgres.takeover import Takeover
-from headrace.sources.postgres.watchman import Watchman
+from headrace.sources.postgres.teardown import refuse_torn_down
 
 logger = logging.getLogger("headrace.capture")
+alerts = logging.getLogger("headrace.alert")
 
 Request = Literal["add", "remove", "resync", "pause", "resume"]
 
 _RESYNC = "resync"
 
-_IDLE = 0.2
-_COPYING = 0.01  # how long a wait for the stream may hold up what a copy has ready
-_FEEDBACK_EVERY = 10.0
-_NUDGE_EVERY = 0.5
-
 
 class PostgresSource:
     """One Postgres database, read through one logical replication slot."""
 
-    def __init__(self, config: SourceConfig, max_bytes: int, linger: float) -> None:
+    def __init__(
+        self, config: SourceConfig, max_bytes: int, linger: float, spool: Path | None = None
+    ) -> None:
         """`max_bytes` bounds what is decoded before it becomes a group, `linger` (seconds) how long
-        a group waits for more while changes keep coming."""
+        a group waits for more while changes keep coming. Large transactions wait in the folder `spool`
+        for their commit, by default the system's for temporary files."""
         self.name = config.name
         self._config = config
         self._url = config.url.reveal()
-        self._max_bytes = max_bytes
-        self._linger = linger
-        self._confirmed = 0
+        self._limits = Limits(max_bytes, linger, spool or Path(tempfile.gettempdir()))
+        self._progress = Progress()
+        self._epoch = 0
         self._takeover = Takeover(config)
-        self._stream: Stream | None = None
         self._requests: deque[TableId] = deque()
         self._resync = threading.Event()
         self._plain: Connection | None = None
 
-    def read(self, log: Log) -> Iterator[Iterable[Entry]]:
+    def read(self, log: Log) -> Generator[Iterable[Entry]]:
         """See `Source.read`."""
+        refuse_torn_down(self._config, log)
         try:
-            self._plain = connect(self._url)
+            db = self._plain = connect(self._url)
             if log.note(_RESYNC):
                 self._start_anew(log)
-            server = check_server(self._plain, self._config, log)
+            server = check_server(db, self._config, log)
             if log.note("slot") == self._config.slot:
-                self._takeover.consider(self._plain)
-            with closing(Copier(self._config, log, epoch_of(log))) as copier:
+                self._takeover.consider(db)
+            self._epoch = epoch_of(log)
+            with closing(Copier(self._config, log, self._epoch)) as copier:
                 if not log.note(POINT):
-                    self._begin(log, copier)
-                slot = check_resumable(self._plain, self._config, log)
-                check_publication(self._plain, self._config, log)
+                    yield from self._begin(log, copier)
+                slot = check_resumable(db, self._config, log)
+                check_publication(db, self._config, log)
+                keep_failover(db, self._config)
                 self._publish(log)
                 self._say_what_is_new(log)
                 copier.resume()
-                yield from self._follow(log, copier, server, slot)
+                follower = Follower(self._config, log, db, copier, self._limits, self._progress)
+                yield from follower.groups(
+                    server,
+                    slot,
+                    partial(self._take_requests, log, copier),
+                    partial(self._copy_again, log),
+                )
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            raise SourceUnavailable(
-                f"{place(self._url)} broke off: {without_password(str(error)).strip()}"
-            ) from error
+            raise broke_off(self._url, error) from error
         finally:
             self.close()
 
     def confirm(self, through: Position) -> None:
         """See `Source.confirm`."""
-        self._confirmed = max(self._confirmed, through.commit)
+        if through.epoch == self._epoch:
+            self._progress.confirmed = max(self._progress.confirmed, through.commit)
 
     def head(self) -> int:
         """Return an LSN that every change committed until now lies before, and make sure that the
-        stream will pass it: a logical message is written behind it."""
+        stream will pass it: a logical message is written behind it, or on a standby what the server says."""
         with connect(self._url) as db:
-            refuse_standby(db, self._config)
-            return _emit(db, "head")
+            self._progress.sought = replayed(db) if in_recovery(db) else emit(db, "head")
+            return self._progress.sought
 
     def close(self) -> None:
         """See `Source.close`."""
-        for connection in (self._stream, self._plain):
-            if connection is not None:
-                connection.close()
-        self._stream = self._plain = None
+        if self._plain is not None:
+            self._plain.close()
+        self._plain = None
 
     def _catalog(self) -> Connection:
         assert self._plain is not None
@@ -184,6 +193,12 @@ class PostgresSource:
                 self._publish(log)
                 copier.start(table, state.reason, after=log.end().offset)
 
+    def _copy_again(self, log: Log, table: TableId, reason: str) -> None:
+        """Have a table copied again whose rows at rest are not what the source has now."""
+        alerts.warning("SCHEMA of %s changed: %s. It is copied again beside its stream.", table, reason)
+        TableStates(log).move([table], "requested", reason)
+        self._requests.append(table)
+
     def _publish(self, log: Log) -> None:
         """Publish what is to be captured, and expect to find that from now on."""
         captured = captured_tables(log)
@@ -201,89 +216,22 @@ class PostgresSource:
                 ", ".join(new),
             )
 
-    def _begin(self, log: Log, copier: Copier) -> None:
+    def _begin(self, log: Log, copier: Copier) -> Generator[Iterable[Entry]]:
         """Make publication and slot, and have every table copied under the slot's own snapshot."""
         db = self._catalog()
-        states = TableStates(log)
+        again = bool(captured_tables(log))
         tables = captured_tables(log) or chosen_tables(db, self._config)
-        publish(db, self._config, tables)
+        if publish(db, self._config, tables):
+            log.set_note("published", self._config.publication)
         expect_publication(db, self._config, log)
         drop_unfinished(db, self._config, log)
         log.set_note("slot", self._config.slot)
-        again = log.end().offset > 0
         with connect_replication(self._url) as maker:
-            point, snapshot = create_slot(maker, self._config)
+            failover = wants_failover(db, self._config)
+            point, snapshot = yield from create_slot(db, maker, self._config, failover=failover)
             copier.snapshots.adopt(point, snapshot)
-        states.move(tables, "requested", "resync" if again else "")
+        TableStates(log).move(tables, "requested", "resync" if again else "")
         log.set_note(POINT, str(point))
         logger.info("copy of %d tables begins at %s", len(tables), format_lsn(point))
         for table in tables:
             copier.start(table, "resync" if again else "", after=log.end().offset, under_current=True)
-
-    def _follow(self, log: Log, copier: Copier, server: Server, slot: Slot) -> Iterator[Iterable[Entry]]:
-        after = self._confirmed = durable_commit(log)
-        continuity = Continuity(self._config, log, f"{server.system} {server.started}", slot.confirmed)
-        stream = self._stream = Stream(self._config, continuity.after)
-        watchman = Watchman(self._catalog(), self._config, log, server, stream)
-        decoder = Decoder(max_batch_bytes=self._max_bytes)
-        roster = Roster(self.name, captured_tables(log), captured_oids(log))
-        builder = GroupBuilder(log.schemas(), self._catalog(), self._config, roster, epoch_of(log))
-        beat = _Every(self._config.heartbeat)
-        feedback = _Every(_FEEDBACK_EVERY)
-        nudge = _Every(_NUDGE_EVERY)
-        collected_since: float | None = None
-        try:
-            while True:
-                more, asked = stream.pump(decoder, self._max_bytes)
-                if decoder.pending_bytes and collected_since is None:
-                    collected_since = time.monotonic()
-                waited = time.monotonic() - (collected_since or time.monotonic())
-                too_big = decoder.pending_bytes >= self._max_bytes
-                if too_big or (waited >= self._linger and not decoder.in_transaction):
-                    transactions, events = decoder.take()
-                    continuity.check(transactions)
-                    if entries := list(builder.build(transactions, events, after)):
-                        yield entries
-                    collected_since = None
-                self._take_requests(log, copier)
-                if copier.waits_for_stream and nudge.due():
-                    _emit(self._catalog(), "copied")
-                for group in copier.ready(self._confirmed):
-                    yield group.entries
-                    group.appended()
-                    if group.shape:
-                        builder.adopt(group.shape)
-                if asked or feedback.due():
-                    stream.report(continuity.confirmable(self._confirmed))
-                watchman.check_if_due()
-                if beat.due():
-                    _emit(self._catalog(), "heartbeat")
-                if not more:
-                    yield ()
-                    stream.report(continuity.confirmable(self._confirmed), always=False)
-                    idle = _IDLE if collected_since is None else max(0.0, self._linger - waited)
-                    stream.wait(min(idle, _COPYING) if copier.busy else idle)
-        finally:
-            builder.close()
-            # The slot of a project that only ever runs once at a time would never move otherwise.
-            with suppress(psycopg.Error):
-                stream.report(continuity.confirmable(self._confirmed), always=False)
-
-
-class _Every:
-    """A timer that is due once per interval, first after one interval."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._last = time.monotonic()
-
-    def due(self) -> bool:
-        if time.monotonic() - self._last < self._seconds:
-            return False
-        self._last = time.monotonic()
-        return True
-
-
-def _emit(db: Connection, content: str) -> int:
-    row = db.execute("SELECT pg_logical_emit_message(true, 'headrace', %s)::text", [content]).fetchone()
-    return parse_lsn(str(row[0])) if row else 0
