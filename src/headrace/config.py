@@ -64,7 +64,8 @@ _URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds.
+    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds, `peek_temp_max` in
+    bytes (0: never read in bulk).
 
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
     """
@@ -76,6 +77,7 @@ class SourceConfig:
     slot: str
     publication: str
     heartbeat: float
+    peek_temp_max: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +327,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "slot": _slot,
         "publication": _publication,
         "heartbeat": _duration("100ms", "1h"),
+        "peek_temp_max": _size("0B", "64GiB"),
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'

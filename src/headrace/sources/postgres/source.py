@@ -6,6 +6,7 @@ name, written before it is created), `copied` (its consistent point, once the co
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from headrace.change import Entry, Position, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import SourceUnavailable
 from headrace.protocols import Log
+from headrace.sources.postgres.bulk import Bulk
 from headrace.sources.postgres.catalog import Connection, list_tables
 from headrace.sources.postgres.connection import (
     connect,
@@ -36,6 +38,7 @@ logger = logging.getLogger("headrace.capture")
 
 _IDLE = 0.2
 _FEEDBACK_EVERY = 10.0
+_LOOK_EVERY = 5.0  # how often a stream asks how far behind it is
 
 
 class PostgresSource:
@@ -63,7 +66,10 @@ class PostgresSource:
             else:
                 self._say_what_is_new(log)
             check_resumable(self._plain, self._config, log)
-            yield from self._follow(log)
+            bulk = Bulk(self._config, self._max_bytes)
+            while True:
+                yield from self._catch_up(log, bulk)
+                yield from self._follow(log, bulk)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise SourceUnavailable(
                 f"{place(self._url)} broke off: {without_password(str(error)).strip()}"
@@ -117,15 +123,21 @@ class PostgresSource:
         log.set_note("copied", str(point))
         logger.info("copy is complete")
 
-    def _follow(self, log: Log) -> Iterator[Iterable[Entry]]:
-        position = log.position()
-        after = position.commit if position else 0
-        self._confirmed = after
+    def _catch_up(self, log: Log, bulk: Bulk) -> Iterator[Iterable[Entry]]:
+        """Read in bulk while that is faster than a stream."""
+        self._confirmed = _durable(log)
+        with contextlib.closing(GroupBuilder(log.schemas(), self._catalog())) as builder:
+            yield from bulk.read(self._catalog(), builder, lambda: self._confirmed)
+
+    def _follow(self, log: Log, bulk: Bulk) -> Iterator[Iterable[Entry]]:
+        """Stream from where the log ends; return when it is far behind."""
+        after = self._confirmed = _durable(log)
         stream = self._stream = Stream(self._config, after)
         decoder = Decoder(max_batch_bytes=self._max_bytes)
         builder = GroupBuilder(log.schemas(), self._catalog())
         beat = _Every(self._config.heartbeat)
         feedback = _Every(_FEEDBACK_EVERY)
+        look = _Every(_LOOK_EVERY)
         collected_since: float | None = None
         try:
             while True:
@@ -143,6 +155,8 @@ class PostgresSource:
                     stream.report(self._confirmed)
                 if beat.due():
                     _emit(self._catalog(), "heartbeat")
+                if look.due() and bulk.worthwhile(self._catalog(), self._confirmed):
+                    return
                 if not more:
                     yield ()
                     stream.report(self._confirmed, always=False)
@@ -150,6 +164,7 @@ class PostgresSource:
                     stream.wait(idle)
         finally:
             builder.close()
+            stream.close()
 
 
 class _Every:
@@ -169,6 +184,12 @@ class _Every:
 def _emit(db: Connection, content: str) -> int:
     row = db.execute("SELECT pg_logical_emit_message(true, 'headrace', %s)::text", [content]).fetchone()
     return parse_lsn(str(row[0])) if row else 0
+
+
+def _durable(log: Log) -> int:
+    """Return the commit up to which the log is durable."""
+    position = log.position()
+    return position.commit if position else 0
 
 
 def _next_version(shape: TableSchema, known: dict[TableId, TableSchema]) -> TableSchema:
