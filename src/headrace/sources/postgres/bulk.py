@@ -52,8 +52,7 @@ _WORK_MEM = 64 << 20
 _RELEASED_WITHIN = 10.0  # seconds for the server to let go of a slot whose stream was closed
 _POLL = 0.25
 _GROWTH = 4  # of the ratio, when a result was larger than the server allows
-_CANCELLED = "57014"
-_TOO_LARGE = "53400"  # temp_file_limit
+_TOO_LARGE = "temp_file_limit"  # in the server's words, in every language
 
 _NOTHING = pa.array([], pa.binary())
 
@@ -63,10 +62,17 @@ FROM pg_replication_slots s
 WHERE s.slot_name = %s AND s.plugin = 'pgoutput' AND s.database = current_database()
   AND s.confirmed_flush_lsn IS NOT NULL AND s.restart_lsn IS NOT NULL AND NOT pg_is_in_recovery()
 """
-CAN_PEEK = """
-SELECT has_function_privilege('pg_logical_slot_peek_binary_changes(name, pg_lsn, integer, text[])', 'EXECUTE')
-   AND has_function_privilege('pg_replication_slot_advance(name, pg_lsn)', 'EXECUTE')
+_MAY_SNAPSHOT = """
+SELECT has_function_privilege(oid, 'EXECUTE') FROM pg_proc
+WHERE proname = 'pg_log_standby_snapshot' AND pronamespace = 'pg_catalog'::regnamespace
 """
+PEEK_FUNCTIONS = (
+    "pg_logical_slot_peek_binary_changes(name, pg_lsn, integer, text[])",
+    "pg_replication_slot_advance(name, pg_lsn)",
+)
+CAN_PEEK = "SELECT " + " AND ".join(
+    f"has_function_privilege('{function}', 'EXECUTE')" for function in PEEK_FUNCTIONS
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,27 +136,43 @@ class Bulk:
         if not self._may_peek(db) or not self._beyond(db, durable(), WORTHWHILE):
             return
         yield from self._released(db)
+        self._mark_head(db)
         with connect_bulk(self._url) as connection:
             self._prepare(connection)
             decoder = Decoder(max_batch_bytes=self._max_bytes)
             while (upto := self._next(db, durable())) is not None:
                 try:
-                    yield from self._chunk(
-                        _Peek(connection, self._query(upto)), decoder, builder, durable, upto
-                    )
-                except adbc.Error as error:
-                    if _connection_lost(error):
-                        raise SourceUnavailable(f"{place(self._url)} broke off: {_words(error)}") from error
-                    if error.sqlstate == _TOO_LARGE:
-                        self._ratio = _GROWTH * (self._ratio or UNMEASURED)
-                    else:
-                        self._give_up(_words(error))
+                    peek = _Peek(connection, self._query(upto))
+                    yield from self._chunk(peek, decoder, builder, durable, upto)
+                except _PeekFailed as error:
+                    self._learn(connection, error)
+
+    def _learn(self, connection: Any, failure: _PeekFailed) -> None:
+        """Decide what a failed peek means: a smaller one next, none at all, or a source to be tried again."""
+        if not _answers(connection):
+            raise self._broke_off(failure) from failure
+        if _TOO_LARGE in str(failure):
+            self._ratio = _GROWTH * (self._ratio or UNMEASURED)
+        else:
+            self._give_up(str(failure))
+
+    def _broke_off(self, error: Exception) -> SourceUnavailable:
+        return SourceUnavailable(f"{place(self._url)} broke off: {_words(error)}")
 
     def _may_peek(self, db: Connection) -> bool:
         row = db.execute(CAN_PEEK).fetchone()
         if self._usable and (row is None or not row[0]):
             self._give_up("its role may not execute pg_logical_slot_peek_binary_changes")
         return self._usable
+
+    def _mark_head(self, db: Connection) -> None:
+        """Give the slot's `restart_lsn` a place to move to: a record of running transactions, where we may
+        write one, and a commit behind it. Without, the stream that follows would decode all of the last
+        chunk again before it sends anything."""
+        row = db.execute(_MAY_SNAPSHOT).fetchone()
+        if row and row[0]:
+            db.execute("SELECT pg_log_standby_snapshot()")
+        db.execute("SELECT pg_logical_emit_message(true, 'headrace', 'heartbeat')")
 
     def _standing(self, db: Connection) -> Standing | None:
         row = db.execute(_STANDING, [self._config.slot]).fetchone() if self._usable else None
@@ -195,11 +217,14 @@ class Bulk:
 
     def _prepare(self, connection: Any) -> None:
         """Set what the session may set; where it may not, the server's own values hold."""
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT setting::int8 << 10 FROM pg_settings WHERE name = 'temp_file_limit'")
-            (limit,) = cursor.fetchone()
-            if limit >= 0:
-                self._temp_max = min(self._temp_max, limit)
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT setting::int8 << 10 FROM pg_settings WHERE name = 'temp_file_limit'")
+                (limit,) = cursor.fetchone()
+        except (adbc.Error, OSError) as error:
+            raise self._broke_off(error) from error
+        if limit >= 0:
+            self._temp_max = min(self._temp_max, limit)
         held = self._set(connection, "temp_file_limit", _kilobytes(self._temp_max)) or limit >= 0
         if held and self._ratio is None:
             self._ratio = UNMEASURED  # the server holds the bound: no need to begin with a small chunk
@@ -214,9 +239,8 @@ class Bulk:
                 cursor.execute(f"SET {name} = '{value}'")
             connection.commit()
         except adbc.Error as error:
-            if _connection_lost(error):
-                raise SourceUnavailable(f"{place(self._url)} broke off: {_words(error)}") from error
-            connection.rollback()
+            if not _answers(connection):
+                raise self._broke_off(error) from error
             return False
         return True
 
@@ -269,7 +293,7 @@ class _Peek:
         self._connection = connection
         self._cursor = connection.cursor()
         self._query = query
-        self._ready: queue.Queue[pa.BinaryArray | BaseException | None] = queue.Queue(maxsize=2)
+        self._ready: queue.Queue[pa.BinaryArray | Exception | None] = queue.Queue(maxsize=2)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peek", daemon=True)
 
@@ -298,8 +322,8 @@ class _Peek:
                 item = _NOTHING
             if item is None:
                 return
-            if isinstance(item, BaseException):
-                raise item
+            if isinstance(item, Exception):
+                raise _PeekFailed(_words(item)) from item
             yield item
 
     def _run(self) -> None:
@@ -310,25 +334,38 @@ class _Peek:
                 if self._closed.is_set():
                     return
             self._put(None)
-        except BaseException as error:
+        except Exception as error:
             self._put(error)
 
-    def _put(self, item: pa.BinaryArray | BaseException | None) -> None:
+    def _put(self, item: pa.BinaryArray | Exception | None) -> None:
         while not self._closed.is_set():
             with contextlib.suppress(queue.Full):
                 self._ready.put(item, timeout=_POLL)
                 return
 
 
-def _connection_lost(error: adbc.Error) -> bool:
-    """Whether waiting may help: the connection or the server has gone, not the query failed."""
-    state = error.sqlstate or ""
-    return not state or (state[:2] in ("08", "57") and state != _CANCELLED)
+class _PeekFailed(Exception):
+    """The server did not carry a peek out; says why in its words."""
+
+
+def _answers(connection: Any) -> bool:
+    """Whether a connection, on which something failed, is there still; its transaction is rolled back.
+
+    An error that comes in the middle of a result has lost its SQLSTATE: the connection itself is asked.
+    """
+    try:
+        connection.rollback()
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            cursor.fetchone()
+    except (adbc.Error, OSError):
+        return False
+    return True
 
 
 def _kilobytes(size: int) -> str:
     return f"{size >> 10}kB"
 
 
-def _words(error: adbc.Error) -> str:
-    return without_password(str(error)).strip().splitlines()[0]
+def _words(error: Exception) -> str:
+    return " ".join(without_password(str(error)).split()) or type(error).__name__
