@@ -196,14 +196,14 @@ def test_bulk_gives_what_the_stream_gives(
         end = head(url)
         capture(logs[1], stream, end, max_bytes=max_bytes)
         monkeypatch.delattr(source_module, "Stream")
-        capture(logs[0], bulk, end - 1, max_bytes=max_bytes)
+        capture(logs[0], bulk, end, max_bytes=max_bytes)
         db.execute("SELECT pg_drop_replication_slot('streamed')")
     peeked, streamed = map(changes, logs)
     assert {change[3] for change in streamed} == {"rows", "schema", "message", "truncate"}
     assert len(streamed) > 5000
-    through = peeked[-1][1]
-    assert through >= end
-    assert peeked == [change for change in streamed if change[1] <= through]
+    through = min(peeked[-1][1], streamed[-1][1])  # each reader's own heartbeats come behind
+    assert through > end
+    assert [c for c in peeked if c[1] <= through] == [c for c in streamed if c[1] <= through]
     logs[0].verify()
 
 
@@ -225,6 +225,7 @@ def test_switches_lose_and_repeat_nothing(url: str, tmp_path: Path, monkeypatch:
             while not stop.is_set():
                 insert(db, written + 1, 6000, per_transaction=100)
                 written += 6000
+                db.execute("SELECT pg_log_standby_snapshot()")  # lets restart_lsn move, as time does
                 stop.wait(0.4)
 
     writer = threading.Thread(target=write)
