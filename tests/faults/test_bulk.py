@@ -25,7 +25,7 @@ from headrace.payload import HEAD, decode_rows
 from headrace.secret import Secret
 from headrace.sources.postgres import bulk as bulk_module
 from headrace.sources.postgres import source as source_module
-from headrace.sources.postgres.bulk import _answers, _Peek, _PeekFailed
+from headrace.sources.postgres.bulk import _answers, _Query, _QueryFailed
 from headrace.sources.postgres.connection import connect_bulk
 from headrace.sources.postgres.lsn import parse_lsn
 from headrace.sources.postgres.preflight import inspect
@@ -212,10 +212,8 @@ def test_switches_lose_and_repeat_nothing(url: str, tmp_path: Path, monkeypatch:
     """A writer in bursts, a reader that is closed again and again with a group in its hands."""
     config = config_of(url)
     log = open_log(tmp_path / "log.db", config)
-    streams, peeks = (
-        _count(monkeypatch, module, name)
-        for module, name in ((source_module, "Stream"), (bulk_module, "_Peek"))
-    )
+    streams = _count(monkeypatch, source_module, "Stream")
+    peeks = _count(monkeypatch, bulk_module.Bulk, "_peek")
     stop = threading.Event()
     written = 0
 
@@ -370,7 +368,7 @@ def test_a_peek_ends_when_its_reader_does(url: str) -> None:
     running = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%%'||%s||'%%' AND pid <> pg_backend_pid()"
     running += " AND state = 'active'"
     with psycopg.connect(url, autocommit=True) as db, connect_bulk(url) as connection:
-        with _Peek(connection, query) as peek:
+        with _Query(connection, query) as peek:
             batches = peek.batches()
             assert [len(next(batches)) for _ in range(2)] == [0, 0], "the reader is asked twice a second"
             assert db.execute(running, [query]).fetchall()
@@ -385,7 +383,7 @@ def test_a_peek_ends_when_its_reader_does(url: str) -> None:
 def test_a_connection_that_breaks_is_told_from_a_query_that_fails(url: str) -> None:
     with psycopg.connect(url, autocommit=True) as db:
         for query, lost in (("SELECT pg_sleep(60)::text::bytea", True), ("SELECT 1 / 0", False)):
-            with connect_bulk(url) as connection, _Peek(connection, query) as peek:
+            with connect_bulk(url) as connection, _Query(connection, query) as peek:
                 batches = peek.batches()
                 if lost:
                     next(batches)
@@ -393,7 +391,7 @@ def test_a_connection_that_breaks_is_told_from_a_query_that_fails(url: str) -> N
                         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                         "WHERE datname = current_database() AND pid <> pg_backend_pid()"
                     )
-                with pytest.raises(_PeekFailed):
+                with pytest.raises(_QueryFailed):
                     list(batches)
                 assert _answers(connection) == (not lost)
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import adbc_driver_postgresql.dbapi as adbc
-import psycopg
 import pyarrow as pa
 
 from headrace.change import Entry
@@ -140,21 +139,19 @@ class Bulk:
         with connect_bulk(self._url) as connection:
             self._prepare(connection)
             decoder = Decoder(max_batch_bytes=self._max_bytes)
-            while (upto := self._next(db, durable())) is not None:
-                try:
-                    peek = _Peek(connection, self._query(upto))
-                    yield from self._chunk(peek, decoder, builder, durable, upto)
-                except _PeekFailed as error:
-                    self._learn(connection, error)
-
-    def _learn(self, connection: Any, failure: _PeekFailed) -> None:
-        """Decide what a failed peek means: a smaller one next, none at all, or a source to be tried again."""
-        if not _answers(connection):
-            raise self._broke_off(failure) from failure
-        if _TOO_LARGE in str(failure):
-            self._ratio = _GROWTH * (self._ratio or UNMEASURED)
-        else:
-            self._give_up(str(failure))
+            try:
+                while True:
+                    yield from self._confirm(db, connection, durable())
+                    if (upto := self._next(db, durable())) is None:
+                        return
+                    try:
+                        yield from self._chunk(connection, decoder, builder, durable, upto)
+                    except _TooLarge:
+                        self._ratio = _GROWTH * (self._ratio or UNMEASURED)
+            except _QueryFailed as error:
+                if not _answers(connection):
+                    raise self._broke_off(error) from error
+                self._give_up(str(error))
 
     def _broke_off(self, error: Exception) -> SourceUnavailable:
         return SourceUnavailable(f"{place(self._url)} broke off: {_words(error)}")
@@ -194,26 +191,26 @@ class Bulk:
             return False
         return self._plan(replace(standing, confirmed=max(standing.confirmed, durable))) is not None
 
-    def _next(self, db: Connection, durable: int) -> int | None:
-        """Confirm what is durable, which moves the slot's `restart_lsn` too, and plan the next peek."""
+    def _confirm(self, db: Connection, connection: Any, durable: int) -> Iterator[Sequence[Entry]]:
+        """Let the slot follow the log, which moves its `restart_lsn` too; the server decodes to do so."""
         standing = self._standing(db)
         if standing is not None and standing.confirmed < durable:
-            self._advance(db, durable)
-            standing = self._standing(db)
-        return None if standing is None or standing.confirmed > durable else self._plan(standing)
+            slot, lsn = literal(self._config.slot), literal(format_lsn(durable))
+            with _Query(
+                connection, f"SELECT pg_replication_slot_advance({slot}, {lsn})::text::bytea"
+            ) as query:
+                for _ in query.batches():
+                    yield ()
+
+    def _next(self, db: Connection, durable: int) -> int | None:
+        """Plan the next peek from where the slot stands, which is where the log ends."""
+        standing = self._standing(db)
+        return self._plan(standing) if standing is not None and standing.confirmed == durable else None
 
     def _plan(self, standing: Standing) -> int | None:
         begin, length = self._vain
         in_vain = length if begin == standing.confirmed else 0
         return plan(standing, self._temp_max, self._ratio, in_vain)
-
-    def _advance(self, db: Connection, durable: int) -> None:
-        try:
-            db.execute("SELECT pg_replication_slot_advance(%s, %s)", [self._config.slot, format_lsn(durable)])
-        except psycopg.Error as error:
-            if isinstance(error, psycopg.OperationalError):
-                raise
-            self._give_up(without_password(str(error)))
 
     def _prepare(self, connection: Any) -> None:
         """Set what the session may set; where it may not, the server's own values hold."""
@@ -245,11 +242,16 @@ class Bulk:
         return True
 
     def _chunk(
-        self, peek: _Peek, decoder: Decoder, builder: GroupBuilder, durable: Callable[[], int], upto: int
+        self,
+        connection: Any,
+        decoder: Decoder,
+        builder: GroupBuilder,
+        durable: Callable[[], int],
+        upto: int,
     ) -> Iterator[Sequence[Entry]]:
         begin, after, rows, size = time.monotonic(), durable(), 0, 0
-        with peek:
-            for messages in peek.batches():
+        with _Query(connection, self._peek(upto)) as query:
+            for messages in query.batches():
                 at = 0
                 while at < len(messages):
                     at = decoder.push_many(messages, at, self._max_bytes)
@@ -268,7 +270,7 @@ class Bulk:
             time.monotonic() - begin,
         )
 
-    def _query(self, upto: int) -> str:
+    def _peek(self, upto: int) -> str:
         options = {
             "proto_version": "1",
             "publication_names": quoted(self._config.publication),
@@ -285,9 +287,9 @@ class Bulk:
         logger.info("source %s is read by streaming alone: %s", self._config.name, " ".join(reason.split()))
 
 
-class _Peek:
-    """One query on a thread of its own, so that its reader can stop while the server is at work, and
-    decode while more comes. At most two batches wait."""
+class _Query:
+    """One query of a bytea column on a thread of its own, so that its reader can stop while the server
+    is at work, and decode while more comes. At most two batches wait."""
 
     def __init__(self, connection: Any, query: str) -> None:
         self._connection = connection
@@ -295,7 +297,7 @@ class _Peek:
         self._query = query
         self._ready: queue.Queue[pa.BinaryArray | Exception | None] = queue.Queue(maxsize=2)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="peek", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="query", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -314,7 +316,7 @@ class _Peek:
             self._connection.rollback()
 
     def batches(self) -> Iterator[pa.BinaryArray]:
-        """Yield the messages as they come, and an empty array whenever nothing came for a while."""
+        """Yield the column as it comes, and an empty array whenever nothing came for a while."""
         while True:
             try:
                 item = self._ready.get(timeout=_POLL)
@@ -323,7 +325,8 @@ class _Peek:
             if item is None:
                 return
             if isinstance(item, Exception):
-                raise _PeekFailed(_words(item)) from item
+                words = _words(item)
+                raise (_TooLarge if _TOO_LARGE in words else _QueryFailed)(words) from item
             yield item
 
     def _run(self) -> None:
@@ -344,8 +347,12 @@ class _Peek:
                 return
 
 
-class _PeekFailed(Exception):
-    """The server did not carry a peek out; says why in its words."""
+class _QueryFailed(Exception):
+    """The server did not carry a query out; says why in its words."""
+
+
+class _TooLarge(_QueryFailed):
+    """A result is larger than the server's `temp_file_limit` allows; nothing of it was seen."""
 
 
 def _answers(connection: Any) -> bool:
