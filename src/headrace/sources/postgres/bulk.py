@@ -84,23 +84,26 @@ class Standing:
     end: int
 
 
-def plan(standing: Standing, temp_max: int, ratio: float | None, in_vain: int = 0) -> int | None:
+def plan(
+    standing: Standing, temp_max: int, ratio: float | None, *, in_vain: int = 0, held: bool = False
+) -> int | None:
     """Return the LSN up to which the next peek should read, or None where streaming is better.
 
     `temp_max` is how many bytes a result may take on the server, `ratio` how many a byte of WAL was
-    seen to give (None: not seen yet), `in_vain` the length of a peek from here that gave nothing.
+    seen to give (None: not seen yet), `in_vain` the length of a peek from here that gave nothing,
+    `held` says that the server itself fails what is larger than `temp_max`.
 
-    A chunk is no shorter than the WAL that is decoded again for it, so that all peeks together decode
-    at most twice what there is. All WAL from `restart` counts as giving rows: a transaction that
-    commits in the chunk may have written them anywhere there.
+    No more is decoded again for a chunk than twice its length, so that all peeks together decode at
+    most three times what there is. Unless the bound is held, all WAL from `restart` counts as giving rows:
+    a transaction that commits in the chunk may have written them anywhere there.
     """
     behind = standing.end - standing.confirmed
     again = standing.confirmed - standing.restart
-    room = int(temp_max / (ratio or UNMEASURED)) - again
-    chunk = min(behind, room)
-    if ratio is None:
+    room = int(temp_max / (ratio or UNMEASURED))
+    chunk = min(behind, room if held else room - again)
+    if ratio is None and not held:
         chunk = min(chunk, max(FIRST_CHUNK, again, 8 * in_vain))
-    return standing.confirmed + chunk if chunk >= max(WORTHWHILE, again, 2 * in_vain) else None
+    return standing.confirmed + chunk if chunk >= max(WORTHWHILE, again // 2, 2 * in_vain) else None
 
 
 class Bulk:
@@ -115,6 +118,7 @@ class Bulk:
         self._temp_max = config.peek_temp_max
         self._ratio: float | None = None
         self._usable = config.peek_temp_max > 0
+        self._held = False  # whether the server enforces `_temp_max`
         self._vain = (0, 0)  # where the last peek that gave nothing began, and how long it was
 
     def worthwhile(self, db: Connection, durable: int) -> bool:
@@ -169,7 +173,9 @@ class Bulk:
         row = db.execute(_MAY_SNAPSHOT).fetchone()
         if row and row[0]:
             db.execute("SELECT pg_log_standby_snapshot()")
-        db.execute("SELECT pg_logical_emit_message(true, 'headrace', 'heartbeat')")
+        with db.transaction():
+            db.execute("SET LOCAL synchronous_commit = 'local'")  # a peek reads what is flushed
+            db.execute("SELECT pg_logical_emit_message(true, 'headrace', 'heartbeat')")
 
     def _standing(self, db: Connection) -> Standing | None:
         row = db.execute(_STANDING, [self._config.slot]).fetchone() if self._usable else None
@@ -210,7 +216,7 @@ class Bulk:
     def _plan(self, standing: Standing) -> int | None:
         begin, length = self._vain
         in_vain = length if begin == standing.confirmed else 0
-        return plan(standing, self._temp_max, self._ratio, in_vain)
+        return plan(standing, self._temp_max, self._ratio, in_vain=in_vain, held=self._held)
 
     def _prepare(self, connection: Any) -> None:
         """Set what the session may set; where it may not, the server's own values hold."""
@@ -222,9 +228,7 @@ class Bulk:
             raise self._broke_off(error) from error
         if limit >= 0:
             self._temp_max = min(self._temp_max, limit)
-        held = self._set(connection, "temp_file_limit", _kilobytes(self._temp_max)) or limit >= 0
-        if held and self._ratio is None:
-            self._ratio = UNMEASURED  # the server holds the bound: no need to begin with a small chunk
+        self._held = self._set(connection, "temp_file_limit", _kilobytes(self._temp_max)) or limit >= 0
         self._set(connection, "work_mem", _kilobytes(min(_WORK_MEM, self._temp_max)))
         self._set(connection, "logical_decoding_work_mem", _kilobytes(max(_WORK_MEM, self._temp_max // 2)))
         self._set(connection, "client_connection_check_interval", "1s")
