@@ -46,7 +46,7 @@ test_bulk.child(*sys.argv[2:])
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[PostgresServer]:
-    settings = {"synchronous_commit": "off", "max_replication_slots": "40"}
+    settings = {"max_replication_slots": "40"}
     with PostgresServer(tmp_path_factory.mktemp("pg"), request.param, settings) as server:
         yield server
 
