@@ -67,7 +67,8 @@ _URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds, `spool_max` in bytes.
+    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds, `spool_max` and
+    `peek_temp_max` in bytes (0: never read in bulk).
 
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
     Copies: how many connections read at once, how many bytes per second all of them may read (0: no
@@ -93,6 +94,7 @@ class SourceConfig:
     where: tuple[tuple[str, str], ...] = ()
     origin: Literal["any", "none"] = "any"
     spool_max: int = 64 << 30
+    peek_temp_max: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +393,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "where": lambda value: value,
         "origin": _only("any", "none"),
         "spool_max": _size("1MiB", "65536GiB"),
+        "peek_temp_max": _size("0B", "64GiB"),
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'

@@ -47,6 +47,9 @@ from headrace.sources.postgres.events import (
 
 include "columns.pxi"
 
+cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
+
 POSTGRES_EPOCH = 946_684_800_000_000  # 2000-01-01 in microseconds since 1970
 REMEDY = "Restart the source; if it happens again, check what stands between Headrace and the server."
 
@@ -286,6 +289,45 @@ cdef class Decoder:
         finally:
             self.replaying = self.aborted = False
         return start
+
+    def push_many(self, messages, Py_ssize_t start=0, Py_ssize_t max_pending_bytes=PY_SSIZE_T_MAX):
+        """Decode the messages of a pyarrow.BinaryArray, one to a value, from index `start` on.
+
+        Stops behind the message with which `pending_bytes` reaches `max_pending_bytes`, at the latest
+        at the array's end; returns the index of the first message that it left.
+
+        Raises MalformedMessage, for a null too; TypeError for another array, and ValueError for a
+        `start` outside of it.
+        """
+        cdef const int32_t[::1] offsets
+        cdef const uint8_t[::1] text
+        cdef const uint8_t* data = NULL
+        cdef Wire wire
+        cdef Py_ssize_t at
+        if not isinstance(messages, pa.BinaryArray):
+            raise TypeError(f"messages come as an array of type binary, not as {type(messages).__name__}")
+        cdef Py_ssize_t first = messages.offset, count = len(messages)
+        if start < 0 or start > count:
+            raise ValueError(f"start {start} is outside of an array of {count} messages")
+        if self.failure is not None:
+            raise copy(self.failure)
+        if start == count:
+            return count
+        if messages.null_count:
+            wire.start = wire.at = wire.end = NULL
+            fault(&wire, "it is null")
+        _, offset_buffer, text_buffer = messages.buffers()
+        offsets = memoryview(offset_buffer).cast("B").cast("i")
+        if text_buffer is not None and text_buffer.size:
+            text = memoryview(text_buffer).cast("B")
+            data = &text[0]
+        for at in range(first + start, first + count):
+            wire.start = wire.at = data + offsets[at]
+            wire.end = data + offsets[at + 1]
+            self.decode(&wire)
+            if self.pending_bytes >= max_pending_bytes:
+                return at + 1 - first
+        return count
 
     def take(self):
         """Hand over the transactions completed since the last take, and all events held.

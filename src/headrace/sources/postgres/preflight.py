@@ -14,6 +14,7 @@ import psycopg
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError
 from headrace.keys import literal
+from headrace.sources.postgres.bulk import CAN_PEEK, PEEK_FUNCTIONS
 from headrace.sources.postgres.catalog import Connection, quoted
 from headrace.sources.postgres.connection import connect, connect_replication, place, without_password
 from headrace.sources.postgres.preflight_tables import Finding, Role, Table, read_tables, table_findings
@@ -160,6 +161,7 @@ def _findings(db: Connection, config: SourceConfig, *, fresh: bool) -> Iterator[
     else:
         yield from _own_slot(config.slot, slot, server.database)
     yield from _wal_kept(server)
+    yield from _bulk(db, config, role)
     yield from table_findings(db, config, role)
 
 
@@ -265,6 +267,25 @@ def _wal_kept(server: _Server) -> Iterator[Finding]:
             "warn",
             f"idle_replication_slot_timeout is {server.idle_timeout}: a longer absence loses the slot",
             "ALTER SYSTEM SET idle_replication_slot_timeout = 0; SELECT pg_reload_conf();",
+        )
+
+
+def _bulk(db: Connection, config: SourceConfig, role: Role) -> Iterator[Finding]:
+    if not config.peek_temp_max:
+        yield Finding("ok", "a backlog is streamed: peek_temp_max is 0")
+    elif _row(db, CAN_PEEK)[0]:
+        size = config.peek_temp_max >> 20
+        yield Finding(
+            "ok", f"a backlog is read in bulk, with up to {size} MiB of temporary files on the source"
+        )
+    else:
+        grants = (
+            f"GRANT EXECUTE ON FUNCTION {function} TO {quoted(role.name)};" for function in PEEK_FUNCTIONS
+        )
+        yield Finding(
+            "warn",
+            f"role {role.name} may not read a backlog in bulk: it is streamed, which takes longer",
+            " ".join(grants),
         )
 
 
