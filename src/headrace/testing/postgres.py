@@ -289,12 +289,6 @@ class PostgresServer:
             conf.write("include '../settings.conf'\n")
         fresh.rename(self.data)
 
-    def _give_away(self, data: Path) -> None:
-        """Let the account that the server runs as own a folder of data that we have made."""
-        if self._account.uid:
-            for path in (data, *data.rglob("*")):
-                os.chown(path, *self._account, follow_symlinks=False)
-
     def _write_settings(self) -> None:
         fixed = {
             "listen_addresses": "127.0.0.1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -78,5 +79,7 @@ class Standby(PostgresServer):
         )
         if done.returncode:
             raise HeadraceError(f"pg_basebackup failed in {self.folder}: {done.stderr.strip()}")
-        self._give_away(fresh)
+        if self._account.uid:
+            for path in (fresh, *fresh.rglob("*")):
+                os.chown(path, *self._account, follow_symlinks=False)
         fresh.rename(self.data)
