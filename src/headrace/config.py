@@ -64,8 +64,10 @@ _URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds.
+    """`[source.NAME]`: a database whose changes are captured.
 
+    `heartbeat` and `restart_age_alarm` are in seconds, `lag_alarm` in bytes. `failover` is None where it is
+    left to what the server can do; `standby_url` names the standby that is to take the slot over.
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
     """
 
@@ -76,6 +78,10 @@ class SourceConfig:
     slot: str
     publication: str
     heartbeat: float
+    lag_alarm: int
+    restart_age_alarm: float
+    failover: bool | None
+    standby_url: Secret | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +163,15 @@ def load_project(folder: Path) -> Project:
 def source_config(name: str, url: Secret, **values: Any) -> SourceConfig:
     """Return a source's settings, with the defaults for all that `values` does not give."""
     default = f"headrace_{name}"
-    defaults = {"type": "postgres", "tables": ("public.*",), "heartbeat": 10.0}
+    defaults = {
+        "type": "postgres",
+        "tables": ("public.*",),
+        "heartbeat": 10.0,
+        "lag_alarm": 5 << 30,
+        "restart_age_alarm": 900.0,
+        "failover": None,
+        "standby_url": None,
+    }
     return SourceConfig(
         **{"name": name, "url": url, "slot": default, "publication": default, **defaults, **values}
     )
@@ -217,6 +231,12 @@ def _only(allowed: str) -> Parser:
 
 _MILLISECONDS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Invalid(f"must be true or false, not {kind_of(value)}")
+    return value
 
 
 def _scaled(text: str, units: dict[str, int]) -> int | None:
@@ -325,6 +345,10 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "slot": _slot,
         "publication": _publication,
         "heartbeat": _duration("100ms", "1h"),
+        "lag_alarm": _size("1MiB", "1024GiB"),
+        "restart_age_alarm": _duration("10s", "24h"),
+        "failover": _boolean,
+        "standby_url": lambda value: _url(value, root),
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'

@@ -1,6 +1,7 @@
 """The pipeline: the only place that wires, and what keeps it running.
 
-For each source three threads, each repeating one verb of its lane: capture, load, apply. A thread
+For each source three threads, each repeating one verb of its lane: capture, load, apply; and a fourth,
+which watches the source and does nothing but ring. A thread
 that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
 when it lasts; anything else stops that thread alone, with its reason, while the others go on.
 """
@@ -25,6 +26,7 @@ from headrace.errors import DestinationBusy, HeadraceError, StateInUse, UserErro
 from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
 from headrace.server import Server
+from headrace.sources.postgres.watch import Watch
 from headrace.transform.evaluate import scrub
 from headrace.transform.folder import ModelFolder
 
@@ -68,6 +70,7 @@ class Pipeline:
         self._lock = _take_state(project.state)
         try:
             self.lanes = open_lanes(project)
+            self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
             self._wait_for_destination()
         except BaseException:
             _forget_empty_logs(project.state)
@@ -113,10 +116,17 @@ class Pipeline:
 
     def status(self) -> dict[str, Any]:
         """Return what only the running process knows: `pid`, threads `stopped` and `waiting` with their
-        reasons, and the offset through which each source is `staged`."""
+        reasons, the offset through which each source is `staged`, and the `alarms` of its watch."""
         stopped = {name: str(error) for name, error in self._errors.items()}
         staged = {lane.config.name: lane.staging.through() for lane in self.lanes}
-        return {"pid": os.getpid(), "stopped": stopped, "waiting": dict(self._waits), "staged": staged}
+        alarms = {name: watch.alarms() for name, watch in self._watches.items()}
+        return {
+            "pid": os.getpid(),
+            "stopped": stopped,
+            "waiting": dict(self._waits),
+            "staged": staged,
+            "alarms": alarms,
+        }
 
     def close(self) -> None:
         """Give back log, staging and state folder."""
@@ -151,6 +161,8 @@ class Pipeline:
             threading.Thread(target=self._keep, args=(f"{name}.{verb}", step), name=f"{name}.{verb}")
             for verb, step in verbs.items()
         ]
+        watch = self._watches[name]
+        threads.append(threading.Thread(target=watch.run, args=(self.stop,), name=f"{name}.watch"))
         for thread in threads:
             thread.start()
         return threads
@@ -233,6 +245,10 @@ class Pipeline:
                 logger.info("%s goes on", name)
             return result
         return None
+
+
+def _watch(lane: Lane) -> Watch:
+    return Watch(lane.config, expected=lambda: lane.log.note("copied") is not None)
 
 
 def _words(error: BaseException) -> str:

@@ -44,7 +44,7 @@ class Standby(PostgresServer):
 
         Raises HeadraceError if it takes longer than 30 s.
         """
-        head = self.primary.psql("SELECT pg_current_wal_insert_lsn()")
+        head = self.primary.psql("SELECT pg_current_wal_flush_lsn()")
         replayed = f"SELECT coalesce(pg_last_wal_replay_lsn() >= '{head}', false)"
         if not _wait(lambda: self.psql(replayed) == "t", CATCH_UP_SECONDS):
             raise HeadraceError(f"The standby in {self.folder} did not reach {head}.")

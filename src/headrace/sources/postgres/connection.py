@@ -32,9 +32,14 @@ PINNED = {
 }
 _CONNECT_TIMEOUT = 10
 
+LOCK_TIMEOUT = "2s"
+"""How long a statement of an ordinary connection waits for a lock: what waits stands in the queue, and
+whatever conflicts with it queues behind it. A bulk read waits, since nothing but DDL queues behind that."""
+
 
 def pinned_conninfo(url: str, **extra: str) -> str:
-    """Return the connection string of `url` with every pinned setting and keepalives."""
+    """Return the connection string of `url` with every pinned setting and keepalives; of `extra`, `options`
+    are added to those of the url, the others replace the url's."""
     given = conninfo.conninfo_to_dict(url)
     options = " ".join(f"-c {name}={value}" for name, value in PINNED.items() if name != "client_encoding")
     settings: dict[str, Any] = {
@@ -44,20 +49,22 @@ def pinned_conninfo(url: str, **extra: str) -> str:
         "keepalives_count": "3",
         **given,
         "client_encoding": "UTF8",
-        "options": f"{given.get('options', '')} {options}".strip(),
         **extra,
+        "options": " ".join(filter(None, (given.get("options"), options, extra.get("options")))),
     }
     return conninfo.make_conninfo("", **settings)
 
 
 def connect(url: str) -> psycopg.Connection[tuple[Any, ...]]:
-    """Open an ordinary connection in autocommit mode.
+    """Open an ordinary connection in autocommit mode, whose statements wait for locks 2 s at most.
 
     Raises SourceUnavailable where waiting may help, UserError where it will not (a wrong password,
     no such database).
     """
     try:
-        return psycopg.connect(pinned_conninfo(url), autocommit=True)
+        return psycopg.connect(
+            pinned_conninfo(url, options=f"-c lock_timeout={LOCK_TIMEOUT}"), autocommit=True
+        )
     except psycopg.OperationalError as error:
         raise refusal(url, error) from error
 

@@ -11,6 +11,7 @@ from headrace.config import SourceConfig, select_tables
 from headrace.errors import UserError
 from headrace.sources.postgres.catalog import Connection, list_tables, qualified, quoted, read_shapes
 from headrace.sources.postgres.connection import place
+from headrace.sources.postgres.locks import unless_locked
 
 
 def chosen_tables(db: Connection, config: SourceConfig) -> list[TableId]:
@@ -73,7 +74,8 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
     else:
         return
     try:
-        db.execute(statement.encode())
+        with unless_locked(db, f"Source {config.name}: publishing", missing):
+            db.execute(statement.encode())
     except psycopg.errors.InsufficientPrivilege as error:
         raise UserError(
             f"Source {config.name}: the role may not make the publication: {str(error).strip()}.",
