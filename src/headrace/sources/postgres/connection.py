@@ -50,7 +50,7 @@ def pinned_conninfo(url: str, **extra: str) -> str:
         **given,
         "client_encoding": "UTF8",
         **extra,
-        "options": " ".join(filter(None, (given.get("options"), options, extra.get("options")))),
+        "options": " ".join((str(given.get("options", "")), options, extra.get("options", ""))).strip(),
     }
     return conninfo.make_conninfo("", **settings)
 

@@ -65,6 +65,12 @@ class Holder:
     age_s: float | None
     state: str
 
+    def __str__(self) -> str:
+        age = "" if self.age_s is None else f", open for {age_text(self.age_s)}"
+        who = ", ".join(filter(None, (self.user, self.application, self.state)))
+        named = f"pid {self.id}" if self.kind == "transaction" else f"gid {self.id!r}"
+        return f"the oldest {self.kind} is {named} ({who}){age}"
+
 
 @dataclass(frozen=True, slots=True)
 class SlotHealth:
@@ -112,9 +118,7 @@ class Probe:
             db = self._db = self._db or self._connect()
             row = db.execute(_SLOT, [self._slot]).fetchone()
             assert row is not None
-            holder = db.execute(_HOLDER).fetchone()
-            held = Holder(*holder[:-1]) if holder else None
-            values: tuple[Any, ...] = (row[0] is not None, *row, _age(db, row[4]), held)
+            values: tuple[Any, ...] = (row[0] is not None, *row, _age(db, row[4]), oldest_transaction(db))
             return SlotHealth(*values)
         except psycopg.Error as error:
             self.close()
@@ -147,6 +151,12 @@ def slot_health(url: str, slot: str) -> SlotHealth:
         return probe.read()
     finally:
         probe.close()
+
+
+def oldest_transaction(db: psycopg.Connection[tuple[Any, ...]]) -> Holder | None:
+    """Return the server's oldest open transaction that has an id, None if there is none."""
+    row = db.execute(_HOLDER).fetchone()
+    return Holder(*row[:-1]) if row else None
 
 
 def _age(db: psycopg.Connection[tuple[Any, ...]], restart_lsn: str | None) -> float | None:

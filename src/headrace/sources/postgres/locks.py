@@ -20,8 +20,9 @@ from headrace.sources.postgres.connection import LOCK_TIMEOUT
 _HOLDERS = """
 SELECT l.pid, coalesce(a.usename::text, ''), coalesce(a.application_name, ''), coalesce(a.state, '')
 FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
-WHERE l.relation = ANY (%s::text[]::regclass[]::oid[]) AND l.granted AND l.mode IN ('ShareUpdateExclusiveLock',
-  'ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+WHERE l.relation IN (SELECT to_regclass(n)::oid FROM unnest(%s::text[]) n) AND l.granted
+  AND l.mode IN ('ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock',
+    'AccessExclusiveLock')
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 ORDER BY a.xact_start LIMIT 1
 """

@@ -76,6 +76,11 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
     try:
         with unless_locked(db, f"Source {config.name}: publishing", missing):
             db.execute(statement.encode())
+    except psycopg.errors.ReadOnlySqlTransaction as error:
+        raise UserError(
+            f"Source {config.name}: a standby takes no publication.",
+            f"Let an owner of the tables run on the primary: {statement};",
+        ) from error
     except psycopg.errors.InsufficientPrivilege as error:
         raise UserError(
             f"Source {config.name}: the role may not make the publication: {str(error).strip()}.",

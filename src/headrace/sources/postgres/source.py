@@ -25,10 +25,12 @@ from headrace.sources.postgres.connection import (
     without_password,
 )
 from headrace.sources.postgres.copy import copy_tables
+from headrace.sources.postgres.failover import keep_failover, wants_failover
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.publication import capturable_shapes, chosen_tables, publish
+from headrace.sources.postgres.recovery import heard_entry, in_recovery, replayed
 from headrace.sources.postgres.slot import check_resumable, create_slot, drop_unfinished, same_server
 from headrace.sources.postgres.stream import Stream
 
@@ -50,6 +52,7 @@ class PostgresSource:
         self._max_bytes = max_bytes
         self._linger = linger
         self._confirmed = 0
+        self._sought = 0
         self._stream: Stream | None = None
         self._plain: Connection | None = None
 
@@ -63,6 +66,7 @@ class PostgresSource:
             else:
                 self._say_what_is_new(log)
             check_resumable(self._plain, self._config, log)
+            keep_failover(self._plain, self._config)
             yield from self._follow(log)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise SourceUnavailable(
@@ -77,9 +81,10 @@ class PostgresSource:
 
     def head(self) -> int:
         """Return an LSN that every change committed until now lies before, and make sure that the
-        stream will pass it: a logical message is written behind it."""
+        stream will pass it: a logical message is written behind it, or on a standby what the server says."""
         with connect(self._url) as db:
-            return _emit(db, "head")
+            self._sought = replayed(db) if in_recovery(db) else _emit(db, "head")
+            return self._sought
 
     def close(self) -> None:
         """See `Source.close`."""
@@ -106,7 +111,8 @@ class PostgresSource:
         drop_unfinished(db, self._config, log)
         log.set_note("slot", self._config.slot)
         with connect_replication(self._url) as holder, connect_bulk(self._url) as bulk:
-            point, snapshot = create_slot(holder, self._config)
+            failover = wants_failover(db, self._config)
+            point, snapshot = yield from create_slot(db, holder, self._config, failover=failover)
             with bulk.cursor() as cursor:
                 cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
                 cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot}'")
@@ -127,6 +133,7 @@ class PostgresSource:
         beat = _Every(self._config.heartbeat)
         feedback = _Every(_FEEDBACK_EVERY)
         collected_since: float | None = None
+        standby = in_recovery(self._catalog())
         try:
             while True:
                 more, asked = stream.pump(decoder, self._max_bytes)
@@ -141,13 +148,17 @@ class PostgresSource:
                     collected_since = None
                 if asked or feedback.due():
                     stream.report(self._confirmed)
-                if beat.due():
+                if not standby and beat.due():
                     _emit(self._catalog(), "heartbeat")
                 if not more:
+                    reached = max(self._confirmed, after)
+                    idle = collected_since is None and not decoder.in_transaction
+                    sought = reached <= self._sought < stream.heard
+                    if standby and idle and stream.heard > reached and (sought or beat.due()):
+                        yield [heard_entry(self._catalog(), stream.heard)]
                     yield ()
                     stream.report(self._confirmed, always=False)
-                    idle = _IDLE if collected_since is None else max(0.0, self._linger - waited)
-                    stream.wait(idle)
+                    stream.wait(_IDLE if collected_since is None else max(0.0, self._linger - waited))
         finally:
             builder.close()
 

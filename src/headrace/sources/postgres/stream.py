@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import struct
+import threading
 import time
 
 from psycopg import pq
@@ -12,6 +13,7 @@ from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, SourceUnavailable
 from headrace.sources.postgres.catalog import quoted
 from headrace.sources.postgres.connection import connect_replication, place, without_password
+from headrace.sources.postgres.keepalive import Keepalive, in_turn, sender_timeout
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.slot import replication_error
@@ -19,11 +21,15 @@ from headrace.sources.postgres.slot import replication_error
 _PUMP_MESSAGES = 20_000
 _XLOG_HEADER = 25
 _STATUS = struct.Struct(">cqqqqb")
+_LSN = struct.Struct(">q")
 _EPOCH_2000 = 946_684_800
 
 
 class Stream:
     """The slot's changes as they are committed, from LSN `after` on.
+
+    `heard` is the LSN up to which the server says it has sent everything, when it last said so. A thread of
+    the stream's own repeats the last report, so that a slow reader does not lose the connection.
 
     Raises SourceUnavailable from every method when the connection breaks.
     """
@@ -32,13 +38,18 @@ class Stream:
         self._config = config
         self._url = config.url.reveal()
         self._reported = after
+        self.turn = threading.Lock()
+        self.heard = 0
         self._connection = connect_replication(self._url)
         try:
+            timeout = sender_timeout(self._connection.pgconn)
             self._start(after)
         except BaseException:
             self._connection.close()
             raise
+        self._keepalive = Keepalive(timeout, self.repeat)
 
+    @in_turn
     def pump(self, decoder: Decoder, max_bytes: int) -> tuple[bool, bool]:
         """Decode what has arrived, until `decoder` holds `max_bytes`; returns whether there is more, and
         whether the server asked for a report."""
@@ -56,6 +67,7 @@ class Stream:
                     break
             elif data[0] == b"k"[0]:
                 asked |= bool(data[17])
+                self.heard = _LSN.unpack_from(data, 1)[0]
         return True, asked
 
     def wait(self, seconds: float) -> None:
@@ -64,17 +76,26 @@ class Stream:
 
     def report(self, confirmed: int, *, always: bool = True) -> None:
         """Tell the server what is durable here, and nothing beyond it; only if it moved unless `always`."""
-        if confirmed <= self._reported and not always:
-            return
+        if confirmed > self._reported or always:
+            self._send(confirmed)
+
+    def repeat(self) -> None:
+        """Say once more what was reported last."""
+        self._send(0)
+
+    def close(self) -> None:
+        """End the connection; the slot stays."""
+        self._keepalive.close()
+        self._connection.close()
+
+    @in_turn
+    def _send(self, confirmed: int) -> None:
+        # Here and not at the caller's: a report that overtook another would take the slot back.
+        confirmed = self._reported = max(self._reported, confirmed)
         pgconn = self._connection.pgconn
         now = int((time.time() - _EPOCH_2000) * 1_000_000)
         pgconn.put_copy_data(_STATUS.pack(b"r", confirmed, confirmed, confirmed, now, 0))
         pgconn.flush()
-        self._reported = max(self._reported, confirmed)
-
-    def close(self) -> None:
-        """End the connection; the slot stays."""
-        self._connection.close()
 
     def _start(self, after: int) -> None:
         publication = self._config.publication.replace("'", "''").replace('"', '""')

@@ -187,14 +187,7 @@ def _restart(health: SlotHealth, limits: Limits, watched: Watched) -> Alarm | No
         return Alarm(
             "restart", f"{what}; no transaction is open now", "Nothing, if it soon goes on by itself."
         )
-    return Alarm("restart", f"{what}; {_held_by(health.holder)}", _release(health.holder))
-
-
-def _held_by(holder: Holder) -> str:
-    age = "" if holder.age_s is None else f", open for {age_text(holder.age_s)}"
-    who = ", ".join(filter(None, (holder.user, holder.application, holder.state)))
-    named = f"pid {holder.id}" if holder.kind == "transaction" else f"gid {holder.id!r}"
-    return f"the oldest {holder.kind} is {named} ({who}){age}"
+    return Alarm("restart", f"{what}; {health.holder}", _release(health.holder))
 
 
 def _release(holder: Holder) -> str:
