@@ -67,7 +67,7 @@ class Pipeline:
         self.stop = stop or threading.Event()
         self._errors: dict[str, HeadraceError | BaseException] = {}
         self._waits: dict[str, str] = {}
-        self._lock = _take_state(project.state)
+        self._lock = take_state(project.state)
         try:
             self.lanes = open_lanes(project)
             self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
@@ -270,7 +270,11 @@ def _forget_empty_logs(state: Path) -> None:
                     file.unlink()
 
 
-def _take_state(state: Path) -> IO[str]:
+def take_state(state: Path) -> IO[str]:
+    """Take a state folder, for as long as what is returned is open.
+
+    Raises StateInUse while another process has it, UserError where it cannot be written.
+    """
     try:
         (state / "log").mkdir(mode=0o700, parents=True, exist_ok=True)
         state.chmod(0o700)

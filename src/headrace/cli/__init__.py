@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "query": ("headrace.cli.query:query", "Ask the destination in SQL, also while the pipeline runs."),
     "verify": ("headrace.cli.verify:verify", "Compare source, staging and destination, value by value."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
+    "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
 }
 """Each command's function and what it does; one without a function is a group of its own."""

@@ -46,8 +46,8 @@ def capturable_shapes(db: Connection, config: SourceConfig, tables: Sequence[Tab
     return [shapes[table] for table in tables]
 
 
-def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> None:
-    """Make the publication, or add what it lacks; never FOR ALL TABLES."""
+def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> bool:
+    """Make the publication, or add what it lacks; never FOR ALL TABLES. Returns whether it was made."""
     capturable_shapes(db, config, tables)
     name = quoted(config.publication)
     found = db.execute(
@@ -72,7 +72,7 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
     elif missing:
         statement = f"ALTER PUBLICATION {name} ADD TABLE {listed}"
     else:
-        return
+        return False
     try:
         with unless_locked(db, f"Source {config.name}: publishing", missing):
             db.execute(statement.encode())
@@ -86,3 +86,4 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
             f"Source {config.name}: the role may not make the publication: {str(error).strip()}.",
             f"Let an owner of the tables run: {statement};",
         ) from error
+    return not found

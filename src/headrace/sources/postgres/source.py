@@ -1,7 +1,8 @@
 """Postgres as a source: slot, copy, stream.
 
 Facts that outlive the process are notes in the log: `system` (the server's identity), `slot` (its
-name, written before it is created), `copied` (its consistent point, once the copy is in the log).
+name, written before it is created), `publication` (its name, if we made it), `copied` (its consistent
+point, once the copy is in the log), `torn_down` (when, once `headrace teardown` began to drop them).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from headrace.sources.postgres.publication import capturable_shapes, chosen_tabl
 from headrace.sources.postgres.recovery import heard_entry, in_recovery, replayed
 from headrace.sources.postgres.slot import check_resumable, create_slot, drop_unfinished, same_server
 from headrace.sources.postgres.stream import Stream
+from headrace.sources.postgres.teardown import refuse_torn_down
 
 logger = logging.getLogger("headrace.capture")
 
@@ -58,6 +60,7 @@ class PostgresSource:
 
     def read(self, log: Log) -> Iterator[Iterable[Entry]]:
         """See `Source.read`."""
+        refuse_torn_down(self._config, log)
         try:
             self._plain = connect(self._url)
             same_server(self._plain, self._config, log)
@@ -107,7 +110,8 @@ class PostgresSource:
         """Create publication and slot, then copy every table under the slot's own snapshot."""
         db = self._catalog()
         tables = chosen_tables(db, self._config)
-        publish(db, self._config, tables)
+        if publish(db, self._config, tables):
+            log.set_note("publication", self._config.publication)
         drop_unfinished(db, self._config, log)
         log.set_note("slot", self._config.slot)
         with connect_replication(self._url) as holder, connect_bulk(self._url) as bulk:
