@@ -115,7 +115,10 @@ class Probe:
         does not answer the question.
         """
         try:
-            db = self._db = self._db or self._connect()
+            if self._db is None:
+                self._connect()
+            db = self._db
+            assert db is not None
             row = db.execute(_SLOT, [self._slot]).fetchone()
             assert row is not None
             values: tuple[Any, ...] = (row[0] is not None, *row, _age(db, row[4]), oldest_transaction(db))
@@ -133,15 +136,14 @@ class Probe:
             self._db.close()
         self._db = None
 
-    def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
+    def _connect(self) -> None:
         limits = {"connect_timeout": str(_TIMEOUT), "tcp_user_timeout": str(2 * _TIMEOUT * 1000)}
         try:
-            db = psycopg.connect(pinned_conninfo(self._url, **limits), autocommit=True)
+            self._db = psycopg.connect(pinned_conninfo(self._url, **limits), autocommit=True)
         except psycopg.OperationalError as error:
             raise refusal(self._url, error) from error
         for setting in ("statement_timeout", "lock_timeout"):
-            db.execute(f"SET {setting} = '{_TIMEOUT}s'".encode())
-        return db
+            self._db.execute(f"SET {setting} = '{_TIMEOUT}s'".encode())
 
 
 def slot_health(url: str, slot: str) -> SlotHealth:

@@ -239,7 +239,11 @@ class Watch:
                 self.step(self._every)
                 stop.wait(self._every)
         finally:
-            self._probe.close()
+            self.close()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._probe.close()
 
     def step(self, seconds: float) -> None:
         """Take a reading, `seconds` after the one before; a source that does not answer is no news here."""
