@@ -102,6 +102,12 @@ def refusal(url: str, error: Exception) -> SourceUnavailable | UserError:
         )
     if re.search(r'(database|role) ".*" does not exist', text):
         return UserError(f"{where}: {text}", "Check the source's url.")
+    if "certificate" in text:
+        return SourceUnavailable(
+            f"{where} cannot be trusted: {text}",
+            "Check in the source's url sslrootcert (who signed the server's certificate), the host (to whom "
+            "it was made out) and sslcert; Headrace keeps trying.",
+        )
     return SourceUnavailable(
         f"{where} cannot be reached: {text}",
         "Check that the server runs and the url is right; Headrace keeps trying.",
