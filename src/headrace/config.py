@@ -78,10 +78,10 @@ class SourceConfig:
     slot: str
     publication: str
     heartbeat: float
-    lag_alarm: int
-    restart_age_alarm: float
-    failover: bool | None
-    standby_url: Secret | None
+    lag_alarm: int = 5 << 30
+    restart_age_alarm: float = 900.0
+    failover: bool | None = None
+    standby_url: Secret | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +163,7 @@ def load_project(folder: Path) -> Project:
 def source_config(name: str, url: Secret, **values: Any) -> SourceConfig:
     """Return a source's settings, with the defaults for all that `values` does not give."""
     default = f"headrace_{name}"
-    defaults = {
-        "type": "postgres",
-        "tables": ("public.*",),
-        "heartbeat": 10.0,
-        "lag_alarm": 5 << 30,
-        "restart_age_alarm": 900.0,
-        "failover": None,
-        "standby_url": None,
-    }
+    defaults = {"type": "postgres", "tables": ("public.*",), "heartbeat": 10.0}
     return SourceConfig(
         **{"name": name, "url": url, "slot": default, "publication": default, **defaults, **values}
     )
