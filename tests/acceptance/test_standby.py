@@ -51,6 +51,14 @@ def level(found: dict[str, str], words: str) -> str:
     return level
 
 
+def confirmed(server: PostgresServer, lsn: str) -> bool:
+    """Whether everything before an LSN is captured."""
+    query = (
+        f"SELECT confirmed_flush_lsn >= '{lsn}' FROM pg_replication_slots WHERE slot_name = 'headrace_shop'"
+    )
+    return server.psql(query) == "t"
+
+
 def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -175,3 +183,23 @@ def test_a_failover_slot_outlives_its_primary(pair: Pair, tmp_path: Path) -> Non
     Pipeline(make_project(tmp_path, standby.url)).run_once()
     report = verify(make_project(tmp_path, standby.url))
     assert all(finding.ok for finding in report.findings)
+
+
+@pytest.mark.parametrize("version", [16, 18])
+def test_capture_goes_on_when_the_standby_that_is_read_is_promoted(version: int, tmp_path: Path) -> None:
+    with PostgresServer(tmp_path / "primary", version) as primary:
+        primary.psql("CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'a')")
+        primary.psql("CREATE PUBLICATION headrace_shop FOR TABLE t WITH (publish_via_partition_root)")
+        with Standby(primary, tmp_path / "standby") as standby:
+            project = make_project(tmp_path, standby.url)
+            with snapshots_logged(primary):
+                Pipeline(project).run_once()
+            with running(project):
+                until(lambda: slot_health(standby.url, "headrace_shop").active)
+                primary.kill()
+                standby.promote()
+                standby.psql("INSERT INTO t VALUES (2, 'b')")
+                written = standby.psql("SELECT pg_current_wal_lsn()")
+                until(lambda: confirmed(standby, written))
+            Pipeline(project).run_once()
+            assert all(finding.ok for finding in verify(project).findings)
