@@ -96,6 +96,10 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         slot = "my_slot_1"
         publication = "My publication"
         heartbeat = "250ms"
+        lag_alarm = "64MiB"
+        restart_age_alarm = "1h"
+        failover = false
+        standby_url = "${env:SHOP_URL}"
         [log]
         max_group_bytes = "64KiB"
         group_linger = "0ms"
@@ -117,6 +121,10 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             slot="my_slot_1",
             publication="My publication",
             heartbeat=0.25,
+            lag_alarm=64 << 20,
+            restart_age_alarm=3600.0,
+            failover=False,
+            standby_url=Secret(URL),
         ),
     )
     assert project.log == LogConfig(max_group_bytes=65536, group_linger=0.0)
