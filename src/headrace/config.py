@@ -70,6 +70,8 @@ class SourceConfig:
     """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds, `spool_max` and
     `peek_temp_max` in bytes (0: never read in bulk).
 
+    `heartbeat` and `restart_age_alarm` are in seconds, `lag_alarm` in bytes. `failover` is None where it is
+    left to what the server can do; `standby_url` names the standby that is to take the slot over.
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
     Copies: how many connections read at once, how many bytes per second all of them may read (0: no
     limit), how large a chunk is on the source's disk (bytes), how old a snapshot grows (seconds).
@@ -95,6 +97,10 @@ class SourceConfig:
     origin: Literal["any", "none"] = "any"
     spool_max: int = 64 << 30
     peek_temp_max: int = 1 << 30
+    lag_alarm: int = 5 << 30
+    restart_age_alarm: float = 900.0
+    failover: bool | None = None
+    standby_url: Secret | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +243,12 @@ def _only(*allowed: str) -> Parser:
 
 _MILLISECONDS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Invalid(f"must be true or false, not {kind_of(value)}")
+    return value
 
 
 def _scaled(text: str, units: dict[str, int]) -> int | None:
@@ -394,6 +406,10 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "origin": _only("any", "none"),
         "spool_max": _size("1MiB", "65536GiB"),
         "peek_temp_max": _size("0B", "64GiB"),
+        "lag_alarm": _size("1MiB", "1024GiB"),
+        "restart_age_alarm": _duration("10s", "24h"),
+        "failover": _boolean,
+        "standby_url": lambda value: _url(value, root),
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'

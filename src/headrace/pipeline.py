@@ -1,6 +1,7 @@
 """The pipeline: the only place that wires, and what keeps it running.
 
-For each source three threads, each repeating one verb of its lane: capture, load, apply. A thread
+For each source three threads, each repeating one verb of its lane: capture, load, apply; and a fourth,
+which watches the source and does nothing but ring. A thread
 that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
 when it lasts; anything else stops that thread alone, with its reason, while the others go on.
 """
@@ -25,6 +26,8 @@ from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
 from headrace.memory import economise, give_back
 from headrace.server import Server
+from headrace.sources.postgres.slot import POINT
+from headrace.sources.postgres.watch import Watch
 from headrace.transform.evaluate import scrub
 from headrace.transform.folder import ModelFolder
 
@@ -68,6 +71,7 @@ class Pipeline:
         self._lock = take_state(project.state)
         try:
             self.lanes = open_lanes(project)
+            self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
             self._wait_for_destination()
         except BaseException:
             _forget_empty_logs(project.state)
@@ -84,6 +88,7 @@ class Pipeline:
         for lane in self.lanes:
             for verb in ("capture", "load", "apply"):
                 self._start(lane, verb)
+            self._guard(lane.config.name, self._watches[lane.config.name])
         ended: BaseException | None = None
         try:
             while ended is None and not self.stop.wait(_POLL):
@@ -115,10 +120,17 @@ class Pipeline:
 
     def status(self) -> dict[str, Any]:
         """Return what only the running process knows: `pid`, threads `stopped` and `waiting` with their
-        reasons, and the offset through which each source is `staged`."""
+        reasons, the offset through which each source is `staged`, and the `alarms` of its watch."""
         stopped = {name: str(error) for name, error in self._errors.items()}
         staged = {lane.config.name: lane.staging.through() for lane in self.lanes}
-        return {"pid": os.getpid(), "stopped": stopped, "waiting": dict(self._waits), "staged": staged}
+        alarms = {name: watch.alarms() for name, watch in self._watches.items()}
+        return {
+            "pid": os.getpid(),
+            "stopped": stopped,
+            "waiting": dict(self._waits),
+            "staged": staged,
+            "alarms": alarms,
+        }
 
     def close(self) -> None:
         """Give back log, staging and state folder."""
@@ -185,6 +197,11 @@ class Pipeline:
         thread = threading.Thread(target=self._keep, args=(name, steps[verb]), name=name)
         self._threads.append(thread)
         thread.start()
+
+    def _guard(self, name: str, watch: Watch) -> None:
+        """Start the thread that watches over a source."""
+        self._threads.append(threading.Thread(target=watch.run, args=(self.stop,), name=f"{name}.watch"))
+        self._threads[-1].start()
 
     def _keep(self, name: str, step: Callable[[], None]) -> None:
         """Repeat a step until the pipeline stops or the step fails for good."""
@@ -266,6 +283,10 @@ class Pipeline:
         return None
 
 
+def _watch(lane: Lane) -> Watch:
+    return Watch(lane.config, expected=lambda: bool(lane.log.note(POINT)))
+
+
 def _words(error: BaseException) -> str:
     """Say what an error is, without the cell values that a library may quote."""
     if isinstance(error, HeadraceError):
@@ -286,7 +307,10 @@ def _forget_empty_logs(state: Path) -> None:
 
 
 def take_state(state: Path) -> IO[str]:
-    """Become the owner of a state folder until the file is closed; raises StateInUse."""
+    """Take a state folder, for as long as what is returned is open.
+
+    Raises StateInUse while another process has it, UserError where it cannot be written.
+    """
     try:
         (state / "log").mkdir(mode=0o700, parents=True, exist_ok=True)
         state.chmod(0o700)

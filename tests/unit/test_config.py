@@ -100,6 +100,10 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         heartbeat = "250ms"
         origin = "none"
         spool_max = "1GiB"
+        lag_alarm = "64MiB"
+        restart_age_alarm = "1h"
+        failover = false
+        standby_url = "${env:SHOP_URL}"
         [log]
         max_group_bytes = "64KiB"
         group_linger = "0ms"
@@ -123,6 +127,10 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             heartbeat=0.25,
             origin="none",
             spool_max=1 << 30,
+            lag_alarm=64 << 20,
+            restart_age_alarm=3600.0,
+            failover=False,
+            standby_url=Secret(URL),
         ),
     )
     assert project.log == LogConfig(max_group_bytes=65536, group_linger=0.0)
@@ -300,6 +308,9 @@ def test_the_longest_source_name_makes_a_valid_slot(tmp_path: Path) -> None:
         ('publication = ""', "publication: must be a name of 1 to 63 bytes"),
         (f'publication = "{"é" * 32}"', "publication: must be a name of 1 to 63 bytes"),
         ('publication = "a\\nb"', "without control characters"),
+        ("failover = 1", "failover: must be true or false, not an integer"),
+        ('lag_alarm = "1B"', "lag_alarm"),
+        ('standby_url = "${env:NOPE_URL}"', "NOPE_URL is not set"),
         ("heartbeat = true", 'heartbeat: must be a string such as "10s", not a boolean'),
         ("heartbeat = 1.5", "not a float"),
         ('origin = "some"', 'origin: "some" is not supported; it must be "any" or "none"'),

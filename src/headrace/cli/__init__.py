@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Begin anew with a source after a gap, and repair what differs.",
     ),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
+    "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
 }
 """Each command's function and what it does; one without a function is a group of its own."""

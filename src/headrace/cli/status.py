@@ -17,7 +17,7 @@ from headrace.config import Project, SourceConfig, load_project
 from headrace.errors import HeadraceError
 from headrace.log.sqlite import SQLiteLog
 from headrace.server import ask, read
-from headrace.sources.postgres.health import lsn_text, slot_health
+from headrace.sources.postgres.health import age_text, lsn_text, size_text, slot_health
 
 _QUERIES = (
     'SELECT source, "offset", commit, committed_at FROM headrace.progress',
@@ -41,7 +41,8 @@ def status(
     Works beside a running pipeline and without one. Positions are LSNs (X/Y), sizes bytes, ages
     seconds. The object of --json:
 
-    - `project`; `running`, `pid`; `stopped` and `waiting`: reasons by thread (source.verb).
+    - `project`; `running`, `pid`; `stopped` and `waiting`: reasons by thread (source.verb); `alarms`: what
+      the watch of the running pipeline finds, a list of paragraphs by source.
     - `destination`: `path`, `error` (null, or why it could not be asked).
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
       - `position` (last durable in the log), `log`: `id`, `end`, `bytes`; `staged_through`
@@ -52,7 +53,8 @@ def status(
         `bytes`, `oldest_s`
       - `quarantine`: open records by cause: `issue`, `model`, `reason`, `columns`, `message`,
         `records`, `age_s`
-      - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason.
+      - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason; its `holder` is the
+        server's oldest open transaction, which keeps `restart_lsn` from moving on.
     """
     settings = load_project(project)
     report = gather(settings)
@@ -78,6 +80,7 @@ def gather(project: Project) -> dict[str, Any]:
         "pid": live["pid"] if live else None,
         "stopped": live["stopped"] if live else {},
         "waiting": live["waiting"] if live else {},
+        "alarms": live["alarms"] if live else {},
         "destination": {"path": str(project.destination.path), "error": error},
         "sources": [_source(project, source, live, tables) for source in project.sources],
     }
@@ -212,6 +215,9 @@ def _print(report: Mapping[str, Any]) -> None:
     for word in ("stopped", "waiting"):
         for name, reason in report[word].items():
             print(f"{word.upper()} {name}: {reason}")
+    for name, alarms in report["alarms"].items():
+        for alarm in alarms:
+            print(f"ALARM {name}: {alarm}")
     if report["destination"]["error"]:
         print(f"destination not asked: {report['destination']['error']}")
     for source in report["sources"]:
@@ -229,12 +235,15 @@ def _print_source(source: Mapping[str, Any]) -> None:
     if source["log"]:
         log, load = source["log"], source["load"]
         lines.append(
-            ("log", f"through {source['position'] or 'nothing'}, offset {log['end']}, {_size(log['bytes'])}")
+            (
+                "log",
+                f"through {source['position'] or 'nothing'}, offset {log['end']}, {size_text(log['bytes'])}",
+            )
         )
         lines.append(("staged", f"through offset {source['staged_through']}, {_behind(load)}"))
     if source["visible"]:
         visible = source["visible"]
-        words = f"all that was committed until {_age(visible['age_s'])} ago"
+        words = f"all that was committed until {age_text(visible['age_s'])} ago"
         lines.append(("visible", f"{words}; {visible['position']}, offset {visible['offset']}"))
     lines.append(("slot", _slot_words(source["slot"])))
     for name, words in lines:
@@ -270,7 +279,9 @@ def _print_models(models: Rows) -> None:
 def _print_causes(causes: Rows) -> None:
     columns = ("issue", "model", "records", "age", "reason", "columns", "message")
     print("quarantine, open records by cause (headrace quarantine list)")
-    print_table(columns, [[{**row, "age": _age(row["age_s"])}[name] for name in columns] for row in causes])
+    print_table(
+        columns, [[{**row, "age": age_text(row["age_s"])}[name] for name in columns] for row in causes]
+    )
 
 
 def _slot_words(slot: Mapping[str, Any]) -> str:
@@ -280,33 +291,18 @@ def _slot_words(slot: Mapping[str, Any]) -> str:
         return f"{slot['name']} does not exist"
     reader = f"read by pid {slot['active_pid']}" if slot["active"] else "nobody reads it"
     parts = [f"{slot['name']}: {reader}", str(slot["wal_status"])]
-    parts.append(f"confirmed {slot['confirmed_flush_lsn']}, {_size(slot['lag_bytes'])} behind")
-    age = "" if slot["restart_age_s"] is None else f" from {_age(slot['restart_age_s'])} ago on"
-    parts.append(f"the server keeps {_size(slot['retained_bytes'])} of WAL for it{age}")
+    parts.append(f"confirmed {slot['confirmed_flush_lsn']}, {size_text(slot['lag_bytes'])} behind")
+    age = "" if slot["restart_age_s"] is None else f" from {age_text(slot['restart_age_s'])} ago on"
+    parts.append(f"the server keeps {size_text(slot['retained_bytes'])} of WAL for it{age}")
     if slot["safe_wal_size"] is not None:
-        parts.append(f"{_size(slot['safe_wal_size'])} more are safe")
+        parts.append(f"{size_text(slot['safe_wal_size'])} more are safe")
+    if holder := slot["holder"]:
+        age = "" if holder["age_s"] is None else f", {age_text(holder['age_s'])} old"
+        parts.append(f"the oldest {holder['kind']} is {holder['id']} of {holder['user']}{age}")
     return "; ".join(parts)
 
 
 def _behind(backlog: Mapping[str, Any]) -> str:
     if backlog["oldest_s"] is None:
         return "nothing waits"
-    return f"{backlog['rows']} rows, {_size(backlog['bytes'])}, {_age(backlog['oldest_s'])}"
-
-
-def _size(number: int | None) -> str:
-    if number is None:
-        return "an unknown amount"
-    value, units = float(number), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(value) >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
-def _age(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.0f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+    return f"{backlog['rows']} rows, {size_text(backlog['bytes'])}, {age_text(backlog['oldest_s'])}"

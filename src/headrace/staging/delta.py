@@ -497,6 +497,8 @@ def _with_columns(part: pa.Table, columns: dict[str, pa.DataType]) -> pa.Table:
         part[name] if name in known else pa.nulls(part.num_rows, type_) for name, type_ in columns.items()
     ]
     return pa.table(cells, schema=pa.schema(list(columns.items())))
+
+
 def _as_the_source_says(table: pa.Table) -> pa.Table:
     return table.rename_columns([logical_name(name) for name in table.column_names])
 

@@ -10,7 +10,8 @@ import psycopg
 from headrace.change import Entry
 from headrace.config import SourceConfig
 from headrace.sources.postgres.connection import broke_off
-from headrace.sources.postgres.groups import Dated, GroupBuilder
+from headrace.sources.postgres.events import Dated
+from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.spool import SpoolSpace, StreamedTransactions
 from headrace.sources.postgres.stream import Stream

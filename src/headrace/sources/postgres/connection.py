@@ -38,10 +38,14 @@ BYTES_AS_THEY_ARE = (
     "SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false) "
     "WHERE pg_catalog.current_setting('server_encoding') = 'SQL_ASCII'"
 )
+LOCK_TIMEOUT = "2s"
+"""How long a statement of an ordinary connection waits for a lock: what waits stands in the queue, and
+whatever conflicts with it queues behind it. A bulk read waits, since nothing but DDL queues behind that."""
 
 
 def pinned_conninfo(url: str, **extra: str) -> str:
-    """Return the connection string of `url` with every pinned setting and keepalives."""
+    """Return the connection string of `url` with every pinned setting and keepalives; of `extra`, `options`
+    are added to those of the url, the others replace the url's."""
     given = conninfo.conninfo_to_dict(url)
     options = " ".join(f"-c {name}={value}" for name, value in PINNED.items() if name != "client_encoding")
     settings: dict[str, Any] = {
@@ -51,20 +55,22 @@ def pinned_conninfo(url: str, **extra: str) -> str:
         "keepalives_count": "3",
         **given,
         "client_encoding": "UTF8",
-        "options": f"{given.get('options', '')} {options}".strip(),
         **extra,
+        "options": " ".join((str(given.get("options", "")), options, extra.get("options", ""))).strip(),
     }
     return conninfo.make_conninfo("", **settings)
 
 
 def connect(url: str) -> psycopg.Connection[tuple[Any, ...]]:
-    """Open an ordinary connection in autocommit mode.
+    """Open an ordinary connection in autocommit mode, whose statements wait for locks 2 s at most.
 
     Raises SourceUnavailable where waiting may help, UserError where it will not (a wrong password,
     no such database).
     """
     try:
-        return psycopg.connect(pinned_conninfo(url), autocommit=True)
+        return psycopg.connect(
+            pinned_conninfo(url, options=f"-c lock_timeout={LOCK_TIMEOUT}"), autocommit=True
+        )
     except psycopg.OperationalError as error:
         raise refusal(url, error) from error
 
@@ -109,6 +115,12 @@ def refusal(url: str, error: Exception) -> SourceUnavailable | UserError:
         )
     if re.search(r'(database|role) ".*" does not exist', text):
         return UserError(f"{where}: {text}", "Check the source's url.")
+    if "certificate" in text:
+        return SourceUnavailable(
+            f"{where} cannot be trusted: {text}",
+            "Check in the source's url sslrootcert (who signed the server's certificate), the host (to whom "
+            "it was made out) and sslcert; Headrace keeps trying.",
+        )
     return SourceUnavailable(
         f"{where} cannot be reached: {text}",
         "Check that the server runs and the url is right; Headrace keeps trying.",

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from headrace.config import SourceConfig
 from headrace.errors import RESYNC, SourceGap
 from headrace.protocols import Log
-from headrace.sources.postgres.groups import Dated
+from headrace.sources.postgres.events import Dated
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.slot import durable_commit, epoch_of
 
@@ -76,7 +76,12 @@ class Continuity:
         """Return the commit time of the log's last transaction; None if it has none of this epoch."""
         last = self._log.last_commit()
         # What has no ordinal is a message outside of transactions.
-        if last is None or not last[0].ordinal or last[0].epoch != epoch_of(self._log) or last[0].commit != self._durable:
+        if (
+            last is None
+            or not last[0].ordinal
+            or last[0].epoch != epoch_of(self._log)
+            or last[0].commit != self._durable
+        ):
             return None
         return last[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import pyarrow as pa
 
@@ -46,6 +47,30 @@ class Transaction:
     committed_at: int
     rows: int
     origin: str = ""
+
+
+class Dated(Protocol):
+    """What is known of a transaction whose commit has come, whether its events have or not."""
+
+    @property
+    def serial(self) -> int:
+        """See `Transaction`."""
+        ...
+
+    @property
+    def commit(self) -> int:
+        """See `Transaction`."""
+        ...
+
+    @property
+    def xid(self) -> int:
+        """See `Transaction`."""
+        ...
+
+    @property
+    def committed_at(self) -> int:
+        """See `Transaction`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ from headrace.change import Entry, Position, TableId, TableSchema
 from headrace.payload import decode_rows, encode_rows
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.events import (
+    Dated,
     Event,
     Message,
     Relation,
@@ -62,19 +62,6 @@ class _OpenTransaction:
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
-
-
-class Dated(Protocol):
-    """A transaction whose commit is known, see `Transaction`."""
-
-    @property
-    def serial(self) -> int: ...
-    @property
-    def commit(self) -> int: ...
-    @property
-    def xid(self) -> int: ...
-    @property
-    def committed_at(self) -> int: ...
 
 
 class GroupBuilder:
@@ -238,9 +225,7 @@ def _split(events: Sequence[Event], done: int) -> tuple[list[Event], list[Event]
 class _Times:
     """Commit, time and id of transactions by serial."""
 
-    def __init__(
-        self, transactions: Sequence[Dated], after: int, last_commit_time: int, epoch: int
-    ) -> None:
+    def __init__(self, transactions: Sequence[Dated], after: int, last_commit_time: int, epoch: int) -> None:
         """`last_commit_time` is that of the transaction before these, 0 if none is known."""
         self.after = after
         self._epoch = epoch

@@ -22,6 +22,7 @@ from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection
 from headrace.sources.postgres.connection import connect_replication, place
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
+from headrace.sources.postgres.recovery import in_recovery
 from headrace.sources.postgres.slot import durable_commit, replication_error
 
 logger = logging.getLogger("headrace.capture")
@@ -85,10 +86,10 @@ def check_server(db: Connection, config: SourceConfig, log: Log) -> Server:
     Raises UserError for another server or database, SourceGap for one that lacks what the log holds,
     SourceUnavailable for a standby that is not promoted.
     """
-    refuse_standby(db, config)
+    _same_role(db, config, log)
     server = read_server(db)
     where = place(config.url.reveal())
-    _same_system(server, config, log)
+    same_system(server, config, log)
     known = log.note("database")
     if known and known != server.database:
         raise UserError(
@@ -102,14 +103,19 @@ def check_server(db: Connection, config: SourceConfig, log: Log) -> Server:
     return server
 
 
-def refuse_standby(db: Connection, config: SourceConfig) -> None:
-    """Raise SourceUnavailable where the url leads to a standby: its failover may not be over yet."""
-    row = db.execute("SELECT pg_is_in_recovery()").fetchone()
-    if row and row[0]:
+def _same_role(db: Connection, config: SourceConfig, log: Log) -> None:
+    """Wait where the url leads to a standby after a primary: its failover may not be over yet.
+
+    A project that began at a standby reads from standbys, and goes on when one is promoted.
+    """
+    if not in_recovery(db):
+        return
+    if log.note("system") and log.note("role") != "standby":
         raise SourceUnavailable(
             f"{place(config.url.reveal())} is a standby in recovery.",
             "Promote it, or point the url at the primary.",
         )
+    log.set_note("role", "standby")
 
 
 def read_timeline(config: SourceConfig, server: Server) -> tuple[Timeline, int]:
@@ -140,7 +146,7 @@ def adopt_server(log: Log, server: Server, timeline: Timeline) -> None:
 
 def forget_server(log: Log) -> None:
     """Take whatever server answers next for the one whose changes the log holds."""
-    for key in ("system", "version", "database", "timeline"):
+    for key in ("system", "version", "database", "timeline", "role"):
         log.set_note(key, "")
 
 
@@ -175,7 +181,8 @@ def parse_history(text: str) -> dict[int, int]:
     return {int(fields[0]): parse_lsn(fields[1]) for fields in lines if len(fields) >= 2}
 
 
-def _same_system(server: Server, config: SourceConfig, log: Log) -> None:
+def same_system(server: Server, config: SourceConfig, log: Log) -> None:
+    """Refuse a server of another system, or another version, than the one that filled the log."""
     known, version = log.note("system"), log.note("version")
     where = place(config.url.reveal())
     if version and version != str(server.version):

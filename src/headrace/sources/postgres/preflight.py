@@ -17,7 +17,9 @@ from headrace.keys import literal
 from headrace.sources.postgres.bulk import CAN_PEEK, PEEK_FUNCTIONS
 from headrace.sources.postgres.catalog import Connection, quoted
 from headrace.sources.postgres.connection import connect, connect_replication, place, without_password
+from headrace.sources.postgres.failover import failover_findings
 from headrace.sources.postgres.preflight_tables import Finding, Role, Table, read_tables, table_findings
+from headrace.sources.postgres.recovery import standby_findings
 
 __all__ = ["Finding", "Summary", "TableSummary", "inspect", "summarise"]
 
@@ -127,7 +129,7 @@ SELECT current_setting('server_version_num')::int, pg_is_in_recovery(),
 _ROLE = """
 SELECT r.rolname::text, r.rolsuper, r.rolreplication OR EXISTS (
     SELECT FROM pg_roles m WHERE m.rolname = 'rds_replication' AND pg_has_role(m.oid, 'MEMBER')),
-  has_database_privilege(current_database(), 'CREATE')
+  has_database_privilege(current_database(), 'CREATE'), pg_is_in_recovery()
 FROM pg_roles r WHERE r.rolname = current_user
 """
 
@@ -147,6 +149,8 @@ def _findings(db: Connection, config: SourceConfig, *, fresh: bool) -> Iterator[
     where = place(config.url.reveal())
     yield Finding("ok", f"{where} answers; login as {role.name}")
     yield from _kind_of_server(server)
+    if server.standby:
+        yield from standby_findings(db)
     yield from _wal(server)
     slot = _slot(db, config.slot)
     yield from _replication_right(config, server, role)
@@ -162,6 +166,7 @@ def _findings(db: Connection, config: SourceConfig, *, fresh: bool) -> Iterator[
         yield from _own_slot(config.slot, slot, server.database)
     yield from _wal_kept(server)
     yield from _bulk(db, config, role)
+    yield from failover_findings(db, config)
     yield from table_findings(db, config, role)
 
 
@@ -172,10 +177,6 @@ def _kind_of_server(server: _Server) -> Iterator[Finding]:
     else:
         remedy = f"Use a server of version {OLDEST} to {NEWEST}."
         yield Finding("fail", f"Postgres {major} is not supported", remedy)
-    if server.standby:
-        yield Finding(
-            "fail", "the server is a standby and takes no publication", "Name the primary in the url."
-        )
     if server.encoding == "SQL_ASCII":
         yield Finding(
             "warn",

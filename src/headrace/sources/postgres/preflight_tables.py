@@ -35,6 +35,8 @@ class Role(NamedTuple):
     replication: bool
     may_create: bool
     """Whether it may create a publication in this database."""
+    standby: bool
+    """Whether the server is a standby, which takes no statement of anybody's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,10 +346,14 @@ def _publication(
         )
     verb = "extend" if row else "make"
     what = f"role {role.name} cannot {verb} publication {name}: it {' and '.join(lacking)}"
-    yield Finding("fail", what, f"Let an administrator run: {statement}")
+    who = "an administrator run on the primary" if role.standby else "an administrator run"
+    yield Finding("fail", what, f"Let {who}: {statement}")
 
 
 def _lacking(missing: Iterable[Table], role: Role, *, exists: bool, ours: bool) -> Iterator[str]:
+    if role.standby:
+        yield "is on a standby, which takes it from its primary"
+        return
     if role.superuser:
         return
     if exists and not ours:

@@ -14,6 +14,7 @@ from headrace.sources.postgres.catalog import Connection, list_tables, qualified
 from headrace.sources.postgres.clauses import Clause, held_clauses, wanted_clauses
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import place
+from headrace.sources.postgres.locks import unless_locked
 from headrace.sources.postgres.preflight_tables import read_tables
 
 logger = logging.getLogger("headrace.capture")
@@ -89,9 +90,9 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
     listed = ", ".join(wanted[table].after(table) for table in missing)
     if not found:
         statement = f"CREATE PUBLICATION {name} FOR TABLE {listed} WITH (publish_via_partition_root = true)"
-        _run(db, config, [statement])
+        _run(db, config, [statement], missing)
     elif missing:
-        _run(db, config, [f"ALTER PUBLICATION {name} ADD TABLE {listed}"])
+        _run(db, config, [f"ALTER PUBLICATION {name} ADD TABLE {listed}"], missing)
     given_out = _give_out(db, config, tables)
     return bool(not found or missing or given_out)
 
@@ -141,7 +142,7 @@ def _replace(db: Connection, config: SourceConfig, table: TableId, now: Clause, 
         f"ALTER PUBLICATION {name} ADD TABLE {clause.after(table)}",
     ]
     try:
-        _run(db, config, statements)
+        _run(db, config, statements, [table])
     except UserError as error:
         enough = not now.columns or (clause.columns and set(clause.columns) <= set(now.columns))
         if now.where != clause.where or not enough:
@@ -151,12 +152,17 @@ def _replace(db: Connection, config: SourceConfig, table: TableId, now: Clause, 
     return True
 
 
-def _run(db: Connection, config: SourceConfig, statements: Sequence[str]) -> None:
+def _run(db: Connection, config: SourceConfig, statements: Sequence[str], tables: Sequence[TableId]) -> None:
     """Run statements in one transaction."""
     try:
-        with db.transaction():
+        with unless_locked(db, f"Source {config.name}: publishing", tables), db.transaction():
             for statement in statements:
                 db.execute(statement.encode())
+    except psycopg.errors.ReadOnlySqlTransaction as error:
+        raise UserError(
+            f"Source {config.name}: a standby takes no publication.",
+            f"Let an owner of the tables run on the primary: {'; '.join(statements)};",
+        ) from error
     except psycopg.errors.InsufficientPrivilege as error:
         raise UserError(
             f"Source {config.name}: the role may not make the publication: {str(error).strip()}.",
@@ -171,5 +177,9 @@ def withdraw(db: Connection, config: SourceConfig, table: TableId) -> None:
         [config.publication, *table],
     ).fetchone()
     if found:
-        statement = f"ALTER PUBLICATION {quoted(config.publication)} DROP TABLE {qualified(table)}"
-        db.execute(statement.encode())
+        _run(
+            db,
+            config,
+            [f"ALTER PUBLICATION {quoted(config.publication)} DROP TABLE {qualified(table)}"],
+            [table],
+        )

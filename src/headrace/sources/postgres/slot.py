@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import select
+import time
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import psycopg
@@ -12,7 +16,14 @@ from headrace.errors import RESYNC, HeadraceError, SourceGap, SourceUnavailable,
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, quoted
 from headrace.sources.postgres.connection import without_password
+from headrace.sources.postgres.health import oldest_transaction
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
+from headrace.sources.postgres.recovery import in_recovery
+
+alerts = logging.getLogger("headrace.alert")
+
+_STEP = 0.5
+_SAY_AFTER = 5.0
 
 POINT = "point"
 """The note that holds the position from which the slot delivers."""
@@ -48,17 +59,51 @@ def drop_unfinished(db: Connection, config: SourceConfig, log: Log) -> None:
         raise SourceUnavailable(f"The slot {slot} is still held by pid {row[0]}.") from error
 
 
-def create_slot(holder: psycopg.Connection[tuple[object, ...]], config: SourceConfig) -> tuple[int, str]:
-    """Create the slot; returns its consistent point and the name of the exported snapshot."""
-    slot = quoted(config.slot)
-    command = f"CREATE_REPLICATION_SLOT {slot} LOGICAL pgoutput (SNAPSHOT 'export')"
-    result = holder.pgconn.exec_(command.encode())
+def create_slot(
+    db: Connection, holder: Connection, config: SourceConfig, *, failover: bool
+) -> Generator[tuple[()], None, tuple[int, str]]:
+    """Create the slot over the replication connection `holder`; returns its consistent point and the name
+    of the exported snapshot.
+
+    The server waits for transactions that are open, however long they are. Yields meanwhile, twice a second,
+    so that the caller can stop: then the server is told to give up.
+    """
+    options = "SNAPSHOT 'export'" + (", FAILOVER true" if failover else "")
+    command = f"CREATE_REPLICATION_SLOT {quoted(config.slot)} LOGICAL pgoutput ({options})"
+    pgconn = holder.pgconn
+    pgconn.send_query(command.encode())
+    since, said = time.monotonic(), False
+    try:
+        while pgconn.flush() or pgconn.is_busy():
+            yield ()
+            select.select([pgconn.socket], [], [], _STEP)
+            pgconn.consume_input()
+            if not said and time.monotonic() - since > _SAY_AFTER:
+                alerts.warning("Source %s: the slot is not made yet: %s", config.name, _obstacle(db))
+                said = True
+    except GeneratorExit:
+        pgconn.get_cancel().cancel()
+        raise
+    result = pgconn.get_result()
+    assert result is not None
     if result.status != pq.ExecStatus.TUPLES_OK:
         raise replication_error(result, f"Source {config.name}: the slot cannot be created")
     point, snapshot = result.get_value(0, 1), result.get_value(0, 2)
     assert point is not None
     assert snapshot is not None
+    while pgconn.get_result() is not None:
+        pass
     return parse_lsn(point.decode()), snapshot.decode()
+
+
+def _obstacle(db: Connection) -> str:
+    if in_recovery(db):
+        return (
+            "a standby waits for the primary to log its running transactions. Run there: "
+            "SELECT pg_log_standby_snapshot();"
+        )
+    holder = oldest_transaction(db)
+    return f"it waits for transactions that are open; {holder}" if holder else "no transaction is open now"
 
 
 def check_resumable(db: Connection, config: SourceConfig, log: Log) -> Slot:

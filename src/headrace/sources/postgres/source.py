@@ -27,7 +27,11 @@ from headrace.sources.postgres.catalog import Connection, list_tables
 from headrace.sources.postgres.connection import broke_off, connect, connect_replication, place
 from headrace.sources.postgres.copier import Copier
 from headrace.sources.postgres.failover import keep_failover, wants_failover
-from headrace.sources.postgres.fingerprint import check_publication, expect_publication
+from headrace.sources.postgres.fingerprint import (
+    check_publication,
+    expect_publication,
+    publication_fingerprint,
+)
 from headrace.sources.postgres.follow import Follower, Limits, Progress, emit
 from headrace.sources.postgres.identity import check_server, forget_server
 from headrace.sources.postgres.lsn import format_lsn
@@ -221,8 +225,9 @@ class PostgresSource:
         db = self._catalog()
         again = bool(captured_tables(log))
         tables = captured_tables(log) or chosen_tables(db, self._config)
-        if publish(db, self._config, tables):
+        if publication_fingerprint(db, self._config.publication) is None:
             log.set_note("published", self._config.publication)
+        publish(db, self._config, tables)
         expect_publication(db, self._config, log)
         drop_unfinished(db, self._config, log)
         log.set_note("slot", self._config.slot)

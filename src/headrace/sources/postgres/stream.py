@@ -67,7 +67,9 @@ class Stream:
     """The slot's changes as they are committed, from LSN `after` on; 0 is where the slot stands.
 
     `system` and `timeline` say which server sends them, `backend` is the pid of its process, `heard` the
-    LSN up to which it says it has sent everything, when it last said so. A thread repeats the last report, so that the server does not end a connection whose owner is busy:
+    LSN up to which it says it has sent everything, when it last said so.
+
+    A thread repeats the last report, so that the server does not end a connection whose owner is busy:
     a large transaction may take longer to append than `wal_sender_timeout`.
 
     Raises SourceUnavailable from every method when the connection breaks.
