@@ -43,6 +43,8 @@ _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re
 
 
 MEMORY = 64 << 20
+QUERY_MEMORY = 512 << 20
+"""Bytes that an apply, and a query of a user, may take before they spill to disk."""
 
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
@@ -61,8 +63,8 @@ class DuckDBDestination:
         self._shaped: dict[str, dict[str, str]] = {}
 
     @contextmanager
-    def open(self, *, read_only: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
-        """Open the file for a moment.
+    def open(self, *, read_only: bool = False, memory: int = 0) -> Iterator[duckdb.DuckDBPyConnection]:
+        """Open the file for a moment; `memory` (bytes) is for work that needs more than an apply does.
 
         Raises DestinationBusy, naming the holder, while another process has it, and
         DestinationError when it cannot be opened at all.
@@ -92,7 +94,7 @@ class DuckDBDestination:
             connection.execute("SET enable_progress_bar = false")
             connection.execute("SET allocator_flush_threshold = '16MB'")
             connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
-            connection.execute(f"SET memory_limit = '{self._memory}B'")
+            connection.execute(f"SET memory_limit = '{max(memory, self._memory)}B'")
             if self._spill is not None:
                 connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
             yield connection
@@ -119,7 +121,7 @@ class DuckDBDestination:
                     raise UserError(
                         "Only queries are answered: the destination is written by the pipeline alone."
                     )
-            with self.open(read_only=read_only) as db:
+            with self.open(read_only=read_only, memory=QUERY_MEMORY) as db:
                 db.execute("BEGIN TRANSACTION READ ONLY")
                 return [db.sql(query).to_arrow_table() for query in queries]
         except duckdb.Error as error:

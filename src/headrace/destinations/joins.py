@@ -26,6 +26,8 @@ from headrace.protocols import Counts, Model, Prepared
 BESIDE = "headrace_joining"
 """The schema of tables that grow beside a live one."""
 
+_EXCHANGE_MEMORY = 256 << 20  # two hashes of every key, on both sides
+
 Phase = Literal["copy", "stream", "done"]
 
 _COLUMNS = 'model, source, version, "begin", "end", stands, phase, "offset", target'
@@ -124,7 +126,7 @@ class Joins:
         Returns the number of rows that were deleted and inserted for that in the live table.
         """
         written = 0
-        with self._destination.open() as db:
+        with self._destination.open(memory=_EXCHANGE_MEMORY if join.beside else 0) as db:
             db.execute("BEGIN")
             _check(db, join)
             if join.beside:
@@ -200,7 +202,7 @@ def _exchange(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> int:
     db.execute(
         f"""CREATE OR REPLACE TEMP TABLE _hr_differs AS SELECT coalesce(a.k, b.k) AS k
         FROM ({state.format(live)}) a FULL JOIN ({state.format(beside)}) b ON a.k = b.k
-        WHERE a.n IS DISTINCT FROM b.n OR a.r IS DISTINCT FROM b.r"""
+        WHERE a.n IS DISTINCT FROM b.n OR a.h0 IS DISTINCT FROM b.h0 OR a.h1 IS DISTINCT FROM b.h1"""
     )
     written = 0
     chosen = f"{mine} AND _source_key IN (SELECT k FROM _hr_differs)"
