@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -35,6 +36,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="at most about a minute; says little")
     parser.add_argument("--case", help="only this one")
     arguments = parser.parse_args()
+    # Told to stop, we still stop the servers and remove the folders.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.path.insert(0, str(Path(__file__).parent))
     module = importlib.import_module(arguments.name)
     if arguments.case not in (None, *module.CASES):

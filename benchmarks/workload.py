@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psycopg
-
 from rig import Rig
 
 TRANSACTION = 50
