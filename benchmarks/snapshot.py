@@ -33,13 +33,7 @@ def run(*, quick: bool, case: str | None = None) -> dict[str, Any]:
             rows = size
             rig.db.execute("VACUUM (FREEZE) orders")
             rig.db.execute("CHECKPOINT")
-            by_size[rows] = by_turns(
-                times,
-                {
-                    "ours": lambda: {"ours": rows / _copy(rig, rows)},  # noqa: B023 - called at once
-                    "rival": lambda: {"rival": rows / _rival(rig)},  # noqa: B023
-                },
-            )
+            by_size[rows] = _measure(rig, rows, times)
     speeds = {
         str(size): {who: round(statistics.median(run[who] for run in runs)) for who in ("ours", "rival")}
         for size, runs in by_size.items()
@@ -47,6 +41,16 @@ def run(*, quick: bool, case: str | None = None) -> dict[str, Any]:
     extra = {"rows": rows, "rows_per_second": speeds}
     rival = "COPY orders TO STDOUT (FORMAT binary) by psql > /dev/null"
     return {"unit": "rows/s", "cases": {"one_worker": (rival, by_size[rows], extra)}}
+
+
+def _measure(rig: Rig, rows: int, times: int) -> Runs:
+    return by_turns(
+        times,
+        {
+            "ours": lambda: {"ours": rows / _copy(rig, rows)},
+            "rival": lambda: {"rival": rows / _rival(rig)},
+        },
+    )
 
 
 def _copy(rig: Rig, rows: int) -> float:
