@@ -209,17 +209,13 @@ def pipeline_until(folder: Path, condition: str) -> tuple[float, float]:
             if time.monotonic() - begin > TIMEOUT:
                 raise TimeoutError(f"not within {TIMEOUT:.0f} s: {condition}")
             time.sleep(0.05)
-        return time.monotonic() - begin, peak_rss_mb(child.pid)
+        return time.monotonic() - begin, memory_mb(child.pid, "VmHWM")
 
 
-def peak_rss_mb(pid: int) -> float:
-    """Return the most memory that a process has had resident."""
-    return _status(pid, "VmHWM") / 1024
-
-
-def rss_mb(pid: int) -> float:
-    """Return the memory that a process has resident."""
-    return _status(pid, "VmRSS") / 1024
+def memory_mb(pid: int, field: str) -> float:
+    """Return a field of /proc/PID/status: VmRSS (resident now), VmHWM (at most), RssAnon (not of files)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return float(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) / 1024
 
 
 def cpu_seconds(pid: int) -> float:
@@ -249,8 +245,3 @@ def _first_things_first(key: str) -> tuple[bool, str]:
 
 def _command(verb: str, arguments: Sequence[object]) -> list[str]:
     return [sys.executable, str(_OURS), verb, *map(str, arguments)]
-
-
-def _status(pid: int, field: str) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return float(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
