@@ -27,8 +27,8 @@ from rig import SLOT, TIMEOUT, Case, Rig, Unavailable, by_turns, open_rig
 CASES = ("log", "duckdb")
 HEAP = "3g"
 TUNING = {
-    "max.batch.size": "16384",
-    "max.queue.size": "131072",
+    "max.batch.size": "8192",
+    "max.queue.size": "32768",
     "poll.interval.ms": "5",
     "snapshot.mode": "no_data",
     "tombstones.on.delete": "false",
