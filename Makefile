@@ -9,6 +9,7 @@ BUILT := $(wildcard src/headrace/sources/postgres/pgoutput*.so)
 INPUTS := pyproject.toml setup.py $(NATIVE) $(if $(BUILT),,FORCE)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 BENCH ?= end_to_end
+BENCH_FLAGS ?=
 
 .PHONY: demo test check bench clean FORCE
 .NOTPARALLEL:
@@ -24,8 +25,8 @@ check: $(VENV)/.dev ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## one benchmark: make bench BENCH=end_to_end
-	$(BIN)/python benchmarks/bench.py $(BENCH) --json
+bench: $(VENV)/.dev $(if $(filter debezium,$(BENCH)),$(VENV)/.bench) ## one benchmark: make bench BENCH=catchup
+	$(BIN)/python benchmarks/bench.py $(BENCH) --json $(BENCH_FLAGS)
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -42,6 +43,12 @@ $(VENV)/.dev: $(VENV)/.venv $(INPUTS)
 	@echo "Installing headrace with its tools for development (once) …"
 	@$(PIP) install --no-build-isolation --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+# 200 MB: only for the one benchmark that needs them.
+$(VENV)/.bench: $(VENV)/.dev
+	@echo "Installing Debezium's jars for its benchmark (once) …"
+	@$(PIP) install --no-build-isolation --editable '.[bench]'
+	@touch $@
 
 $(VENV)/.venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

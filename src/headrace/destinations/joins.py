@@ -195,10 +195,11 @@ def _exchange(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> int:
     """Write to the live table what differs from the one beside it, key by key."""
     live, beside = _sql_name(model), _sql_name(_target(join, model))
     mine = f"_source = {literal(join.source)}"
-    cells = ", ".join(quoted(name) for name in model.types())
-    state = (
-        f"SELECT _source_key AS k, count(*) AS n, min(row({cells})) AS r FROM {{}} WHERE {mine} GROUP BY k"
-    )
+    names = [quoted(name) for name in model.types()]
+    # Two hashes: one of 64 bits may meet by chance, both do not.
+    hashes = (f"hash({', '.join(cells)})::HUGEINT" for cells in (names, [*names[::-1], "'again'"]))
+    sums = ", ".join(f"sum({each}) AS h{i}" for i, each in enumerate(hashes))
+    state = f"SELECT _source_key AS k, count(*) AS n, {sums} FROM {{}} WHERE {mine} GROUP BY k"
     db.execute(
         f"""CREATE OR REPLACE TEMP TABLE _hr_differs AS SELECT coalesce(a.k, b.k) AS k
         FROM ({state.format(live)}) a FULL JOIN ({state.format(beside)}) b ON a.k = b.k

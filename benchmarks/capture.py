@@ -1,0 +1,19 @@
+"""Rows per second into the durable log over the stream, against `pg_recvlogical` on the same WAL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import catchup
+
+CASES = ("streaming",)
+STREAM_ONLY = ""  # lines of [source.shop] that keep the reader to the stream: it has no other way so far
+
+
+def run(*, quick: bool, case: str | None = None) -> dict[str, Any]:
+    assert case in (None, *CASES)
+    rows, times = (200_000, 2) if quick else (1_000_000, 5)
+    return {
+        "unit": "rows/s",
+        "cases": {"streaming": catchup.measure("small_tx", rows, times, STREAM_ONLY)},
+    }

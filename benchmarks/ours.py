@@ -1,0 +1,77 @@
+"""Headrace's side of a measurement, as a process of its own: `python ours.py VERB FOLDER …`.
+
+The last line of stdout is what was measured, as JSON. `seconds` begins when everything is imported and
+opened, just before the source is read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+from headrace.config import load_project
+from headrace.lane import Lane
+from headrace.pipeline import Pipeline, open_lanes
+
+
+def once(folder: str) -> None:
+    """Bring over what is committed now."""
+    Pipeline(load_project(Path(folder))).run_once()
+    print("{}")
+
+
+def pipeline(folder: str) -> None:
+    """Run until told to stop."""
+    stop = threading.Event()
+    _stop_on_sigterm(stop)
+    Pipeline(load_project(Path(folder)), stop).run()
+
+
+def capture(folder: str, head: str) -> None:
+    """Fill the durable log until it is past the LSN `head`."""
+    lane = _lane(folder)
+    before = lane.log.end().offset
+    begin = time.monotonic()
+    lane.capture(threading.Event(), until=int(head))
+    _tell(lane, before, time.monotonic() - begin)
+
+
+def copy(folder: str) -> None:
+    """Fill the durable log with the initial copy."""
+    lane = _lane(folder)
+    begin = time.monotonic()
+    for group in lane.source.read(lane.log):
+        entries = list(group)
+        if entries:
+            lane.log.append(entries)
+            lane.source.confirm(entries[-1].last)
+        if lane.log.note("copied") is not None:
+            break
+    _tell(lane, 0, time.monotonic() - begin)
+
+
+def _lane(folder: str) -> Lane:
+    project = load_project(Path(folder))
+    (project.state / "log").mkdir(parents=True, exist_ok=True)
+    (lane,) = open_lanes(project)
+    return lane
+
+
+def _tell(lane: Lane, before: int, seconds: float) -> None:
+    entries = [item.entry for item in lane.log.headers(before, lane.log.end().offset)]
+    rows = sum(entry.rows for entry in entries if entry.kind in ("rows", "copy"))
+    print(json.dumps({"seconds": seconds, "rows": rows}))
+    lane.close()
+
+
+def _stop_on_sigterm(stop: threading.Event) -> None:
+    import signal
+
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+
+if __name__ == "__main__":
+    {"once": once, "pipeline": pipeline, "capture": capture, "copy": copy}[sys.argv[1]](*sys.argv[2:])
