@@ -233,13 +233,13 @@ print((status("VmHWM") - begin) // 1024)
 
 
 def test_the_peak_of_memory_does_not_follow_the_transaction(tmp_path: Path) -> None:
-    """450,000 changes of 1 kB in one transaction, half a gigabyte decoded."""
+    """240,000 changes of 1 kB in one transaction, 260 MB decoded and more than that again in the engine."""
     make(tmp_path / "small", 1_000)
-    make(tmp_path / "large", 280_000, pad=1_000)
+    make(tmp_path / "large", 150_000, pad=1_000)
     command = [sys.executable, "-c", PEAK, str(Path(__file__).parent)]
     done = subprocess.run(
         [*command, str(tmp_path / "small"), str(tmp_path / "large")],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert int(done.stdout) < 320, f"{done.stdout} MB"
-    assert outcome(tmp_path / "large")[0][0][0] == 252_003
+    assert int(done.stdout) < 250, f"{done.stdout} MB"
+    assert outcome(tmp_path / "large")[0][0][0] == 135_003
