@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from headrace import values
 from headrace.change import TableId
 from headrace.document import (
     FILE_NAME,
@@ -23,8 +24,6 @@ from headrace.document import (
     Invalid,
     Parser,
     _lines,
-    kind_of,
-    quoted,
     read_text,
 )
 from headrace.errors import ConfigError
@@ -165,8 +164,10 @@ def load_project(folder: Path) -> Project:
     document = Document(read_text(root))
     sources = _sources(document, root)
     log = document.section("log", _LOG)
-    staging = document.section("staging", {"path": _path_in(root, "folder")})
-    destination = document.section("destination", {"type": _only("duckdb"), "path": _path_in(root, "file")})
+    staging = document.section("staging", {"path": values.path_in(root, "folder")})
+    destination = document.section(
+        "destination", {"type": values.only("duckdb"), "path": values.path_in(root, "file")}
+    )
     scale = document.section("scale", _SCALE)
     document.raise_mistakes()
     return Project(
@@ -222,193 +223,34 @@ def select_tables(patterns: Iterable[str], available: Iterable[TableId]) -> tupl
     return tuple(sorted({table for table in available if chosen(table)}))
 
 
-# ------------------------------------------------------------------------------------ the values
-
-
-def _text(value: object, example: str = "") -> str:
-    if not isinstance(value, str):
-        raise Invalid(f"must be a string{example}, not {kind_of(value)}")
-    return value
-
-
-def _only(*allowed: str) -> Parser:
-    def parse(value: object) -> str:
-        if _text(value) not in allowed:
-            names = " or ".join(f'"{name}"' for name in allowed)
-            raise Invalid(f"{quoted(_text(value))} is not supported; it must be {names}")
-        return _text(value)
-
-    return parse
-
-
-_MILLISECONDS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
-_BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise Invalid(f"must be true or false, not {kind_of(value)}")
-    return value
-
-
-def _scaled(text: str, units: dict[str, int]) -> int | None:
-    match = re.fullmatch(r"([0-9]{1,12})([A-Za-z]+)", text)
-    return int(match[1]) * units[match[2]] if match and match[2] in units else None
-
-
-def _ranged(number: int | None, shown: str, units: dict[str, int], least: str, most: str) -> int:
-    if number is None:
-        what, like = ("duration", '"250ms", "10s", "5m" or "2h"')
-        if units is _BYTES:
-            what, like = ("size", '"64KiB", "16MiB" or "1GiB", or as an integer of bytes')
-        raise Invalid(f"{shown} is not a {what}; write it like {like}")
-    if not (_scaled(least, units) or 0) <= number <= (_scaled(most, units) or 0):
-        raise Invalid(f'{shown} is out of range; allowed are "{least}" to "{most}"')
-    return number
-
-
-def _duration(least: str, most: str) -> Parser:
-    """Parse to seconds, within `least` and `most`."""
-
-    def parse(value: object) -> float:
-        text = _text(value, ' such as "10s"')
-        number = _scaled(text, _MILLISECONDS)
-        return _ranged(number, quoted(text), _MILLISECONDS, least, most) / 1_000
-
-    return parse
-
-
-def _size(least: str, most: str) -> Parser:
-    """Parse to bytes, within `least` and `most`."""
-
-    def parse(value: object) -> int:
-        if type(value) is int:
-            return _ranged(value, "this number of bytes", _BYTES, least, most)
-        text = _text(value, ' such as "16MiB", or an integer of bytes')
-        return _ranged(_scaled(text, _BYTES), quoted(text), _BYTES, least, most)
-
-    return parse
-
-
-def _count(least: int, most: int) -> Parser:
-    def parse(value: object) -> int:
-        if type(value) is not int:
-            raise Invalid(f"must be an integer, not {kind_of(value)}")
-        if not least <= value <= most:
-            raise Invalid(f"{value} is out of range; allowed are {least} to {most}")
-        return value
-
-    return parse
-
-
-def _path_in(root: Path, what: str) -> Parser:
-    def parse(value: object) -> Path:
-        text = _text(value)
-        if "${" in text:
-            raise Invalid("${…} is filled in only in the url and hash_salt of a source")
-        if not text.strip() or not text.isprintable() or "://" in text:
-            raise Invalid(f"must be the path of a local {what}; addresses are not supported")
-        return Path(os.path.normpath(root / _home(text)))
-
-    return parse
-
-
-def _home(text: str) -> Path:
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise Invalid("begins with ~ and there is no such home folder") from None
-
-
-def _slot(value: object) -> str:
-    if not re.fullmatch("[a-z0-9_]{1,63}", _text(value)):
-        raise Invalid(f"{quoted(_text(value))} cannot name a slot; allowed are 1 to 63 of a-z, 0-9 and _")
-    return _text(value)
-
-
-def _publication(value: object) -> str:
-    if not 0 < len(_text(value).encode()) <= 63 or not _text(value).isprintable():
-        raise Invalid("must be a name of 1 to 63 bytes without control characters")
-    return _text(value)
-
-
-def _patterns(value: object) -> tuple[str, ...]:
-    example = 'such as ["public.*", "!public.audit"]'
-    if not isinstance(value, list):
-        raise Invalid(f"must be an array of patterns {example}, not {kind_of(value)}")
-    wrong = [fault for pattern in value if (fault := _pattern_fault(pattern))]
-    if not wrong and all(pattern.startswith("!") for pattern in value):
-        wrong = [f"includes no table; begin with what to include, {example}"]
-    if wrong:
-        raise Invalid(*wrong)
-    return tuple(value)
-
-
-def _pattern_fault(pattern: object) -> str:
-    if not isinstance(pattern, str):
-        return f"a pattern must be a string, not {kind_of(pattern)}"
-    schema, _, name = pattern.removeprefix("!").partition(".")
-    clean = pattern.isprintable() and "://" not in pattern
-    if not (schema and name and clean) or schema != schema.strip() or name != name.strip():
-        return f'{quoted(pattern)} is not a pattern schema.table, such as "public.orders" or "!public.tmp_*"'
-    return ""
-
-
-def _columns(value: object) -> tuple[str, ...]:
-    example = 'such as ["public.users.email", "public.*.password"]'
-    if not isinstance(value, list):
-        raise Invalid(f"must be an array of patterns of columns {example}, not {kind_of(value)}")
-    wrong = [fault for pattern in value if (fault := _column_fault(pattern))]
-    if wrong:
-        raise Invalid(*wrong)
-    return tuple(value)
-
-
-def _column_fault(pattern: object) -> str:
-    if not isinstance(pattern, str):
-        return f"a pattern must be a string, not {kind_of(pattern)}"
-    parts = pattern.split(".")
-    clean = pattern.isprintable() and "://" not in pattern and not pattern.startswith("!")
-    if len(parts) < 3 or not clean or any(part != part.strip() for part in parts) or not all(parts):
-        return f'{quoted(pattern)} is not a pattern schema.table.column, such as "public.users.email"'
-    return ""
-
-
-def _condition(value: object) -> str:
-    text = _text(value, " with a condition in SQL")
-    if not text.strip() or "\0" in text:
-        raise Invalid("must be a condition in SQL, such as \"created_at >= '2024-01-01'\"")
-    return text.strip()
-
-
 # ------------------------------------------------------------------------------------- the source
 
-_LOG = {"max_group_bytes": _size("64KiB", "1GiB"), "group_linger": _duration("0ms", "10s")}
-_SCALE = {"freshness": _duration("100ms", "24h")}
+_LOG = {"max_group_bytes": values.size("64KiB", "1GiB"), "group_linger": values.duration("0ms", "10s")}
+_SCALE = {"freshness": values.duration("100ms", "24h")}
 
 
 def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
     parsers: dict[str, Parser] = {
-        "type": _only("postgres"),
+        "type": values.only("postgres"),
         "url": lambda value: _url(value, root),
-        "tables": _patterns,
-        "slot": _slot,
-        "publication": _publication,
-        "heartbeat": _duration("100ms", "1h"),
-        "copy_workers": _count(1, 64),
-        "copy_rate": _size("0B", "100GiB"),
-        "chunk_bytes": _size("64KiB", "1GiB"),
-        "max_snapshot_age": _duration("1s", "24h"),
-        "exclude": _columns,
-        "hash": _columns,
+        "tables": values.patterns,
+        "slot": values.slot,
+        "publication": values.publication,
+        "heartbeat": values.duration("100ms", "1h"),
+        "copy_workers": values.count(1, 64),
+        "copy_rate": values.size("0B", "100GiB"),
+        "chunk_bytes": values.size("64KiB", "1GiB"),
+        "max_snapshot_age": values.duration("1s", "24h"),
+        "exclude": values.columns,
+        "hash": values.columns,
         "hash_salt": lambda value: _salt(value, root),
         "where": lambda value: value,
-        "origin": _only("any", "none"),
-        "spool_max": _size("1MiB", "65536GiB"),
-        "peek_temp_max": _size("0B", "64GiB"),
-        "lag_alarm": _size("1MiB", "1024GiB"),
-        "restart_age_alarm": _duration("10s", "24h"),
-        "failover": _boolean,
+        "origin": values.only("any", "none"),
+        "spool_max": values.size("1MiB", "65536GiB"),
+        "peek_temp_max": values.size("0B", "64GiB"),
+        "lag_alarm": values.size("1MiB", "1024GiB"),
+        "restart_age_alarm": values.duration("10s", "24h"),
+        "failover": values.boolean,
         "standby_url": lambda value: _url(value, root),
     }
     tables = document.values.get("source", {})
@@ -440,9 +282,9 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
 
 def _conditions(document: Document, path: tuple[str, ...], raw: object) -> tuple[tuple[str, str], ...]:
     """Parse the table `where`: each key a pattern of tables, each value a condition."""
-    parsers: dict[str, Parser] = dict.fromkeys(raw, _condition) if isinstance(raw, dict) else {}
+    parsers: dict[str, Parser] = dict.fromkeys(raw, values.condition) if isinstance(raw, dict) else {}
     for pattern in parsers:
-        fault = _pattern_fault(pattern)
+        fault = values.pattern_fault(pattern)
         if pattern.startswith("!"):
             fault = "a pattern of where includes; it cannot begin with !"
         if fault:
@@ -451,14 +293,14 @@ def _conditions(document: Document, path: tuple[str, ...], raw: object) -> tuple
 
 
 def _salt(value: object, root: Path) -> Secret:
-    salt = _filled(_text(value), root)
+    salt = _filled(values.string(value), root)
     if len(salt) < MIN_SALT:
         raise Invalid(f"must have at least {MIN_SALT} characters, or what it hides can be guessed")
     return Secret(salt)
 
 
 def _url(value: object, root: Path) -> Secret:
-    text = _filled(_text(value), root)
+    text = _filled(values.string(value), root)
     try:
         place_of(text)
     except ValueError as error:
@@ -501,7 +343,7 @@ def _referred(kind: str, name: str, root: Path) -> str:
 
 
 def _secret_file(name: str, root: Path) -> str:
-    path = root / _home(name)
+    path = root / values.home(name)
     fault = ""
     try:
         with path.open("rb") as file:

@@ -33,25 +33,11 @@ from deltalake.transaction import AddAction
 from headrace.change import Copy, CopyMark, LoggedEntry, Offset, Position, TableId, TableSchema, shape_in
 from headrace.errors import HeadraceError, LogError
 from headrace.failpoints import failpoint
-from headrace.payload import BEFORE, HEAD, UNCHANGED, decode_rows
 from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
 from headrace.staging.folders import commit_name, decode, encode, fsync, mend_tail
-from headrace.staging.naming import logical_name, physical_names
+from headrace.staging.naming import physical_names
+from headrace.staging.rows import HISTORY, META, as_the_source_says, event_row, no_rows, staged, with_columns
 
-HISTORY = TableId("", "_history")
-"""The internal table that holds the entries which are not rows: shapes, and markers of copies."""
-
-_META = {
-    "_op": pa.string(),
-    "_epoch": pa.int64(),
-    "_commit": pa.int64(),
-    "_ordinal": pa.int64(),
-    "_offset": pa.int64(),
-    "_committed_at": pa.int64(),
-    "_txid": pa.int64(),
-    "_unchanged": UNCHANGED,
-    "_before": BEFORE,
-}
 _NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 PIECE_BYTES = 16 << 20
 """How much is decoded at once: of one write, and of what `pieces` yields. An entry is never cut."""
@@ -181,11 +167,11 @@ class DeltaStaging:
         if entry.kind in ("schema", "marker"):
             pending.events.append(item)
             if item.offset > self._version(HISTORY):
-                pending.add(HISTORY, _event_row(item))
+                pending.add(HISTORY, event_row(item))
             if shape := shape_in(entry.kind, entry.payload):
-                pending.add(shape.table, _no_rows(shape))
+                pending.add(shape.table, no_rows(shape))
         elif entry.table is not None and item.offset > self._version(entry.table):
-            pending.add(entry.table, _staged(item))
+            pending.add(entry.table, staged(item))
         pending.through = item.offset
         if item.ends_group:
             pending.group_end = item.offset
@@ -277,7 +263,7 @@ class DeltaStaging:
         """Read at least `rows` changes, or `piece_bytes` (if there are as many), that end at offset
         `before`, backwards by whole files; return them in order with the offset before the first file's."""
         staged = self._tables[table]
-        parts = [_as_the_source_says(self._empty(staged)).select(columns)]
+        parts = [as_the_source_says(self._empty(staged)).select(columns)]
         first = 1
         for file in reversed(_overlapping(staged.files, 0, before)):
             parts.insert(1, self._load(staged, [file], 0, before).select(columns))
@@ -334,7 +320,7 @@ class DeltaStaging:
                 offsets = part["_offset"]
                 part = part.filter(pc.and_(pc.greater(offsets, after), pc.less_equal(offsets, through)))
             parts.append(part)
-        return _as_the_source_says(pa.concat_tables(parts, promote_options="default"))
+        return as_the_source_says(pa.concat_tables(parts, promote_options="default"))
 
     def _empty(self, staged: _Table) -> pa.Table:
         return pa.schema(list(staged.columns.items())).empty_table()
@@ -368,15 +354,15 @@ class DeltaStaging:
     def _append(self, table: TableId, parts: list[pa.Table], through: Offset) -> None:
         columns: dict[str, pa.DataType] = {}
         for part in parts:
-            columns.update({f.name: f.type for f in part.schema if f.name not in _META})
+            columns.update({f.name: f.type for f in part.schema if f.name not in META})
         known = self._tables.get(table)
-        names = physical_names(known.columns if known else _META, columns)
+        names = physical_names(known.columns if known else META, columns)
         columns = {names[name]: type_ for name, type_ in columns.items()}
         parts = [part.rename_columns([names[name] for name in part.column_names]) for part in parts]
         staged = known or self._create(table, columns)
         if parts:
             self._widen(staged, columns)
-            whole = [_with_columns(part, staged.columns) for part in parts if part.num_rows]
+            whole = [with_columns(part, staged.columns) for part in parts if part.num_rows]
             if whole:  # one part is not copied: it may be one large value
                 data = whole[0] if len(whole) == 1 else pa.concat_tables(whole).combine_chunks()
                 self._commit(staged, data, through)
@@ -414,7 +400,7 @@ class DeltaStaging:
     def _create(self, table: TableId, columns: dict[str, pa.DataType]) -> _Table:
         path = self._folder(table)
         path.mkdir(parents=True, exist_ok=True)
-        full = {**columns, **_META}
+        full = {**columns, **META}
         delta = DeltaTable.create(
             path,
             schema=Schema.from_arrow(pa.schema(list(full.items()))),
@@ -476,49 +462,6 @@ class DeltaStaging:
         self._tables[table] = staged
 
 
-def _staged(item: LoggedEntry) -> pa.Table:
-    """Turn one log entry into staged rows. A truncate is one row of op `t`: everything before it is over."""
-    entry = item.entry
-    if entry.kind in ("rows", "copy"):
-        batch = pa.Table.from_batches([decode_rows(entry.payload)])
-    else:
-        head = ["t", entry.last.commit, entry.last.ordinal, entry.committed_at, 0]
-        batch = pa.table({name: [value] for name, value in zip(HEAD, head, strict=True)})
-    constant = pa.array([entry.first.epoch, item.offset], pa.int64())
-    for name, value in zip(("_epoch", "_offset"), constant, strict=True):
-        batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
-    return batch
-
-
-def _with_columns(part: pa.Table, columns: dict[str, pa.DataType]) -> pa.Table:
-    """Return a part with just these columns; those that it lacks are null."""
-    known = set(part.schema.names)
-    cells = [
-        part[name] if name in known else pa.nulls(part.num_rows, type_) for name, type_ in columns.items()
-    ]
-    return pa.table(cells, schema=pa.schema(list(columns.items())))
-
-
-def _as_the_source_says(table: pa.Table) -> pa.Table:
-    return table.rename_columns([logical_name(name) for name in table.column_names])
-
-
-def _no_rows(shape: TableSchema) -> pa.Table:
-    """Return a table's columns without a row: the raw table has them from its schema entry on."""
-    columns = [(column.name, pa.string()) for column in shape.columns]
-    return pa.schema([*columns, *_META.items()]).empty_table()
-
-
-def _event_row(item: LoggedEntry) -> pa.Table:
-    entry = item.entry
-    assert entry.table is not None
-    cells = {"kind": entry.kind, "table_schema": entry.table.schema, "table_name": entry.table.name}
-    row = _staged(item)
-    for name, text in {**cells, "content": entry.payload.decode()}.items():
-        row = row.append_column(name, pa.array([text]))
-    return row
-
-
 def _overlapping(files: Sequence[_File], after: Offset, through: Offset) -> Sequence[_File]:
     """Return the files of a table, which follow one another, with changes in `(after, through]`."""
     begin = bisect_right(files, after, key=lambda file: file.last)
@@ -526,5 +469,5 @@ def _overlapping(files: Sequence[_File], after: Offset, through: Offset) -> Sequ
 
 
 def _arrow_columns(delta: DeltaTable) -> dict[str, pa.DataType]:
-    known: dict[str, Any] = dict(_META)
+    known: dict[str, Any] = dict(META)
     return {f.name: known.get(f.name, pa.string()) for f in delta.schema().fields}
