@@ -267,16 +267,16 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         if not re.fullmatch("[a-z][a-z0-9_]*", name) or len(name) > MAX_SOURCE_NAME:
             rule = f"a source's name is 1 to {MAX_SOURCE_NAME} of a-z, 0-9 and _, and begins with a letter"
             document.fail(path, rule, section=True)
-        values = document.table(path, table, parsers)
+        given = document.table(path, table, parsers)
         if "url" not in table:
             document.fail((*path, "url"), 'missing; add for example url = "${env:SHOP_URL}"')
-        if "where" in values:
-            values["where"] = _conditions(document, (*path, "where"), values["where"])
-        if values.get("hash") and "hash_salt" not in table:
+        if "where" in given:
+            given["where"] = _conditions(document, (*path, "where"), given["where"])
+        if given.get("hash") and "hash_salt" not in table:
             example_salt = 'missing; hash needs it: hash_salt = "${env:HEADRACE_HASH_SALT}"'
             document.fail((*path, "hash_salt"), example_salt)
-        if "url" in values:
-            found.append(source_config(name, **values))
+        if "url" in given:
+            found.append(source_config(name, **given))
     return tuple(found)
 
 
