@@ -30,7 +30,7 @@ RATE = 200  # transactions per second
 CLIENTS = 4
 NICENESS = 19
 RAMP = 2.0  # seconds at each window's beginning that do not count
-COPY_BUDGET = ""  # lines of [source.shop] that bound the copy's load on the source: nothing does so far
+COPY_BUDGET = 'copy_workers = 1\ncopy_rate = "4MiB"\n'
 
 _SELECTED = 'tables = ["public.pgbench_*", "!public.pgbench_history"]\n'
 _COPIED = 'tables = ["public.orders"]\nslot = "headrace_copy"\npublication = "headrace_copy"\n'

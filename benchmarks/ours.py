@@ -10,11 +10,13 @@ import json
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 from headrace.config import load_project
 from headrace.lane import Lane
 from headrace.pipeline import Pipeline, open_lanes
+from headrace.sources.postgres.tables import read_states
 
 
 def once(folder: str) -> None:
@@ -43,13 +45,15 @@ def copy(folder: str) -> None:
     """Fill the durable log with the initial copy."""
     lane = _lane(folder)
     begin = time.monotonic()
-    for group in lane.source.read(lane.log):
-        entries = list(group)
-        if entries:
-            lane.log.append(entries)
-            lane.source.confirm(entries[-1].last)
-        if lane.log.note("copied") is not None:
-            break
+    with closing(lane.source.read(lane.log)) as groups:
+        for group in groups:
+            if group:
+                lane.log.append(group)
+                if position := lane.log.position():
+                    lane.source.confirm(position)
+            states = read_states(lane.log).values()
+            if states and all(state.stage in ("catching_up", "live") for state in states):
+                break
     _tell(lane, 0, time.monotonic() - begin)
 
 

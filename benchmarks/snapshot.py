@@ -18,7 +18,7 @@ from rig import SLOT, TIMEOUT, Rig, Runs, by_turns, open_rig, ours
 from headrace.testing.postgres import clean_environment
 
 CASES = ("one_worker",)
-ONE_WORKER = ""  # lines of [source.shop] that keep the copy to one worker: it has no more so far
+ONE_WORKER = "copy_workers = 1\n"
 
 
 def run(*, quick: bool, case: str | None = None) -> dict[str, Any]:
