@@ -28,6 +28,7 @@ from headrace.joining import Joiner
 from headrace.keys import identity
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Part, Prepared, Slice
+from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, read_states
 from headrace.staging.delta import DeltaStaging
@@ -95,8 +96,8 @@ class Lane:
         states = read_states(self.log).values()
         if not states or any(state.stage in UNFINISHED for state in states):
             return False
-        position = self.log.position()
-        return position is not None and position.commit > lsn
+        # What the slot was made behind is in the copies.
+        return durable_commit(self.log) > lsn
 
     def load(self) -> bool:
         """Stage what comes next; False when all of the log is staged."""
@@ -145,15 +146,19 @@ class Lane:
             if copy is None:
                 continue
             try:
-                if self.joiner.step(model, copy, self._stands or {}, running, self._reached, self._alert_all):
-                    self._stands = None
-                    return True
+                step = self.joiner.step(
+                    model, copy, self._stands or {}, running, self._reached, self._alert_all
+                )
             except ModelBroken as error:
                 self._suspend(model.name, model.version, error)
                 return True
             except BaseException:
                 self._stands = None
                 raise
+            if step in ("begin", "attach"):
+                self._stands = None
+            if step != "wait":
+                return True
         return False
 
     def _apply_next(self, staged: Offset) -> bool:

@@ -52,7 +52,8 @@ def once(project: Project) -> None:
 
 def raw(project: Project) -> list[dict[str, Any]]:
     (lane,) = open_lanes(project, read_only=True)
-    return lane.staging.read(TableId("public", "t"), 0, lane.staging.through()).to_pylist()
+    staging, of = lane.staging, TableId("public", "t")
+    return staging.history(of, staging.copy(of, staging.through()), staging.through()).to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_text_of_a_known_encoding_is_converted(
     once(project)
     changes = [(row["_op"], row["k"], row["v"]) for row in raw(project)]
     assert changes == [
-        ("t", None, None), ("r", "a" + text, text), ("c", "b" + text, text), ("u", "a" + text, text + "!")
+        ("r", "a" + text, text), ("c", "b" + text, text), ("u", "a" + text, text + "!")
     ]  # fmt: skip
     assert [finding for finding in verify(project).findings if not finding.ok] == []
 

@@ -52,6 +52,7 @@ def test_a_value_of_100_mb_arrives_in_a_few_times_its_memory(tmp_path: Path) -> 
             assert int(done.stdout) < PEAK * MIB, "MiB above what the process takes by itself"
         expected = server.psql("SELECT md5(v) FROM t").splitlines()
     (lane,) = open_lanes(load_project(tmp_path), read_only=True)
-    cells = lane.staging.read(TableId("public", "t"), 0, lane.staging.through())["v"]
+    staging, of = lane.staging, TableId("public", "t")
+    cells = staging.history(of, staging.copy(of, staging.through()), staging.through())["v"]
     found = [hashlib.md5(memoryview(cell.as_buffer())).hexdigest() for cell in cells if cell.is_valid]
     assert found == expected

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.change import TableId
+from headrace.change import TableId, TableSchema
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError
 from headrace.pipeline import Pipeline, open_lanes
@@ -68,12 +69,20 @@ def once(project: Project) -> None:
 
 
 def raw(project: Project, table: str, schema: str = "public") -> list[dict[str, Any]]:
-    """Every staged change of a table but its beginning: operation and cells."""
+    """Every copied row and staged change of a table, in source order: operation and cells."""
+    names = [column.name for column in shape(project, table, schema).columns]
+    return history(project, table, schema).select(["_op", *names]).to_pylist()
+
+
+def shape(project: Project, table: str, schema: str = "public") -> TableSchema:
     (lane,) = open_lanes(project, read_only=True)
-    staging = lane.staging
-    names = [column.name for column in staging.schemas(staging.through())[TableId(schema, table)].columns]
-    rows = staging.read(TableId(schema, table), 0, staging.through())
-    return [row for row in rows.select(["_op", *names]).to_pylist() if row["_op"] != "t"]
+    return lane.staging.schemas(lane.staging.through())[TableId(schema, table)]
+
+
+def history(project: Project, table: str, schema: str = "public") -> pa.Table:
+    (lane,) = open_lanes(project, read_only=True)
+    staging, of = lane.staging, TableId(schema, table)
+    return staging.history(of, staging.copy(of, staging.through()), staging.through())
 
 
 def quoted(name: str) -> str:
@@ -159,9 +168,8 @@ def test_columns_that_are_gone_or_generated_are_in_neither_way(
     server.psql("INSERT INTO t VALUES (2, 20, DEFAULT, DEFAULT, 'b')", "generated")
     server.psql("ALTER TABLE t DROP COLUMN v CASCADE; INSERT INTO t (id, w) VALUES (3, 'c')", "generated")
     once(project)
-    (lane,) = open_lanes(project, read_only=True)
-    rows = lane.staging.read(TableId("public", "t"), 0, lane.staging.through()).to_pylist()
-    assert [(row["_op"], row["id"], row["v"], row["w"]) for row in rows if row["_op"] != "t"] == [
+    rows = history(project, "t").to_pylist()
+    assert [(row["_op"], row["id"], row["v"], row["w"]) for row in rows] == [
         ("r", "1", "10", "a"), ("c", "2", "20", "b"), ("c", "3", None, "c")
     ]  # fmt: skip
     assert not {"gone", "twice", "thrice"} & set(rows[0])

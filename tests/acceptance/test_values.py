@@ -233,10 +233,10 @@ def once(project: Project) -> None:
 
 
 def raw(project: Project, table: str, schema: str = "public") -> list[dict[str, Any]]:
-    """Every staged change of a table, in order."""
+    """Every copied row and staged change of a table, in source order."""
     (lane,) = open_lanes(project, read_only=True)
-    staging = lane.staging
-    return staging.read(TableId(schema, table), 0, staging.through()).to_pylist()
+    staging, of = lane.staging, TableId(schema, table)
+    return staging.history(of, staging.copy(of, staging.through()), staging.through()).to_pylist()
 
 
 def printed(url: str, table: str, columns: dict[str, str]) -> dict[int, dict[str, str | None]]:

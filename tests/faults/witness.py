@@ -218,8 +218,6 @@ def in_our_log(project: Project) -> list[Told]:
                 name for name in batch.schema.names[len(HEAD) :] if name not in ("_unchanged", "_before")
             ]
             for row in batch.to_pylist():
-                if row["_op"] == "r":
-                    continue
                 cells = {name: row[name] for name in names}
                 unchanged = frozenset(row.get("_unchanged") or ())
                 before = row.get("_before")

@@ -36,7 +36,8 @@ from headrace.config import source_config
 from headrace.errors import MalformedMessage, SourceUnavailable, UserError
 from headrace.payload import decode_rows
 from headrace.secret import Secret
-from headrace.sources.postgres import groups, spool
+from headrace.sources.postgres import shapes, spool
+from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.pgoutput import (
     Decoder,
@@ -49,6 +50,8 @@ from headrace.sources.postgres.pgoutput import (
     Transaction,
     Truncate,
 )
+from headrace.sources.postgres.roster import Roster
+from headrace.sources.postgres.shapes import Shapes
 from headrace.sources.postgres.spool import Spool, SpoolSpace, StreamedTransactions
 from headrace.sources.postgres.stream import stream_options
 
@@ -351,19 +354,24 @@ def test_groups_are_the_same_wherever_they_are_cut(
     after: int,
 ) -> None:
     """Rows of two tables and messages, taken at any place, come once, in order, with their commits."""
-    monkeypatch.setattr(groups, "name_types", lambda _, types: [("text", "")] * len(types))
+    monkeypatch.setattr(shapes, "name_types", lambda _, types: [("text", "")] * len(types))
+    config = source_config("shop", Secret("postgresql://h/d"))
+    known = {shape.table: shape for shape in map(shape_of, (ITEMS, PLAIN))}
     decoder = Decoder()
     builder = GroupBuilder(
-        {TableId(r.schema, r.name): shape_of(r) for r in (ITEMS, PLAIN)},
-        Mock(),
+        Shapes(known, Mock(), config, Mock()),
+        Roster("shop", known, {}),
+        Policy(config),
         SpoolSpace("shop", tmp_path_factory.getbasetemp(), 1 << 30),
     )
     entries: list[Entry] = []
     expected = []
-    messages = [described(ITEMS), described(PLAIN)]
+    messages = []
     for number, size in enumerate(sizes, 1):
         lsn = number * 100
         messages += [logical(b"", transactional=False, lsn=lsn - 50), begin(lsn)]
+        if number == 1:
+            messages += [described(ITEMS), described(PLAIN)]
         expected.append((lsn - 49, 0))
         for ordinal in range(1, size + 1):
             change = [insert(ITEM, "a"), insert(PLAIN.id, "b"), logical()][ordinal % 3]

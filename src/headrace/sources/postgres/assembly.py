@@ -66,11 +66,11 @@ class Assembler:
             self._gathering_since = None
             transactions, events = self._decoder.take()
             self._check(transactions)
-            yield from self._whole(self._builder.build(transactions, events, self._after))
+            yield from whole(self._url, self._builder.build(transactions, events, self._after))
         if committed:
             self._check([committed])
             pieces = committed.replay(self._decoder, self._max_bytes // _PIECES)
-            yield from self._whole(self._builder.replay(committed, pieces, self._after))
+            yield from whole(self._url, self._builder.replay(committed, pieces, self._after))
 
     @property
     def idle(self) -> bool:
@@ -78,10 +78,10 @@ class Assembler:
         return not self._decoder.pending_bytes and not self._decoder.in_transaction
 
     def pause(self, longest: float) -> float:
-        """Return how many seconds nothing is due, if nothing arrives."""
-        if self._gathering_since is None:
+        """Return how many seconds, at most `longest`, nothing is due, if nothing arrives."""
+        if self._gathering_since is None or self._decoder.in_transaction:
             return longest
-        return max(0.0, self._gathering_since + self._linger - time.monotonic())
+        return min(longest, max(0.0, self._gathering_since + self._linger - time.monotonic()))
 
     def _due(self) -> bool:
         if not self._decoder.pending_bytes:
@@ -92,18 +92,23 @@ class Assembler:
         too_big = self._decoder.pending_bytes >= self._max_bytes
         return too_big or (now - self._gathering_since >= self._linger and not self._decoder.in_transaction)
 
-    def _whole(self, entries: Iterable[Entry]) -> Iterator[Iterable[Entry]]:
-        """Yield a group unless it is known to be empty."""
-        if not entries:
-            return
-        group = self._guarded(entries)
-        yield group
-        if next(group, None) is not None:
-            raise RuntimeError("a group was not taken to its end")
 
-    def _guarded(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """Make the entries of a group, which asks the source for the names of types."""
-        try:
-            yield from entries
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            raise broke_off(self._url, error) from error
+def whole(url: str, entries: Iterable[Entry]) -> Iterator[Iterable[Entry]]:
+    """Yield a group unless it is known to be empty; it is to be taken to its end.
+
+    Its entries may be made as they are taken, far from here, which asks the source behind `url` for the
+    names of types: then SourceUnavailable says that the connection broke.
+    """
+    if not entries:
+        return
+    group = _guarded(url, entries)
+    yield group
+    if next(group, None) is not None:
+        raise RuntimeError("a group was not taken to its end")
+
+
+def _guarded(url: str, entries: Iterable[Entry]) -> Iterator[Entry]:
+    try:
+        yield from entries
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        raise broke_off(url, error) from error

@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -25,11 +25,13 @@ from headrace.change import Entry
 from headrace.config import SourceConfig
 from headrace.errors import SourceUnavailable
 from headrace.keys import literal
+from headrace.sources.postgres.assembly import whole
 from headrace.sources.postgres.catalog import Connection, quoted
 from headrace.sources.postgres.connection import connect_bulk, place, without_password
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.pgoutput import Decoder
+from headrace.sources.postgres.stream import origin_option
 
 logger = logging.getLogger("headrace.capture")
 
@@ -119,6 +121,7 @@ class Bulk:
         self._ratio: float | None = None
         self._usable = config.peek_temp_max > 0
         self._held = False  # whether the server enforces `_temp_max`
+        self._origin: str | None = None  # the value of pgoutput's option, where the server has it
         self._vain = (0, 0)  # where the last peek that gave nothing began, and how long it was
 
     def worthwhile(self, db: Connection, durable: int) -> bool:
@@ -127,15 +130,18 @@ class Bulk:
 
     def read(
         self, db: Connection, builder: GroupBuilder, durable: Callable[[], int]
-    ) -> Iterator[Sequence[Entry]]:
+    ) -> Generator[Iterable[Entry]]:
         """Yield groups of whole transactions beyond `durable()` until streaming is the better way.
 
         `durable` tells the commit up to which the log is durable; it must have moved when the iterator
-        is asked for more than a group. Yields an empty group at least twice a second while the server
-        prepares a result. What the server refuses is logged, and left to the stream.
+        is asked for more than a group. A group is to be taken to its end: that of a large transaction is
+        made meanwhile. Yields an empty group at least twice a second while the server prepares a result.
+        What the server refuses is logged, and left to the stream.
 
-        Raises SourceUnavailable when the connection breaks.
+        Raises SourceUnavailable when the connection breaks, UserError for a setting that the server does
+        not know.
         """
+        self._origin = origin_option(self._config, db.info.server_version)
         if not self._may_peek(db) or not self._beyond(db, durable(), WORTHWHILE):
             return
         yield from self._released(db)
@@ -181,7 +187,7 @@ class Bulk:
         row = db.execute(_STANDING, [self._config.slot]).fetchone() if self._usable else None
         return Standing(*(parse_lsn(str(lsn)) for lsn in row[:3])) if row else None
 
-    def _released(self, db: Connection) -> Iterator[Sequence[Entry]]:
+    def _released(self, db: Connection) -> Iterator[Iterable[Entry]]:
         """Wait until nobody holds the slot."""
         deadline = time.monotonic() + _RELEASED_WITHIN
         while (row := db.execute(_STANDING, [self._config.slot]).fetchone()) and row[3]:
@@ -197,7 +203,7 @@ class Bulk:
             return False
         return self._plan(replace(standing, confirmed=max(standing.confirmed, durable))) is not None
 
-    def _confirm(self, db: Connection, connection: Any, durable: int) -> Iterator[Sequence[Entry]]:
+    def _confirm(self, db: Connection, connection: Any, durable: int) -> Iterator[Iterable[Entry]]:
         """Let the slot follow the log, which moves its `restart_lsn` too; the server decodes to do so."""
         standing = self._standing(db)
         if standing is not None and standing.confirmed < durable:
@@ -252,7 +258,7 @@ class Bulk:
         builder: GroupBuilder,
         durable: Callable[[], int],
         upto: int,
-    ) -> Iterator[Sequence[Entry]]:
+    ) -> Iterator[Iterable[Entry]]:
         begin, after, rows, size = time.monotonic(), durable(), 0, 0
         with _Query(connection, self._peek(upto)) as query:
             for messages in query.batches():
@@ -260,10 +266,10 @@ class Bulk:
                 while at < len(messages):
                     at = decoder.push_many(messages, at, self._max_bytes)
                     if decoder.pending_bytes >= self._max_bytes:
-                        yield list(builder.build(*decoder.take(), after))
+                        yield from whole(self._url, builder.build(*decoder.take(), after))
                 rows, size = rows + len(messages), size + messages.nbytes
                 yield ()
-        yield list(builder.build(*decoder.take(), after))
+        yield from whole(self._url, builder.build(*decoder.take(), after))
         self._vain = (after, upto - after) if durable() == after else (0, 0)
         if rows:
             self._ratio = max(1.0, _MARGIN * (size + _ROW_OVERHEAD * rows) / (upto - after))
@@ -280,6 +286,8 @@ class Bulk:
             "publication_names": quoted(self._config.publication),
             "messages": "true",
         }
+        if self._origin is not None:
+            options["origin"] = self._origin
         listed = ", ".join(literal(text) for option in options.items() for text in option)
         return (
             f"SELECT data FROM pg_logical_slot_peek_binary_changes({literal(self._config.slot)}, "

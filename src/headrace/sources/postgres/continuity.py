@@ -23,8 +23,8 @@ class Continuity:
     """Watches what a restarted server sends again until the log's last transaction has come.
 
     A run of the server in which that was seen is remembered in the note `server_run`; as long as it
-    lasts, nothing can be restored under us and `after` is the log's end. Otherwise it is 0: from
-    wherever the slot stands.
+    lasts, nothing can be restored under us, and a stream may start at the log's end. Otherwise it is to
+    start from wherever the slot stands.
     """
 
     def __init__(self, config: SourceConfig, log: Log, run: str, confirmed: int) -> None:
@@ -44,14 +44,10 @@ class Continuity:
         return self._open
 
     def confirmable(self, lsn: int) -> int:
-        """Return what may be confirmed where the log holds `lsn`: nothing (0) while it is open whether the
-        server still has that, since a slot that has moved up would hide the gap."""
+        """Return what may be confirmed, and from where a stream may start, where the log holds `lsn`:
+        nothing (0) while it is open whether the server still has that, since a slot that has moved up
+        would hide the gap."""
         return 0 if self._open else lsn
-
-    @property
-    def after(self) -> int:
-        """The LSN to start the stream from; 0 where the slot stands."""
-        return 0 if self._open else self._durable
 
     def check(self, transactions: Sequence[Dated]) -> None:
         """Look at transactions in the order in which they are sent.
@@ -63,9 +59,18 @@ class Continuity:
         for transaction in transactions:
             if transaction.commit >= self._durable:
                 if (transaction.commit, transaction.committed_at) != (self._durable, self._committed_at):
-                    raise SourceGap(self._words(transaction), RESYNC.format(source=self._source))
+                    place = f"{format_lsn(transaction.commit)} ({_time(transaction.committed_at)})"
+                    raise self._gap(f"goes on with one at {place}")
                 self._close()
                 return
+
+    def check_heard(self, heard: int) -> None:
+        """Look at the LSN up to which the server says it has sent everything, all of which was checked.
+
+        Raises SourceGap when the log's last commit lies before it and that transaction was not there.
+        """
+        if self._open and heard > self._durable:
+            raise self._gap(f"has sent everything up to {format_lsn(heard)}")
 
     def _close(self) -> None:
         self._open = False
@@ -85,12 +90,13 @@ class Continuity:
             return None
         return last[1]
 
-    def _words(self, found: Dated) -> str:
+    def _gap(self, instead: str) -> SourceGap:
         assert self._committed_at is not None
-        return (
+        return SourceGap(
             f"Source {self._source}: the log holds a transaction committed at {format_lsn(self._durable)} "
-            f"({_time(self._committed_at)}), but the server has none there and goes on with one at "
-            f"{format_lsn(found.commit)} ({_time(found.committed_at)}): it was restored to an earlier state."
+            f"({_time(self._committed_at)}), but the server has none there and {instead}: it was restored to "
+            "an earlier state.",
+            RESYNC.format(source=self._source),
         )
 
 

@@ -99,7 +99,7 @@ class Copier:
         self._states = TableStates(log)
         self._tables: dict[TableId, _Table] = {}
         self._jobs: deque[_Job] = deque()
-        self._ready: queue.Queue[Group | BaseException] = queue.Queue(maxsize=2)
+        self._ready: queue.Queue[tuple[_Table, Group] | BaseException] = queue.Queue(maxsize=2)
         self._wake = threading.Condition()
         self._stop = threading.Event()
         self._pace = _Pace(config.copy_rate, self._stop)
@@ -135,7 +135,11 @@ class Copier:
             if state.stage not in UNFINISHED or table in self._tables:
                 continue
             known = marks.get(table, [])
-            under_way = bool(known) and known[-1][1].kind != "end" and known[0][0].epoch == self._epoch
+            of_this_epoch = bool(known) and known[0][0].epoch == self._epoch
+            if of_this_epoch and known[-1][1].kind == "end" and state.stage != "requested":
+                self._states.move([table], "live")  # its end became durable, and then nothing was said of it
+                continue
+            under_way = of_this_epoch and known[-1][1].kind != "end"
             if state.stage == "requested" or not under_way or not self._take_up(table, known):
                 self.start(table, state.reason, after=self._log.end().offset)
 
@@ -150,12 +154,15 @@ class Copier:
         Raises SourceUnavailable when a worker has lost its connection.
         """
         self.snapshots.expire()
-        with suppress(queue.Empty):
-            while True:
-                item = self._ready.get_nowait()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+        # No more than those: workers that read faster than the log takes would never let the stream have
+        # its turn.
+        for _ in range(self._ready.qsize()):
+            item = self._ready.get_nowait()
+            if isinstance(item, BaseException):
+                raise item
+            table, group = item
+            if self._is_current(table):  # else it would count as a part of the copy that has begun since
+                yield group
         for table in list(self._tables.values()):
             if table.is_whole and reached >= max(table.commits):
                 mark = CopyMark("end", floor=min(table.commits), ceiling=max(table.commits))
@@ -262,7 +269,7 @@ class Copier:
             self._wake.wait_for(lambda: self._jobs or self._stop.is_set())
             return None if self._stop.is_set() else self._jobs.popleft()
 
-    def _hand_over(self, item: Group | BaseException) -> None:
+    def _hand_over(self, item: tuple[_Table, Group] | BaseException) -> None:
         while not self._stop.is_set():
             with suppress(queue.Full):
                 self._ready.put(item, timeout=0.2)
@@ -281,7 +288,7 @@ class Copier:
         table.schema = TableSchema(shape.table, shape.columns, shape.key, version)
         mark = CopyMark("begin", table.schema, bounds, table.after, table.reason)
         begin = self._marker(table, 0, mark)
-        self._hand_over(Group(iter([begin]), partial(self._begun, table, bounds), table.schema))
+        self._hand_over((table, Group(iter([begin]), partial(self._begun, table, bounds), table.schema)))
 
     def _encoded(self, table: TableId, batch: pa.RecordBatch, commit: int, after: int, now: int) -> bytes:
         cells = self._policy.apply(table, self._undecodable.escape(table, batch))
@@ -320,12 +327,8 @@ class Copier:
             cursor.execute(select_text(table.schema, partitioned, ") AND (".join(chosen)))
             for batch in cursor.fetch_record_batch():
                 if batch.num_rows:
-                    rows.add(
-                        batch.num_rows,
-                        encode_rows(
-                            as_changes(self._policy.apply(table.id, batch), snapshot.commit, ordinal, now)
-                        ),
-                    )
+                    payload = self._encoded(table.id, batch, snapshot.commit, ordinal, now)
+                    rows.add(batch.num_rows, payload)
                     ordinal += batch.num_rows
                     failpoint("source.copy.batch")
                 self._pace.spend(batch.nbytes)
@@ -335,7 +338,7 @@ class Copier:
                 raise _ChangedMeanwhile("it was rewritten or truncated")
         bulk.rollback()
         entries = self._entries(rows, table, part, snapshot, now)
-        self._hand_over(Group(entries, partial(self._counted, table, part, snapshot.commit)))
+        self._hand_over((table, Group(entries, partial(self._counted, table, part, snapshot.commit))))
 
     def _entries(
         self, rows: _Spool, table: _Table, part: Range, snapshot: Snapshot, now: int

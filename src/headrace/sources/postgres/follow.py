@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,9 +104,11 @@ class Follower:
         space = self._space()
         try:
             builder = self._builder(space)
-            for group in bulk.read(self._db, builder, lambda: self._progress.confirmed):
-                yield group
-                yield from self._between(builder)
+            # Closed at once whatever ends this: a peek that goes on holds the slot.
+            with closing(bulk.read(self._db, builder, lambda: self._progress.confirmed)) as groups:
+                for group in groups:
+                    yield group
+                    yield from self._between(builder)
         finally:
             space.close()
 
@@ -115,7 +117,7 @@ class Follower:
     ) -> Iterator[Iterable[Entry]]:
         """Stream from where the log ends; return when it is far behind."""
         after = durable_commit(self._log)
-        stream = Stream(self._config, continuity.after, streaming=streaming)
+        stream = Stream(self._config, continuity.confirmable(after), streaming=streaming)
         space = self._space()
         try:
             watchman = Watchman(self._db, self._config, self._log, server, stream)
@@ -131,12 +133,16 @@ class Follower:
                 yield from self._between(builder)
                 watchman.check_if_due()
                 if not more and assembler.idle:
+                    continuity.check_heard(stream.heard)
                     yield from self._heard(stream, after)
-                if not more or breath.due():
+                rests = not more or breath.due()
+                if rests:
                     yield ()
-                if asked or not more:
+                if asked or rests:
                     stream.report(continuity.confirmable(self._progress.confirmed), always=asked)
-                if look.due() and bulk.worthwhile(self._db, self._progress.confirmed):
+                # While it is open whether the server has all that the log holds, only a stream can tell.
+                may_look = not continuity.is_open and look.due()
+                if may_look and bulk.worthwhile(self._db, self._progress.confirmed):
                     return
                 if not more:
                     stream.wait(assembler.pause(_COPYING if self._copier.busy else _IDLE))
@@ -177,10 +183,8 @@ class Follower:
 
     def _builder(self, space: SpoolSpace) -> GroupBuilder:
         log, config = self._log, self._config
-        # A table whose copy has not begun may have another shape, or another key, than it once had.
-        waiting = {table for table, state in read_states(log).items() if state.stage == "requested"}
-        known = {table: shape for table, shape in log.schemas().items() if table not in waiting}
-        shapes = Shapes(known, self._db, config, self._on_rewrite)
+        waiting = [table for table, state in read_states(log).items() if state.stage == "requested"]
+        shapes = Shapes(log.schemas(), self._db, config, self._on_rewrite, waiting)
         roster = Roster(config.name, captured_tables(log), captured_oids(log))
         return GroupBuilder(shapes, roster, Policy(config), space, epoch_of(log))
 

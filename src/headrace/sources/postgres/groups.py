@@ -186,7 +186,8 @@ class GroupBuilder:
         One that the log does not know waits for its first row: the server describes a partition too,
         whose rows then come under the name of its root.
         """
-        return self._log_shape(event, times) if _table(event.relation) in self._shapes else []
+        known = _table(event.relation) in self._shapes and self._roster.admits(event.relation)
+        return self._log_shape(event, times) if known else []
 
     def _version(
         self, relation: Relation, serial: int, ordinal: int, times: _Times, entries: list[Entry]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import psycopg
 
 from headrace.config import SourceConfig
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, UserError
 from headrace.keys import literal
 from headrace.sources.postgres.bulk import CAN_PEEK, PEEK_FUNCTIONS
 from headrace.sources.postgres.catalog import Connection, quoted
@@ -20,6 +20,7 @@ from headrace.sources.postgres.connection import connect, connect_replication, p
 from headrace.sources.postgres.failover import failover_findings
 from headrace.sources.postgres.preflight_tables import Finding, Role, Table, read_tables, table_findings
 from headrace.sources.postgres.recovery import standby_findings
+from headrace.sources.postgres.stream import origin_option
 
 __all__ = ["Finding", "Summary", "TableSummary", "inspect", "summarise"]
 
@@ -149,6 +150,7 @@ def _findings(db: Connection, config: SourceConfig, *, fresh: bool) -> Iterator[
     where = place(config.url.reveal())
     yield Finding("ok", f"{where} answers; login as {role.name}")
     yield from _kind_of_server(server)
+    yield from _origin(server, config)
     if server.standby:
         yield from standby_findings(db)
     yield from _wal(server)
@@ -184,6 +186,13 @@ def _kind_of_server(server: _Server) -> Iterator[Finding]:
             "that are not UTF-8 are kept as U+0000, \\x and their bytes in hex",
             "Dump it and restore it into one that has: CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0;",
         )
+
+
+def _origin(server: _Server, config: SourceConfig) -> Iterator[Finding]:
+    try:
+        origin_option(config, server.version)
+    except UserError as error:
+        yield Finding("fail", str(error), error.remedy)
 
 
 def _wal(server: _Server) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from headrace.change import RESERVED, Column, TableId, TableSchema
 from headrace.config import SourceConfig
@@ -21,16 +21,6 @@ from headrace.sources.postgres.events import Relation
 from headrace.sources.postgres.publication import amend
 
 logger = logging.getLogger("headrace.capture")
-alerts = logging.getLogger("headrace.alert")
-
-
-def alert_rewrite(table: TableId, reason: str) -> None:
-    """Say that the rows at rest of a table are not what the source has now."""
-    alerts.warning(
-        "SCHEMA of %s changed: %s. Rows that no later change touches do not show it: `headrace verify`.",
-        table,
-        reason,
-    )
 
 
 class Shapes:
@@ -41,9 +31,12 @@ class Shapes:
         known: Mapping[TableId, TableSchema],
         catalog: Connection,
         config: SourceConfig,
-        on_rewrite: Callable[[TableId, str], None] = alert_rewrite,
+        on_rewrite: Callable[[TableId, str], None],
+        waiting: Collection[TableId] = (),
     ) -> None:
-        """`on_rewrite` is called with a table and a reason when rows that it has are no longer what the
+        """Tables `waiting` for a copy may have become anything since the log knew them.
+
+        `on_rewrite` is called with a table and a reason when rows that it has are no longer what the
         log says, because the source changed them without a word in the stream. It is called before the
         group with that change is out, and again if that group is built again."""
         self._known = dict(known)
@@ -51,6 +44,7 @@ class Shapes:
         self._config = config
         self._policy = Policy(config)
         self._on_rewrite = on_rewrite
+        self._waiting = set(waiting)
 
     def __getitem__(self, table: TableId) -> TableSchema:
         return self._known[table]
@@ -61,6 +55,7 @@ class Shapes:
     def adopt(self, shape: TableSchema) -> None:
         """Take over the shape that a copy has logged for its table."""
         self._known[shape.table] = shape
+        self._waiting.discard(shape.table)
 
     def learn(self, relation: Relation) -> TableSchema | None:
         """Return the shape of a relation if it is another than the one that is known, which it replaces.
@@ -75,7 +70,7 @@ class Shapes:
         shape = self._shape(relation, known)
         if known is not None and known.same_shape(shape):
             return None
-        if known is not None:
+        if known is not None and table not in self._waiting:
             self._compare(known, shape)
         self._known[table] = shape
         return shape
@@ -109,7 +104,7 @@ class Shapes:
     ) -> tuple[str, ...]:
         """Return the key of a table whose replica identity is all of its `columns`: the catalog knows the
         primary key; without one it is none, and the rows are a multiset."""
-        if known is not None and set(known.key) <= set(columns):
+        if known is not None and table not in self._waiting and set(known.key) <= set(columns):
             return known.key
         shape = read_shapes(self._catalog, [table]).get(table)
         return shape.key if shape is not None and set(shape.key) <= set(columns) else ()

@@ -87,6 +87,7 @@ class PostgresSource:
         refuse_torn_down(self._config, log)
         try:
             db = self._plain = connect(self._url)
+            self._resync.clear()  # before the note is read: one that is asked for meanwhile ends this again
             if log.note(_RESYNC):
                 self._start_anew(log)
             server = check_server(db, self._config, log)
@@ -179,7 +180,6 @@ class PostgresSource:
             log.set_note(POINT, "")
         forget_server(log)
         log.set_note(_RESYNC, "")
-        self._resync.clear()
 
     def _take_requests(self, log: Log, copier: Copier) -> None:
         """Carry out what `change_tables` and `request_resync` have made durable."""
@@ -199,6 +199,8 @@ class PostgresSource:
 
     def _copy_again(self, log: Log, table: TableId, reason: str) -> None:
         """Have a table copied again whose rows at rest are not what the source has now."""
+        if table not in captured_tables(log):
+            return  # removed, and the stream has not heard of that yet
         alerts.warning("SCHEMA of %s changed: %s. It is copied again beside its stream.", table, reason)
         TableStates(log).move([table], "requested", reason)
         self._requests.append(table)

@@ -53,14 +53,25 @@ def stream_options(config: SourceConfig, server_version: int, *, streaming: bool
         "messages 'true'",
         f"streaming '{'on' if streaming else 'off'}'",
     ]
+    if (origin := origin_option(config, server_version)) is not None:
+        options.append(f"origin '{origin}'")
+    return ", ".join(options)
+
+
+def origin_option(config: SourceConfig, server_version: int) -> str | None:
+    """Return the value of pgoutput's option `origin`, None for a server that has no such option.
+
+    Raises UserError where the settings need it all the same.
+    """
+    major = server_version // 10_000
     if major >= 16:
-        options.append(f"origin '{config.origin}'")
-    elif config.origin != "any":
+        return config.origin
+    if config.origin != "any":
         raise UserError(
             f'Source {config.name}: origin = "{config.origin}" needs Postgres 16, the server is {major}.',
             f"Leave origin out of [source.{config.name}], or use a newer server.",
         )
-    return ", ".join(options)
+    return None
 
 
 class Stream:
