@@ -118,8 +118,10 @@ def capture(log: SQLiteLog, config: SourceConfig, until: int, groups: int = 0, m
                 return False
             if entries:
                 log.append(entries)
-                source.confirm(entries[-1].last)
-                if entries[-1].last.commit > until:
+                reached = log.position()
+                assert reached is not None
+                source.confirm(reached)
+                if reached.commit > until:
                     return True
             assert time.monotonic() < deadline
     raise AssertionError("a source has no end")
