@@ -44,6 +44,8 @@ alerts = logging.getLogger("headrace.alert")
 
 _LOAD_BYTES = 32 << 20
 _SLICE_BYTES = 32 << 20
+_NO_VERSION = ""
+"""The version that a model is suspended with for what its table is: any runs once the table fits."""
 
 
 class Lane:
@@ -383,17 +385,18 @@ class Lane:
 
     def _put_aside(self, stands: dict[str, ModelState]) -> None:
         """Retire what the project no longer has, and suspend models of tables that are not captured."""
-        staged = self.staging.through()
-        requested = any(state.stage == "requested" for state in self._tables.values())
-        if not staged or self._read_only or requested:
+        if not self._tables or self._read_only:
             return
-        named = {name for name, _, _ in self._named(staged)}
+        # Those count that are to be staged yet, too: their models wait.
+        captured = {table.label for table, state in self._tables.items() if state.stage != "removed"}
+        modelled = {text.table for text in self._texts}
+        named = {f"{self.config.name}.{label}" for label in captured - modelled}
         for text in self._texts:
-            if text.name not in named:
-                named.add(text.name)
+            named.add(text.name)
+            if text.table not in captured:
                 reason = f"raw.{text.source}.{text.table} is not captured."
                 remedy = f"Mend models/{text.name}.sql, or add the table to [source.{text.source}] tables."
-                self._suspend(text.name, text.version, ModelBroken(text.name, reason, remedy))
+                self._suspend(text.name, _NO_VERSION, ModelBroken(text.name, reason, remedy))
         for name, state in stands.items():
             if name not in named and state.state != "retired":
                 logger.info("%s is no longer a model of this project: its table stays as it is", name)
@@ -401,13 +404,13 @@ class Lane:
 
     def _bind(self, schema: TableSchema, text: ModelText | None, through: Offset) -> RowModel | HeadraceError:
         copied = mirror(self.config.name, schema)
-        name, version = (text.name, text.version) if text else (copied.name, copied.version)
+        name = text.name if text else copied.name
         try:
             tables = () if text else self.staging.schemas(through)
             refuse_twins(name, schema, tables)
             return bind(text, schema) if text else copied
         except HeadraceError as error:
-            self._suspend(name, version, error)
+            self._suspend(name, _NO_VERSION, error)
             return error
 
     def _suspend(self, name: str, version: str, error: HeadraceError) -> None:

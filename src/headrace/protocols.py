@@ -10,6 +10,7 @@ a replay is a sink that starts again from an earlier offset.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -95,7 +96,12 @@ class Log(Protocol):
         ...
 
     def set_note(self, key: str, value: str) -> None:
-        """Record a fact durably."""
+        """Record a fact durably; while a group is appended, by whoever makes its entries together with it,
+        by anyone else after it, however long that takes."""
+        ...
+
+    def writing(self) -> AbstractContextManager[object]:
+        """Return what keeps every other thread from writing, so that a note can be read and changed."""
         ...
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 
-from headrace.change import TableId, TableSchema, shape_in
+from headrace.change import Entry, Mark, TableId, TableSchema, shape_in
 from headrace.config import Project, load_project
 from headrace.payload import HEAD, decode_rows
-from headrace.pipeline import open_lanes
+from headrace.pipeline import Pipeline, open_lanes
+from headrace.sources.postgres.catalog import read_shapes
+from headrace.sources.postgres.connection import connect
 from headrace.sources.postgres.tables import read_states
 from headrace.testing.postgres import INSTALLS, PostgresServer
+from headrace.verify import verify
 
 TABLES = """plain defaulted volatile identity dropped renamed readded middle widened retyped full_
 gone""".split()  # noqa: SIM905
@@ -25,6 +31,12 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[PostgresServer]:
     with PostgresServer(tmp_path_factory.mktemp("pg"), request.param) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def newest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("pg")) as server:
         yield server
 
 
@@ -265,3 +277,114 @@ def test_a_table_that_is_gone_before_its_changes_are_read(
     (lane,) = open_lanes(project, read_only=True)
     state = read_states(lane.log)[TableId("public", "gone")]
     assert (state.stage, state.reason) == ("failed", "Table public.gone is gone.")
+
+
+AT_REST = {
+    "ALTER TABLE {} ALTER v TYPE text USING 'no. ' || v": ["column v changed from integer to text"],
+    "ALTER TABLE {} ADD COLUMN n text DEFAULT left(random()::text, 8)": [
+        "column n was added with a value for old rows"
+    ],
+    "ALTER TABLE {} ADD COLUMN n integer DEFAULT 7": ["column n was added with a value for old rows"],
+    "ALTER TABLE {} RENAME v TO value": ["columns v may be called value now"],
+}
+"""Statements that change rows of which the stream says nothing."""
+
+
+def made(folder: Path, url: str, *lines: str) -> Project:
+    listed = "\n".join([f'[source.pg]\nurl = "{url}"', *lines])
+    (folder / "headrace.toml").write_text(listed + '\n[destination]\npath = "warehouse.duckdb"\n')
+    return load_project(folder)
+
+
+def database(server: PostgresServer, name: str) -> str:
+    server.psql(f"CREATE DATABASE {name}")
+    return server.url.removesuffix("postgres") + name
+
+
+def same(project: Project, table: str) -> bool:
+    """Whether the destination has what the source has, as text and in the source's columns."""
+    with connect(project.sources[0].url.reveal()) as db:
+        shape = read_shapes(db, [TableId("public", table)]).popitem()[1]
+        cells = ", ".join(f"{column.name}::text" for column in shape.columns)
+        wanted = db.execute(f"SELECT {cells} FROM public.{table}".encode()).fetchall()
+    with duckdb.connect(str(project.destination.path), read_only=True) as warehouse:
+        found = warehouse.execute(f"SELECT {cells} FROM pg.{table}").fetchall()
+    return sorted(found, key=repr) == sorted(wanted, key=repr)
+
+
+def stages(project: Project) -> dict[str, str]:
+    (lane,) = open_lanes(project, read_only=True)
+    return {table.name: state.stage for table, state in read_states(lane.log).items()}
+
+
+def test_rows_that_no_change_touches_arrive_as_they_are_now(
+    newest: PostgresServer, tmp_path: Path, alerts: list[str]
+) -> None:
+    """One change of each table lets its new shape be seen; the rows besides it come with the copy."""
+    url = database(newest, "at_rest")
+    tables = dict(zip(("typed", "random", "constant", "called"), AT_REST, strict=True))
+    for table in (*tables, "gone"):
+        newest.psql(
+            f"CREATE TABLE {table} (id integer PRIMARY KEY, v integer, w text); "
+            f"INSERT INTO {table} SELECT n, n * 10, 'a' FROM generate_series(1, 500) n",
+            "at_rest",
+        )
+    project = made(tmp_path, url)
+    Pipeline(project).run_once()
+    newest.psql("DROP TABLE gone", "at_rest")
+    for table, statement in tables.items():
+        newest.psql(statement.format(table) + f"; UPDATE {table} SET w = 'b' WHERE id = 3", "at_rest")
+    Pipeline(load_project(tmp_path)).run_once()
+    assert sorted(alerts) == sorted(reason for reasons in AT_REST.values() for reason in reasons)
+    assert stages(project) == dict.fromkeys([*tables, "gone"], "live")
+    for table in tables:
+        assert same(project, table), table
+    newest.psql("".join(f"DELETE FROM {table} WHERE id > 400;" for table in tables), "at_rest")
+    Pipeline(load_project(tmp_path)).run_once()
+    for table in tables:
+        assert same(project, table), table
+    assert len(alerts) == len(tables), "what is known is no news"
+
+
+@pytest.mark.parametrize("statement", [each for each in AT_REST if "random" not in each])
+def test_a_table_that_changes_while_it_is_copied_is_copied_as_it_is_now(
+    newest: PostgresServer, tmp_path: Path, alerts: list[str], statement: str
+) -> None:
+    """The stream brings the news amid the copy. It begins again: what was read before it, and what is
+    being read, is no part of it."""
+    newest.psql("DROP DATABASE IF EXISTS amid WITH (FORCE)")
+    url = database(newest, "amid")
+    newest.psql(
+        "CREATE TABLE t (id integer PRIMARY KEY, v integer, w text); INSERT INTO t SELECT n, n, "
+        "(SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 10) WHERE n > 0) "
+        "FROM generate_series(1, 3000) n",
+        "amid",
+    )
+    lines = ['chunk_bytes = "64KiB"', 'copy_rate = "600KiB"', 'slot = "amid"']
+    pipeline = Pipeline(made(tmp_path, url, *lines))
+    (lane,) = pipeline.lanes
+    append = lane.log.append
+    count = itertools.count(1)
+
+    def appended(entries: Iterable[Entry]) -> Mark:
+        mark = append(entries)
+        if next(count) == 5:
+            newest.psql(statement.format("t") + "; UPDATE t SET w = 'b' WHERE id % 100 = 3", "amid")
+        return mark
+
+    lane.log.append = appended  # type: ignore[method-assign]
+    pipeline.run_once()
+    project = load_project(tmp_path)
+    Pipeline(project).run_once()
+    assert set(alerts) <= set(AT_REST[statement]), "or the copy found out by itself"
+    (lane,) = open_lanes(project, read_only=True)
+    marks = [(offset, mark) for offset, _, _, _, mark in lane.log.copy_marks()]
+    begins = [offset for offset, mark in marks if mark.kind == "begin"]
+    assert len(begins) > 1
+    assert [offset for offset, mark in marks if mark.kind == "end"][0] > begins[1], "not amid the copy"
+    chunks = [mark.chunk for offset, mark in marks if mark.kind == "chunk" and offset > begins[-1]]
+    assert sorted(chunks) == list(range(len(chunks)))
+    copied = [i.entry.rows for i in lane.log.headers(begins[-1], 1 << 40) if i.entry.kind == "copy"]
+    assert sum(copied) == 3000
+    assert same(project, "t")
+    assert verify(project).verified

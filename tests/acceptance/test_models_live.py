@@ -8,6 +8,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from headrace import lane
+from headrace.cli import main
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError
 from headrace.pipeline import Pipeline
@@ -162,6 +164,44 @@ def test_a_model_of_a_table_that_is_not_captured_is_suspended_with_the_reason(sh
     with pytest.raises(HeadraceError, match=r"raw\.shop\.nowhere is not captured"):
         shop.run()
     assert shop.rows("SELECT count(*) FROM shop.t") == [(3,)]
+    shop.sql("CREATE TABLE nowhere (id int PRIMARY KEY)")
+    shop.sql("INSERT INTO nowhere VALUES (5)")
+    assert main(["tables", "add", "nowhere", "--project", str(shop.project.root)]) == 0
+    shop.run()
+    assert shop.rows("SELECT id FROM lost") == [(5,)]
+    shop.assert_verified()
+
+
+def test_a_model_whose_table_is_not_staged_yet_waits(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.sql("CREATE TABLE u (id int PRIMARY KEY)")
+    shop.model("SELECT id::INT AS id FROM raw.shop.u", name="late")
+    shop.model("SELECT id::INT AS id FROM raw.shop.t", name="early")
+    monkeypatch.setattr(lane, "_LOAD_BYTES", 1)
+    pipeline = Pipeline(shop.project)
+    try:
+        (shops,) = pipeline.lanes
+        shops.capture(pipeline.stop, until=shops.source.head())
+        while shops.load():
+            while shops.apply():
+                assert shops.suspended() == {}
+        states = {name: state.state for name, state in shops.destination.models("shop").items()}
+    finally:
+        pipeline.close()
+    assert states == {"early": "in_sync", "late": "in_sync"}
+
+
+def test_a_model_runs_again_once_its_table_fits_again(shop: Shop) -> None:
+    shop.model("SELECT id::INT AS id, amount AS amount FROM raw.shop.t")
+    shop.run()
+    shop.sql("ALTER TABLE t RENAME amount TO total")
+    shop.sql("INSERT INTO t VALUES (4, '4')")
+    with pytest.raises(HeadraceError, match="amount"):
+        shop.run()
+    shop.sql("ALTER TABLE t RENAME total TO amount")
+    shop.sql("INSERT INTO t VALUES (5, '5')")
+    shop.run()
+    assert shop.rows("SELECT count(amount) FROM m") == [(5,)]
+    shop.assert_verified()
 
 
 def test_a_mirror_steps_aside_for_a_model_and_comes_back_up_to_date(shop: Shop) -> None:

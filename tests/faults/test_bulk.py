@@ -19,7 +19,7 @@ import pytest
 
 from headrace.change import Entry, Position, TableId
 from headrace.config import SourceConfig, source_config
-from headrace.errors import SourceUnavailable
+from headrace.errors import SourceUnavailable, UserError
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import HEAD, decode_rows
 from headrace.secret import Secret
@@ -27,6 +27,7 @@ from headrace.sources.postgres import bulk as bulk_module
 from headrace.sources.postgres import follow as follow_module
 from headrace.sources.postgres.bulk import _answers, _Query, _QueryFailed
 from headrace.sources.postgres.connection import connect_bulk
+from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.lsn import parse_lsn
 from headrace.sources.postgres.preflight import inspect
 from headrace.sources.postgres.slot import POINT
@@ -49,8 +50,12 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[PostgresServer]:
     settings = {"max_replication_slots": "40"}
-    with PostgresServer(tmp_path_factory.mktemp("pg"), request.param, settings) as server:
+    folder, version = tmp_path_factory.mktemp("pg"), request.param
+    with PostgresServer(folder, version, settings, bin_folder=DEBIAN if version == 15 else None) as server:
         yield server
+
+
+DEBIAN = Path("/usr/lib/postgresql/15/bin")
 
 
 @pytest.fixture
@@ -83,10 +88,16 @@ def _name(test: str) -> str:
     return test.removeprefix("test_")[:40]
 
 
-def config_of(url: str, slot: str = "", peek_temp_max: int = 64 * MIB) -> SourceConfig:
+def config_of(url: str, slot: str = "", peek_temp_max: int = 64 * MIB, origin: str = "any") -> SourceConfig:
     slot = slot or url.rpartition("/")[2]
     return source_config(
-        "shop", Secret(url), slot=slot, publication="p", heartbeat=0.2, peek_temp_max=peek_temp_max
+        "shop",
+        Secret(url),
+        slot=slot,
+        publication="p",
+        heartbeat=0.2,
+        peek_temp_max=peek_temp_max,
+        origin=origin,
     )
 
 
@@ -215,6 +226,7 @@ def test_bulk_gives_what_the_stream_gives(
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_switches_lose_and_repeat_nothing(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer in bursts, a reader that is closed again and again with a group in its hands."""
     config = config_of(url)
@@ -236,7 +248,7 @@ def test_switches_lose_and_repeat_nothing(url: str, tmp_path: Path, monkeypatch:
     writer = threading.Thread(target=write)
     writer.start()
     choice = random.Random(5)
-    deadline = time.monotonic() + 4
+    deadline = time.monotonic() + 3
     while time.monotonic() < deadline:
         with contextlib.suppress(SourceUnavailable):  # the server still holds the slot for who was here
             capture(log, config, 1 << 62, groups=choice.randrange(1, 12), max_bytes=128 << 10)
@@ -254,6 +266,7 @@ def test_switches_lose_and_repeat_nothing(url: str, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("server", [16], indirect=True)
 def test_a_kill_inside_a_chunk_loses_and_repeats_nothing(url: str, tmp_path: Path) -> None:
     config = config_of(url)
     open_log(tmp_path / "log.db", config).close()
@@ -318,6 +331,86 @@ def test_a_transaction_larger_than_the_room_is_streamed(
     assert 1 <= sum("0 messages" in message for message in caplog.messages) <= 2, (
         "it was tried, not again and again"
     )
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("server", [16], indirect=True)
+def test_a_large_transaction_is_made_while_it_is_taken(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(url)
+    log = open_log(tmp_path / "log.db", config)
+    pieces = _count(monkeypatch, GroupBuilder, "_piece")
+    monkeypatch.delattr(follow_module, "Stream")
+    with psycopg.connect(url, autocommit=True) as db:
+        insert(db, 1, 20_000, per_transaction=20_000)
+    source = PostgresSource(config, 64 << 10, 0.02)
+    with contextlib.closing(source.read(log)) as reading:
+        for group in reading:
+            before, entries = len(pieces), 0
+            for entry in group:
+                entries += entry.kind == "rows"
+                assert entry.kind != "rows" or len(pieces) - before <= entries + 1, (
+                    "no more than it is asked for"
+                )
+            if entries > 10:
+                break
+    assert entries > 10
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("server", [18], indirect=True)
+def test_while_it_is_open_whether_the_server_lost_something_it_is_streamed(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However far behind: a stream that is given up before it has told would be begun again for ever."""
+    config = config_of(url)
+    log = open_log(tmp_path / "log.db", config)
+    monkeypatch.setattr(follow_module, "_LOOK_EVERY", 0.0)
+    streams = _count(monkeypatch, follow_module, "Stream")
+    with psycopg.connect(url, autocommit=True) as db:
+        insert(db, 1, 1000)
+        with pytest.MonkeyPatch.context() as forgetful:
+            forgetful.setattr(PostgresSource, "confirm", lambda *_: None)
+            capture(log, config_of(url, peek_temp_max=0), head(url))
+        log.set_note("server_run", "an earlier one")
+        streams.clear()
+        insert(db, 1001, 8000)
+        capture(log, config, head(url))
+    assert streams[0][0][1] == 0, "from where the slot stands"
+    assert all(after > 0 for (_, after), _ in streams[1:])
+    assert log.note("server_run") != "an earlier one"
+    assert ids(log) == list(range(1, 9001))
+
+
+@pytest.mark.usefixtures("small")
+def test_origins_are_filtered_in_peeks(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(url, origin="none")
+    log = open_log(tmp_path / "log.db", config)
+    monkeypatch.delattr(follow_module, "Stream")
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute("SELECT pg_replication_origin_create(%s)", [config.slot])
+        db.execute("SELECT pg_replication_origin_session_setup(%s)", [config.slot])
+        insert(db, 1, 1000)
+        db.execute("SELECT pg_replication_origin_session_reset()")
+        insert(db, 1001, 1000)
+    capture(log, config, head(url))
+    assert ids(log) == list(range(1001, 2001))
+
+
+@pytest.mark.parametrize("server", [15], indirect=True)
+def test_a_server_without_origins_is_refused_before_anything_is_read(url: str, tmp_path: Path) -> None:
+    config = config_of(url, origin="none")
+    words = 'origin = "none" needs Postgres 16, the server is 15'
+    (finding,) = [finding for finding in inspect(config) if words in finding.what]
+    assert finding.level == "fail"
+    assert not [finding for finding in inspect(config_of(url)) if words in finding.what]
+    log = open_log(tmp_path / "log.db", config)
+    with psycopg.connect(url, autocommit=True) as db:
+        insert(db, 1, 1000)
+    with pytest.raises(UserError, match=words):
+        capture(log, config, 0)
+    assert ids(log) == []
 
 
 @pytest.mark.usefixtures("small")

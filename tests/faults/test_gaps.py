@@ -26,6 +26,7 @@ from headrace.sources.postgres.fingerprint import publication_fingerprint
 from headrace.sources.postgres.identity import parse_history, read_server
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.stream import Stream
+from headrace.sources.postgres.tables import read_states
 from headrace.sources.postgres.watchman import Watchman
 from headrace.testing.postgres import PostgresServer
 
@@ -68,7 +69,8 @@ def capture(project: Project) -> None:
                 log.append(entries)
                 source.confirm(entries[-1].last)
             position = log.position()
-            if position and position.commit > head and log.note("copied"):
+            done = all(state.stage == "live" for state in read_states(log).values())
+            if position and position.commit > head and done:
                 break
     finally:
         source.close()

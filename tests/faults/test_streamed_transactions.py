@@ -483,11 +483,12 @@ def test_a_full_spool_is_announced_and_then_refused(
         assert here.folded("t") == here.held("t")
 
 
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_a_long_append_keeps_the_connection(
     server: PostgresServer, tmp_path: Path, streamed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with captured(server, tmp_path, log=SMALL_GROUPS) as here:
-        here.db.execute("ALTER ROLE postgres SET wal_sender_timeout = '2s'")
+        here.db.execute("ALTER ROLE postgres SET wal_sender_timeout = '1500ms'")
         try:
             insert(here.db, "t", 1, 500)
             insert(here.db, "u", 1, 5000)
@@ -498,7 +499,7 @@ def test_a_long_append_keeps_the_connection(
                 def paced() -> Iterator[Entry]:
                     for number, entry in enumerate(entries):
                         if number == 1 and not slept:
-                            slept.append(time.sleep(3.5))
+                            slept.append(time.sleep(2.5))
                         yield entry
 
                 return append(paced())

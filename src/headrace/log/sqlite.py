@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import apsw
@@ -88,6 +89,7 @@ class SQLiteLog:
         self._path = path
         self._read_only = read_only
         self._local = threading.local()
+        self._writing = threading.RLock()
         self._appended = threading.Condition()
         self._connections: list[apsw.Connection] = []
         if read_only and not path.exists():
@@ -101,6 +103,10 @@ class SQLiteLog:
 
     def append(self, entries: Iterable[Entry]) -> Mark:
         """See `Log.append`. Entries are taken one at a time: a group need not fit in memory."""
+        with self._writing:
+            return self._append(entries)
+
+    def _append(self, entries: Iterable[Entry]) -> Mark:
         db = self._connection()
         end = self._end
         now = time.time_ns() // 1000
@@ -313,7 +319,12 @@ class SQLiteLog:
 
     def set_note(self, key: str, value: str) -> None:
         """See `Log.set_note`."""
-        self._connection().execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
+        with self._writing:
+            self._connection().execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
+
+    def writing(self) -> AbstractContextManager[object]:
+        """See `Log.writing`."""
+        return self._writing
 
     def backlog(self, after: Offset, table: TableId | None = None) -> tuple[int, int, int | None]:
         """Return rows, payload bytes and the oldest append time (microseconds) after `after`, of one

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -185,7 +186,8 @@ class Follower:
         log, config = self._log, self._config
         waiting = [table for table, state in read_states(log).items() if state.stage == "requested"]
         shapes = Shapes(log.schemas(), self._db, config, self._on_rewrite, waiting)
-        roster = Roster(config.name, captured_tables(log), captured_oids(log))
+        captured = partial(captured_tables, log)
+        roster = Roster(config.name, captured(), captured_oids(log), captured)
         return GroupBuilder(shapes, roster, Policy(config), space, epoch_of(log))
 
 

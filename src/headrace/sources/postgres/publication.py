@@ -89,7 +89,8 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
     missing = [table for table in tables if table not in held_clauses(db, config.publication)]
     listed = ", ".join(wanted[table].after(table) for table in missing)
     if not found:
-        statement = f"CREATE PUBLICATION {name} FOR TABLE {listed} WITH (publish_via_partition_root = true)"
+        held = f" FOR TABLE {listed}" if missing else ""
+        statement = f"CREATE PUBLICATION {name}{held} WITH (publish_via_partition_root = true)"
         _run(db, config, [statement], missing)
     elif missing:
         _run(db, config, [f"ALTER PUBLICATION {name} ADD TABLE {listed}"], missing)

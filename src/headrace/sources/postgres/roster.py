@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from headrace.change import TableId
 from headrace.errors import RESYNC, SourceGap
@@ -19,11 +19,19 @@ class Roster:
     there. Such a table has no history here and its rows would be a fragment, so they are dropped.
     """
 
-    def __init__(self, source: str, tables: Iterable[TableId], oids: Mapping[int, TableId]) -> None:
-        """`oids` are the oids of those tables that were published, to know a renamed one by."""
+    def __init__(
+        self,
+        source: str,
+        tables: Iterable[TableId],
+        oids: Mapping[int, TableId],
+        expected: Callable[[], Iterable[TableId]] = tuple,
+    ) -> None:
+        """`oids` are the oids of those tables that were published, to know a renamed one by. `expected`
+        tells which have been asked for since: until their copy begins, their changes are part of it."""
         self._source = source
         self._tables = set(tables)
         self._oids = dict(oids)
+        self._expected = expected
         self._dropped: set[int] = set()
 
     def add(self, table: TableId) -> None:
@@ -43,7 +51,7 @@ class Roster:
                 f"Source {self._source}: the table {before} is called {table} now.",
                 f"Give it its name back, or mend tables and models. {RESYNC.format(source=self._source)}",
             )
-        if relation.id not in self._dropped:
+        if relation.id not in self._dropped and table not in self._expected():
             self._dropped.add(relation.id)
             alerts.warning(
                 "source %s: %s is in the publication but not captured: its changes are dropped. Take it out "

@@ -207,10 +207,15 @@ class PostgresSource:
 
     def _publish(self, log: Log) -> None:
         """Publish what is to be captured, and expect to find that from now on."""
-        captured = captured_tables(log)
-        amended = amend(self._catalog(), self._config, captured)
-        if publish(self._catalog(), self._config, captured) or amended:
+        present = self._present(captured_tables(log))
+        amended = amend(self._catalog(), self._config, present)
+        if publish(self._catalog(), self._config, present) or amended:
             expect_publication(self._catalog(), self._config, log)
+
+    def _present(self, tables: Sequence[TableId]) -> list[TableId]:
+        """Return those of some tables that the source has: one that was dropped cannot be published."""
+        known = set(list_tables(self._catalog()))
+        return [table for table in tables if table in known]
 
     def _say_what_is_new(self, log: Log) -> None:
         """Name tables that the patterns select but that are not captured."""
@@ -229,7 +234,7 @@ class PostgresSource:
         tables = captured_tables(log) or chosen_tables(db, self._config)
         if publication_fingerprint(db, self._config.publication) is None:
             log.set_note("published", self._config.publication)
-        publish(db, self._config, tables)
+        publish(db, self._config, self._present(tables))
         expect_publication(db, self._config, log)
         drop_unfinished(db, self._config, log)
         log.set_note("slot", self._config.slot)

@@ -11,7 +11,6 @@ switch beside that: its changes are captured and staged, its models stand still.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -48,8 +47,6 @@ def captured_tables(log: Log) -> list[TableId]:
 class TableStates:
     """The states, changed by one process; safe to use from any thread."""
 
-    _lock = threading.RLock()  # one for all: a source and a command may change the same note
-
     def __init__(self, log: Log) -> None:
         self._log = log
 
@@ -59,7 +56,7 @@ class TableStates:
 
     def move(self, tables: Iterable[TableId], stage: Stage, reason: str = "") -> None:
         """Put tables into a stage, durably."""
-        with self._lock:
+        with self._log.writing():
             states = self.all()
             for table in tables:
                 known = states.get(table, TableState("requested"))
@@ -68,7 +65,7 @@ class TableStates:
 
     def pause(self, tables: Iterable[TableId], paused: bool) -> None:
         """Set the switch of tables, durably."""
-        with self._lock:
+        with self._log.writing():
             states = self.all()
             for table in tables:
                 states[table] = replace(states[table], paused=paused)
