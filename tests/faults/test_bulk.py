@@ -293,6 +293,7 @@ def test_a_kill_inside_a_chunk_loses_and_repeats_nothing(url: str, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("server", [16], indirect=True)
 def test_a_long_transaction_does_not_make_it_quadratic(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +318,7 @@ def test_a_long_transaction_does_not_make_it_quadratic(
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_a_transaction_larger_than_the_room_is_streamed(
     url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -468,6 +470,7 @@ def test_a_role_that_may_only_replicate(
     assert [f.level for f in inspect(config) if "in bulk" in f.what] == ["ok"]
 
 
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_a_peek_ends_when_its_reader_does(url: str) -> None:
     query = "SELECT 'x'::bytea FROM pg_sleep(60)"
     running = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%%'||%s||'%%' AND pid <> pg_backend_pid()"

@@ -45,7 +45,7 @@ def capture(project: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("work_mem", "rows"), [("64MB", 2_000_000), ("2GB", 600_000)], ids=["streamed", "whole"]
+    ("work_mem", "rows"), [("64MB", 1_500_000), ("2GB", 600_000)], ids=["streamed", "whole"]
 )
 def test_memory_is_bounded_however_large_a_transaction_is(
     server: PostgresServer, tmp_path: Path, work_mem: str, rows: int

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json as json_text
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -18,15 +18,17 @@ from headrace.cli.tables import print_table
 from headrace.config import Project, SourceConfig, load_project, select_tables
 from headrace.errors import UserError
 from headrace.log.sqlite import SQLiteLog
-from headrace.pipeline import take_state
 from headrace.server import ask
-from headrace.sources.postgres.source import PostgresSource, Request
-from headrace.sources.postgres.tables import NOTE, TableState, read_states
+from headrace.sources.postgres.tables import NOTE, UNFINISHED, TableState, read_states
+
+if TYPE_CHECKING:
+    from headrace.sources.postgres.source import PostgresSource, Request
 
 _FOLDER = Parameter(help="The project's folder.")
 _NAMES = Parameter(help="Tables, as schema.table; the schema public may be left out.")
 _SOURCE = Parameter(help="The source, where the project has several.")
 _BAR = 20
+_RECENT = 20  # chunks that tell the pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +61,19 @@ def list_tables(
 
     Stages: requested, copying, catching_up (copied, while the stream has still to pass the copy's
     snapshot), live, failed (with the reason), removed. With --json: source, table, stage, paused,
-    reason, chunks, done, rows, left_s.
+    reason, chunks, done, share (from 0 to 1), rows, left_s (null where nothing tells).
     """
     settings = load_project(project)
     if watch and sys.stdout.isatty():
         _watch(settings)
-    rows = [(source.name, item) for source in settings.sources for item in progress(settings, source)]
+    rows = [row for source in settings.sources for row in tables_of(settings, source)]
     if json:
-        for name, item in rows:
-            print(json_text.dumps(_as_json(name, item), ensure_ascii=False))
-        return
-    if not rows:
+        for row in rows:
+            print(json_text.dumps(row, ensure_ascii=False))
+    elif rows:
+        print_table(("source", *_COLUMNS), [(row["source"], *_cells(row)) for row in rows])
+    else:
         print("Nothing is captured yet: headrace run")
-        return
-    columns = ("source", "table", "stage", "copied", "rows", "left", "reason")
-    print_table(columns, [(name, *_cells(item)) for name, item in rows])
 
 
 def add(
@@ -167,6 +167,8 @@ def progress(project: Project, source: SourceConfig) -> Iterator[Progress]:
         for table, state in read_states(log).items():
             offset, chunks = begun.get(table, (0, 0))
             times = done.get(table, [])
+            if state.stage == "requested":  # what the log holds is of the copy before
+                chunks, times = 0, []
             rows = log.copied_rows(table, offset) if chunks else 0
             yield Progress(table, state, chunks, len(times), rows, _left(chunks, times))
     finally:
@@ -174,34 +176,53 @@ def progress(project: Project, source: SourceConfig) -> Iterator[Progress]:
 
 
 def _left(chunks: int, times: Sequence[int]) -> float | None:
-    """Estimate the seconds left from the pace of the chunks so far (their times in microseconds)."""
+    """Estimate the seconds left from the pace of the newest chunks (their times in microseconds)."""
     if len(times) < 2 or len(times) >= chunks:
         return 0.0 if chunks and len(times) >= chunks else None
-    pace = (times[-1] - times[0]) / (len(times) - 1)
-    since = time.time() * 1e6 - times[-1]
-    return max(0.0, (chunks - len(times)) * pace - since) / 1e6
+    recent = times[-_RECENT:]
+    pace = (recent[-1] - recent[0]) / (len(recent) - 1)
+    # A chunk that takes longer, or a pipeline that stands still, comes no nearer to its end.
+    since = min(max(time.time() * 1e6 - recent[-1], 0.0), pace)
+    return ((chunks - len(times)) * pace - since) / 1e6
 
 
-def _as_json(source: str, item: Progress) -> dict[str, Any]:
-    return {
-        "source": source,
-        "table": str(item.table),
-        "stage": item.state.stage,
-        "paused": item.state.paused,
-        "reason": item.state.reason,
-        "chunks": item.chunks,
-        "done": item.done,
-        "rows": item.rows,
-        "left_s": item.left_s,
-    }
+def tables_of(project: Project, source: SourceConfig) -> list[dict[str, Any]]:
+    """Return the tables of a source, each as an object of `headrace tables list --json`."""
+    return [
+        {
+            "source": source.name,
+            "table": str(item.table),
+            "stage": item.state.stage,
+            "paused": item.state.paused,
+            "reason": item.state.reason,
+            "chunks": item.chunks,
+            "done": item.done,
+            "share": round(item.share, 4),
+            "rows": item.rows,
+            "left_s": item.left_s,
+        }
+        for item in progress(project, source)
+    ]
 
 
-def _cells(item: Progress) -> tuple[object, ...]:
-    stage = f"{item.state.stage}, paused" if item.state.paused else item.state.stage
-    full = round(item.share * _BAR)
-    bar = "█" * full + "░" * (_BAR - full) + f" {item.share:4.0%}"
-    left = "" if item.left_s is None or item.state.stage != "copying" else _duration(item.left_s)
-    return str(item.table), stage, bar, item.rows, left, item.state.reason
+def print_unfinished(tables: Iterable[Mapping[str, Any]]) -> None:
+    """Print a table of those that are not live, or paused; nothing where there are none."""
+    shown = [row for row in tables if row["stage"] not in ("live", "removed") or row["paused"]]
+    if shown:
+        print()
+        print_table(_COLUMNS, [_cells(row) for row in shown])
+
+
+_COLUMNS = ("table", "stage", "copied", "rows", "left", "reason")
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return the cells of `_COLUMNS`."""
+    stage = f"{row['stage']}, paused" if row["paused"] else row["stage"]
+    full = round(row["share"] * _BAR)
+    bar = "█" * full + "░" * (_BAR - full) + f" {row['share']:4.0%}"
+    left = "" if row["left_s"] is None or row["stage"] != "copying" else _duration(row["left_s"])
+    return row["table"], stage, bar, row["rows"], left, row["reason"]
 
 
 def _duration(seconds: float) -> str:
@@ -220,19 +241,19 @@ def _watch(project: Project) -> None:
         TextColumn("{task.percentage:>3.0f} %  {task.fields[words]}"),
     )
     with Bars(*columns) as bars:
-        tasks: dict[tuple[str, TableId], Any] = {}
+        tasks: dict[tuple[str, str], Any] = {}
         unfinished = True
         while unfinished:
             unfinished = False
             for source in project.sources:
-                for item in progress(project, source):
-                    key = (source.name, item.table)
+                for row in tables_of(project, source):
+                    key = (source.name, row["table"])
                     if key not in tasks:
-                        tasks[key] = bars.add_task(f"{source.name} {item.table}", total=1.0, words="")
-                    _, stage, _, rows, left, _ = _cells(item)
+                        tasks[key] = bars.add_task(f"{source.name} {row['table']}", total=1.0, words="")
+                    _, stage, _, rows, left, _ = _cells(row)
                     words = f"{stage}, {rows:,} rows" + (f", {left} left" if left else "")
-                    bars.update(tasks[key], completed=item.share, words=words)
-                    unfinished |= item.state.stage in ("requested", "copying", "catching_up")
+                    bars.update(tasks[key], completed=row["share"], words=words)
+                    unfinished |= row["stage"] in UNFINISHED
             time.sleep(0.5)
 
 
@@ -268,6 +289,9 @@ def _offline(
     project: Project, source: SourceConfig, act: Callable[[PostgresSource, SQLiteLog], None]
 ) -> None:
     """Act on the log of a source as the owner of the state folder."""
+    from headrace.pipeline import take_state
+    from headrace.sources.postgres.source import PostgresSource
+
     with closing(take_state(project.state)):
         path = project.state / "log" / f"{source.name}.db"
         if not path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from headrace.change import TableId
+from headrace.cli.captured import print_unfinished, tables_of
 from headrace.cli.tables import print_table
 from headrace.config import Project, SourceConfig, load_project
 from headrace.errors import HeadraceError
@@ -36,7 +38,7 @@ def status(
     project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
     json: Annotated[bool, Parameter(help="Print one JSON object.", negative="")] = False,
 ) -> None:
-    """Show how far each hop is, what waits, what is quarantined, and how the source's slot fares.
+    """Show how far each hop and copy is, what waits, what is quarantined, how the source's slot fares.
 
     Works beside a running pipeline and without one. Positions are LSNs (X/Y), sizes bytes, ages
     seconds. The object of --json:
@@ -45,6 +47,7 @@ def status(
       the watch of the running pipeline finds, a list of paragraphs by source.
     - `destination`: `path`, `error` (null, or why it could not be asked).
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
+      - `tables`: the captured ones, each as `headrace tables list --json` prints it
       - `position` (last durable in the log), `log`: `id`, `end`, `bytes`; `staged_through`
       - `capture`: `lag_bytes` not yet confirmed to the source; `load`: `rows`, `bytes`, `oldest_s`
       - `visible`: `offset`, `position`, `as_of` (seconds since 1970: all that the source committed
@@ -99,10 +102,12 @@ def _source(
     progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables)
     path = project.state / "log" / f"{source.name}.db"
     report: dict[str, Any] = {"name": source.name, "has_run": path.exists(), "error": None}
-    report |= {"position": None, "log": None, "staged_through": None, "load": None, "models": []}
+    report |= {"position": None, "log": None, "staged_through": None, "load": None}
+    report |= {"models": [], "tables": []}
     if path.exists():
         try:
             report |= _hops(project, source, path, live, models)
+            report["tables"] = tables_of(project, source)
         except HeadraceError as error:
             report["error"] = str(error)
     slot = _slot(source)
@@ -232,6 +237,8 @@ def _print_source(source: Mapping[str, Any]) -> None:
     if not source["has_run"]:
         print("  has not run yet: headrace run")
     lines = []
+    if source["tables"]:
+        lines.append(("tables", _stages(source["tables"])))
     if source["log"]:
         log, load = source["log"], source["load"]
         lines.append(
@@ -248,12 +255,19 @@ def _print_source(source: Mapping[str, Any]) -> None:
     lines.append(("slot", _slot_words(source["slot"])))
     for name, words in lines:
         print(f"  {name:<8} {words}")
+    print_unfinished(source["tables"])
     if source["models"]:
         print()
         _print_models(source["models"])
     if source["quarantine"]:
         print()
         _print_causes(source["quarantine"])
+
+
+def _stages(tables: Rows) -> str:
+    """Count the tables by stage, such as `3 live, 1 copying`."""
+    stages = Counter(row["stage"] for row in tables)
+    return ", ".join(f"{count} {stage}" for stage, count in stages.most_common())
 
 
 def _print_models(models: Rows) -> None:

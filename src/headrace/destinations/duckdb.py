@@ -98,6 +98,9 @@ class DuckDBDestination:
             if self._spill is not None:
                 connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
             yield connection
+        except BaseException:
+            self._shaped.clear()  # what was made in the transaction is not there
+            raise
         finally:
             with _opening:
                 connection.close()
@@ -152,13 +155,6 @@ class DuckDBDestination:
            that a later good change has healed become superseded, its new records are written;
         3. the ledger has one row per model, the models' and the source's progress move; commit.
         """
-        try:
-            return self._apply(work)
-        except BaseException:
-            self._shaped.clear()
-            raise
-
-    def _apply(self, work: Slice) -> list[str]:
         with self.open() as db:
             if not self._shaped:
                 db.execute(CREATE)
@@ -308,6 +304,11 @@ class DuckDBDestination:
                 f"Table {model.name} cannot take the model's columns: {str(error).splitlines()[0]}",
                 "Drop or mend the table.",
             ) from error
+
+    def drop_table(self, db: duckdb.DuckDBPyConnection, model: Table) -> None:
+        """Drop a model's table, if there is one."""
+        self._shaped.pop(model.name, None)
+        db.execute(f"DROP TABLE IF EXISTS {'.'.join(map(quoted, place_of(model.name)))}")
 
     def change_rows(
         self, db: duckdb.DuckDBPyConnection, source: str, model: Table, prepared: Prepared
