@@ -18,6 +18,9 @@ Op = Literal["c", "u", "d", "r", "t"]
 
 Kind = Literal["rows", "copy", "schema", "truncate", "message", "marker"]
 
+ADDED = "added"
+"""The reason of a copy of a table that was not captured until then: of before, there is only a fragment."""
+
 STREAMED = ("rows", "schema", "truncate", "message")
 """Kinds of entries in the order of the source's commits; a copy's rows and markers stand between them."""
 

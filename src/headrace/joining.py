@@ -28,7 +28,7 @@ from headrace.protocols import ModelState, Prepared
 from headrace.staging.copies import beyond
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.model import RowModel
+from headrace.transform.model import RowModel, preparing
 
 logger = logging.getLogger("headrace.joining")
 
@@ -55,11 +55,17 @@ class Joiner:
         join = self._all().get(model.name)
         return self._staging.copy(model.table, join.stands) if join else None
 
-    def runs(self, model: str) -> bool:
+    def runs(self, model: RowModel, staged: Offset) -> bool:
         """Whether a model takes slices like the others: it has joined, or what it joins is not yet
         where it stands itself."""
-        join = self._all().get(model)
-        return join is not None and (join.phase == "done" or (join.beside and join.phase == "copy"))
+        join = self._all().get(model.name)
+        if join is None or self._is_void(join, model, staged):
+            return False
+        return join.phase == "done" or (join.beside and join.phase == "copy")
+
+    def _is_void(self, join: Join, model: RowModel, staged: Offset) -> bool:
+        """Whether the model's table was not captured for a while after the copy that it is made of."""
+        return join.stands < self._staging.captured_since(model.table, staged)
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
@@ -86,12 +92,15 @@ class Joiner:
         if join is None or join.end != copy.end or (join.phase != "done" and join.version != model.version):
             if others and reached < copy.end:
                 return "wait"
-            live = join.stands if join and model.name in stands else 0
+            beside = join and model.name in stands and not self._is_void(join, model, copy.end)
+            live = join.stands if join and beside else 0
             self._begin(model, copy, live, max(copy.end, reached))
             return "begin"
         if join.phase == "stream" and join.offset >= join.target:
-            self._attach(join, model, reached)
+            alert(self._attach(join, model, reached))
             return "attach"
+        if join.beside and join.phase == "copy" and stands[model.name].offset < join.target:
+            return "wait"  # what lags, after a pause say, runs up to the copy by itself
         alert(self._advance(join, model, copy, stands))
         return "slice"
 
@@ -107,14 +116,17 @@ class Joiner:
     ) -> Sequence[str]:
         if join.phase == "copy":
             through = self._log.table_slice_end(model.table, join.offset, copy.end, ("copy",))
-            rows = self._staging.read_copied(model.table, copy, join.offset, through)
-            prepared, following = model.prepare(rows), replace(join, offset=through)
+            with preparing(model.name):
+                rows = self._staging.read_copied(model.table, copy, join.offset, through)
+                prepared = model.prepare(rows)
+            following = replace(join, offset=through)
             if through >= copy.end:
                 target = stands[model.name].offset if join.beside else join.target
                 following = replace(join, phase="stream", offset=min(copy.after, target), target=target)
         else:
             through = self._log.table_slice_end(model.table, join.offset, join.target, _STREAMED)
-            prepared = self._missing(model, copy, join.offset, through)
+            with preparing(model.name):
+                prepared = self._missing(model, copy, join.offset, through)
             following = replace(join, offset=through)
         issues = self._destination.step(join, following, model, prepared)
         self._keep(following)
@@ -166,15 +178,16 @@ class Joiner:
             ).to_arrow_table()
         return _without_halves(changes, halves, key)
 
-    def _attach(self, join: Join, model: RowModel, reached: Offset) -> None:
+    def _attach(self, join: Join, model: RowModel, reached: Offset) -> Sequence[str]:
         mark = self._log.mark(join.target)
         assert mark is not None, f"offset {join.target} is not in the log"
         position, committed_at = self._log.place(join.target)
         in_sync = join.target >= reached
-        written = self._destination.attach(join, model, mark, position, committed_at, in_sync=in_sync)
+        written, issues = self._destination.attach(join, model, mark, position, committed_at, in_sync=in_sync)
         self._keep(replace(join, phase="done", stands=join.end))
         how = f": {written} rows written" if join.beside else ""
         logger.info("model %s has joined at offset %d%s", model.name, join.target, how)
+        return issues
 
     def _all(self) -> dict[str, Join]:
         if self._joins is None:

@@ -23,7 +23,7 @@ from headrace.change import Mark, Offset, Position, TableSchema
 from headrace.config import Project, SourceConfig
 from headrace.destinations.duckdb import DuckDBDestination, foreign
 from headrace.destinations.joins import Joins
-from headrace.errors import ForeignDestination, HeadraceError, ModelBroken, Verdict, verdict_of
+from headrace.errors import ForeignDestination, HeadraceError, ModelBroken
 from headrace.joining import Joiner
 from headrace.keys import identity
 from headrace.log.sqlite import SQLiteLog
@@ -33,10 +33,9 @@ from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.evaluate import scrub
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
-from headrace.transform.model import RowModel, bind, mirror, refuse_twins
+from headrace.transform.model import RowModel, bind, mirror, preparing, refuse_twins
 from headrace.transform.sql import ModelText
 
 logger = logging.getLogger("headrace.lane")
@@ -251,9 +250,10 @@ class Lane:
                 if known and model_name not in self._stands:
                     return {"resolved": 0, "still_quarantined": 0, "rebuilding": len(keys)}
             stands = self.destination.models(self.config.name).get(model_name)
-            if model is None or stands is None:
+            if model is None or stands is None or self.joiner.stands_on(model) is None:
                 raise HeadraceError(
-                    f"Model {model_name} does not run now.", "Mend it; `headrace status` says why."
+                    f"Model {model_name} does not run now, or still takes in its table's copy.",
+                    "Wait for it, or mend it; `headrace status` says why.",
                 )
             wanted = pa.array(keys, pa.string())
             prepared = _only(model.prepare(self._history(model, wanted, stands.offset)), wanted)
@@ -266,11 +266,11 @@ class Lane:
 
     def _ask_where_models_stand(self) -> None:
         if self._stands is None:
-            self.joiner.know(None)
             self._stands = self._where_models_stand()
 
     def _where_models_stand(self) -> dict[str, ModelState]:
         """Ask the destination; a model whose mended file has other columns starts from the beginning."""
+        self.joiner.know(None)
         stands = self.destination.models(self.config.name)
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
@@ -315,7 +315,7 @@ class Lane:
         """
         for model in models:
             quiet = True
-            try:
+            with preparing(model.name):
                 pieces = self.staging.pieces(model.table, after, through)
                 while (changes := next(pieces, None)) is not None:
                     quiet = False
@@ -323,10 +323,6 @@ class Lane:
                     del changes  # not beside what the destination makes of them
                     yield Part(model, prepared, model.name in in_sync)
                     del prepared
-            except Exception as error:
-                if verdict_of(error) is Verdict.RETRY:
-                    raise
-                raise _broken(model.name, error) from error
             if quiet:
                 yield Part(model, NOTHING, model.name in in_sync)
 
@@ -351,7 +347,7 @@ class Lane:
 
     def _runnable(self, through: Offset) -> Iterator[RowModel]:
         """Yield the active models that take slices, which those that join do not."""
-        return (model for model in self._active(through) if self.joiner.runs(model.name))
+        return (model for model in self._active(through) if self.joiner.runs(model, through))
 
     def _active(self, through: Offset) -> Iterator[RowModel]:
         """Yield the models that are neither suspended nor paused; one whose file was mended is active."""
@@ -440,14 +436,6 @@ class Lane:
             "`headrace quarantine redrive --issue %s`.",
             issue, model, reason, columns, message, count, issue,
         )  # fmt: skip
-
-
-def _broken(name: str, error: Exception) -> ModelBroken:
-    """Turn whatever went wrong in preparing a model into what is said of the model."""
-    if isinstance(error, HeadraceError):
-        return ModelBroken(name, str(error), error.remedy)
-    what = f"{type(error).__name__}: {scrub(str(error))}"
-    return ModelBroken(name, f"Model {name} cannot run: {what}", "Mend it, or report what Headrace lacks.")
 
 
 def _only(prepared: Prepared, keys: pa.Array) -> Prepared:

@@ -91,6 +91,14 @@ class Log(Protocol):
         (microseconds), mark."""
         ...
 
+    def truncates(self, table: TableId, after: Offset) -> Sequence[int]:
+        """Return the commits at which a table was truncated, of those that stand behind an offset."""
+        ...
+
+    def changes_of(self, table: TableId, after: Offset) -> Iterator[bytes]:
+        """Yield the payloads of a table's streamed rows after an offset, in order."""
+        ...
+
     def note(self, key: str) -> str | None:
         """Return a durable fact about the source (its identity, its slot, its copy)."""
         ...

@@ -381,10 +381,38 @@ def test_a_table_that_changes_while_it_is_copied_is_copied_as_it_is_now(
     marks = [(offset, mark) for offset, _, _, _, mark in lane.log.copy_marks()]
     begins = [offset for offset, mark in marks if mark.kind == "begin"]
     assert len(begins) > 1
-    assert [offset for offset, mark in marks if mark.kind == "end"][0] > begins[1], "not amid the copy"
+    assert next(offset for offset, mark in marks if mark.kind == "end") > begins[1], "not amid the copy"
     chunks = [mark.chunk for offset, mark in marks if mark.kind == "chunk" and offset > begins[-1]]
     assert sorted(chunks) == list(range(len(chunks)))
     copied = [i.entry.rows for i in lane.log.headers(begins[-1], 1 << 40) if i.entry.kind == "copy"]
     assert sum(copied) == 3000
     assert same(project, "t")
     assert verify(project).verified
+
+
+def test_a_table_that_was_removed_stays_so_whatever_its_shape_becomes(
+    newest: PostgresServer, tmp_path: Path, alerts: list[str]
+) -> None:
+    """Here the publication is not ours and holds every table, so that the stream goes on about it."""
+    url = database(newest, "removed")
+    newest.psql(
+        "CREATE TABLE kept (id integer PRIMARY KEY, v integer); CREATE TABLE t (LIKE kept INCLUDING ALL); "
+        "INSERT INTO t VALUES (1, 1); "
+        "CREATE PUBLICATION headrace_pg FOR ALL TABLES WITH (publish_via_partition_root = true)",
+        "removed",
+    )
+    project = made(tmp_path, url, 'slot = "removed"')
+    Pipeline(project).run_once()
+    pipeline = Pipeline(load_project(tmp_path))
+    (lane,) = pipeline.lanes
+    lane.source.change_tables(lane.log, [TableId("public", "t")], "remove")
+    newest.psql(
+        "ALTER TABLE t ADD COLUMN n integer DEFAULT 7; UPDATE t SET v = 2; INSERT INTO kept VALUES (1, 1)",
+        "removed",
+    )
+    pipeline.run_once()
+    newest.psql("ALTER TABLE t RENAME v TO value; UPDATE t SET n = 8; UPDATE kept SET v = 2", "removed")
+    Pipeline(load_project(tmp_path)).run_once()
+    assert stages(project) == {"kept": "live", "t": "removed"}
+    assert alerts == []
+    assert same(project, "kept")

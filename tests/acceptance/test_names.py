@@ -178,7 +178,7 @@ def test_columns_that_are_gone_or_generated_are_in_neither_way(
 
 
 def test_what_a_publication_gives_out_is_what_is_copied(server: PostgresServer, tmp_path: Path) -> None:
-    """Generated columns where it publishes them (18), and a list of columns that the settings want as well."""
+    """Generated columns where it publishes them (18), and a list of columns that the settings want too."""
     options = ", publish_generated_columns = stored" if server.version >= 18 else ""
     project = project_of(
         server, tmp_path, "published",

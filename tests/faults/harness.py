@@ -38,13 +38,17 @@ WHERE status <> 'returned'
 
 RUN = """
 import signal, sys
+from dataclasses import replace
 from pathlib import Path
 from headrace import lane
 from headrace.config import load_project
+from headrace.log import sqlite
 from headrace.pipeline import Pipeline
 pipeline = Pipeline(load_project(Path(sys.argv[1])))
 if {bytes}:
-    lane._LOAD_BYTES = lane._SLICE_BYTES = pipeline.lanes[0].source._max_bytes = {bytes}
+    lane._LOAD_BYTES = lane._SLICE_BYTES = sqlite._MAX_SLICE_BYTES = {bytes}
+    source = pipeline.lanes[0].source
+    source._limits = replace(source._limits, max_bytes={bytes})
 signal.signal(signal.SIGTERM, lambda *_: pipeline.stop.set())
 pipeline.{verb}()
 """
@@ -143,7 +147,7 @@ def assert_whole(project: Project) -> None:
     with independent_check(project) as check:
         wrong = [finding for finding in verify(project).findings if not finding.ok]
         said, _ = check.communicate(timeout=120)
-    assert not wrong
+    assert not wrong, wrong
     assert check.returncode == 0, said
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from headrace.change import Mark, Offset, Position
 from headrace.destinations.multiset import take_off
-from headrace.destinations.tables import LEDGER_COUNTS, OPEN, RECORD_COLUMNS
+from headrace.destinations.tables import LEDGER_COUNTS, OPEN, QUARANTINE, RECORD_COLUMNS
 from headrace.errors import DestinationError
 from headrace.keys import literal
 from headrace.protocols import Counts, Model, Part, Prepared, Slice
@@ -120,14 +120,17 @@ def _state(part: Part) -> str:
     return "in_sync" if part.in_sync else "joining"
 
 
-def heal(db: duckdb.DuckDBPyConnection, model: str, prepared: Prepared, commit: int) -> int:
-    """Mark the open records that a later good change has overtaken; returns how many."""
+def heal(
+    db: duckdb.DuckDBPyConnection, model: str, prepared: Prepared, commit: int, records: str = QUARANTINE
+) -> int:
+    """Mark the open records, kept in the table `records`, that a later good change has overtaken; returns
+    how many."""
     if not prepared.reset and not len(prepared.removed):
         return 0
     _hr_settled = pa.table({"key": prepared.removed})
     where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_settled)"
     done = db.execute(
-        f"UPDATE headrace.quarantine SET status = 'superseded', superseded_by = {commit}, "
+        f"UPDATE {records} SET status = 'superseded', superseded_by = {commit}, "
         f"resolved_at = now() WHERE model = {literal(model)} AND {OPEN} {where}"
     )
     return int(done.fetchall()[0][0])
@@ -186,8 +189,10 @@ def insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[ob
         db.execute(f"INSERT INTO headrace.{table} VALUES {marks}", [cell for row in rows for cell in row])
 
 
-def record(db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table) -> list[str]:
-    """Write records; return the ids of issues that no record had before.
+def record(
+    db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table, into: str = QUARANTINE
+) -> list[str]:
+    """Write records to the table `into`; return the ids of issues that no record had before.
 
     A record's id comes from its model and position, so a change has one record however often it fails:
     writing it again keeps when it was first seen and counts one more attempt.
@@ -204,14 +209,14 @@ def record(db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table) -> li
           stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
           make_timestamptz(committed_at) AS committed_at, "offset", preview,
           {literal(model.version)} AS model_version, 'quarantined' AS status FROM _hr_records
-        ) r LEFT JOIN headrace.quarantine q ON q.id = r.id::UUID"""
+        ) r LEFT JOIN {into} q ON q.id = r.id::UUID"""
     ).to_arrow_table()
     issues = db.execute(
         "SELECT DISTINCT issue FROM _hr_incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
     ).fetchall()
-    db.execute("DELETE FROM headrace.quarantine WHERE id IN (SELECT id::UUID FROM _hr_incoming)")
+    db.execute(f"DELETE FROM {into} WHERE id IN (SELECT id::UUID FROM _hr_incoming)")
     db.execute(
-        f"INSERT INTO headrace.quarantine ({RECORD_COLUMNS}) "
+        f"INSERT INTO {into} ({RECORD_COLUMNS}) "
         f"SELECT {RECORD_COLUMNS} FROM (SELECT * REPLACE (id::UUID AS id) FROM _hr_incoming)"
     )
     return [str(row[0]) for row in issues]

@@ -2,7 +2,8 @@
 
 A table that is new is filled in place and stands as `joining` until it is attached. One that is live
 already goes on as it is, while the new content grows beside it; at the end one transaction writes what
-differs between the two, and nothing else.
+differs between the two, and nothing else. Its records grow beside as well, since those of the live table
+are of other changes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from headrace.change import Mark, Offset, Position
 from headrace.destinations.books import heal, insert, move_progress, numbers, record, stand
 from headrace.destinations.duckdb import DuckDBDestination
 from headrace.destinations.multiset import take_off
-from headrace.destinations.tables import CREATE, OPEN, Table, place_of
+from headrace.destinations.tables import CREATE, JOINING, OPEN, QUARANTINE, Table, place_of
 from headrace.errors import DestinationError
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
@@ -80,6 +81,9 @@ class Joins:
         with self._destination.open() as db:
             db.execute(CREATE)
             db.execute("BEGIN")
+            # Of an earlier join, which may have been of other columns.
+            self._destination.drop_table(db, _Target(_beside(model), {}))
+            db.execute(f"DELETE FROM {JOINING} WHERE model = ?", [model.name])
             self._destination.make_table(db, target)
             db.execute(f"DELETE FROM {_sql_name(target)} WHERE _source = ?", [join.source])
             _void(db, join)
@@ -95,16 +99,17 @@ class Joins:
         Raises DestinationError when the join does not stand at `join`: another pipeline moved it.
         """
         through = following.offset if following.phase == join.phase else join.end
+        records = JOINING if join.beside else QUARANTINE
         head = (join.source, model.name)
         with self._destination.open() as db:
             db.execute("BEGIN")
             _check(db, join)
             target = _target(join, model)
             self._destination.make_table(db, target)
-            healed = heal(db, model.name, prepared, join.end)
-            healed += take_off(db, join.source, model.name, target, prepared, join.end)
+            healed = heal(db, model.name, prepared, join.end, records)
+            healed += take_off(db, join.source, model.name, target, prepared, join.end, records)
             self._destination.change_rows(db, join.source, target, prepared)
-            issues = record(db, model, prepared.records)
+            issues = record(db, model, prepared.records, records)
             # The live table has accounted for the changes already.
             if join.phase == "copy" or not join.beside:
                 kind = "copy" if join.phase == "copy" else "apply"
@@ -116,34 +121,32 @@ class Joins:
             _save(db, following)
             failpoint("destination.join.commit")
             db.execute("COMMIT")
-        return issues
+        return [] if join.beside else issues
 
     def attach(
         self, join: Join, model: Model, at: Mark, position: Position, committed_at: int, *, in_sync: bool
-    ) -> int:
+    ) -> tuple[int, Sequence[str]]:
         """End a join: what grew beside replaces what differs, and the model stands at `at`.
 
-        Returns the number of rows that were deleted and inserted for that in the live table.
+        Returns the number of rows that were deleted and inserted for that in the live table, and the ids
+        of issues that are new.
         """
-        written = 0
+        written, issues = 0, list[str]()
         with self._destination.open(memory=_EXCHANGE_MEMORY if join.beside else 0) as db:
             db.execute("BEGIN")
             _check(db, join)
             if join.beside:
                 self._destination.make_table(db, model)
                 written = _exchange(db, join, model)
-                db.execute(
-                    "UPDATE headrace.quarantine SET status = 'superseded', resolution = 'resync', "
-                    f'resolved_at = now() WHERE model = ? AND {OPEN} AND "offset" <= ?',
-                    [model.name, join.begin],
-                )
+                self._destination.drop_table(db, _target(join, model))
+                issues = _exchange_records(db, model)
             stand(db, model, at.offset, position, committed_at, in_sync=in_sync)
             _balance(db, model)
             move_progress(db, join.source, at, position, committed_at)
             _save(db, replace(join, phase="done", stands=join.end))
             failpoint("destination.join.attach")
             db.execute("COMMIT")
-        return written
+        return written, issues
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +161,11 @@ class _Target:
 
 
 def _target(join: Join, model: Model) -> _Target:
-    return _Target(f"{BESIDE}.{model.name}" if join.beside else model.name, model.types())
+    return _Target(_beside(model) if join.beside else model.name, model.types())
+
+
+def _beside(model: Model) -> str:
+    return f"{BESIDE}.{model.name}"
 
 
 def _sql_name(model: Table) -> str:
@@ -177,7 +184,7 @@ def _void(db: duckdb.DuckDBPyConnection, join: Join) -> None:
     db.execute(f"UPDATE headrace.ledger SET kind = 'void' WHERE model = ? {since}", [join.model])
     if not join.beside:
         db.execute(
-            "UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
+            f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = 'rebuilt', "
             f"resolved_at = now() WHERE model = ? AND {OPEN}",
             [join.model],
         )
@@ -212,14 +219,28 @@ def _exchange(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> int:
         f"INSERT INTO {live} BY NAME SELECT * FROM {beside} WHERE {chosen}",
     ):
         written += int(db.execute(statement).fetchall()[0][0])
-    db.execute(f"DROP TABLE {beside}")
     return written
+
+
+def _exchange_records(db: duckdb.DuckDBPyConnection, model: Model) -> list[str]:
+    """Put the open records from beside in the place of the live table's; return new issues."""
+    name = literal(model.name)
+    db.execute(
+        f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = 'resync', resolved_at = now() "
+        f"WHERE model = {name} AND {OPEN}"
+    )
+    records = db.sql(
+        f"SELECT * REPLACE (epoch_us(committed_at) AS committed_at) FROM {JOINING} "
+        f"WHERE model = {name} AND {OPEN}"
+    ).to_arrow_table()
+    db.execute(f"DELETE FROM {JOINING} WHERE model = {name}")
+    return record(db, model, records)
 
 
 def _balance(db: duckdb.DuckDBPyConnection, model: Model) -> None:
     """Let the ledger say how many records are open, where taking in a copy has changed that."""
     name = literal(model.name)
-    records = f"SELECT count(*) FROM headrace.quarantine WHERE model = {name} AND {OPEN}"
+    records = f"SELECT count(*) FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
     known = (
         f"SELECT coalesce(sum(quarantined), 0) FROM headrace.ledger WHERE model = {name} AND kind <> 'void'"
     )

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import duckdb
 
-from headrace.destinations.tables import OPEN, Table, place_of
+from headrace.destinations.tables import OPEN, QUARANTINE, Table, place_of
 from headrace.keys import literal, quoted
 from headrace.protocols import Prepared
 
 
 def take_off(
-    db: duckdb.DuckDBPyConnection, source: str, name: str, table: Table, prepared: Prepared, commit: int
+    db: duckdb.DuckDBPyConnection,
+    source: str,
+    name: str,
+    table: Table,
+    prepared: Prepared,
+    commit: int,
+    records: str = QUARANTINE,
 ) -> int:
     """Take off what `Prepared.fewer` says: of a key's open records first, the newest first, then of its rows.
 
-    `name` is the model of the records, `table` holds its rows. Records first, since where a changed model
-    made some of the same rows bad, what stays should be good. Returns how many became superseded.
+    `name` is the model of the records, which are in the table `records`; `table` holds its rows. Records
+    first, since where a changed model made some of the same rows bad, what stays should be good. Returns
+    how many became superseded.
     """
     _hr_fewer = prepared.fewer
     if _hr_fewer is None or not _hr_fewer.num_rows:
@@ -26,12 +33,12 @@ def take_off(
         SELECT id, key FROM (
           SELECT q.id, q.key, f.count, row_number() OVER (
             PARTITION BY q.key ORDER BY q.epoch DESC, q.commit DESC, q.ordinal DESC) AS place
-          FROM headrace.quarantine q JOIN _hr_fewer f ON q.key = f._source_key
+          FROM {records} q JOIN _hr_fewer f ON q.key = f._source_key
           WHERE q.model = {model} AND q.{OPEN})
         WHERE place <= count"""
     )
     db.execute(
-        f"UPDATE headrace.quarantine SET status = 'superseded', superseded_by = {commit}, "
+        f"UPDATE {records} SET status = 'superseded', superseded_by = {commit}, "
         "resolved_at = now() WHERE id IN (SELECT id FROM _hr_taken)"
     )
     target = ".".join(map(quoted, place_of(table.name)))

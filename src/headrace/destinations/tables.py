@@ -10,6 +10,10 @@ RECORD_COLUMNS = (
     "first_seen, last_attempt"
 )
 
+QUARANTINE = "headrace.quarantine"
+JOINING = "headrace.joining"
+"""Where open records are; and those of the tables that grow beside live ones."""
+
 OPEN = "status IN ('quarantined', 'waiting', 'blocked')"
 
 CREATE = """
@@ -30,6 +34,7 @@ CREATE TABLE IF NOT EXISTS headrace.quarantine (
   attempts INTEGER, first_seen TIMESTAMPTZ, last_attempt TIMESTAMPTZ, resolution VARCHAR,
   resolved_at TIMESTAMPTZ
 );
+CREATE TABLE IF NOT EXISTS headrace.joining AS FROM headrace.quarantine LIMIT 0;
 CREATE TABLE IF NOT EXISTS headrace.ledger (
   source VARCHAR, model VARCHAR, kind VARCHAR, "after" BIGINT, "through" BIGINT,
   read BIGINT, applied BIGINT, superseded BIGINT, filtered BIGINT, quarantined BIGINT,

@@ -37,8 +37,12 @@ from headrace.failpoints import failpoint
 
 FORMAT = 2
 MAX_SLICE_ROWS = 100_000
+_MAX_SLICE_BYTES = 16 << 20
 NO_HASH = "0" * 64
 _CHECKPOINT_PAGES = 4096  # 64 MB of WAL before it is copied into the file
+_LARGE = (
+    32 << 20
+)  # bytes of a payload that is written page by page; as a parameter SQLite would copy it twice
 
 _CREATE = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -138,16 +142,18 @@ class SQLiteLog:
 
     def table_slice_end(self, table: TableId, after: Offset, limit: Offset, kinds: Sequence[Kind]) -> Offset:
         """Return the last group end up to `limit` that keeps the entries of a table and some kinds in
-        `(after, …]` within `MAX_SLICE_ROWS` rows, but has one if there is one; `limit` if all fit."""
-        rows = 0
+        `(after, …]` within `MAX_SLICE_ROWS` rows and `_MAX_SLICE_BYTES` of payload, but has one if there is
+        one; `limit` if all fit."""
+        rows = total = 0
         marks = ", ".join("?" * len(kinds))
-        for offset, count in self._connection().execute(
-            'SELECT "offset", rows FROM entries WHERE table_schema = ? AND table_name = ? '
+        for offset, count, size in self._connection().execute(
+            'SELECT "offset", rows, bytes FROM entries WHERE table_schema = ? AND table_name = ? '
             f'AND "offset" > ? AND "offset" <= ? AND kind IN ({marks}) ORDER BY "offset"',
             (*table, after, limit, *kinds),
         ):
             rows += int(count)
-            if rows > MAX_SLICE_ROWS:
+            total += int(size)
+            if rows > MAX_SLICE_ROWS or total > _MAX_SLICE_BYTES:
                 before = self.group_end(int(offset) - 1)
                 return before if before > after else min(limit, self._ending(int(offset)))
         return limit
@@ -201,15 +207,18 @@ class SQLiteLog:
             "appended_at, payload FROM entries WHERE kind = 'marker' ORDER BY \"offset\""
         )
         return [
-            (
-                int(row[0]),
-                TableId(row[1], row[2]),
-                Position(*row[3:6]),
-                int(row[6]),
-                CopyMark.from_json(row[7]),
-            )
-            for row in rows
+            (int(offset), TableId(schema, name), Position(*place), int(appended), CopyMark.from_json(text))
+            for offset, schema, name, *place, appended, text in rows
         ]
+
+    def truncates(self, table: TableId, after: Offset) -> list[int]:
+        """See `Log.truncates`."""
+        rows = self._connection().execute(
+            "SELECT first_commit FROM entries WHERE table_schema = ? AND table_name = ? "
+            "AND \"offset\" > ? AND kind = 'truncate'",
+            (*table, after),
+        )
+        return [int(row[0]) for row in rows]
 
     def place(self, offset: Offset) -> tuple[Position, int]:
         """Return the last position and the source commit time (microseconds) of an entry."""
@@ -342,6 +351,15 @@ class SQLiteLog:
         assert row is not None
         return int(row[0]), int(row[1]), row[2]
 
+    def changes_of(self, table: TableId, after: Offset) -> Iterator[bytes]:
+        """See `Log.changes_of`."""
+        for (payload,) in self._connection().execute(
+            "SELECT payload FROM entries WHERE kind = 'rows' AND table_schema = ? AND table_name = ? "
+            'AND "offset" > ? ORDER BY "offset"',
+            (*table, after),
+        ):
+            yield bytes(payload)
+
     def copied_rows(self, table: TableId, after: Offset) -> int:
         """Return how many rows of a table copies have read after an offset."""
         ((rows,),) = self._connection().execute(
@@ -387,10 +405,14 @@ class SQLiteLog:
             entry.committed_at, entry.rows, entry.schema_version, now, int(is_last),
         )  # fmt: skip
         digest = entry_hash(end.hash, header, entry.payload)
+        size = len(entry.payload)
         db.execute(
             f"INSERT INTO entries ({_HEADER}, hash, bytes, payload) VALUES ({', '.join('?' * 18)})",
-            (*header, digest, len(entry.payload), entry.payload),
+            (*header, digest, size, entry.payload if size < _LARGE else apsw.zeroblob(size)),
         )
+        if size >= _LARGE:
+            with db.blob_open("main", "entries", "payload", end.offset + 1, True) as blob:
+                blob.write(entry.payload)
         return Mark(self.id, end.offset + 1, digest)
 
     def _read_end(self) -> Mark:

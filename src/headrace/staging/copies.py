@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import Copy, CopyMark, Offset, Position, TableId
+from headrace.change import ADDED, Copy, CopyMark, Offset, Position, TableId
 
 
 class CopyHistory:
@@ -36,10 +36,17 @@ class CopyHistory:
                 break
             if mark.kind == "begin":
                 begin = (offset, mark)
+                found = None if mark.reason == ADDED else found
             elif mark.kind == "end" and begin is not None:
                 floor, ceiling = (Position(at.epoch, commit, 0) for commit in (mark.floor, mark.ceiling))
                 found = Copy(begin[0], offset, begin[1].after, floor, ceiling)
         return found
+
+    def since(self, table: TableId, through: Offset) -> Offset:
+        """Return where the copy began since which a table is captured without a gap, 0 if it always was."""
+        marks = self._marks.get(table, ())
+        added = (offset for offset, _, m in marks if m.kind == "begin" and m.reason == ADDED)
+        return max((offset for offset in added if offset <= through), default=0)
 
     def under_way(self, table: TableId, through: Offset) -> bool:
         """Whether a copy of a table has begun and not ended as of an offset."""

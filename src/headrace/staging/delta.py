@@ -43,6 +43,7 @@ PIECE_BYTES = 16 << 20
 """How much is decoded at once: of one write, and of what `pieces` yields. An entry is never cut."""
 _PIECE_ROWS = 100_000
 _CACHE_BYTES = 32 << 20
+_LARGE = 64 << 20  # bytes that only a very large value makes, which a dictionary would hold twice more
 
 
 class StagingForeign(HeadraceError):
@@ -226,6 +227,10 @@ class DeltaStaging:
         """See `Staging.copy`."""
         return self._copies.newest(table, through)
 
+    def captured_since(self, table: TableId, through: Offset) -> Offset:
+        """Return the offset of the copy's begin since which a table is captured without a gap."""
+        return self._copies.since(table, through)
+
     def copying(self, table: TableId, through: Offset) -> bool:
         """Whether a copy of a table is under way as of an offset."""
         return self._copies.under_way(table, through)
@@ -370,7 +375,10 @@ class DeltaStaging:
     def _commit(self, staged: _Table, data: pa.Table, through: Offset) -> None:
         name = f"{through:020d}.parquet"
         path = staged.path / name
-        pq.write_table(data, path, compression="zstd", compression_level=1, write_statistics=["_offset"])
+        pq.write_table(
+            data, path, compression="zstd", compression_level=1, write_statistics=["_offset"],
+            use_dictionary=data.nbytes < _LARGE,
+        )  # fmt: skip
         fsync(path)
         fsync(staged.path)
         failpoint("staging.data_synced")

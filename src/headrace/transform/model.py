@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import duckdb
 import pyarrow as pa
 
 from headrace.change import Column, TableId, TableSchema
-from headrace.errors import ModelBroken, ModelError
+from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.protocols import Prepared
-from headrace.transform.evaluate import Evaluation
+from headrace.transform.evaluate import Evaluation, scrub
 from headrace.transform.fold import fold
 from headrace.transform.multiset import fold_multiset
 from headrace.transform.sql import Check, ModelText
@@ -77,6 +78,21 @@ class RowModel:
     def types(self) -> dict[str, str]:
         """See `Model.types`."""
         return {name: type_ for name, _, type_ in self.outputs}
+
+
+@contextmanager
+def preparing(model: str) -> Iterator[None]:
+    """Turn what goes wrong in preparing a model into ModelBroken, but for what passes by itself."""
+    try:
+        yield
+    except Exception as error:
+        if verdict_of(error) is Verdict.RETRY:
+            raise
+        if isinstance(error, HeadraceError):
+            raise ModelBroken(model, str(error), error.remedy) from error
+        what = f"{type(error).__name__}: {scrub(str(error))}"
+        remedy = "Mend it, or report what Headrace lacks."
+        raise ModelBroken(model, f"Model {model} cannot run: {what}", remedy) from error
 
 
 def mirror(source: str, schema: TableSchema) -> RowModel:

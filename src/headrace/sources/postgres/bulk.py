@@ -262,12 +262,14 @@ class Bulk:
         begin, after, rows, size = time.monotonic(), durable(), 0, 0
         with _Query(connection, self._peek(upto)) as query:
             for messages in query.batches():
-                at = 0
-                while at < len(messages):
+                at, count = 0, len(messages)
+                rows, size = rows + count, size + messages.nbytes
+                while at < count:
                     at = decoder.push_many(messages, at, self._max_bytes)
+                    if at == count:
+                        del messages  # before a group is made of them: one may hold a very large value
                     if decoder.pending_bytes >= self._max_bytes:
                         yield from whole(self._url, builder.build(*decoder.take(), after))
-                rows, size = rows + len(messages), size + messages.nbytes
                 yield ()
         yield from whole(self._url, builder.build(*decoder.take(), after))
         self._vain = (after, upto - after) if durable() == after else (0, 0)
@@ -330,22 +332,27 @@ class _Query:
     def batches(self) -> Iterator[pa.BinaryArray]:
         """Yield the column as it comes, and an empty array whenever nothing came for a while."""
         while True:
-            try:
-                item = self._ready.get(timeout=_POLL)
-            except queue.Empty:
-                item = _NOTHING
+            item = self._next()
             if item is None:
                 return
             if isinstance(item, Exception):
                 words = _words(item)
                 raise (_TooLarge if _TOO_LARGE in words else _QueryFailed)(words) from item
-            yield item
+            held = [item]
+            del item
+            yield held.pop()
+
+    def _next(self) -> pa.BinaryArray | Exception | None:
+        with contextlib.suppress(queue.Empty):
+            return self._ready.get(timeout=_POLL)
+        return _NOTHING
 
     def _run(self) -> None:
         try:
             self._cursor.execute(self._query)
             for batch in self._cursor.fetch_record_batch():
                 self._put(batch.column(0))
+                del batch
                 if self._closed.is_set():
                     return
             self._put(None)

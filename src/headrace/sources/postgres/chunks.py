@@ -29,11 +29,13 @@ Bounds = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """One chunk: the rows from bound `lower` on and before bound `upper`; None is open."""
+    """One chunk: the rows from bound `lower` on and before bound `upper`, None is open; or those of
+    single `keys`."""
 
     number: int
     lower: tuple[str, ...] | None
     upper: tuple[str, ...] | None
+    keys: tuple[tuple[str, ...], ...] = ()
 
 
 def ranges(bounds: Bounds) -> list[Range]:
@@ -71,6 +73,10 @@ def condition(schema: TableSchema, part: Range) -> str:
 
     Bounds are compared as values of the key's types, in the order of its index.
     """
+    if part.keys:
+        names = ", ".join(quoted(name) for name in schema.key)
+        listed = ", ".join(f"({_cells(schema, key)})" for key in part.keys)
+        return f"({names}) IN ({listed})"
     if part.lower is None and part.upper is None:
         return "true"
     edges = ((">=", part.lower), ("<", part.upper))
@@ -80,12 +86,15 @@ def condition(schema: TableSchema, part: Range) -> str:
 def _compare(schema: TableSchema, sign: str, bound: Sequence[str]) -> str:
     if not schema.key:
         return f"ctid {sign} '({bound[0]},0)'::tid"
-    types = {column.name: column.type for column in schema.columns}
-    cells = ", ".join(
-        f"{_literal(text)}::{types[name]}" for name, text in zip(schema.key, bound, strict=True)
-    )
     names = ", ".join(quoted(name) for name in schema.key)
+    cells = _cells(schema, bound)
     return f"({names}) {sign} ({cells})" if len(bound) > 1 else f"{names} {sign} {cells}"
+
+
+def _cells(schema: TableSchema, key: Sequence[str]) -> str:
+    """Return the texts of a key as values of its types."""
+    types = {column.name: column.type for column in schema.columns}
+    return ", ".join(f"{_literal(text)}::{types[name]}" for name, text in zip(schema.key, key, strict=True))
 
 
 def _literal(text: str) -> str:

@@ -37,6 +37,7 @@ from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, rang
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import connect, connect_bulk, without_password
 from headrace.sources.postgres.copy import as_changes, partitioned_tables, select_text, was_rewritten
+from headrace.sources.postgres.moved import Key, moved_keys
 from headrace.sources.postgres.publication import capturable_shapes
 from headrace.sources.postgres.snapshots import Snapshot, Snapshots
 from headrace.sources.postgres.tables import UNFINISHED, TableStates
@@ -63,8 +64,12 @@ class _Table:
     first: int  # the number of the first snapshot that it may be read under
     schema: TableSchema | None = None
     raw: TableSchema | None = None  # with all columns, and none hashed
+    since: float = 0.0  # when its first chunk was read, if it has no key
     left: set[int] = field(default_factory=set)
     commits: set[int] = field(default_factory=set)
+    sought: int = 0  # the commit through which moved keys were looked for
+    moved: set[Key] | None = None  # those that were found last
+    further: int = 0  # the number of the next chunk that no plan has foreseen
 
     @property
     def is_whole(self) -> bool:
@@ -81,7 +86,17 @@ class Group:
     shape: TableSchema | None = None
 
 
-_Job = tuple[_Table, Range | None]
+@dataclass(frozen=True, slots=True)
+class _Seek:
+    """Look for keys that rows moved to by commits in `(after, through]`."""
+
+    after: int
+    through: int
+
+
+_SOUGHT = -1  # stands among the chunks that are left while moved keys are looked for
+
+_Job = tuple[_Table, "Range | _Seek | None"]
 
 
 class Copier:
@@ -164,10 +179,19 @@ class Copier:
             if self._is_current(table):  # else it would count as a part of the copy that has begun since
                 yield group
         for table in list(self._tables.values()):
-            if table.is_whole and reached >= max(table.commits):
-                mark = CopyMark("end", floor=min(table.commits), ceiling=max(table.commits))
-                end = self._marker(table, max(table.commits), mark)
-                yield Group(iter([end]), partial(self._finished, table))
+            if not table.is_whole or reached < max(table.commits):
+                continue
+            floor, ceiling = min(table.commits), max(table.commits)
+            if any(floor < commit <= ceiling for commit in self._log.truncates(table.id, table.after)):
+                self._begin_again(table, "it was truncated between two of its snapshots")
+                continue
+            if floor < ceiling and table.sought < ceiling and table.schema and table.schema.key:
+                table.left.add(_SOUGHT)
+                self._add(table, _Seek(max(floor, table.sought), ceiling))
+                table.sought = ceiling
+                continue
+            end = self._marker(table, ceiling, CopyMark("end", floor=floor, ceiling=ceiling))
+            yield Group(iter([end]), partial(self._finished, table))
 
     def close(self) -> None:
         """End the workers; what they had in hand is read again."""
@@ -187,6 +211,7 @@ class Copier:
             return
         parts = [part for part in ranges(bounds) if part.number not in (done or ())]
         table.left = {part.number for part in parts}
+        table.further = max([len(bounds), *(done or ())]) + 1
         why = f", {table.reason}" if table.reason else ""
         logger.info("copy of %s: %d of %d chunks%s", table.id, len(parts), len(bounds) + 1, why)
         self._states.move([table.id], "copying" if parts else "catching_up", table.reason)
@@ -228,7 +253,12 @@ class Copier:
             self._tables[table.id] = table
         self._add(table, None)
 
-    def _add(self, table: _Table, part: Range | None) -> None:
+    def _begin_again(self, table: _Table, why: str) -> None:
+        logger.warning("copy of %s begins again: %s", table.id, why)
+        after = self._log.end().offset
+        self._begin_with(_Table(table.id, table.reason, after, self.snapshots.number + 1))
+
+    def _add(self, table: _Table, part: Range | _Seek | None) -> None:
         with self._wake:
             self._jobs.append((table, part))
             self._wake.notify()
@@ -251,6 +281,8 @@ class Copier:
                 try:
                     if part is None:
                         self._plan(table)
+                    elif isinstance(part, _Seek):
+                        self._seek(table, part)
                     else:
                         bulk = bulk or connect_bulk(self._url)
                         self._copy_chunk(bulk, table, part)
@@ -290,6 +322,22 @@ class Copier:
         begin = self._marker(table, 0, mark)
         self._hand_over((table, Group(iter([begin]), partial(self._begun, table, bounds), table.schema)))
 
+    def _seek(self, table: _Table, window: _Seek) -> None:
+        """Have the keys read again that rows moved to; those of the last time that moved on, too."""
+        assert table.schema is not None
+        span = (window.after, window.through)
+        moved = moved_keys(self._log, table.id, table.schema.key, table.after, span, table.moved)
+        with self._wake:
+            table.moved = moved
+            if moved:
+                keys = tuple(tuple(map(str, key)) for key in sorted(moved, key=str))
+                part = Range(table.further, None, None, keys)
+                table.further += 1
+                table.first = self.snapshots.number + 1
+                table.left.add(part.number)
+                self._add(table, part)
+            table.left.discard(_SOUGHT)
+
     def _encoded(self, table: TableId, batch: pa.RecordBatch, commit: int, after: int, now: int) -> bytes:
         cells = self._policy.apply(table, self._undecodable.escape(table, batch))
         return encode_rows(as_changes(cells, commit, after, now))
@@ -306,14 +354,12 @@ class Copier:
         if table.raw is None:
             with connect(self._url) as db:
                 table.raw = self._raw_shape(db, table.id)
+                (shape,) = capturable_shapes(db, self._config, [table.id])
+            if not shape.same_shape(table.schema):
+                raise _ChangedMeanwhile("it has another shape than in the chunks that are done")
         snapshot = self.snapshots.current(table.first)
         if not table.schema.key:
-            with self._wake:
-                if not table.commits:
-                    table.first = snapshot.number
-                    table.commits.add(snapshot.commit)
-            if table.first != snapshot.number:
-                raise _ChangedMeanwhile("its snapshot has reached max_snapshot_age")
+            self._keep_to(snapshot, table)
         rows = _Spool()
         ordinal = part.number << 32
         now = time.time_ns() // 1000
@@ -340,6 +386,21 @@ class Copier:
         entries = self._entries(rows, table, part, snapshot, now)
         self._hand_over((table, Group(entries, partial(self._counted, table, part, snapshot.commit))))
 
+    def _keep_to(self, snapshot: Snapshot, table: _Table) -> None:
+        """Let a table without a key be read under one snapshot only: a row may move between blocks."""
+        with self._wake:
+            if not table.commits:
+                table.first, table.since = snapshot.number, time.monotonic()
+                table.commits.add(snapshot.commit)
+        if table.first == snapshot.number:
+            return
+        if time.monotonic() - table.since > self._config.max_snapshot_age:
+            raise UserError(
+                "without a key it is copied under one snapshot, and that takes longer than max_snapshot_age.",
+                "Give it a key, or raise that.",
+            )
+        raise _ChangedMeanwhile("its snapshot was replaced")
+
     def _entries(
         self, rows: _Spool, table: _Table, part: Range, snapshot: Snapshot, now: int
     ) -> Iterator[Entry]:
@@ -356,16 +417,14 @@ class Copier:
         version = table.schema.version if table.schema else 0
         return Entry("marker", table.id, at, at, time.time_ns() // 1000, 0, version, mark.to_json().encode())
 
-    def _judge(self, table: _Table, part: Range | None, error: Exception) -> None:
+    def _judge(self, table: _Table, part: Range | _Seek | None, error: Exception) -> None:
         """Begin the table again, read the chunk again, give the table up, or have the source retried."""
         state = getattr(error, "sqlstate", None) or ""
         if not self._is_current(table):
             return
         words = _words(error)
         if isinstance(error, _ChangedMeanwhile) or state in _CHANGED_MEANWHILE:
-            logger.warning("copy of %s begins again: %s", table.id, words)
-            after = self._log.end().offset
-            self._begin_with(_Table(table.id, table.reason, after, self.snapshots.number + 1))
+            self._begin_again(table, words)
         elif state == _LOCKED:
             self._stop.wait(1.0)
             self._add(table, part)

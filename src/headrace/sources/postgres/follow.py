@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from headrace.sources.postgres.slot import Slot, durable_commit, epoch_of
 from headrace.sources.postgres.spool import SpoolSpace
 from headrace.sources.postgres.stream import Stream, StreamingFailed
 from headrace.sources.postgres.tables import captured_tables, read_states
-from headrace.sources.postgres.watchman import Watchman
+from headrace.sources.postgres.watchman import Watchman, on_one_timeline
 
 logger = logging.getLogger("headrace.capture")
 
@@ -85,11 +85,15 @@ class Follower:
 
         `take_requests` is called between them; `on_rewrite` see `Shapes`.
         """
+        self._take_requests, self._on_rewrite = take_requests, on_rewrite
+        groups = self._groups(server, slot)
+        yield from on_one_timeline(groups, self._config, self._log, server) if self._standby else groups
+
+    def _groups(self, server: Server, slot: Slot) -> Generator[Iterable[Entry]]:
         bulk = Bulk(self._config, self._limits.max_bytes)
         run = f"{server.system} {server.started}"
         continuity = Continuity(self._config, self._log, run, slot.confirmed)
         streaming = True
-        self._take_requests, self._on_rewrite = take_requests, on_rewrite
         while True:
             self._progress.confirmed = durable_commit(self._log)
             if not continuity.is_open:

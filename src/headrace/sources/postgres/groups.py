@@ -112,7 +112,10 @@ class GroupBuilder:
         """Yield the entries of one transaction that comes in pieces, if its commit is beyond `after`."""
         self._last_commit_time = transaction.committed_at
         times = _Times([transaction], after, transaction.committed_at, self._epoch)
-        return self._entries((list(map(self._captured, piece)) for piece in pieces), times)
+        return self._entries(map(self._all_captured, pieces), times)
+
+    def _all_captured(self, events: Sequence[Event]) -> Sequence[Event]:
+        return list(map(self._captured, events))
 
     def _captured(self, event: Event) -> Event:
         """Apply the policy to rows: what it leaves out is not even spooled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 
@@ -10,6 +11,7 @@ import psycopg
 from headrace.change import RESERVED, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import UserError
+from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, list_tables, qualified, quoted, read_shapes
 from headrace.sources.postgres.clauses import Clause, held_clauses, wanted_clauses
 from headrace.sources.postgres.columns import Policy
@@ -19,6 +21,8 @@ from headrace.sources.postgres.preflight_tables import read_tables
 
 logger = logging.getLogger("headrace.capture")
 alerts = logging.getLogger("headrace.alert")
+
+_FILTERS = "filters"
 
 
 def chosen_tables(db: Connection, config: SourceConfig) -> list[TableId]:
@@ -101,17 +105,36 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
 def amend(db: Connection, config: SourceConfig, tables: Iterable[TableId]) -> list[TableId]:
     """Bring what the publication gives out of captured tables to what the settings say now, with an alert.
 
-    Returns the tables of which it gives out something else from now on. Rows and columns that it did not
-    give out until now are not made good by that. Raises UserError for a condition that cannot be published.
+    Returns the tables of which it gives out something else from now on. Columns that it did not give out
+    until now are not made good by that; other rows need a copy (`refiltered`). Raises UserError for a
+    condition that cannot be published.
     """
     changed = _give_out(db, config, tables)
     for table, (now, clause) in changed.items():
-        alerts.warning(
-            "PUBLICATION of %s changed from %s to %s. What it did not give out until now is not captured; "
-            "`headrace verify` tells.",
-            table, now, clause,
-        )  # fmt: skip
+        missed = "What it did not give out until now is not captured; `headrace verify` tells."
+        if now.where != clause.where:
+            missed = "It is copied again beside its stream."
+        alerts.warning("PUBLICATION of %s changed from %s to %s. %s", table, now, clause, missed)
     return list(changed)
+
+
+def refiltered(config: SourceConfig, log: Log, tables: Iterable[TableId]) -> list[TableId]:
+    """Return tables whose captured rows were chosen by another condition than `where` says now."""
+    held = json.loads(log.note(_FILTERS) or "{}")
+    wanted = _filters(config, tables)
+    return [table for table in tables if held.get(str(table), wanted[str(table)]) != wanted[str(table)]]
+
+
+def remember_filters(config: SourceConfig, log: Log, tables: Iterable[TableId]) -> None:
+    """Note the conditions by which the rows of captured tables are chosen from now on."""
+    wanted = json.dumps(_filters(config, tables), ensure_ascii=False, sort_keys=True)
+    if wanted != log.note(_FILTERS):
+        log.set_note(_FILTERS, wanted)
+
+
+def _filters(config: SourceConfig, tables: Iterable[TableId]) -> dict[str, str]:
+    policy = Policy(config)
+    return {str(table): policy.where(table) for table in tables}
 
 
 def _give_out(

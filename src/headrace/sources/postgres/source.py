@@ -2,7 +2,7 @@
 
 Facts that outlive the process are notes in the log: `slot` (its name, written before it is created),
 `point` (the position from which it delivers, an LSN as a number), `epoch`, `resync` (asked for, not yet
-begun), and those of `tables`, `identity`, `continuity` and `fingerprint`.
+begun), and those of `tables`, `publication`, `identity`, `continuity` and `fingerprint`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal
 
 import psycopg
 
-from headrace.change import Entry, Position, TableId
+from headrace.change import ADDED, Entry, Position, TableId
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import SourceUnavailable, UserError
 from headrace.protocols import Log
@@ -40,6 +40,8 @@ from headrace.sources.postgres.publication import (
     capturable_shapes,
     chosen_tables,
     publish,
+    refiltered,
+    remember_filters,
     withdraw,
 )
 from headrace.sources.postgres.recovery import in_recovery, replayed
@@ -162,7 +164,7 @@ class PostgresSource:
         stage: Stage = "removed" if what == "remove" else "requested"
         captured = captured_tables(log)
         tables = [table for table in tables if what != "add" or table not in captured]
-        states.move(tables, stage, {"add": "added", "resync": "resync", "remove": ""}[what])
+        states.move(tables, stage, {"add": ADDED, "resync": "resync", "remove": ""}[what])
         self._requests.extend(tables)
 
     def request_resync(self, log: Log) -> None:
@@ -208,9 +210,15 @@ class PostgresSource:
     def _publish(self, log: Log) -> None:
         """Publish what is to be captured, and expect to find that from now on."""
         present = self._present(captured_tables(log))
+        # Asked for before the publication changes: after a crash in between nothing would tell.
+        states = read_states(log)
+        changed = [t for t in refiltered(self._config, log, present) if states[t].stage != "requested"]
+        if changed:
+            TableStates(log).move(changed, "requested", "where changed")
         amended = amend(self._catalog(), self._config, present)
         if publish(self._catalog(), self._config, present) or amended:
             expect_publication(self._catalog(), self._config, log)
+        remember_filters(self._config, log, present)
 
     def _present(self, tables: Sequence[TableId]) -> list[TableId]:
         """Return those of some tables that the source has: one that was dropped cannot be published."""

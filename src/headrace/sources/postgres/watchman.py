@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator, Iterable
+from contextlib import closing
 
+from headrace.change import Entry
 from headrace.config import SourceConfig
 from headrace.errors import SourceUnavailable
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection
+from headrace.sources.postgres.connection import connect_replication
 from headrace.sources.postgres.fingerprint import check_publication
-from headrace.sources.postgres.identity import Server, noted_timeline, read_server
+from headrace.sources.postgres.identity import Server, identify, noted_timeline, read_server
 from headrace.sources.postgres.slot import check_resumable
 from headrace.sources.postgres.stream import Stream
 
@@ -61,3 +65,28 @@ class Watchman:
                 "It is tried again.",
             )
         check_publication(self._db, self._config, self._log)
+
+
+def on_one_timeline(
+    groups: Generator[Iterable[Entry]], config: SourceConfig, log: Log, server: Server
+) -> Generator[Iterable[Entry]]:
+    """Yield the groups of a standby, `server`, as long as it stays on the timeline that the log knows.
+
+    One that is promoted, or whose primary is replaced, goes over to another timeline, and a stream from it
+    too, without a word. The log must know where that forked before it holds anything from beyond, or a
+    server of the former timeline could not be told from this one. So the server is asked before each group
+    is given out, and SourceUnavailable lets another start find out.
+    """
+    known = noted_timeline(log)
+    with closing(groups), closing(connect_replication(config.url.reveal())) as line:
+        if read_server(line) != server:
+            raise SourceUnavailable(
+                f"Source {config.name}: another server answers now.", "It is tried again."
+            )
+        for group in groups:
+            if group and known and (timeline := identify(line)[1]) != known.number:
+                raise SourceUnavailable(
+                    f"Source {config.name}: the standby has gone over to timeline {timeline}.",
+                    "It is tried again.",
+                )
+            yield group
