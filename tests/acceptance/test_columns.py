@@ -29,6 +29,7 @@ SETTINGS = f"""
 exclude = ["public.*.secret"]
 hash = ["public.*.email", "public.persons.id"]
 hash_salt = "{SALT}"
+chunk_bytes = "64KiB"
 [source.shop.where]
 "public.orders" = "shop <> 'test' AND created_at >= '2024-01-01'"
 """
@@ -40,6 +41,7 @@ ALTER TABLE whole REPLICA IDENTITY FULL;
 CREATE TABLE bag (email text, secret text, flag boolean);
 ALTER TABLE bag REPLICA IDENTITY FULL;
 CREATE TABLE persons (id numeric PRIMARY KEY, v text);
+CREATE TABLE readers (email text PRIMARY KEY, v text);
 CREATE TABLE orders (id int PRIMARY KEY, created_at timestamptz, shop text);
 ALTER TABLE orders REPLICA IDENTITY FULL;
 """
@@ -96,6 +98,7 @@ def fill(base: int) -> str:
     INSERT INTO whole SELECT n, 'plain ' || n, 'hidden ' || n {rows};
     INSERT INTO bag SELECT 'plain', 'hidden ' || n, n % 2 = 0 {rows};
     INSERT INTO persons SELECT n + 0.50, 'v' {rows};
+    INSERT INTO readers SELECT 'plain ' || {base} || '.' || m, repeat('v', 200) FROM generate_series(1, 1000) m;
     INSERT INTO orders SELECT n, '2023-12-30'::timestamptz + (n % 5) * interval '1 day',
       CASE WHEN n % 5 = 4 THEN 'test' ELSE 'real' END {rows};
     """
@@ -128,6 +131,7 @@ def test_what_is_left_out_or_hashed_is_in_no_file(server: PostgresServer, tmp_pa
         (True, 4, digest("plain")),
         (None, 2, digest("plain")),
     ]
+    assert found(project, "SELECT count(DISTINCT email) FROM shop.readers") == [(2000,)]
     ids = {digest(f"{n}.50") for n in (1, 2, 3, 4, 100, 101, 102, 103, 105)}
     assert {row[0] for row in found(project, "SELECT id FROM shop.persons")} == ids
     assert found(project, "SELECT id FROM shop.orders ORDER BY 1") == [(2,), (4,)]
@@ -138,10 +142,13 @@ def _holds_nothing_of(project: Project, secrets: tuple[bytes, ...]) -> None:
     files = [path for path in project.root.rglob("*") if path.is_file() and path.suffix != ".toml"]
     texts = [path.read_bytes() for path in files]
     log = SQLiteLog(project.state / "log" / "shop.db", read_only=True)
-    entries = log.read(0, 1 << 30)
-    for item in entries:
-        is_rows = item.entry.kind == "rows"
-        texts.append(repr(decode_rows(item.entry.payload).to_pydict()).encode() if is_rows else b"")
+    for item in log.read(0, 1 << 30):
+        payload = item.entry.payload
+        is_rows = item.entry.kind in ("rows", "copy")
+        texts.append(repr(decode_rows(payload).to_pydict()).encode() if is_rows else payload)
+    chunks = [table.name for _, table, _, _, mark in log.copy_marks() if mark.kind == "chunk"]
+    assert chunks.count("readers") == 1, "bounds would tell keys"
+    assert chunks.count("users") > 1
     log.close()
     raw = [path for path in files if path.suffix == ".parquet"]
     assert raw
@@ -152,14 +159,16 @@ def _holds_nothing_of(project: Project, secrets: tuple[bytes, ...]) -> None:
         assert not [secret for secret in secrets if secret in text]
 
 
-def test_the_publication_leaves_out_what_it_can_without_harm(server: PostgresServer, tmp_path: Path) -> None:
+def test_the_publication_leaves_out_what_it_can_without_harm(
+    server: PostgresServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(server, "CREATE DATABASE cut")
     run(server, DEFINITIONS, fill(0), database="cut")
     project = made(tmp_path, server, SETTINGS, "cut")
     said = {finding.what for finding in inspect(project.sources[0], fresh=True)}
     assert {
         "columns left out: public.bag.secret, public.users.secret, public.whole.secret",
-        "5 tables selected, each with a key but 1, whose equal rows are counted",
+        "6 tables selected, each with a key but 1, whose equal rows are counted",
     } <= said
     once(project)
     held = clauses(project)
@@ -167,6 +176,7 @@ def test_the_publication_leaves_out_what_it_can_without_harm(server: PostgresSer
     assert held["whole"] == held["bag"] == held["persons"] == Clause()  # FULL takes no list of columns
     assert held["orders"] is not None
     assert "created_at" in held["orders"].where
+    assert found(project, "SELECT id FROM shop.orders ORDER BY 1") == [(2,), (3,)]
     # What the application does goes on, also after the settings have changed.
     settings = SETTINGS.replace('"public.*.secret"', '"public.users.v", "public.bag.secret"').replace(
         "'2024-01-01'", "'2023-01-01'"
@@ -185,6 +195,9 @@ def test_the_publication_leaves_out_what_it_can_without_harm(server: PostgresSer
         once(project)
     assert clauses(project)["users"] == Clause(("id", "email", "secret"))
     assert "2023" in str(clauses(project)["orders"])
+    # Rows that the new condition chooses are there, though nobody has touched them since.
+    assert found(project, "SELECT id FROM shop.orders ORDER BY 1") == [(100,), (101,), (102,), (103,)]
+    assert caplog.text.count("It is copied again beside its stream.") == 1
     assert found(project, "SELECT count(*), count(secret) FROM shop.users") == [(5, 5)]
 
 

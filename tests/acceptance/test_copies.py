@@ -29,6 +29,8 @@ from headrace.verify import verify
 
 WIDE = "(SELECT string_agg(md5(random()::text), '') FROM generate_series(1, 100) WHERE {} > 0)"
 
+ON_18 = pytest.mark.parametrize("server", [18], indirect=True)
+
 
 @pytest.fixture(scope="module", params=[16, 18])
 def server(
@@ -149,6 +151,7 @@ def test_writers_do_not_disturb_a_copy_nor_it_them(
     assert read(project, ["SELECT count(*) AS n FROM headrace.quarantine"])[0]["n"].to_pylist() == [0]
 
 
+@ON_18
 @pytest.mark.parametrize("statement", ["TRUNCATE orders", "ALTER TABLE orders ALTER n TYPE bigint"])
 def test_a_table_emptied_or_rewritten_in_the_middle_begins_again(
     server: PostgresServer, db: psycopg.Connection, tmp_path: Path, statement: str
@@ -190,6 +193,7 @@ def test_a_snapshot_shows_a_rewritten_table_empty_and_the_file_tells(
     snapshots.release()
 
 
+@ON_18
 def test_what_is_copied_is_not_copied_again_after_a_kill(
     server: PostgresServer, db: psycopg.Connection, tmp_path: Path
 ) -> None:
@@ -227,6 +231,7 @@ def _finished(folder: Path) -> list[str]:
     return [row["table"] for row in tables for _ in range(row["done"])]
 
 
+@ON_18
 def test_one_bad_table_stops_nothing_else_and_is_taken_up_again(
     server: PostgresServer, db: psycopg.Connection, tmp_path: Path
 ) -> None:
@@ -301,6 +306,7 @@ def test_tables_come_and_go_while_the_pipeline_runs(
     assert "live" in run("tables", "list", folder=tmp_path)
 
 
+@ON_18
 def test_a_gap_is_repaired_deletes_included_and_only_differences_are_written(
     server: PostgresServer, db: psycopg.Connection, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -186,7 +186,10 @@ def test_a_failover_slot_outlives_its_primary(pair: Pair, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("version", [16, 18])
-def test_capture_goes_on_when_the_standby_that_is_read_is_promoted(version: int, tmp_path: Path) -> None:
+def test_capture_goes_on_when_the_standby_that_is_read_is_promoted(
+    version: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log learns of the new timeline before it holds anything from it."""
     with PostgresServer(tmp_path / "primary", version) as primary:
         primary.psql("CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t VALUES (1, 'a')")
         primary.psql("CREATE PUBLICATION headrace_shop FOR TABLE t WITH (publish_via_partition_root)")
@@ -201,5 +204,7 @@ def test_capture_goes_on_when_the_standby_that_is_read_is_promoted(version: int,
                 standby.psql("INSERT INTO t VALUES (2, 'b')")
                 written = standby.psql("SELECT pg_current_wal_lsn()")
                 until(lambda: confirmed(standby, written))
+            assert "the standby has gone over to timeline 2" in caplog.text
+            assert "failover to timeline 2" in caplog.text
             Pipeline(project).run_once()
             assert all(finding.ok for finding in verify(project).findings)

@@ -189,6 +189,18 @@ def test_killed_in_the_middle_of_every_hop_of_the_first_copy(server: PostgresSer
     assert_whole(project)
 
 
+KILLS_AMID_COPIES = (
+    (
+        ("source.copy.batch", 9),
+        ("destination.join.commit", 6),
+        ("destination.join.commit", 2),
+        ("destination.join.attach", 3),
+    ),
+    (("source.copy.batch", 9), ("destination.join.commit", 6), ("destination.join.attach", 1)),
+)
+"""Passages at which a first copy dies, and then a second one."""
+
+
 def test_killed_amid_a_copy_in_chunks_and_the_next_one_beside_it(
     server: PostgresServer, tmp_path: Path
 ) -> None:
@@ -197,19 +209,13 @@ def test_killed_amid_a_copy_in_chunks_and_the_next_one_beside_it(
     url = make_shop(server, "chunks", orders=3_000)
     project = make_project(tmp_path, url, slot="chunks", model=MODEL, more='chunk_bytes = "64KiB"\n')
 
-    def killed(point: str, passage: int) -> None:
-        change(url, passage)
-        process = start(project, "run_once", step_bytes=4096, failpoints=f"{point}=kill@{passage}")
-        assert process.wait(60) == -9, f"passage {passage} of {point} was never reached: {said(project)}"
-
-    for copies in (1, 2):
-        killed("source.copy.batch", 9)
-        before = marks_of(project, "orders")
-        killed("source.copy.batch", 1)
-        for passage in (6, 3, 1):
-            killed("destination.join.commit", passage)
-        for passage in (3, 1):
-            killed("destination.join.attach", passage)
+    for copies, passages in enumerate(KILLS_AMID_COPIES, 1):
+        before: list[CopyMark] = []
+        for point, passage in passages:
+            change(url, passage)
+            process = start(project, "run_once", step_bytes=16384, failpoints=f"{point}=kill@{passage}")
+            assert process.wait(60) == -9, f"passage {passage} of {point} was never reached: {said(project)}"
+            before = before or marks_of(project, "orders")
         run_once(project)
         assert_whole(project)
         marks = marks_of(project, "orders")

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from headrace.change import Column, CopyMark, Entry, Position, TableId, TableSchema
+from headrace.change import ADDED, Column, CopyMark, Entry, Position, TableId, TableSchema
 from headrace.destinations.duckdb import DuckDBDestination
 from headrace.destinations.joins import Joins
-from headrace.errors import DestinationError
+from headrace.errors import DestinationError, ModelBroken
 from headrace.joining import Joiner
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import BEFORE, UNCHANGED, encode_rows
@@ -180,6 +180,15 @@ class Bench:
             if chance and chance.random() < 0.3:
                 self.joiner = self.reopened()
 
+    def copy(self, commit: int, *rows: tuple[str, Row], shape: TableSchema = SHAPE, reason: str = "") -> None:
+        """Log and stage a copy that is read in one chunk under a snapshot at `commit`."""
+        self.log.append([marker(0, CopyMark("begin", shape, (), self.log.end().offset, reason))])
+        cells = [change("r", commit, key, row) for key, row in rows]
+        numbered = [{**row, "_ordinal": n} for n, row in enumerate(cells, 1)]
+        self.log.append([entry(numbered, "copy"), marker(commit, CopyMark("chunk"))])
+        self.log.append([marker(commit, CopyMark("end", floor=commit, ceiling=commit))])
+        self.load()
+
     def stands(self, offset: int) -> dict[str, ModelState]:
         """What runs meanwhile has come to an offset."""
         return {n: replace(state, offset=offset) for n, state in self.destination.models("shop").items()}
@@ -254,24 +263,112 @@ def test_a_row_that_moves_between_two_snapshots_is_in_neither_and_read_once_more
 def test_a_row_that_is_gone_at_the_source_goes_and_only_differences_are_written(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    copied = [change("r", 5, key, ("a", "b")) for key in KEYS]
-    for commit, rows in ((5, copied), (9, [{**row, "_commit": 9} for row in copied[1:]])):
-        rows[-1]["v"] = f"as of {commit}"
-        bench.log.append([marker(0, CopyMark("begin", SHAPE, (), bench.log.end().offset))])
-        bench.log.append([entry(rows, "copy"), marker(commit, CopyMark("chunk"))])
-        bench.log.append([marker(commit, CopyMark("end", floor=commit, ceiling=commit))])
-        bench.load()
+    for commit, keys in ((5, KEYS), (9, KEYS[1:]), (12, KEYS[1:])):
+        rows = dict.fromkeys(keys, ("a", "b")) | {KEYS[-1]: (f"as of {min(commit, 9)}", "b")}
         with caplog.at_level("INFO"):
+            caplog.clear()
+            bench.copy(commit, *rows.items())
             bench.join()
-    assert bench.rows() == {**dict.fromkeys(KEYS[1:-1], ("a", "b")), KEYS[-1]: ("as of 9", "b")}
-    assert "3 rows written" in caplog.text  # one goes, and one goes and comes
+        assert bench.rows() == rows
+        # One goes, and one goes and comes; then there is nothing to do.
+        assert commit == 5 or f"{3 if commit == 9 else 0} rows written" in caplog.text
+
+
+def test_what_lags_behind_a_copy_runs_up_to_it_first(bench: Bench) -> None:
+    bench.copy(5, ("k1", ("a", "b")))
+    bench.join()
+    bench.log.append([entry([change("u", 7, "k1", ("c", "b"))])])
+    bench.copy(9, ("k1", ("c", "b")))
+    staged = bench.staging.through()
+    copy = bench.joiner.pending(MODEL, staged)
+    assert copy is not None
+    steps = [
+        bench.joiner.step(MODEL, copy, bench.stands(at), [], staged, bench.alerts.extend)
+        for at in (staged, staged - 1, staged)
+    ]
+    assert steps == ["begin", "wait", "slice"]
+    assert not bench.joiner.runs(MODEL, staged), "its changes are being compared"
+
+
+def test_a_table_that_was_not_captured_for_a_while_is_built_anew(bench: Bench) -> None:
+    """What stands of it must not go on: nobody knows what happened in between."""
+    bench.copy(5, ("k1", ("a", "b")), ("k2", ("a", "b")))
+    bench.join()
+    bench.log.append([marker(0, CopyMark("begin", SHAPE, (), bench.log.end().offset, ADDED))])
+    bench.log.append([entry([change("u", 20, "k2", ("c", "b"))])])
+    bench.load()
+    assert bench.joiner.pending(MODEL, bench.staging.through()) is None
+    assert not bench.joiner.runs(MODEL, bench.staging.through())
+    bench.copy(21, ("k2", ("c", "b")), reason=ADDED)
+    bench.join()
+    assert bench.joiner.runs(MODEL, bench.staging.through())
+    assert bench.rows() == {"k2": ("c", "b")}
+    assert bench.ask("SELECT sum(read)::INT FROM headrace.ledger WHERE kind <> 'void'") == [(1,)]
+
+
+def test_a_model_that_gets_other_columns_in_the_middle_begins_with_them(bench: Bench) -> None:
+    bench.copy(5, ("k1", ("a", "b")))
+    bench.join()
+    bench.copy(9, ("k1", ("c", "b")))
+    staged = bench.staging.through()
+    copy = bench.joiner.pending(MODEL, staged)
+    assert copy is not None
+    for _ in range(2):
+        bench.joiner.step(MODEL, copy, bench.stands(staged), [], staged, bench.alerts.extend)
+    fewer = replace(MODEL, outputs=MODEL.outputs[:2], version="mirror:fewer")
+    assert bench.destination.forget_if_reshaped(fewer)
+    bench.joiner = bench.reopened()
+    bench.join(fewer)
+    assert bench.ask('SELECT * EXCLUDE (_source, _source_key) FROM "shop"."t"') == [("k1", "c")]
+    bench.copy(12, ("k1", ("d", "b")))
+    bench.join(fewer)
+    assert bench.ask('SELECT * EXCLUDE (_source, _source_key) FROM "shop"."t"') == [("k1", "d")]
+    assert bench.ask("FROM duckdb_tables() SELECT table_name WHERE schema_name = 'headrace_joining'") == []
+
+
+def test_a_join_beside_leaves_the_records_of_the_live_table_alone_until_it_ends(bench: Bench) -> None:
+    """Of a table without a key, where records are counted: none may be taken off twice, or stay."""
+    columns = (Column("id", "text"), Column("v", "integer"), Column("big", "integer"))
+    bag = replace(SHAPE, key=(), columns=columns)
+    model = mirror("shop", bag)
+    rows = [("k1", ("bad", "1"))] * 3 + [("k2", ("1", "1"))] * 2
+    bench.copy(5, *rows, shape=bag)
+    bench.join(model)
+    opened = "SELECT commit, count(*) FROM headrace.quarantine WHERE status = 'quarantined' GROUP BY ALL"
+    assert bench.ask(opened) == [(5, 3)]
+    (issue,) = bench.alerts
+    bench.copy(9, *rows, shape=bag)
+    gone = [change("d", 11, "k1", ("bad", "1")), change("d", 11, "k2", ("1", "1"))]
+    bench.log.append([entry([*gone, change("c", 11, "k3", ("1", "worse"))])])
+    bench.load()
+    staged = bench.staging.through()
+    copy = bench.joiner.pending(model, staged)
+    assert copy is not None
+    step: str = ""
+    while step != "attach":
+        assert bench.ask(opened) == [(5, 3)]
+        step = bench.joiner.step(model, copy, bench.stands(staged), [], staged, bench.alerts.extend)
+    assert sorted(bench.ask(opened)) == [(9, 2), (11, 1)]
+    assert bench.ask('SELECT id, v FROM "shop"."t"') == [("k2", 1)]
+    assert bench.ask("SELECT sum(quarantined)::INT FROM headrace.ledger WHERE kind <> 'void'") == [(3,)]
+    assert bench.alerts[0] == issue
+    assert len(set(bench.alerts)) == len(bench.alerts) == 2, "of two causes one is new"
+
+
+def test_what_cannot_be_prepared_breaks_the_model_and_no_more(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("unforeseen")
+
+    bench.copy(5, ("k1", ("a", "b")))
+    monkeypatch.setattr(RowModel, "prepare", fail)
+    with pytest.raises(ModelBroken, match="unforeseen"):
+        bench.join()
 
 
 def test_a_second_owner_is_refused_in_the_middle_of_a_join(bench: Bench) -> None:
-    bench.log.append([marker(0, CopyMark("begin", SHAPE))])
-    bench.log.append([entry([change("r", 5, "k1", ("a", "b"))], "copy"), marker(5, CopyMark("chunk"))])
-    bench.log.append([marker(5, CopyMark("end", floor=5, ceiling=5))])
-    bench.load()
+    bench.copy(5, ("k1", ("a", "b")))
     copy = bench.staging.copy(TABLE, 4)
     assert copy is not None
     other = bench.reopened()

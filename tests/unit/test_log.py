@@ -58,6 +58,23 @@ def test_a_new_log_is_empty(log: SQLiteLog) -> None:
     assert log.mark(1) is None
 
 
+def test_a_very_large_payload_is_as_any_other(log: SQLiteLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written page by page, into the same transaction."""
+    monkeypatch.setattr("headrace.log.sqlite._LARGE", 100_000)
+    payloads = [b"small", os.urandom(100_000), b"", os.urandom(1_234_567)]
+    log.append([entry(7, i, payload) for i, payload in enumerate(payloads, 1)])
+    assert [item.entry.payload for item in log.read(0, 1 << 30)] == payloads
+    assert log.verify() == log.end()
+
+    def broken() -> Iterator[Entry]:
+        yield entry(8, 1, payloads[-1])
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        log.append(broken())
+    assert log.verify().offset == len(payloads)
+
+
 def test_offsets_are_dense_from_one_and_content_comes_back_as_written(log: SQLiteLog) -> None:
     written = [group(10, 3), group(20, 1), group(30, 2)]
     ends = [log.append(entries) for entries in written]

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import apsw
 
@@ -481,34 +482,9 @@ def _with_last(entries: Iterable[Entry]) -> Iterator[tuple[Entry, bool]]:
         current = following
 
 
-def _from_row(row: Sequence[object]) -> LoggedEntry:
-    (
-        offset,
-        kind,
-        schema,
-        name,
-        e1,
-        c1,
-        o1,
-        e2,
-        c2,
-        o2,
-        at,
-        rows,
-        version,
-        appended,
-        ends,
-        digest,
-        payload,
-    ) = row
-    entry = Entry(
-        kind=kind,  # type: ignore[arg-type]
-        table=TableId(schema, name) if name is not None else None,  # type: ignore[arg-type]
-        first=Position(e1, c1, o1),  # type: ignore[arg-type]
-        last=Position(e2, c2, o2),  # type: ignore[arg-type]
-        committed_at=at,  # type: ignore[arg-type]
-        rows=rows,  # type: ignore[arg-type]
-        schema_version=version,  # type: ignore[arg-type]
-        payload=payload,  # type: ignore[arg-type]
-    )
-    return LoggedEntry(offset, entry, appended, bool(ends), digest)  # type: ignore[arg-type]
+def _from_row(row: Sequence[Any]) -> LoggedEntry:
+    offset, kind, schema, name, *places, at, rows, version, appended, ends, digest, payload = row
+    table = TableId(schema, name) if name is not None else None
+    first, last = Position(*places[:3]), Position(*places[3:])
+    entry = Entry(kind, table, first, last, at, rows, version, payload)
+    return LoggedEntry(offset, entry, appended, bool(ends), digest)

@@ -195,12 +195,8 @@ def _run(db: Connection, config: SourceConfig, statements: Sequence[str], tables
 
 
 def withdraw(db: Connection, config: SourceConfig, table: TableId) -> None:
-    """Take a table out of the publication, if it is in it."""
-    found = db.execute(
-        "SELECT 1 FROM pg_publication_tables WHERE pubname = %s AND schemaname = %s AND tablename = %s",
-        [config.publication, *table],
-    ).fetchone()
-    if found:
+    """Take a table out of the publication, if that holds it by name, not with its schema or with all."""
+    if held_clauses(db, config.publication).get(table) is not None:
         _run(
             db,
             config,

@@ -41,13 +41,24 @@ def durable_commit(log: Log) -> int:
     return max(streamed, int(log.note(POINT) or 0))
 
 
+def claim_slot(config: SourceConfig, log: Log) -> None:
+    """Remember that the slot on the server that is noted now is ours; call it before it is created."""
+    log.set_note("slot_system", log.note("system") or "")
+    log.set_note("slot", config.slot)
+
+
+def owned_slot(log: Log) -> str | None:
+    """Return the name of our slot on the server that is noted now; None if ours was on another."""
+    return log.note("slot") if log.note("slot_system") == log.note("system") else None
+
+
 def drop_unfinished(db: Connection, config: SourceConfig, log: Log) -> None:
     """Drop the slot of a copy that did not finish; refuse one that is not ours."""
     slot = config.slot
     row = db.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone()
     if row is None:
         return
-    if log.note("slot") != slot:
+    if owned_slot(log) != slot:
         raise UserError(
             f"Source {config.name}: the slot {slot} exists already, and not for this state folder.",
             f"Name another in [source.{config.name}] slot, or drop it if nothing needs it: "

@@ -1,6 +1,7 @@
 """Postgres as a source: slot, stream, and copies beside it.
 
-Facts that outlive the process are notes in the log: `slot` (its name, written before it is created),
+Facts that outlive the process are notes in the log: `slot` (its name, written before it is created, and
+`slot_system`, whose it is), `published` (the publication, if we made it),
 `point` (the position from which it delivers, an LSN as a number), `epoch`, `resync` (asked for, not yet
 begun), and those of `tables`, `publication`, `identity`, `continuity` and `fingerprint`.
 """
@@ -48,9 +49,11 @@ from headrace.sources.postgres.recovery import in_recovery, replayed
 from headrace.sources.postgres.slot import (
     POINT,
     check_resumable,
+    claim_slot,
     create_slot,
     drop_unfinished,
     epoch_of,
+    owned_slot,
 )
 from headrace.sources.postgres.tables import Stage, TableStates, captured_tables, read_states
 from headrace.sources.postgres.takeover import Takeover
@@ -93,7 +96,7 @@ class PostgresSource:
             if log.note(_RESYNC):
                 self._start_anew(log)
             server = check_server(db, self._config, log)
-            if log.note("slot") == self._config.slot:
+            if owned_slot(log) == self._config.slot:
                 self._takeover.consider(db)
             self._epoch = epoch_of(log)
             with closing(Copier(self._config, log, self._epoch)) as copier:
@@ -240,16 +243,19 @@ class PostgresSource:
         db = self._catalog()
         again = bool(captured_tables(log))
         tables = captured_tables(log) or chosen_tables(db, self._config)
+        drop_unfinished(db, self._config, log)
         if publication_fingerprint(db, self._config.publication) is None:
             log.set_note("published", self._config.publication)
+        elif owned_slot(log) is None:  # what we made, if we did, is on another server
+            log.set_note("published", "")
+        claim_slot(self._config, log)
         publish(db, self._config, self._present(tables))
         expect_publication(db, self._config, log)
-        drop_unfinished(db, self._config, log)
-        log.set_note("slot", self._config.slot)
         with connect_replication(self._url) as maker:
             failover = wants_failover(db, self._config)
             point, snapshot = yield from create_slot(db, maker, self._config, failover=failover)
             copier.snapshots.adopt(point, snapshot)
+            check_server(db, self._config, log)  # a standby may have been promoted meanwhile
         TableStates(log).move(tables, "requested", "resync" if again else "")
         log.set_note(POINT, str(point))
         logger.info("copy of %d tables begins at %s", len(tables), format_lsn(point))

@@ -1,6 +1,6 @@
 """What a project made at its source, and how it is taken away again.
 
-Ours is what the log has recorded as made for it: the notes `slot` and `publication`, on the server of the
+Ours is what the log has recorded as made for it: the notes `slot` and `published`, on the server of the
 note `system`. Whatever else is there is left alone, however it is called.
 """
 
@@ -21,6 +21,7 @@ from headrace.sources.postgres.catalog import Connection, quoted
 from headrace.sources.postgres.connection import LOCK_TIMEOUT, connect, place
 from headrace.sources.postgres.identity import read_server, same_system
 from headrace.sources.postgres.recovery import in_recovery
+from headrace.sources.postgres.slot import owned_slot
 
 PREFIX = "headrace_"
 
@@ -93,7 +94,7 @@ def refuse_torn_down(config: SourceConfig, log: Log) -> None:
 
 
 def _slots(db: Connection, log: Log) -> Iterator[Made]:
-    recorded = log.note("slot")
+    recorded = owned_slot(log)
     pattern = PREFIX.replace("_", r"\_") + "%"
     for name, active, temporary, retained in db.execute(_RETAINED, [recorded, pattern]).fetchall():
         keep = ""
