@@ -135,7 +135,8 @@ class CopyMark:
 
     - `begin`: a copy starts; everything of an earlier one that did not end is void. `schema` is the
       table's shape, `bounds` the keys (texts) at which it is cut into chunks, `after` the offset behind
-      which every change that the copy does not contain stands, `reason` why it is made.
+      which every change that the copy does not contain stands, `reason` why it is made, `files` the
+      table's files at the source, others once it was rewritten.
     - `chunk`: chunk number `chunk` is whole: its rows are the entries before it in its group.
     - `end`: all chunks are, and the stream has passed the last of their snapshots: the table is live.
       Its snapshots were taken at commits from `floor` to `ceiling`, all the same if it took only one.
@@ -146,6 +147,7 @@ class CopyMark:
     bounds: tuple[tuple[str, ...], ...] = ()
     after: Offset = 0
     reason: str = ""
+    files: str = ""
     chunk: int = 0
     floor: int = 0
     ceiling: int = 0

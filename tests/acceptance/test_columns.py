@@ -42,6 +42,7 @@ CREATE TABLE bag (email text, secret text, flag boolean);
 ALTER TABLE bag REPLICA IDENTITY FULL;
 CREATE TABLE persons (id numeric PRIMARY KEY, v text);
 CREATE TABLE readers (email text PRIMARY KEY, v text);
+CREATE TABLE numbers (id int PRIMARY KEY, v text);
 CREATE TABLE orders (id int PRIMARY KEY, created_at timestamptz, shop text);
 ALTER TABLE orders REPLICA IDENTITY FULL;
 """
@@ -98,7 +99,10 @@ def fill(base: int) -> str:
     INSERT INTO whole SELECT n, 'plain ' || n, 'hidden ' || n {rows};
     INSERT INTO bag SELECT 'plain', 'hidden ' || n, n % 2 = 0 {rows};
     INSERT INTO persons SELECT n + 0.50, 'v' {rows};
-    INSERT INTO readers SELECT 'plain ' || {base} || '.' || m, repeat('v', 200) FROM generate_series(1, 1000) m;
+    INSERT INTO readers SELECT 'plain ' || m, repeat('v', 200) FROM generate_series({base}, {base} + 999) m
+      ON CONFLICT DO NOTHING;
+    INSERT INTO numbers SELECT m, repeat('v', 200) FROM generate_series({base}, {base} + 999) m
+      ON CONFLICT DO NOTHING;
     INSERT INTO orders SELECT n, '2023-12-30'::timestamptz + (n % 5) * interval '1 day',
       CASE WHEN n % 5 = 4 THEN 'test' ELSE 'real' END {rows};
     """
@@ -131,7 +135,7 @@ def test_what_is_left_out_or_hashed_is_in_no_file(server: PostgresServer, tmp_pa
         (True, 4, digest("plain")),
         (None, 2, digest("plain")),
     ]
-    assert found(project, "SELECT count(DISTINCT email) FROM shop.readers") == [(2000,)]
+    assert found(project, "SELECT count(DISTINCT email) FROM shop.readers") == [(1100,)]
     ids = {digest(f"{n}.50") for n in (1, 2, 3, 4, 100, 101, 102, 103, 105)}
     assert {row[0] for row in found(project, "SELECT id FROM shop.persons")} == ids
     assert found(project, "SELECT id FROM shop.orders ORDER BY 1") == [(2,), (4,)]
@@ -148,7 +152,7 @@ def _holds_nothing_of(project: Project, secrets: tuple[bytes, ...]) -> None:
         texts.append(repr(decode_rows(payload).to_pydict()).encode() if is_rows else payload)
     chunks = [table.name for _, table, _, _, mark in log.copy_marks() if mark.kind == "chunk"]
     assert chunks.count("readers") == 1, "bounds would tell keys"
-    assert chunks.count("users") > 1
+    assert chunks.count("numbers") > 1
     log.close()
     raw = [path for path in files if path.suffix == ".parquet"]
     assert raw
@@ -168,7 +172,7 @@ def test_the_publication_leaves_out_what_it_can_without_harm(
     said = {finding.what for finding in inspect(project.sources[0], fresh=True)}
     assert {
         "columns left out: public.bag.secret, public.users.secret, public.whole.secret",
-        "6 tables selected, each with a key but 1, whose equal rows are counted",
+        "7 tables selected, each with a key but 1, whose equal rows are counted",
     } <= said
     once(project)
     held = clauses(project)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -191,7 +192,46 @@ def test_once(project: Path, url: str) -> None:
     assert (slot["exists"], slot["active"], slot["wal_status"]) == (True, False, "reserved")
     assert slot["retained_bytes"] >= slot["lag_bytes"] == source["capture"]["lag_bytes"] >= 0
     assert slot["restart_age_s"] >= 0
+    assert {(table["stage"], table["share"]) for table in source["tables"]} == {("live", 1.0)}
     assert "not running" in here("status", cwd=project).out
+
+
+def test_how_far_copies_are(project: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / "models" / "clean.sql").unlink()
+    with (project / "headrace.toml").open("a") as settings:
+        settings.write('tables = ["public.wide", "public.accounts"]\nchunk_bytes = "64KiB"\ncopy_workers = 1\n')
+    execute(url, "CREATE TABLE wide (id int PRIMARY KEY, v text)")
+    execute(url, "INSERT INTO wide SELECT i, repeat('x', 1000) FROM generate_series(1, 800) i; ANALYZE wide")
+    assert here("tables", "list", cwd=project).out == "Nothing is captured yet: headrace run\n"
+    assert here("tables", "list", "--json", cwd=project).out == ""
+    monkeypatch.setenv("HEADRACE_FAILPOINTS", "source.copy.batch=kill@8")
+    assert headrace("run", "--once", cwd=project).code == -signal.SIGKILL
+    monkeypatch.delenv("HEADRACE_FAILPOINTS")
+
+    lines = here("tables", "list", "--json", cwd=project).out.splitlines()
+    accounts, wide = (json.loads(line) for line in lines)
+    assert (accounts["table"], accounts["rows"], accounts["share"]) == ("public.accounts", 5, 1.0)
+    assert (wide["source"], wide["table"], wide["stage"]) == ("shop", "public.wide", "copying")
+    assert 0 < wide["done"] < wide["chunks"]
+    assert wide["share"] == round(wide["done"] / wide["chunks"], 4)
+    assert 0 < wide["rows"] < 800
+    assert wide["left_s"] is None or wide["left_s"] > 0
+    assert answer("status", cwd=project)["sources"][0]["tables"] == [accounts, wide]
+    shown = here("status", cwd=project).out
+    assert "1 copying" in shown
+    (line,) = (line for line in shown.splitlines() if line.startswith("public.wide "))
+    assert re.search(rf"  copying +█+░+ +{wide['share']:.0%} +{wide['rows']}\b", line)
+
+    # Without a terminal there is nothing to watch: the list, once.
+    watched = headrace("tables", "list", "--watch", cwd=project)
+    assert (watched.code, watched.out.count("█░")) == (0, 1)
+
+    assert here("tables", "pause", "wide", cwd=project).code == 0
+    assert headrace("run", "--once", cwd=project).code == 0
+    status = here("status", cwd=project).out
+    assert "tables   2 live\n" in status
+    assert re.search(r"^public\.wide +live, paused +█+ 100% +800$", status, re.MULTILINE)
+    assert "public.accounts  live" not in status
 
 
 def test_query(project: Path) -> None:

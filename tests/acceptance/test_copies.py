@@ -326,3 +326,18 @@ def test_a_gap_is_repaired_deletes_included_and_only_differences_are_written(
     db.execute("UPDATE orders SET n = 8 WHERE id = 40")
     Pipeline(project).run_once()
     proved(project)
+
+
+@ON_18
+def test_a_copy_that_was_cut_off_begins_again_where_the_table_was_rewritten_meanwhile(
+    server: PostgresServer, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    fill(db, "orders", 2000)
+    project = project_of(server, tmp_path, 'chunk_bytes = "256KiB"', 'copy_rate = "3MiB"')
+    with Running(project) as running:
+        running.until(lambda: len(chunks(running.lane)) > 2)
+    db.execute("ALTER TABLE orders ALTER n TYPE int USING n + 1000")  # no change follows that would tell
+    with Running(project) as running:
+        running.live("orders")
+        running.settled()
+    proved(project)

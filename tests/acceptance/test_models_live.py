@@ -145,6 +145,33 @@ def test_a_model_with_other_columns_is_built_again_from_staging(shop: Shop) -> N
     shop.assert_verified()
 
 
+def test_a_redrive_does_not_get_in_the_way_of_a_copy(shop: Shop) -> None:
+    """Neither of one that is being taken in, nor of one that is to be taken in again."""
+    shop.model(STRICT)
+    pipeline = Pipeline(shop.project)
+    try:
+        (shops,) = pipeline.lanes
+        shops.capture(pipeline.stop, until=shops.source.head())
+        while shops.load():
+            pass
+        for _ in ("begin", "rows"):
+            assert shops.apply()
+        assert shop.rows("SELECT key FROM headrace.quarantine") == [("2",)]
+        with pytest.raises(HeadraceError, match="still takes in its table's copy"):
+            shops.redrive("m", ["2"])
+        while shops.apply():
+            pass
+        assert shop.rows("SELECT count(*) FROM main.m") == [(2,)]
+        shop.model("SELECT id::INT AS id, amount AS amount, 7 AS n FROM raw.shop.t")
+        assert shops.redrive("m", ["2"]) == {"resolved": 0, "still_quarantined": 0, "rebuilding": 1}
+        while shops.apply():
+            pass
+    finally:
+        pipeline.close()
+    assert shop.rows("SELECT id, n FROM main.m ORDER BY id") == [(1, 7), (2, 7), (3, 7)]
+    shop.assert_verified()
+
+
 def test_a_broken_model_is_suspended_alone_and_runs_again_once_mended(shop: Shop) -> None:
     shop.sql("CREATE TABLE u (id int PRIMARY KEY)")
     shop.sql("INSERT INTO u VALUES (7)")

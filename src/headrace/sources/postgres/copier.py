@@ -36,7 +36,13 @@ from headrace.sources.postgres.catalog import Connection, read_shapes
 from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, ranges
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import connect, connect_bulk, without_password
-from headrace.sources.postgres.copy import as_changes, partitioned_tables, select_text, was_rewritten
+from headrace.sources.postgres.copy import (
+    as_changes,
+    files_of,
+    partitioned_tables,
+    select_text,
+    was_rewritten,
+)
 from headrace.sources.postgres.moved import Key, moved_keys
 from headrace.sources.postgres.publication import capturable_shapes
 from headrace.sources.postgres.snapshots import Snapshot, Snapshots
@@ -64,6 +70,7 @@ class _Table:
     first: int  # the number of the first snapshot that it may be read under
     schema: TableSchema | None = None
     raw: TableSchema | None = None  # with all columns, and none hashed
+    files: str = ""
     since: float = 0.0  # when its first chunk was read, if it has no key
     left: set[int] = field(default_factory=set)
     commits: set[int] = field(default_factory=set)
@@ -241,7 +248,7 @@ class Copier:
         if not begin.schema.key and len(done) <= len(begin.bounds):
             return False
         again = _Table(table, begin.reason, begin.after, self.snapshots.number + 1, begin.schema)
-        again.commits = set(done.values())
+        again.commits, again.files = set(done.values()), begin.files
         self._tables[table] = again
         self._begun(again, begin.bounds, set(done))
         return True
@@ -310,7 +317,7 @@ class Copier:
     def _plan(self, table: _Table) -> None:
         """Read the table's shape, cut it, and hand over the begin of its copy."""
         with connect(self._url) as db:
-            table.raw = self._raw_shape(db, table.id)
+            table.raw, table.files = self._raw_shape(db, table.id), files_of(db, table.id)
             (shape,) = capturable_shapes(db, self._config, [table.id])
             # The bounds stand in the log as they are: no value of a hashed key may be among them.
             hashed = any(self._policy.hashes(table.id, name) for name in table.raw.key)
@@ -318,7 +325,7 @@ class Copier:
         known = self._log.schemas().get(table.id)
         version = 1 if known is None else known.version + (not known.same_shape(shape))
         table.schema = TableSchema(shape.table, shape.columns, shape.key, version)
-        mark = CopyMark("begin", table.schema, bounds, table.after, table.reason)
+        mark = CopyMark("begin", table.schema, bounds, table.after, table.reason, table.files)
         begin = self._marker(table, 0, mark)
         self._hand_over((table, Group(iter([begin]), partial(self._begun, table, bounds), table.schema)))
 
@@ -354,6 +361,8 @@ class Copier:
         if table.raw is None:
             with connect(self._url) as db:
                 table.raw = self._raw_shape(db, table.id)
+                if table.files != files_of(db, table.id):
+                    raise _ChangedMeanwhile("it was rewritten while nothing ran")
                 (shape,) = capturable_shapes(db, self._config, [table.id])
             if not shape.same_shape(table.schema):
                 raise _ChangedMeanwhile("it has another shape than in the chunks that are done")

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.change import Column, TableId, TableSchema
-from headrace.sources.postgres.catalog import qualified, quoted
+from headrace.sources.postgres.catalog import Connection, qualified, quoted
 from headrace.sources.postgres.chunks import table_literal
 from headrace.sources.postgres.columns import HASHED
 
@@ -65,6 +65,16 @@ def was_rewritten(cursor: Any, table: TableId) -> bool:
         "AND c.relfilenode <> pg_relation_filenode(c.oid)"
     )
     return bool(cursor.fetchone()[0])
+
+
+def files_of(db: Connection, table: TableId) -> str:
+    """Return what names the files of a table and its partitions: others once it is rewritten or truncated."""
+    row = db.execute(
+        f"SELECT string_agg(c.oid || ':' || pg_relation_filenode(c.oid), ' ' ORDER BY c.oid) FROM pg_class c "
+        f"WHERE c.relkind = 'r' AND (c.oid = {table_literal(table)} OR c.oid IN (SELECT relid FROM "
+        f"pg_partition_tree({table_literal(table)})))".encode()
+    ).fetchone()
+    return str(row[0]) if row else ""
 
 
 def as_changes(batch: pa.RecordBatch, commit: int, after: int, now: int) -> pa.RecordBatch:
