@@ -24,7 +24,7 @@ import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import Mark, TableSchema
+from headrace.change import Mark, Offset, TableSchema
 from headrace.config import Project
 from headrace.destinations.joins import JOINS, Join
 from headrace.errors import HeadraceError
@@ -32,7 +32,9 @@ from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
 from headrace.pipeline import open_lanes
 from headrace.server import is_running, read
+from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.snapshot import SourceSnapshot, pending_changes, take_snapshot
+from headrace.sources.postgres.tables import captured_tables
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.model import RowModel, as_text
 
@@ -106,25 +108,27 @@ def _source(project: Project, source: str) -> list[Finding]:
             if is_running(project):
                 lane = _wait_past(project, lane, snapshot.commit)
             else:
-                position = lane.log.position()
-                behind = pending_changes(config, snapshot.commit, position.commit if position else 0)
-                if behind:
+                if behind := pending_changes(config, snapshot.commit, durable_commit(lane.log)):
                     return [Finding(what, False, f"{behind} changes are not captured yet: run the pipeline")]
-            schemas = lane.staging.schemas(lane.staging.through())
-            return [_compare_source(lane, snapshot, schema) for schema in schemas.values()]
+            captured = captured_tables(lane.log)
+            schemas = lane.staging.schemas(lane.staging.through()).values()
+            return [_compare_source(lane, snapshot, schema) for schema in schemas if schema.table in captured]
     except psycopg.Error as error:
         return [Finding(what, False, f"cannot be read: {type(error).__name__}")]
 
 
 def _wait_past(project: Project, lane: Lane, commit: int) -> Lane:
     """Wait until staging holds everything up to a position of the source; returns a newer look."""
-    head = lane.source.head()
+    head = max(lane.source.head(), commit)
     deadline = time.monotonic() + _CATCH_UP
+    needed: Offset | None = None
     while time.monotonic() < deadline:
         lane.close()
         lane = _lane(project, lane.config.name)
-        position, _ = lane.log.place(lane.staging.through())
-        if position.commit > max(head, commit):
+        # Not the position of what is staged last: a copy may have read it ahead of the stream.
+        if needed is None and durable_commit(lane.log) > head:
+            needed = lane.log.end().offset
+        if needed is not None and lane.staging.through() >= needed:
             return lane
         time.sleep(0.2)
     raise HeadraceError(
@@ -138,6 +142,8 @@ def _compare_source(lane: Lane, snapshot: SourceSnapshot, schema: TableSchema) -
     copy = lane.staging.copy(schema.table, through)
     if copy is None:
         return Finding(f"source table {schema.table}", False, "its copy is not complete yet")
+    if copy.ceiling.commit > snapshot.commit:
+        return Finding(f"source table {schema.table}", False, "copied again meanwhile: verify once more")
     changes = lane.staging.history(schema.table, copy, through)
     changes = changes.filter(pc.less_equal(changes["_commit"], snapshot.commit))
     changes = fill_unchanged(lane.staging, schema.table, schema.key, changes, newest=through)

@@ -108,6 +108,7 @@ def fill(base: int) -> str:
     """
 
 
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_what_is_left_out_or_hashed_is_in_no_file(server: PostgresServer, tmp_path: Path) -> None:
     run(server, DEFINITIONS, fill(0))
     project = once(made(tmp_path, server, SETTINGS))
@@ -253,6 +254,7 @@ def test_settings_that_cannot_be_kept_are_refused_before_anything_is_made(
     assert clauses(project) == {}
 
 
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_a_key_that_is_hashed_in_another_way_stops_the_source(server: PostgresServer, tmp_path: Path) -> None:
     run(server, "CREATE DATABASE salts")
     run(server, "CREATE TABLE persons (id text PRIMARY KEY, v text)", database="salts")
@@ -266,6 +268,7 @@ def test_a_key_that_is_hashed_in_another_way_stops_the_source(server: PostgresSe
     assert found(project, "SELECT id, v FROM shop.persons") == [(digest("a"), "xyy")]
 
 
+@pytest.mark.parametrize("server", [16], indirect=True)
 def test_where_the_server_knows_no_clauses_columns_are_left_out_on_our_side(
     server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

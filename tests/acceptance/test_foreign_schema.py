@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from headrace.testing.postgres import PostgresServer
 
 
@@ -24,11 +22,8 @@ def headrace(*arguments: str, code: int = 0) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("version", [16, 18])
-def test_pgbench_is_mirrored_with_init_check_run_and_verify_and_no_edits(
-    tmp_path: Path, version: int
-) -> None:
-    with PostgresServer(tmp_path / "pg", version) as server:
+def test_pgbench_is_mirrored_with_init_check_run_and_verify_and_no_edits(tmp_path: Path) -> None:
+    with PostgresServer(tmp_path / "pg", 18) as server:
         pgbench = [server.bin / "pgbench", server.url]
         subprocess.run([*pgbench, "-i", "-q", "-s", "1"], check=True, capture_output=True)
         project = str(tmp_path / "project")

@@ -108,6 +108,7 @@ def command(*arguments: str) -> tuple[int, str, str]:
 # ---------------------------------------------------------------------------------------- the stream
 
 
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_a_stream_outlives_a_log_that_is_slow(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three times wal_sender_timeout, while more waits than the sockets hold."""
     with running(project) as pipeline:
@@ -130,6 +131,7 @@ def test_a_stream_outlives_a_log_that_is_slow(project: Project, monkeypatch: pyt
 # ----------------------------------------------------------------------------------------- the locks
 
 
+@pytest.mark.parametrize("server", [16], indirect=True)
 def test_publishing_gives_up_on_a_locked_table_and_is_tried_again(project: Project) -> None:
     config = project.sources[0]
     execute(project, "CREATE TABLE u (id int PRIMARY KEY)")
@@ -151,6 +153,7 @@ def test_publishing_gives_up_on_a_locked_table_and_is_tried_again(project: Proje
     assert value(project, count) == 2
 
 
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_a_slot_that_waits_for_a_transaction_says_so_and_can_be_stopped(
     project: Project, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -207,6 +210,7 @@ def test_old_wal_and_who_holds_it(project: Project, kind: str, caplog: pytest.Lo
     assert [text.split(":")[0] for text in alerts(caplog)] == ["ALARM shop.restart", "RESOLVED shop.restart"]
 
 
+@pytest.mark.parametrize("server", [16], indirect=True)
 def test_the_watch_of_a_pipeline_rings_and_is_in_its_status(
     project: Project, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

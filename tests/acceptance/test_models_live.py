@@ -73,7 +73,7 @@ def shop(tmp_path: Path, server: PostgresServer) -> Shop:
     with psycopg.connect(server.url, autocommit=True) as db:
         db.execute("DROP PUBLICATION IF EXISTS headrace_shop")
         db.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active")
-        db.execute("DROP TABLE IF EXISTS t, u")
+        db.execute("DROP TABLE IF EXISTS t, u, nowhere")
         db.execute("CREATE TABLE t (id int PRIMARY KEY, amount text)")
         db.execute("INSERT INTO t VALUES (1, '1'), (2, 'two'), (3, '3')")
     return Shop(tmp_path / "project", server)

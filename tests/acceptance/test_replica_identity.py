@@ -13,7 +13,7 @@ import pytest
 from headrace.config import Project, load_project
 from headrace.errors import SourceGap, UserError
 from headrace.pipeline import Pipeline
-from headrace.testing.postgres import INSTALLS, PostgresServer
+from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
 
 LONG = "repeat(md5({n}::text), 300)"  # past what a page holds, and stored apart: it is TOAST
@@ -48,11 +48,9 @@ TABLES = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=sorted(INSTALLS))
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[PostgresServer]:
-    with PostgresServer(tmp_path_factory.mktemp("identity") / "pg", request.param) as running:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("identity") / "pg", 16) as running:
         yield running
 
 

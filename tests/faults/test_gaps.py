@@ -135,6 +135,7 @@ def test_an_altered_publication_is_a_gap_at_start(server: PostgresServer, tmp_pa
     refused(project, "no longer in it")
 
 
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_what_changes_nothing_of_the_publication_is_no_gap(
     server: PostgresServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -237,6 +238,7 @@ def test_another_database_is_refused(server: PostgresServer, tmp_path: Path) -> 
     refused(project, "another database", UserError)
 
 
+@pytest.mark.parametrize("server", [16], indirect=True)
 def test_a_restored_state_folder_is_a_gap(server: PostgresServer, tmp_path: Path) -> None:
     project, url = make_source(server, tmp_path / "project", "older")
     subprocess.run(["cp", "-a", str(project.state), str(tmp_path / "backup")], check=True)
@@ -251,10 +253,9 @@ def test_a_restored_state_folder_is_a_gap(server: PostgresServer, tmp_path: Path
     refused(project, "the state folder is older than it")
 
 
-@pytest.mark.parametrize("version", [16, 18])
-def test_a_restored_server_is_a_gap(tmp_path: Path, version: int) -> None:
+def test_a_restored_server_is_a_gap(tmp_path: Path) -> None:
     """Disk copies and recoveries of one server: what the log holds and the server has lost is noticed."""
-    server = PostgresServer(tmp_path / "pg", version)
+    server = PostgresServer(tmp_path / "pg")
     copy = tmp_path / "copy"
     with server:
         project, url = make_source(server, tmp_path / "project", "restored")
@@ -381,6 +382,7 @@ def _reader(db: Db, slot: str) -> int | None:
     return db.execute(query, [slot]).fetchall()[0][0]
 
 
+@pytest.mark.parametrize("server", [18], indirect=True)
 def test_the_publication_is_altered_while_running(
     server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +417,7 @@ def test_a_stream_that_is_not_the_slots_reader_or_on_another_server_is_given_up(
             Watchman(db, project.sources[0], log, facts, stream)
 
 
+@pytest.mark.parametrize("server", [16], indirect=True)
 def test_a_table_is_renamed_while_running(server: PostgresServer, tmp_path: Path) -> None:
     project, url = make_source(server, tmp_path, "renamed")
     with Running(project) as running, psycopg.connect(url, autocommit=True) as db:
@@ -424,6 +427,7 @@ def test_a_table_is_renamed_while_running(server: PostgresServer, tmp_path: Path
         running.stopped("the table public.t is called public.t2 now")
 
 
+@pytest.mark.parametrize("server", [16], indirect=True)
 def test_another_reader_moves_the_slot_between_two_connections(
     server: PostgresServer, tmp_path: Path
 ) -> None:
@@ -465,6 +469,7 @@ def test_the_slot_is_invalidated_while_running(tmp_path: Path, monkeypatch: pyte
 # ------------------------------------------------------------------------------------------ half-open
 
 
+@pytest.mark.parametrize("server", [18], indirect=True)
 @pytest.mark.parametrize(("holder", "ended"), [("headrace", True), ("another", False)])
 def test_a_stale_reader_of_ours_is_ended_after_a_while(
     server: PostgresServer,

@@ -128,7 +128,7 @@ class _Died(BaseException):
 def test_wherever_it_dies_the_next_start_goes_on(
     server: PostgresServer, project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Dies at each note that it writes in turn; nothing of the former epoch is confirmed to the new slot."""
+    """Dies at each note that it writes in turn."""
     server.psql("INSERT INTO u VALUES (2, 'streamed')")
     run_once(project)
     server.psql(f"{MISSED}; SELECT pg_drop_replication_slot('{SLOT}')")
@@ -178,7 +178,7 @@ def test_wherever_it_dies_the_next_start_goes_on(
 
 
 def test_after_the_server_was_restored_to_an_earlier_state(tmp_path: Path) -> None:
-    """Its positions are lower than the log's, which must mean nothing to it; dies twice as it begins."""
+    """Its positions are lower than the log's: none of those may be confirmed to it. Dies twice as it begins."""
     server = PostgresServer(tmp_path / "pg")
     with server:
         server.psql(SCHEMA)

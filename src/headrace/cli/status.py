@@ -20,6 +20,7 @@ from headrace.errors import HeadraceError
 from headrace.log.sqlite import SQLiteLog
 from headrace.server import ask, read
 from headrace.sources.postgres.health import age_text, lsn_text, size_text, slot_health
+from headrace.sources.postgres.slot import durable_commit
 
 _QUERIES = (
     'SELECT source, "offset", commit, committed_at FROM headrace.progress',
@@ -129,14 +130,14 @@ def _hops(
 ) -> dict[str, Any]:
     log = SQLiteLog(path, read_only=True)
     try:
-        position, end = log.position(), log.end()
+        durable, end = durable_commit(log), log.end()
         staged = live["staged"].get(source.name) if live else None
         if staged is None:
             staged = _staged_through(project, source, log)
         tables = _tables_of_models(project, source, log)
         size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
         return {
-            "position": lsn_text(position.commit) if position else None,
+            "position": lsn_text(durable) if durable else None,
             "log": {"id": log.id, "end": end.offset, "bytes": size},
             "staged_through": staged,
             "load": _backlog(log, staged),

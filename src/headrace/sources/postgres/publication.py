@@ -194,12 +194,19 @@ def _run(db: Connection, config: SourceConfig, statements: Sequence[str], tables
         ) from error
 
 
-def withdraw(db: Connection, config: SourceConfig, table: TableId) -> None:
-    """Take a table out of the publication, if that holds it by name, not with its schema or with all."""
-    if held_clauses(db, config.publication).get(table) is not None:
-        _run(
-            db,
-            config,
-            [f"ALTER PUBLICATION {quoted(config.publication)} DROP TABLE {qualified(table)}"],
-            [table],
-        )
+def withdraw(db: Connection, config: SourceConfig, tables: Iterable[TableId]) -> bool:
+    """Take tables out of the publication, if that holds them by name, not with their schema or with all.
+
+    What the role may not take out stays, with a warning. Returns whether any was taken out.
+    """
+    held, done = held_clauses(db, config.publication), False
+    for table in tables:
+        if held.get(table) is None:
+            continue
+        try:
+            statement = f"ALTER PUBLICATION {quoted(config.publication)} DROP TABLE {qualified(table)}"
+            _run(db, config, [statement], [table])
+            done = True
+        except UserError as error:
+            logger.warning("%s is no longer captured, but still published: %s", table, error.paragraph())
+    return done

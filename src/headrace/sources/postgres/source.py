@@ -106,6 +106,7 @@ class PostgresSource:
                 check_publication(db, self._config, log)
                 keep_failover(db, self._config)
                 self._publish(log)
+                self._withdraw(log, [t for t, state in read_states(log).items() if state.stage == "removed"])
                 self._say_what_is_new(log)
                 copier.resume()
                 follower = Follower(self._config, log, db, copier, self._limits, self._progress)
@@ -195,8 +196,7 @@ class PostgresSource:
             state = read_states(log)[table]
             if state.stage == "removed":
                 copier.drop(table)
-                withdraw(self._catalog(), self._config, table)
-                expect_publication(self._catalog(), self._config, log)
+                self._withdraw(log, [table])
                 logger.info("%s is no longer captured", table)
             elif state.stage == "requested":
                 self._publish(log)
@@ -222,6 +222,11 @@ class PostgresSource:
         if publish(self._catalog(), self._config, present) or amended:
             expect_publication(self._catalog(), self._config, log)
         remember_filters(self._config, log, present)
+
+    def _withdraw(self, log: Log, tables: Iterable[TableId]) -> None:
+        """Publish tables no longer, and expect to find that from now on."""
+        if withdraw(self._catalog(), self._config, tables):
+            expect_publication(self._catalog(), self._config, log)
 
     def _present(self, tables: Sequence[TableId]) -> list[TableId]:
         """Return those of some tables that the source has: one that was dropped cannot be published."""
