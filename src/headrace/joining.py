@@ -151,8 +151,10 @@ class Joiner:
     def _not_copied_later(self, model: RowModel, copy: Copy, changes: pa.Table) -> pa.Table:
         """Leave out what a later snapshot of the copy contains, each half of a key's change by itself."""
         key = model.schema.key
-        if not pc.any(pc.less_equal(changes["_commit"], copy.ceiling.commit)).as_py():
+        own = pc.equal(changes["_epoch"], copy.floor.epoch)
+        if not pc.any(pc.and_(own, pc.less_equal(changes["_commit"], copy.ceiling.commit))).as_py():
             return changes
+        placed = f"CASE WHEN _epoch = {copy.floor.epoch} THEN _commit END AS placed"
         cells = ", ".join(
             f"CASE WHEN _before IS NULL THEN {quoted(name)} ELSE _before[{literal(name)}] END AS b{i}"
             for i, name in enumerate(key)
@@ -161,7 +163,7 @@ class Joiner:
         with duckdb.connect() as db:
             db.register("changes", changes)
             db.execute(
-                f"""CREATE TABLE halves AS SELECT row_number() OVER () AS i, _commit AS placed, {cells},
+                f"""CREATE TABLE halves AS SELECT row_number() OVER () AS i, {placed}, {cells},
                 {key_of_row(key)} AS k, {key_before(key)} AS k_before, false AS came, false AS went
                 FROM changes"""
             )

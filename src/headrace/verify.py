@@ -107,9 +107,8 @@ def _source(project: Project, source: str) -> list[Finding]:
         with take_snapshot(config) as snapshot:
             if is_running(project):
                 lane = _wait_past(project, lane, snapshot.commit)
-            else:
-                if behind := pending_changes(config, snapshot.commit, durable_commit(lane.log)):
-                    return [Finding(what, False, f"{behind} changes are not captured yet: run the pipeline")]
+            elif behind := pending_changes(config, snapshot.commit, durable_commit(lane.log)):
+                return [Finding(what, False, f"{behind} changes are not captured yet: run the pipeline")]
             captured = captured_tables(lane.log)
             schemas = lane.staging.schemas(lane.staging.through()).values()
             return [_compare_source(lane, snapshot, schema) for schema in schemas if schema.table in captured]

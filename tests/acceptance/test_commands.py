@@ -199,7 +199,8 @@ def test_once(project: Path, url: str) -> None:
 def test_how_far_copies_are(project: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "models" / "clean.sql").unlink()
     with (project / "headrace.toml").open("a") as settings:
-        settings.write('tables = ["public.wide", "public.accounts"]\nchunk_bytes = "64KiB"\ncopy_workers = 1\n')
+        settings.write('tables = ["public.wide", "public.accounts"]\n')
+        settings.write('chunk_bytes = "64KiB"\ncopy_workers = 1\n')
     execute(url, "CREATE TABLE wide (id int PRIMARY KEY, v text)")
     execute(url, "INSERT INTO wide SELECT i, repeat('x', 1000) FROM generate_series(1, 800) i; ANALYZE wide")
     assert here("tables", "list", cwd=project).out == "Nothing is captured yet: headrace run\n"

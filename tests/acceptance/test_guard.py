@@ -21,6 +21,7 @@ from headrace.config import Project, load_project
 from headrace.errors import SourceUnavailable, UserError
 from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
+from headrace.sources.postgres import slot
 from headrace.sources.postgres.connection import connect
 from headrace.sources.postgres.health import SlotHealth, slot_health
 from headrace.sources.postgres.publication import chosen_tables, publish
@@ -155,8 +156,9 @@ def test_publishing_gives_up_on_a_locked_table_and_is_tried_again(project: Proje
 
 @pytest.mark.parametrize("server", [18], indirect=True)
 def test_a_slot_that_waits_for_a_transaction_says_so_and_can_be_stopped(
-    project: Project, caplog: pytest.LogCaptureFixture
+    project: Project, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(slot, "_SAY_AFTER", 1.0)
     with psycopg.connect(project.sources[0].url.reveal()) as application:
         application.execute("INSERT INTO t VALUES (9, '')")
         pipeline = Pipeline(project)

@@ -16,7 +16,7 @@ import pytest
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError
 from headrace.pipeline import Pipeline
-from headrace.testing.postgres import INSTALLS, PostgresServer
+from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
 
 CHECK = Path(__file__).resolve().parents[2] / "scripts" / "independent_check.py"
@@ -147,11 +147,9 @@ SELECT id::INTEGER AS id, long AS long, n::INTEGER AS n FROM raw.pg.toasted
 """
 
 
-@pytest.fixture(scope="module", params=sorted(INSTALLS))
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[PostgresServer]:
-    with PostgresServer(tmp_path_factory.mktemp("pg"), request.param) as server:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("pg"), 18) as server:
         yield server
 
 

@@ -178,7 +178,7 @@ def test_wherever_it_dies_the_next_start_goes_on(
 
 
 def test_after_the_server_was_restored_to_an_earlier_state(tmp_path: Path) -> None:
-    """Its positions are lower than the log's: none of those may be confirmed to it. Dies twice as it begins."""
+    """Its positions are lower than the log's, none of which may be confirmed to it. Dies twice meanwhile."""
     server = PostgresServer(tmp_path / "pg")
     with server:
         server.psql(SCHEMA)

@@ -150,6 +150,7 @@ def test_markers_of_copies_come_back_in_order_and_do_not_move_the_position(log: 
     for commit, mark in zip((0, 40, 50), marks, strict=True):
         log.append([marker(TABLE, commit, mark)])
     assert log.position() == Position(0, 30, 1)
+    assert {log.place(offset) for offset in (1, 2, 3, 4)} == {(Position(0, 30, 1), 1_030)}
     assert [(offset, table, at.commit, mark) for offset, table, at, _, mark in log.copy_marks()] == [
         (2, TABLE, 0, marks[0]),
         (3, TABLE, 40, marks[1]),

@@ -61,6 +61,9 @@ CREATE INDEX sizes ON entries ("offset", rows, bytes, ends_group);
 CREATE INDEX markers ON entries (table_schema, table_name, "offset") WHERE kind = 'marker';
 CREATE INDEX streamed ON entries ("offset") WHERE ends_group AND kind NOT IN ('copy', 'marker');
 """
+_STREAMED_THROUGH = (
+    "\"offset\" <= ? AND ends_group AND kind NOT IN ('copy', 'marker') ORDER BY \"offset\" DESC LIMIT 1"
+)
 _HEADER = (
     '"offset", kind, table_schema, table_name, first_epoch, first_commit, first_ordinal, '
     "last_epoch, last_commit, last_ordinal, committed_at, rows, schema_version, appended_at, ends_group"
@@ -222,16 +225,21 @@ class SQLiteLog:
         return [int(row[0]) for row in rows]
 
     def place(self, offset: Offset) -> tuple[Position, int]:
-        """Return the last position and the source commit time (microseconds) of an entry."""
-        row = (
-            self._connection()
-            .execute(
-                'SELECT last_epoch, last_commit, last_ordinal, committed_at FROM entries WHERE "offset" = ?',
+        """Return up to which position, and which commit time (microseconds), an offset holds the source.
+
+        These are of the last streamed entry through it, since a copy is read ahead of the stream; before
+        the first one of its epoch they are those of the entry itself.
+        """
+        found = []
+        for which in ('"offset" = ?', _STREAMED_THROUGH):
+            found += self._connection().execute(
+                f"SELECT last_epoch, last_commit, last_ordinal, committed_at FROM entries WHERE {which}",
                 (offset,),
             )
-            .fetchone()
-        )
-        return (Position(*row[:3]), int(row[3])) if row else (Position(0, 0, 0), 0)
+        places = [(Position(*row[:3]), int(row[3])) for row in found]
+        if not places:
+            return Position(0, 0, 0), 0
+        return places[-1] if places[-1][0].epoch == places[0][0].epoch else places[0]
 
     def headers(self, after: Offset, through: Offset) -> Iterator[LoggedEntry]:
         """Yield entries in `(after, through]` without payloads."""
