@@ -209,7 +209,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     made.log.close()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 1 << 32), length=st.integers(0, 40))
 def test_a_join_holds_what_the_source_holds(
     tmp_path_factory: pytest.TempPathFactory, seed: int, length: int

@@ -230,7 +230,7 @@ class SQLiteLog:
         These are of the last streamed entry through it, since a copy is read ahead of the stream; before
         the first one of its epoch they are those of the entry itself.
         """
-        found = []
+        found: list[Any] = []
         for which in ('"offset" = ?', _STREAMED_THROUGH):
             found += self._connection().execute(
                 f"SELECT last_epoch, last_commit, last_ordinal, committed_at FROM entries WHERE {which}",
