@@ -67,6 +67,10 @@ class Joiner:
         """Whether the model's table was not captured for a while after the copy that it is made of."""
         return join.stands < self._staging.captured_since(model.table, staged)
 
+    def joined_at(self, model: RowModel) -> Offset:
+        """Return the offset at which a model joined last."""
+        return self._all()[model.name].target
+
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
         copy = self._staging.copy(model.table, staged)

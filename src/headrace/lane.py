@@ -156,8 +156,10 @@ class Lane:
             except BaseException:
                 self._stands = None
                 raise
-            if step in ("begin", "attach"):
-                self._stands = None
+            if step == "begin" and not self.joiner.runs(model, staged):
+                self._stand(model, "joining", 0)
+            if step == "attach":
+                self._moved([model], self.joiner.joined_at(model), ())
             if step != "wait":
                 return True
         return False
@@ -335,11 +337,16 @@ class Lane:
         self._reached = max(self._reached, through)
         if self._stands is None:
             return
-        for name, version in ((model.name, model.version) for model in models):
-            state = "in_sync" if name in in_sync else "joining"
-            self._stands[name] = ModelState(name, self.config.name, version, state, "", through, 0)
+        for model in models:
+            self._stand(model, "in_sync" if model.name in in_sync else "joining", through)
         running = [stand.offset for stand in self._stands.values() if stand.state in {"in_sync", "joining"}]
         self.staging.forget(min(running))
+
+    def _stand(self, model: RowModel, state: str, offset: Offset) -> None:
+        """Take over where the destination has just put a model."""
+        if self._stands is not None:
+            stand = ModelState(model.name, self.config.name, model.version, state, "", offset, 0)
+            self._stands[model.name] = stand
 
     def _offset(self, model: RowModel) -> Offset:
         state = (self._stands or {}).get(model.name)

@@ -235,6 +235,35 @@ def test_how_far_copies_are(project: Path, url: str, monkeypatch: pytest.MonkeyP
     assert "public.accounts  live" not in status
 
 
+def test_a_table_goes_and_comes_back_while_nothing_runs(project: Path, url: str) -> None:
+    (project / "models" / "clean.sql").unlink()
+    with (project / "headrace.toml").open("a") as settings:
+        settings.write('tables = ["public.accounts", "public.products"]\n')
+
+    def published() -> list[str]:
+        with psycopg.connect(url) as db:
+            names = db.execute("SELECT tablename FROM pg_publication_tables ORDER BY 1").fetchall()
+        return [str(name) for (name,) in names]
+
+    assert headrace("run", "--once", cwd=project).code == 0
+    assert "with the next headrace run" in here("tables", "remove", "accounts", cwd=project).out
+    execute(url, "UPDATE accounts SET balance = balance + 1")
+    removed = headrace("run", "--once", cwd=project)
+    assert (removed.code, "is in the publication" in removed.err) == (0, False)
+    assert published() == ["products"]
+    shown = here("status", cwd=project).out
+    assert "1 live, 1 removed" in shown
+    assert "public.accounts" not in shown
+    assert headrace("verify", cwd=project).out.endswith("verified\n")
+
+    assert here("tables", "add", "accounts", cwd=project).code == 0
+    assert headrace("run", "--once", cwd=project).code == 0
+    assert published() == ["accounts", "products"]
+    verified = headrace("verify", cwd=project).out
+    assert verified.endswith("verified\n")
+    assert "source table public.accounts = staging: 5 rows" in verified
+
+
 def test_query(project: Path) -> None:
     nothing = headrace("query", "SELECT 1", cwd=project)
     assert (nothing.code, "There is no destination" in nothing.err) == (2, True)

@@ -15,7 +15,10 @@ import pytest
 from headrace.cli import main
 
 PASSWORD = "hunter2-planted"
-COMMANDS = ("init", "check", "run", "status", "query", "verify", "quarantine", "demo")
+COMMANDS = (
+    *("init", "check", "run", "status", "query", "verify"),
+    *("tables", "resync", "quarantine", "teardown", "demo"),
+)
 
 
 class Done(NamedTuple):

@@ -267,7 +267,7 @@ def _print_source(source: Mapping[str, Any]) -> None:
 
 def _stages(tables: Rows) -> str:
     """Count the tables by stage, such as `3 live, 1 copying`."""
-    stages = Counter(row["stage"] for row in tables)
+    stages = Counter(sorted(row["stage"] for row in tables))
     return ", ".join(f"{count} {stage}" for stage, count in stages.most_common())
 
 

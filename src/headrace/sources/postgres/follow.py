@@ -190,8 +190,10 @@ class Follower:
         log, config = self._log, self._config
         waiting = [table for table, state in read_states(log).items() if state.stage == "requested"]
         shapes = Shapes(log.schemas(), self._db, config, self._on_rewrite, waiting)
-        captured = partial(captured_tables, log)
-        roster = Roster(config.name, captured(), captured_oids(log), captured)
+        captured = captured_tables(log)
+        # One that was removed may still be published, where the role may not take it out.
+        oids = {oid: table for oid, table in captured_oids(log).items() if table in captured}
+        roster = Roster(config.name, captured, oids, partial(read_states, log))
         return GroupBuilder(shapes, roster, Policy(config), space, epoch_of(log))
 
 

@@ -24,14 +24,15 @@ class Roster:
         source: str,
         tables: Iterable[TableId],
         oids: Mapping[int, TableId],
-        expected: Callable[[], Iterable[TableId]] = tuple,
+        known: Callable[[], Iterable[TableId]] = tuple,
     ) -> None:
-        """`oids` are the oids of those tables that were published, to know a renamed one by. `expected`
-        tells which have been asked for since: until their copy begins, their changes are part of it."""
+        """`oids` are the oids of those tables that were published, to know a renamed one by. `known`
+        tells which are passed over in silence: those asked for since, whose changes are part of their
+        copy until that begins, and those removed."""
         self._source = source
         self._tables = set(tables)
         self._oids = dict(oids)
-        self._expected = expected
+        self._known = known
         self._dropped: set[int] = set()
 
     def add(self, table: TableId) -> None:
@@ -51,7 +52,7 @@ class Roster:
                 f"Source {self._source}: the table {before} is called {table} now.",
                 f"Give it its name back, or mend tables and models. {RESYNC.format(source=self._source)}",
             )
-        if relation.id not in self._dropped and table not in self._expected():
+        if relation.id not in self._dropped and table not in self._known():
             self._dropped.add(relation.id)
             alerts.warning(
                 "source %s: %s is in the publication but not captured: its changes are dropped. Take it out "
