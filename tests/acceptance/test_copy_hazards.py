@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import random
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from headrace.server import read_rows
 from headrace.sources.postgres.tables import TableState, read_states
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
+from pipelines import running, until
 
 BAG = """
 CREATE TABLE bag (a int, b text, filler text);
@@ -49,28 +47,8 @@ def made(server: PostgresServer, folder: Path, database: str, definition: str, *
     return load_project(folder)
 
 
-@contextmanager
-def running(project: Project) -> Iterator[SQLiteLog]:
-    pipeline = Pipeline(project)
-    thread = threading.Thread(target=pipeline.run)
-    thread.start()
-    try:
-        yield pipeline.lanes[0].log
-    finally:
-        pipeline.stop.set()
-        thread.join(60)
-        assert not thread.is_alive()
-
-
 def chunks(log: SQLiteLog) -> list[tuple[Position, CopyMark]]:
     return [(at, mark) for _, _, at, _, mark in log.copy_marks() if mark.kind == "chunk"]
-
-
-def wait_for_chunks(log: SQLiteLog, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(chunks(log)) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def state_of(project: Project, table: str) -> TableState:
@@ -95,8 +73,10 @@ def test_equal_rows_are_counted_while_writers_disturb_their_copy(
     project = made(server, tmp_path, "counted", BAG, 'copy_rate = "1MiB"')
     chance = random.Random(3)
     one_of = "ctid = (SELECT ctid FROM bag WHERE a = {} LIMIT 1)"
-    with running(project) as log, psycopg.connect(project.sources[0].url.reveal(), autocommit=True) as db:
-        wait_for_chunks(log, 2)
+    url = project.sources[0].url.reveal()
+    with running(project) as pipeline, psycopg.connect(url, autocommit=True) as db:
+        log = pipeline.lanes[0].log
+        until(lambda: len(chunks(log)) >= 2, 60)
         while read_states(log)[TableId("public", "bag")].stage != "live":
             key = chance.randrange(40)
             db.execute("INSERT INTO bag SELECT * FROM bag WHERE a = %s LIMIT 3", [key])
@@ -146,8 +126,9 @@ def test_a_truncate_between_two_snapshots_takes_no_later_row_with_it(
     definition = "CREATE TABLE t (id int PRIMARY KEY, v text);"
     rows = "INSERT INTO t SELECT n, repeat('v', 100) FROM generate_series({}, {}) n"
     project = made(server, tmp_path, "emptied", definition + rows.format(1, 8000), 'copy_rate = "512KiB"')
-    with running(project) as log:
-        wait_for_chunks(log, 3)
+    with running(project) as pipeline:
+        log = pipeline.lanes[0].log
+        until(lambda: len(chunks(log)) >= 3, 60)
     assert state_of(project, "t").stage == "copying"
     server.psql("TRUNCATE t", "emptied")
     server.psql(rows.format(7000, 7999), "emptied")

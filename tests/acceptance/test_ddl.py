@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from headrace.sources.postgres.connection import connect
 from headrace.sources.postgres.tables import read_states
 from headrace.testing.postgres import INSTALLS, PostgresServer
 from headrace.verify import verify
+from pipelines import stage
 
 TABLES = """plain defaulted volatile identity dropped renamed readded middle widened retyped full_
 gone""".split()  # noqa: SIM905
@@ -55,18 +55,8 @@ def project(server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) ->
         '[destination]\ntype = "duckdb"\npath = "warehouse.duckdb"\n'
     )
     project = load_project(root)
-    once(project)
+    stage(project)
     return project
-
-
-def once(project: Project) -> None:
-    """Bring everything into the raw tables."""
-    (project.state / "log").mkdir(parents=True, exist_ok=True)
-    (lane,) = open_lanes(project)
-    lane.capture(threading.Event(), until=lane.source.head())
-    while lane.load():
-        pass
-    lane.close()
 
 
 class Said:
@@ -77,7 +67,7 @@ class Said:
         after = lane.log.end().offset
         for statement in statements:
             server.psql(statement)
-        once(project)
+        stage(project)
         (lane,) = open_lanes(project, read_only=True)
         self.rows: list[dict[str, Any]] = []
         self.shapes: list[dict[str, str]] = []

@@ -10,13 +10,13 @@ import duckdb
 import psycopg
 import pytest
 
-from headrace.change import TableId
 from headrace.config import Project, load_project
 from headrace.pipeline import Pipeline, open_lanes
 from headrace.sources.postgres.preflight import inspect
 from headrace.sources.postgres.undecodable import original
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
+from pipelines import raw
 
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
 
@@ -50,12 +50,6 @@ def once(project: Project) -> None:
     Pipeline(load_project(project.root)).run_once()
 
 
-def raw(project: Project) -> list[dict[str, Any]]:
-    (lane,) = open_lanes(project, read_only=True)
-    staging, of = lane.staging, TableId("public", "t")
-    return staging.history(of, staging.copy(of, staging.through()), staging.through()).to_pylist()
-
-
 @pytest.mark.parametrize(
     ("encoding", "stored", "text"),
     [
@@ -77,7 +71,7 @@ def test_text_of_a_known_encoding_is_converted(
         db.execute(b"INSERT INTO t VALUES ('b" + stored + b"', '" + stored + b"')")
         db.execute("UPDATE t SET v = v || '!' WHERE k LIKE 'a%'")
     once(project)
-    changes = [(row["_op"], row["k"], row["v"]) for row in raw(project)]
+    changes = [(row["_op"], row["k"], row["v"]) for row in raw(project, "t")]
     assert changes == [
         ("r", "a" + text, text), ("c", "b" + text, text), ("u", "a" + text, text + "!")
     ]  # fmt: skip
@@ -114,7 +108,7 @@ def test_bytes_that_are_no_text_are_kept_and_told_apart(server: PostgresServer, 
         db.execute("UPDATE t SET v = NULL WHERE n = 2")
         db.execute("DELETE FROM t WHERE n = 3 AND k < 'p'")
     once(project)
-    rows = raw(project)
+    rows = raw(project, "t")
     for op, n in (("r", "1"), ("c", "2"), ("u", "3")):
         of = [row for row in rows if row["_op"] == op and row["n"] == n]
         assert [original(row["k"]) for row in of] == cells

@@ -8,7 +8,7 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from headrace.sources.postgres.health import SlotHealth, slot_health
 from headrace.sources.postgres.publication import chosen_tables, publish
 from headrace.sources.postgres.watch import Watch
 from headrace.testing.postgres import PostgresServer
+from pipelines import running, until
 
 
 @pytest.fixture(scope="module", params=[16, 18])
@@ -69,26 +70,12 @@ def value(project: Project, query: str) -> object:
     return row[0] if row else None
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @contextmanager
-def running(project: Project) -> Iterator[Pipeline]:
-    """A pipeline in a thread of this process, streaming."""
-    pipeline = Pipeline(project)
-    thread = threading.Thread(target=pipeline.run)
-    thread.start()
-    try:
+def streaming(project: Project) -> Iterator[Pipeline]:
+    """A pipeline that reads its slot."""
+    with running(project) as pipeline:
         until(lambda: reader(project))
         yield pipeline
-    finally:
-        pipeline.stop.set()
-        thread.join(30)
-    assert not thread.is_alive()
 
 
 def reader(project: Project) -> object:
@@ -112,7 +99,7 @@ def command(*arguments: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("server", [18], indirect=True)
 def test_a_stream_outlives_a_log_that_is_slow(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than twice wal_sender_timeout, while more waits than the sockets hold."""
-    with running(project) as pipeline:
+    with streaming(project) as pipeline:
         before = reader(project)
         slow = failpoints._Armed("sleep:9", 1)
         monkeypatch.setitem(failpoints._armed, "log.append.commit", slow)
@@ -181,7 +168,7 @@ def test_old_wal_and_who_holds_it(project: Project, kind: str, caplog: pytest.Lo
     """An episode from its beginning to its end, beside a pipeline that keeps up."""
     url = project.sources[0].url.reveal()
     watch = Watch(project.sources[0], expected=lambda: True)
-    with running(project), psycopg.connect(url, autocommit=True) as application:
+    with streaming(project), psycopg.connect(url, autocommit=True) as application:
         application.execute("BEGIN")
         application.execute("INSERT INTO t VALUES (7, '')")
         name = f"pid {application.info.backend_pid} "
@@ -218,7 +205,7 @@ def test_the_watch_of_a_pipeline_rings_and_is_in_its_status(
 ) -> None:
     text = (project.root / "headrace.toml").read_text()
     (project.root / "headrace.toml").write_text(text + 'lag_alarm = "1MiB"\n')
-    with running(load_project(project.root)) as pipeline:
+    with streaming(load_project(project.root)) as pipeline:
         pipeline._watches["shop"]._every = 0.1
         # The first wait of the watch is of the old length: another thread of it takes over.
         watcher = threading.Thread(target=pipeline._watches["shop"].run, args=(pipeline.stop,))
@@ -264,7 +251,7 @@ def test_teardown_takes_what_is_ours_and_says_what_is_left(project: Project, ser
     assert listed[0] == 0
     assert "Nothing was dropped" in listed[1]
     assert value(project, f"SELECT count(*) FROM pg_replication_slots WHERE slot_name = '{slot}'") == 1
-    with running(project):
+    with streaming(project):
         code, _, err = command("teardown", "--yes", *where)
         assert code == 2
         assert "Another Headrace" in err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from headrace.errors import HeadraceError
 from headrace.pipeline import Pipeline, open_lanes
 from headrace.staging.naming import logical_name, physical_names
 from headrace.testing.postgres import INSTALLS, PostgresServer
+from pipelines import stage
 
 LONG = "ä" * 31 + "x"  # 63 bytes, as many as a name may have
 NAMES = [
@@ -53,21 +53,11 @@ def project_of(
     server.psql(f"CREATE DATABASE {name}")
     server.psql(definitions, name)
     url = server.url.removesuffix("postgres") + name
-    (folder / ".headrace" / "log").mkdir(parents=True)
     (folder / "headrace.toml").write_text(
         f'[source.pg]\ntype = "postgres"\nurl = "{url}"\nslot = "{name}"\ntables = ["*.*"]\n{settings}\n'
         '[destination]\ntype = "duckdb"\npath = "warehouse.duckdb"\n'
     )
     return load_project(folder)
-
-
-def once(project: Project) -> None:
-    """Bring everything into the raw tables."""
-    (lane,) = open_lanes(project)
-    lane.capture(threading.Event(), until=lane.source.head())
-    while lane.load():
-        pass
-    lane.close()
 
 
 def raw(project: Project, table: str, schema: str = "public") -> list[dict[str, Any]]:
@@ -103,7 +93,7 @@ def test_any_name_may_be_a_table_s_a_column_s_and_a_schema_s(server: PostgresSer
         for name in NAMES:
             cells = ", ".join(f"'{op}{n}'" for n in range(len(NAMES)))
             server.psql(f"INSERT INTO {quoted(name)}.{quoted(name)} VALUES ({cells})", "named")
-        once(project)
+        stage(project)
     for name in NAMES:
         expected = [{"_op": op, **{other: f"{op}{n}" for n, other in enumerate(NAMES)}} for op in "rc"]
         assert raw(project, name, name) == expected
@@ -166,10 +156,10 @@ def test_columns_that_are_gone_or_generated_are_in_neither_way(
         f"thrice int GENERATED ALWAYS AS (v * 3) {virtual}, w text); ALTER TABLE t DROP COLUMN gone; "
         "INSERT INTO t VALUES (1, 10, DEFAULT, DEFAULT, 'a')",
     )  # fmt: skip
-    once(project)
+    stage(project)
     server.psql("INSERT INTO t VALUES (2, 20, DEFAULT, DEFAULT, 'b')", "generated")
     server.psql("ALTER TABLE t DROP COLUMN v CASCADE; INSERT INTO t (id, w) VALUES (3, 'c')", "generated")
-    once(project)
+    stage(project)
     rows = history(project, "t").to_pylist()
     assert [(row["_op"], row["id"], row["v"], row["w"]) for row in rows] == [
         ("r", "1", "10", "a"), ("c", "2", "20", "b"), ("c", "3", None, "c")
@@ -187,9 +177,9 @@ def test_what_a_publication_gives_out_is_what_is_copied(server: PostgresServer, 
         "INSERT INTO listed VALUES (1, 10, 'x'); CREATE PUBLICATION headrace_pg FOR TABLE t, listed (id, v) "
         f"WITH (publish_via_partition_root = true{options})", 'exclude = ["public.listed.secret"]',
     )  # fmt: skip
-    once(project)
+    stage(project)
     server.psql("INSERT INTO t VALUES (2, 20); INSERT INTO listed VALUES (2, 20, 'y')", "published")
-    once(project)
+    stage(project)
     more = ({"twice": "20"}, {"twice": "40"}) if server.version >= 18 else ({}, {})
     assert raw(project, "t") == [
         {"_op": "r", "id": "1", "v": "10", **more[0]}, {"_op": "c", "id": "2", "v": "20", **more[1]}
@@ -213,7 +203,7 @@ def test_a_partitioned_table_is_one_and_an_inherited_one_is_two(
         "INSERT INTO p VALUES (1, 1, 'a'), (5, 5, 'b'), (1, 11, 'c'); "
         "INSERT INTO parent VALUES (1, 'p'); INSERT INTO child VALUES (2, 'c', 'w')",
     )  # fmt: skip
-    once(project)
+    stage(project)
     server.psql(
         "INSERT INTO p VALUES (2, 2, 'd'), (2, 12, 'e'); UPDATE p SET at = 15 WHERE id = 5; "
         "UPDATE parent SET v = v || '!'; INSERT INTO child VALUES (3, 'd', 'x'); "
@@ -221,7 +211,7 @@ def test_a_partitioned_table_is_one_and_an_inherited_one_is_two(
         "ALTER TABLE p DETACH PARTITION p2; INSERT INTO p1 VALUES (9, 9, 'f')",
         "parted",
     )
-    once(project)
+    stage(project)
 
     def brief(table: str, *columns: str) -> list[tuple[str, ...]]:
         return [tuple(row[name] for name in ("_op", *columns)) for row in raw(project, table)]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from headrace.sources.postgres.preflight import inspect
 from headrace.testing.postgres import PostgresServer
 from headrace.testing.standby import Standby
 from headrace.verify import verify
+from pipelines import running, until
 
 
 class Pair(NamedTuple):
@@ -57,25 +57,6 @@ def confirmed(server: PostgresServer, lsn: str) -> bool:
         f"SELECT confirmed_flush_lsn >= '{lsn}' FROM pg_replication_slots WHERE slot_name = 'headrace_shop'"
     )
     return server.psql(query) == "t"
-
-
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-@contextmanager
-def running(project: Project) -> Iterator[None]:
-    pipeline = Pipeline(project)
-    thread = threading.Thread(target=pipeline.run)
-    thread.start()
-    try:
-        yield
-    finally:
-        pipeline.stop.set()
-        thread.join()
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 # ruff: noqa: E501
 import itertools
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from headrace.change import TableId
 from headrace.config import Project, load_project
-from headrace.pipeline import open_lanes
 from headrace.sources.postgres.connection import connect
 from headrace.testing.postgres import PostgresServer
+from pipelines import raw, stage
 
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
 """An installed Postgres with what the wheel's lack: xml and the contributed extensions."""
@@ -222,23 +220,6 @@ def project_of(folder: Path, url: str, tables: str = "*.*") -> Project:
     return load_project(folder)
 
 
-def once(project: Project) -> None:
-    """Bring everything into the raw tables."""
-    (project.state / "log").mkdir(parents=True, exist_ok=True)
-    (lane,) = open_lanes(project)
-    lane.capture(threading.Event(), until=lane.source.head())
-    while lane.load():
-        pass
-    lane.close()
-
-
-def raw(project: Project, table: str, schema: str = "public") -> list[dict[str, Any]]:
-    """Every copied row and staged change of a table, in source order."""
-    (lane,) = open_lanes(project, read_only=True)
-    staging, of = lane.staging, TableId(schema, table)
-    return staging.history(of, staging.copy(of, staging.through()), staging.through()).to_pylist()
-
-
 def printed(url: str, table: str, columns: dict[str, str]) -> dict[int, dict[str, str | None]]:
     """What Postgres prints for each cell, by id: its type's output function, and null where there is none."""
     cells = ", ".join(f"CASE WHEN num_nulls({name}) = 0 THEN format('%s', {name}) END" for name in columns)
@@ -277,10 +258,10 @@ def test_every_value_is_kept_as_postgres_prints_it(server: PostgresServer, proje
         db.execute("ALTER DATABASE postgres SET timezone = 'Asia/Kolkata'")
         db.execute("ALTER ROLE postgres SET search_path = 'public'")
         fill(db, types, 0)
-        once(project)
+        stage(project)
         fill(db, types, STREAMED)
         db.execute("UPDATE valued SET id = id + 1000 WHERE id >= 1000")
-    once(project)
+    stage(project)
     expected = printed(server.url, "public.valued", columns)
     rows = raw(project, "valued")
     by_op = {op: [row for row in rows if row["_op"] == op] for op in "rcu"}

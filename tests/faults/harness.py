@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -121,14 +120,6 @@ def running(project: Project, **options: object) -> Iterator[subprocess.Popen[st
     finally:
         if process.poll() is None:
             stop(process)
-
-
-def until(condition: Callable[[], object], seconds: float = 30.0, what: str = "") -> None:
-    """Wait until a condition holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what or condition}"
-        time.sleep(0.05)
 
 
 def independent_check(project: Project) -> subprocess.Popen[str]:
