@@ -15,6 +15,7 @@ from pathlib import Path
 
 from headrace.config import load_project
 from headrace.lane import Lane
+from headrace.memory import economise
 from headrace.pipeline import Pipeline, open_lanes
 from headrace.sources.postgres.tables import read_states
 
@@ -58,6 +59,7 @@ def copy(folder: str) -> None:
 
 
 def _lane(folder: str) -> Lane:
+    economise()
     project = load_project(Path(folder))
     (project.state / "log").mkdir(parents=True, exist_ok=True)
     (lane,) = open_lanes(project)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import workload
-from rig import Rig, memory_mb, open_rig
+from rig import SLOT, Rig, memory_mb, open_rig
 
 from headrace.config import load_project
 from headrace.server import read
@@ -107,9 +107,11 @@ def _signal(pid: int, number: signal.Signals) -> None:
 def _held(rig: Rig) -> int:
     row = rig.db.execute(
         "SELECT pg_wal_lsn_diff(pg_current_wal_lsn(), confirmed_flush_lsn)::int8 FROM pg_replication_slots "
-        "WHERE slot_name = 'headrace_shop'"
+        "WHERE slot_name = %s",
+        [SLOT],
     ).fetchone()
-    return int(row[0]) if row else 0
+    assert row, "the slot is gone"
+    return int(row[0])
 
 
 def _rows(project: Path) -> int:

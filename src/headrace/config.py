@@ -66,11 +66,13 @@ _URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
 @dataclass(frozen=True, slots=True)
 class SourceConfig:
-    """`[source.NAME]`: a database whose changes are captured. `heartbeat` in seconds, `spool_max` and
-    `peek_temp_max` in bytes (0: never read in bulk).
+    """`[source.NAME]`: a database whose changes are captured.
 
-    `heartbeat` and `restart_age_alarm` are in seconds, `lag_alarm` in bytes. `failover` is None where it is
-    left to what the server can do; `standby_url` names the standby that is to take the slot over.
+    `heartbeat` and `restart_age_alarm` are in seconds; `spool_max`, `lag_alarm` and `peek_temp_max` in
+    bytes (`peek_temp_max` 0: never read in bulk). `on_rewrite` says what becomes of a table whose rows
+    the source changed without a word in the stream: copied again, or only told of. `failover` is None
+    where it is left to what the server can do; `standby_url` names the standby that is to take the slot
+    over.
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
     Copies: how many connections read at once, how many bytes per second all of them may read (0: no
     limit), how large a chunk is on the source's disk (bytes), how old a snapshot grows (seconds).
@@ -89,6 +91,7 @@ class SourceConfig:
     copy_rate: int = 0
     chunk_bytes: int = 16 << 20
     max_snapshot_age: float = 900.0
+    on_rewrite: Literal["copy", "alert"] = "copy"
     exclude: tuple[str, ...] = ()
     hash: tuple[str, ...] = ()
     hash_salt: Secret | None = None
@@ -148,6 +151,10 @@ class Project:
         """The folder of everything that Headrace itself remembers."""
         return self.root / STATE_FOLDER
 
+    def log_path(self, source: str) -> Path:
+        """Return the file of a source's log; it need not exist."""
+        return self.state / "log" / f"{source}.db"
+
     @property
     def models(self) -> Path:
         """The folder of model files; it need not exist."""
@@ -180,12 +187,12 @@ def load_project(folder: Path) -> Project:
     )
 
 
-def source_config(name: str, url: Secret, **values: Any) -> SourceConfig:
-    """Return a source's settings, with the defaults for all that `values` does not give."""
+def source_config(name: str, url: Secret, **given: Any) -> SourceConfig:
+    """Return a source's settings, with the defaults for all that `given` does not say."""
     default = f"headrace_{name}"
     defaults = {"type": "postgres", "tables": ("public.*",), "heartbeat": 10.0}
     return SourceConfig(
-        **{"name": name, "url": url, "slot": default, "publication": default, **defaults, **values}
+        **{"name": name, "url": url, "slot": default, "publication": default, **defaults, **given}
     )
 
 
@@ -241,6 +248,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "copy_rate": values.size("0B", "100GiB"),
         "chunk_bytes": values.size("64KiB", "1GiB"),
         "max_snapshot_age": values.duration("1s", "24h"),
+        "on_rewrite": values.only("copy", "alert"),
         "exclude": values.columns,
         "hash": values.columns,
         "hash_salt": lambda value: _salt(value, root),

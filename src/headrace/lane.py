@@ -68,7 +68,7 @@ class Lane:
         self.destination = destination
         spool = project.state / "spool" / config.name
         self.source = PostgresSource(config, project.log.max_group_bytes, project.log.group_linger, spool)
-        self.log = SQLiteLog(project.state / "log" / f"{config.name}.db", read_only=read_only)
+        self.log = SQLiteLog(project.log_path(config.name), read_only=read_only)
         self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
         self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
         self.joiner = Joiner(config.name, self.log, self.staging, Joins(destination))
@@ -406,12 +406,11 @@ class Lane:
                 self.destination.retire(name)
 
     def _bind(self, schema: TableSchema, text: ModelText | None, through: Offset) -> RowModel | HeadraceError:
-        copied = mirror(self.config.name, schema)
-        name = text.name if text else copied.name
+        name = text.name if text else f"{self.config.name}.{schema.table.label}"
         try:
             tables = () if text else self.staging.schemas(through)
             refuse_twins(name, schema, tables)
-            return bind(text, schema) if text else copied
+            return bind(text, schema) if text else mirror(self.config.name, schema)
         except HeadraceError as error:
             self._suspend(name, _NO_VERSION, error)
             return error

@@ -238,12 +238,14 @@ class Pipeline:
 
     def _ended(self) -> BaseException | None:
         """Return what stopped the first source, if none captures any more and nothing is left to apply."""
+        first: BaseException | None = None
         for lane in self.lanes:
             name = lane.config.name
             capture, *later = (self._errors.get(f"{name}.{verb}") for verb in ("capture", "load", "apply"))
             if capture is None or not (any(later) or lane.idle()):
                 return None
-        return self._errors[f"{self.lanes[0].config.name}.capture"]
+            first = first or capture
+        return first
 
     def _once(self, lane: Lane) -> list[HeadraceError]:
         """Run one lane up to the source's present; returns what stopped it."""

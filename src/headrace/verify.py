@@ -26,7 +26,8 @@ import pyarrow.compute as pc
 
 from headrace.change import Mark, Offset, TableSchema
 from headrace.config import Project
-from headrace.destinations.joins import JOINS, Join
+from headrace.destinations.joins import Join, joins_of
+from headrace.destinations.tables import target_of
 from headrace.errors import HeadraceError
 from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
@@ -176,8 +177,8 @@ def _destination(project: Project, source: str) -> list[Finding]:
         "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
         f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
         f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
-        JOINS.replace("?", literal(source)),
-        *(f"SELECT _source_key, {_columns(model)} FROM {_target(model)}" for model in models),
+        joins_of(source),
+        *(f"SELECT _source_key, {_columns(model)} FROM {target_of(model.name)}" for model in models),
     ]
     try:
         states, records, ledger, progress, joins, *tables = read(project, queries)
@@ -215,11 +216,6 @@ def _check_progress(lane: Lane, rows: Sequence[dict[str, Any]]) -> Finding:
 
 def _columns(model: RowModel) -> str:
     return ", ".join(quoted(name) for name in model.types())
-
-
-def _target(model: RowModel) -> str:
-    schema, dot, table = model.name.partition(".")
-    return f"{quoted(schema)}.{quoted(table)}" if dot else f"main.{quoted(schema)}"
 
 
 def _compare_model(
@@ -262,17 +258,22 @@ def _check_ledger(
     open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
     if open_rows:
         return Finding(what, False, f"{len(open_rows)} rows do not close", len(rows))
-    for kind, kinds in (("copy", ("copy",)), ("apply", ("rows", "truncate"))):
-        mine = [row for row in rows if row["kind"] == kind]
-        spans = [(row["after"], row["through"], row["read"]) for row in mine]
-        if wrong := _wrong_span(lane, model, spans, kinds):
+    held = [
+        (item.offset, item.entry.kind, item.entry.rows)
+        for item in lane.log.headers(0, lane.log.end().offset)
+        if item.entry.table == model.table
+    ]
+    streamed = [(at, count) for at, kind, count in held if kind in ("rows", "truncate")]
+    copied = [(at, count) for at, kind, count in held if kind == "copy"]
+    for kind, entries in (("copy", copied), ("apply", streamed)):
+        spans = [(row["after"], row["through"], row["read"]) for row in rows if row["kind"] == kind]
+        if wrong := _wrong_span(entries, spans):
             return Finding(what, False, f"({wrong[0]}, {wrong[1]}] has not read what the log holds there")
     total = sum(row["read"] for row in rows)
-    streamed = [(row["after"], row["read"]) for row in rows if row["kind"] == "apply"]
-    held = _held(lane, model, ("rows", "truncate"))
-    since = min((after for after, _ in streamed), default=0)
-    due = sum(count for at, count in held if since < at <= offset)
-    if due != sum(read for _, read in streamed):
+    applied = [(row["after"], row["read"]) for row in rows if row["kind"] == "apply"]
+    since = min((after for after, _ in applied), default=0)
+    due = sum(count for at, count in streamed if since < at <= offset)
+    if due != sum(read for _, read in applied):
         return Finding(what, False, f"does not account for all of {due} changes", len(rows))
     quarantined = sum(row["quarantined"] for row in rows)
     if quarantined != open_records:
@@ -280,20 +281,11 @@ def _check_ledger(
     return Finding(what, True, f"closes over {total} changes", len(rows))
 
 
-def _held(lane: Lane, model: RowModel, kinds: Sequence[str]) -> list[tuple[int, int]]:
-    """Return offset and rows of the table's entries of some kinds."""
-    return [
-        (item.offset, item.entry.rows)
-        for item in lane.log.headers(0, lane.log.end().offset)
-        if item.entry.table == model.table and item.entry.kind in kinds
-    ]
-
-
 def _wrong_span(
-    lane: Lane, model: RowModel, spans: Sequence[tuple[int, int, int]], kinds: Sequence[str]
+    entries: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, int]]
 ) -> tuple[int, int, int] | None:
-    """Return the first span (after, through, read) that overlaps another or read something else."""
-    entries = _held(lane, model, kinds)
+    """Return the first span (after, through, read) that overlaps another, or read something else than the
+    entries (offset, rows) in it."""
     offsets = [offset for offset, _ in entries]
     sums = [0, *accumulate(rows for _, rows in entries)]
     reached = 0

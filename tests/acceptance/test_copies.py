@@ -145,6 +145,11 @@ def test_writers_do_not_disturb_a_copy_nor_it_them(
         running.live("pairs")
         held = {at.commit for _, _, at, _, mark in running.lane.log.copy_marks() if mark.kind == "chunk"}
         assert len(held) > 1, "the copy took several snapshots"
+        done = chunks(running.lane)
+        assert len(done) == len(set(done)), "a chunk was copied twice"
+        kinds = [item.entry.kind for item in running.lane.log.headers(0, running.lane.log.end().offset)]
+        last = len(kinds) - kinds[::-1].index("copy")
+        assert "rows" in kinds[:last], "the stream came in only after the copy"
         db.execute("UPDATE orders SET n = n + 1 WHERE id % 10 = 0")
         running.settled()
     proved(project)
@@ -341,3 +346,87 @@ def test_a_copy_that_was_cut_off_begins_again_where_the_table_was_rewritten_mean
         running.live("orders")
         running.settled()
     proved(project)
+
+
+@ON_18
+def test_a_connection_that_is_lost_in_a_chunk_fails_no_table(
+    server: PostgresServer, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    fill(db, "orders", 2000)
+    project = project_of(server, tmp_path, 'chunk_bytes = "256KiB"', 'copy_rate = "3MiB"')
+    ended = 0
+    with Running(project) as running:
+        running.until(lambda: len(chunks(running.lane)) > 1)
+        while running.stages()["orders"] != "live":
+            ((count,),) = db.execute(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+                "WHERE query LIKE 'COPY%orders%' AND pid <> pg_backend_pid() AND %s < 3",
+                [ended],
+            ).fetchall()
+            ended += count
+            time.sleep(0.05)
+        assert ended
+        running.settled()
+    proved(project)
+
+
+@ON_18
+def test_ddl_does_not_queue_behind_a_copy_that_keeps_to_its_budget(
+    server: PostgresServer, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    """A chunk that would take half a minute at this rate is read at once, and paid for afterwards."""
+    fill(db, "orders", 3000)
+    project = project_of(server, tmp_path, 'chunk_bytes = "4MiB"', 'copy_rate = "512KiB"')
+    with Running(project) as running:
+        running.until(lambda: chunks(running.lane))
+        db.execute("SET lock_timeout = '5s'")
+        db.execute("ALTER TABLE orders ADD COLUMN more int")
+        db.execute("RESET lock_timeout")
+        assert running.stages()["orders"] == "copying"
+
+
+PARTED = """CREATE TABLE parted (id int, region text, v text, PRIMARY KEY (id, region))
+  PARTITION BY LIST (region);
+CREATE TABLE north PARTITION OF parted FOR VALUES IN ('n');
+CREATE TABLE south PARTITION OF parted FOR VALUES IN ('s');
+INSERT INTO parted SELECT g, CASE WHEN g % 2 = 0 THEN 'n' ELSE 's' END, 'v' FROM generate_series(1, 100) g;
+CREATE TABLE east (id int, region text, v text, PRIMARY KEY (id, region));
+INSERT INTO east SELECT g, 'e', 'old' FROM generate_series(1, 50) g"""
+
+
+@pytest.mark.parametrize("policy", ["copy", "alert"])
+def test_partitions_that_are_attached_and_detached(
+    server: PostgresServer,
+    db: psycopg.Connection,
+    tmp_path: Path,
+    policy: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What they bring and take is in no stream; one that is made as a partition came empty."""
+    for statement in PARTED.split(";"):
+        db.execute(statement.encode())
+    project = project_of(server, tmp_path, 'tables = ["public.parted"]', f'on_rewrite = "{policy}"')
+    Pipeline(project).run_once()
+    db.execute("CREATE TABLE west PARTITION OF parted FOR VALUES IN ('w')")
+    db.execute("INSERT INTO parted SELECT g, 'w', 'new' FROM generate_series(1, 10) g")
+    Pipeline(project).run_once()
+    proved(project)
+    assert "SCHEMA" not in caplog.text, "a partition that came empty needs no copy"
+    db.execute("ALTER TABLE parted ATTACH PARTITION east FOR VALUES IN ('e')")
+    db.execute("ALTER TABLE parted DETACH PARTITION south")
+    Pipeline(project).run_once()
+    words = "SCHEMA of public.parted changed: partitions were attached east, detached or dropped south"
+    assert words in caplog.text
+    if policy == "alert":
+        assert "`headrace tables resync public.parted`" in caplog.text
+        run("tables", "resync", "public.parted", folder=tmp_path)
+        Pipeline(project).run_once()
+    proved(project)
+    (regions,) = read(
+        project, ["SELECT region, count(*) AS n FROM shop.parted GROUP BY region ORDER BY region"]
+    )
+    assert regions.to_pylist() == [
+        {"region": "e", "n": 50},
+        {"region": "n", "n": 50},
+        {"region": "w", "n": 10},
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import assert_whole, make_project, run_once, running, said, stop, until
+from harness import assert_whole, make_project, run_once, running, said, stop
 
 from headrace.cli import main
 from headrace.config import Project
@@ -18,6 +18,7 @@ from headrace.sources.postgres.identity import Timeline, noted_timeline
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.testing.postgres import PostgresServer
 from headrace.testing.standby import Standby
+from pipelines import until
 
 SLOT = "headrace_shop"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from harness import make_project, until
+from harness import make_project
 
 from headrace.change import STREAMED, Entry, TableId
 from headrace.config import Project, load_project
@@ -29,6 +29,7 @@ from headrace.sources.postgres.stream import Stream
 from headrace.sources.postgres.tables import read_states
 from headrace.sources.postgres.watchman import Watchman
 from headrace.testing.postgres import PostgresServer
+from pipelines import until
 
 SCHEMA = """
 CREATE TABLE t (id int PRIMARY KEY, v text);

@@ -26,7 +26,6 @@ from harness import (
     said,
     start,
     stop,
-    until,
 )
 
 from headrace import failpoints
@@ -39,6 +38,7 @@ from headrace.pipeline import Pipeline
 from headrace.server import read
 from headrace.testing import shop
 from headrace.testing.postgres import PostgresServer
+from pipelines import until
 
 KILLS = 20
 NEAR = 5.0  # seconds around a kill whose freshness does not count

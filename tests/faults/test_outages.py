@@ -25,7 +25,6 @@ from harness import (
     run_once,
     running,
     said,
-    until,
 )
 
 from headrace.config import Project, load_project
@@ -36,6 +35,7 @@ from headrace.server import ask, read
 from headrace.staging.delta import DeltaStaging
 from headrace.testing import shop
 from headrace.testing.postgres import PostgresServer
+from pipelines import until
 
 OUTAGE = float(os.environ.get("HEADRACE_OUTAGE_SECONDS", "12"))
 

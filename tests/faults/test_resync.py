@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import assert_whole, make_project, run_once, running, start, until
+from harness import assert_whole, make_project, run_once, running, start
 
 from headrace.cli import main
 from headrace.config import Project
@@ -20,6 +20,7 @@ from headrace.sources.postgres.slot import epoch_of
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import read_states
 from headrace.testing.postgres import PostgresServer
+from pipelines import until
 
 SLOT = "headrace_shop"
 SCHEMA = """

@@ -353,7 +353,7 @@ def test_bad_sizes(tmp_path: Path, value: str, message: str) -> None:
     [
         ("1", "must be a string, not an integer"),
         ('"s3://bucket/prefix"', "addresses are not supported"),
-        ('"${env:HOME}/x"', "${…} is filled in only in the url and hash_salt of a source"),
+        ('"${env:HOME}/x"', "${…} is filled in only in url, standby_url and hash_salt of a source"),
         ('"a\\u0000b"', "must be the path of a local folder"),
         ('"~nosuchuser_/x"', "no such home folder"),
     ],

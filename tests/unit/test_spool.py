@@ -419,7 +419,7 @@ def test_a_spool_gives_back_what_it_was_given_in_order(
     assert [*(tmp_path / "a" / "b").iterdir()] == []  # files without names
     one.close()
     assert (space.used, space.in_memory) == (1000, 100)
-    assert not one
+    assert [*one] == []
     assert [*two] == parts
     two.close()
     assert (space.used, space.in_memory) == (0, 0)

@@ -150,7 +150,7 @@ def resync_source(
 
 def progress(project: Project, source: SourceConfig) -> Iterator[Progress]:
     """Yield how far each table of a source is, from its log alone."""
-    path = project.state / "log" / f"{source.name}.db"
+    path = project.log_path(source.name)
     if not path.exists():
         return
     log = SQLiteLog(path, read_only=True)
@@ -293,7 +293,7 @@ def _offline(
     from headrace.sources.postgres.source import PostgresSource
 
     with closing(take_state(project.state)):
-        path = project.state / "log" / f"{source.name}.db"
+        path = project.log_path(source.name)
         if not path.exists():
             raise UserError(f"Source {source.name} has not run yet.", "headrace run")
         with closing(SQLiteLog(path)) as log:

@@ -24,7 +24,7 @@ from headrace.sources.postgres.preflight import Finding, inspect
 from headrace.transform.model import bind
 from headrace.transform.sql import ModelText, read_model
 
-OWN_SCHEMAS = ("headrace", "information_schema", "pg_catalog")
+OWN_SCHEMAS = ("headrace", "headrace_joining", "information_schema", "pg_catalog")
 """Schemas of the destination that no source and no model may fill."""
 
 _MARKS = {"ok": "✔", "warn": "⚠", "fail": "✘"}

@@ -19,7 +19,7 @@ from headrace.config import Project, load_project
 from headrace.errors import UserError
 from headrace.keys import literal
 from headrace.server import ask, is_running, read
-from headrace.sources.postgres.health import lsn_text
+from headrace.sources.postgres.lsn import format_lsn
 
 MAX_KEYS = 20_000
 """Keys in one request: with keys of usual length it stays below the server's bound for a request."""
@@ -105,7 +105,7 @@ def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  
         The record's id, or the beginning of it.
     """
     record = _record(load_project(project), id)
-    record["position"] = f"{lsn_text(record['commit'])} row {record['ordinal']} epoch {record['epoch']}"
+    record["position"] = f"{format_lsn(record['commit'])} row {record['ordinal']} epoch {record['epoch']}"
     folder = "" if project == Path() else f" --project {quote(str(project))}"
     one = f"--model {quote(record['model'])} --key={quote(record['key'] or '')}"
     record["redrive"] = [

@@ -20,7 +20,7 @@ from headrace.errors import HeadraceError
 from headrace.pipeline import Pipeline
 from headrace.secret import without_passwords
 from headrace.server import read
-from headrace.sources.postgres.health import lsn_text
+from headrace.sources.postgres.lsn import format_lsn
 
 logger = logging.getLogger("headrace.run")
 
@@ -128,14 +128,15 @@ def _summary(project: Project) -> str:
             project,
             [
                 'SELECT source, "offset", commit FROM headrace.progress ORDER BY source',
-                "SELECT count(*) AS n, count(*) FILTER (state = 'in_sync') AS good, "
+                "SELECT count(*) FILTER (state <> 'retired') AS n, count(*) FILTER (state = 'in_sync') AS good, "
                 "coalesce(sum(open_records), 0)::BIGINT AS bad FROM headrace.models",
             ],
         )
     except HeadraceError as error:
         return f"Where the destination stands is not known: {error}"
     stands = "; ".join(
-        f"{row['source']} at offset {row['offset']} ({lsn_text(row['commit'])})" for row in places.to_pylist()
+        f"{row['source']} at offset {row['offset']} ({format_lsn(row['commit'])})"
+        for row in places.to_pylist()
     )
     counts = models.to_pylist()[0]
     return (

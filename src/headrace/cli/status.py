@@ -19,7 +19,8 @@ from headrace.config import Project, SourceConfig, load_project
 from headrace.errors import HeadraceError
 from headrace.log.sqlite import SQLiteLog
 from headrace.server import ask, read
-from headrace.sources.postgres.health import age_text, lsn_text, size_text, slot_health
+from headrace.sources.postgres.health import age_text, size_text, slot_health
+from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.slot import durable_commit
 
 _QUERIES = (
@@ -101,7 +102,7 @@ def _source(
     project: Project, source: SourceConfig, live: dict[str, Any] | None, tables: Sequence[Rows]
 ) -> dict[str, Any]:
     progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables)
-    path = project.state / "log" / f"{source.name}.db"
+    path = project.log_path(source.name)
     report: dict[str, Any] = {"name": source.name, "has_run": path.exists(), "error": None}
     report |= {"position": None, "log": None, "staged_through": None, "load": None}
     report |= {"models": [], "tables": []}
@@ -137,7 +138,7 @@ def _hops(
         tables = _tables_of_models(project, source, log)
         size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
         return {
-            "position": lsn_text(durable) if durable else None,
+            "position": format_lsn(durable) if durable else None,
             "log": {"id": log.id, "end": end.offset, "bytes": size},
             "staged_through": staged,
             "load": _backlog(log, staged),
@@ -179,7 +180,7 @@ def _model(row: Mapping[str, Any], log: SQLiteLog, tables: Mapping[str, TableId]
         "state": row["state"],
         "reason": row["reason"],
         "offset": row["offset"],
-        "position": lsn_text(row["commit"]),
+        "position": format_lsn(row["commit"]),
         "open_records": row["open_records"],
         "backlog": _backlog(log, row["offset"], tables.get(row["model"])),
     }
@@ -193,7 +194,7 @@ def _backlog(log: SQLiteLog, after: int, table: TableId | None = None) -> dict[s
 
 def _visible(row: Mapping[str, Any]) -> dict[str, Any]:
     as_of = row["committed_at"] / 1e6
-    position = lsn_text(row["commit"])
+    position = format_lsn(row["commit"])
     age = _seconds(time.time() - as_of)
     return {"offset": row["offset"], "position": position, "as_of": as_of, "age_s": age}
 

@@ -30,7 +30,7 @@ def teardown(
     pipeline runs on the project.
     """
     settings = load_project(project)
-    sources = [source for source in settings.sources if _log_path(settings, source).exists()]
+    sources = [source for source in settings.sources if settings.log_path(source.name).exists()]
     if not sources:
         print("This project has captured nothing: nothing of it is at a source.")
         return 0
@@ -45,7 +45,7 @@ def _teardown(settings: Project, sources: Sequence[SourceConfig], *, yes: bool) 
     faults: list[HeadraceError] = []
     rows: list[tuple[str, ...]] = []
     for source in sources:
-        log = SQLiteLog(_log_path(settings, source))
+        log = SQLiteLog(settings.log_path(source.name))
         try:
             for made in list_made(source, log):
                 done = made.keep or ("dropped" if yes else "to be dropped")
@@ -64,7 +64,7 @@ def _teardown(settings: Project, sources: Sequence[SourceConfig], *, yes: bool) 
         print_table(("source", "what", "name", "WAL kept", "state"), rows)
     elif not faults:
         print("Nothing of this project is at its sources.")
-    _say_what_is_next(settings, rows, yes=yes)
+    _say_what_is_next(settings, rows)
     return faults
 
 
@@ -72,9 +72,9 @@ def _kept(made: Made) -> str:
     return "" if made.retained is None else size_text(made.retained)
 
 
-def _say_what_is_next(settings: Project, rows: Sequence[tuple[str, ...]], *, yes: bool) -> None:
+def _say_what_is_next(settings: Project, rows: Sequence[tuple[str, ...]]) -> None:
     states = {row[-1] for row in rows}
-    if "to be dropped" in states and not yes:
+    if "to be dropped" in states:
         print("Nothing was dropped. After that, changes can no longer be captured: headrace teardown --yes")
     if "dropped" in states:
         staging = settings.staging.path
@@ -82,7 +82,3 @@ def _say_what_is_next(settings: Project, rows: Sequence[tuple[str, ...]], *, yes
         if not staging.is_relative_to(settings.state):
             paths.append(staging)
         print(f"What was captured stays. To begin anew, delete: {', '.join(map(str, paths))}")
-
-
-def _log_path(settings: Project, source: SourceConfig) -> Path:
-    return settings.state / "log" / f"{source.name}.db"

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from headrace.change import Mark
 from headrace.destinations.books import Books, insert, move_progress, numbers, read_progress, record
-from headrace.destinations.tables import CREATE, OPEN, Table, place_of
+from headrace.destinations.tables import CREATE, OPEN, Table, place_of, target_of
 from headrace.errors import (
     DestinationBusy,
     DestinationError,
@@ -43,8 +43,10 @@ _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re
 
 
 MEMORY = 64 << 20
+"""Bytes that the engine may take for an apply before it spills to disk."""
+
 QUERY_MEMORY = 512 << 20
-"""Bytes that an apply, and a query of a user, may take before they spill to disk."""
+"""Bytes for a query of a user."""
 
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
@@ -54,12 +56,10 @@ _opening = threading.Lock()
 class DuckDBDestination:
     """One DuckDB file."""
 
-    def __init__(self, path: Path, *, spill: Path | None = None, memory: int = MEMORY) -> None:
-        """`memory` (bytes) is what the engine may hold, beyond four times the part that it is given;
-        what does not fit goes to the folder `spill`, by default beside the file."""
+    def __init__(self, path: Path, *, spill: Path | None = None) -> None:
+        """What does not fit into memory goes to the folder `spill`, by default beside the file."""
         self.path = path
         self._spill = spill
-        self._memory = memory
         self._shaped: dict[str, dict[str, str]] = {}
 
     @contextmanager
@@ -94,7 +94,7 @@ class DuckDBDestination:
             connection.execute("SET enable_progress_bar = false")
             connection.execute("SET allocator_flush_threshold = '16MB'")
             connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
-            connection.execute(f"SET memory_limit = '{max(memory, self._memory)}B'")
+            connection.execute(f"SET memory_limit = '{max(memory, MEMORY)}B'")
             if self._spill is not None:
                 connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
             yield connection
@@ -308,17 +308,17 @@ class DuckDBDestination:
     def drop_table(self, db: duckdb.DuckDBPyConnection, model: Table) -> None:
         """Drop a model's table, if there is one."""
         self._shaped.pop(model.name, None)
-        db.execute(f"DROP TABLE IF EXISTS {'.'.join(map(quoted, place_of(model.name)))}")
+        db.execute(f"DROP TABLE IF EXISTS {target_of(model.name)}")
 
     def change_rows(
         self, db: duckdb.DuckDBPyConnection, source: str, model: Table, prepared: Prepared
     ) -> None:
         """Write an outcome to a model's table."""
-        target = ".".join(map(quoted, place_of(model.name)))
+        target = target_of(model.name)
         if prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = ?", [source])
-        if prepared.rows.nbytes > self._memory // 2:  # one large value, say
-            db.execute(f"SET memory_limit = '{self._memory + 8 * prepared.rows.nbytes}B'")
+        if prepared.rows.nbytes > MEMORY // 2:  # one large value, say
+            db.execute(f"SET memory_limit = '{MEMORY + 8 * prepared.rows.nbytes}B'")
         if len(prepared.removed):
             _hr_removed = pa.table({"key": prepared.removed})
             db.execute(
@@ -355,7 +355,7 @@ def _columns(db: duckdb.DuckDBPyConnection, schema: str, table: str) -> dict[str
 def _shape(db: duckdb.DuckDBPyConnection, model: Table) -> None:
     """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""
     schema, table = place_of(model.name)
-    target = f"{quoted(schema)}.{quoted(table)}"
+    target = target_of(model.name)
     known = _columns(db, schema, table)
     wanted = model.types()
     if not known:

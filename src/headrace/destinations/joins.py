@@ -18,7 +18,7 @@ from headrace.change import Mark, Offset, Position
 from headrace.destinations.books import heal, insert, move_progress, numbers, record, stand
 from headrace.destinations.duckdb import DuckDBDestination
 from headrace.destinations.multiset import take_off
-from headrace.destinations.tables import CREATE, JOINING, OPEN, QUARANTINE, Table, place_of
+from headrace.destinations.tables import CREATE, JOINING, OPEN, QUARANTINE, target_of
 from headrace.errors import DestinationError
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
@@ -33,8 +33,10 @@ Phase = Literal["copy", "stream", "done"]
 
 _COLUMNS = 'model, source, version, "begin", "end", stands, phase, "offset", target'
 
-JOINS = f"SELECT {_COLUMNS} FROM headrace.joins WHERE source = ?"
-"""The query whose rows are the fields of `Join`."""
+
+def joins_of(source: str) -> str:
+    """Return the query whose rows are the fields of `Join`, for one source."""
+    return f"SELECT {_COLUMNS} FROM headrace.joins WHERE source = {literal(source)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Joins:
         """Return the newest join of every model of a source."""
         with self._destination.open() as db:
             db.execute(CREATE)
-            rows = db.execute(f"SELECT {_COLUMNS} FROM headrace.joins WHERE source = ?", [source]).fetchall()
+            rows = db.execute(joins_of(source)).fetchall()
         return {str(row[0]): Join(*row) for row in rows}
 
     def start(self, join: Join, model: Model) -> None:
@@ -85,7 +87,7 @@ class Joins:
             self._destination.drop_table(db, _Target(_beside(model), {}))
             db.execute(f"DELETE FROM {JOINING} WHERE model = ?", [model.name])
             self._destination.make_table(db, target)
-            db.execute(f"DELETE FROM {_sql_name(target)} WHERE _source = ?", [join.source])
+            db.execute(f"DELETE FROM {target_of(target.name)} WHERE _source = ?", [join.source])
             _void(db, join)
             if not join.beside:
                 stand(db, model, 0, Position(0, 0, 0), 0, in_sync=False)
@@ -168,11 +170,6 @@ def _beside(model: Model) -> str:
     return f"{BESIDE}.{model.name}"
 
 
-def _sql_name(model: Table) -> str:
-    schema, table = place_of(model.name)
-    return f"{quoted(schema)}.{quoted(table)}"
-
-
 def _save(db: duckdb.DuckDBPyConnection, join: Join) -> None:
     db.execute("DELETE FROM headrace.joins WHERE model = ?", [join.model])
     db.execute("INSERT INTO headrace.joins VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", list(astuple(join)))
@@ -200,7 +197,7 @@ def _check(db: duckdb.DuckDBPyConnection, join: Join) -> None:
 
 def _exchange(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> int:
     """Write to the live table what differs from the one beside it, key by key."""
-    live, beside = _sql_name(model), _sql_name(_target(join, model))
+    live, beside = target_of(model.name), target_of(_target(join, model).name)
     mine = f"_source = {literal(join.source)}"
     names = [quoted(name) for name in model.types()]
     # Two hashes: one of 64 bits may meet by chance, both do not.

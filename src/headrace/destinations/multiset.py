@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import duckdb
 
-from headrace.destinations.tables import OPEN, QUARANTINE, Table, place_of
-from headrace.keys import literal, quoted
+from headrace.destinations.tables import OPEN, QUARANTINE, Table, target_of
+from headrace.keys import literal
 from headrace.protocols import Prepared
 
 
@@ -41,7 +41,7 @@ def take_off(
         f"UPDATE {records} SET status = 'superseded', superseded_by = {commit}, "
         "resolved_at = now() WHERE id IN (SELECT id FROM _hr_taken)"
     )
-    target = ".".join(map(quoted, place_of(table.name)))
+    target = target_of(table.name)
     db.execute(
         f"""DELETE FROM {target} WHERE rowid IN (
         SELECT row FROM (

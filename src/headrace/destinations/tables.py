@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from headrace.keys import quoted
+
 LEDGER_COUNTS = ("read", "applied", "superseded", "filtered", "quarantined", "waiting", "blocked")
 
 RECORD_COLUMNS = (
@@ -58,6 +60,11 @@ class Table(Protocol):
     def types(self) -> dict[str, str]:
         """Return the columns with their types, without hidden ones."""
         ...
+
+
+def target_of(model: str) -> str:
+    """Return a model's table as SQL names it."""
+    return ".".join(map(quoted, place_of(model)))
 
 
 def place_of(model: str) -> tuple[str, str]:

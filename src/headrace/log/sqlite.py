@@ -41,9 +41,8 @@ MAX_SLICE_ROWS = 100_000
 _MAX_SLICE_BYTES = 16 << 20
 NO_HASH = "0" * 64
 _CHECKPOINT_PAGES = 4096  # 64 MB of WAL before it is copied into the file
-_LARGE = (
-    32 << 20
-)  # bytes of a payload that is written page by page; as a parameter SQLite would copy it twice
+# Bytes of a payload that is written page by page: as a parameter SQLite would copy it twice.
+_LARGE = 32 << 20
 
 _CREATE = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -58,7 +57,7 @@ CREATE TABLE entries (
 );
 CREATE INDEX by_table ON entries (table_schema, table_name, "offset", rows);
 CREATE INDEX sizes ON entries ("offset", rows, bytes, ends_group);
-CREATE INDEX markers ON entries (table_schema, table_name, "offset") WHERE kind = 'marker';
+CREATE INDEX markers ON entries ("offset") WHERE kind IN ('schema', 'marker');
 CREATE INDEX streamed ON entries ("offset") WHERE ends_group AND kind NOT IN ('copy', 'marker');
 """
 _STREAMED_THROUGH = (
@@ -208,7 +207,8 @@ class SQLiteLog:
         """See `Log.copy_marks`."""
         rows = self._connection().execute(
             'SELECT "offset", table_schema, table_name, first_epoch, first_commit, first_ordinal, '
-            "appended_at, payload FROM entries WHERE kind = 'marker' ORDER BY \"offset\""
+            "appended_at, payload FROM entries WHERE kind IN ('schema', 'marker') "
+            "AND kind = 'marker' ORDER BY \"offset\""  # the first condition is that of the index
         )
         return [
             (int(offset), TableId(schema, name), Position(*place), int(appended), CopyMark.from_json(text))
@@ -294,7 +294,7 @@ class SQLiteLog:
         return {shape.table: shape for shape in shapes if shape}
 
     def last_offsets(self) -> dict[TableId, Offset]:
-        """Return the offset of the last staged kind of entry of every table."""
+        """Return the offset of the last entry of every table."""
         rows = self._connection().execute(
             'SELECT table_schema, table_name, max("offset") FROM entries '
             "WHERE table_name IS NOT NULL GROUP BY 1, 2"

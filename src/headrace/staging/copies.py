@@ -48,11 +48,6 @@ class CopyHistory:
         added = (offset for offset, _, m in marks if m.kind == "begin" and m.reason == ADDED)
         return max((offset for offset in added if offset <= through), default=0)
 
-    def under_way(self, table: TableId, through: Offset) -> bool:
-        """Whether a copy of a table has begun and not ended as of an offset."""
-        kinds = [m.kind for offset, _, m in self._marks.get(table, ()) if offset <= through]
-        return bool(kinds) and kinds[-1] != "end"
-
     def between(self, table: TableId, after: Offset, through: Offset) -> bool:
         """Whether copied rows may stand in `(after, through]`: each chunk ends with its marker."""
         return any(after < offset <= through for offset, _, _ in self._marks.get(table, ()))

@@ -156,13 +156,13 @@ class DeltaStaging:
         """See `Staging.write`. Commits whenever `piece_bytes` are decoded, and at the end."""
         pending = _Pending()
         for item in entries:
-            self.decode(item, pending)
+            self._take(item, pending)
             if pending.bytes >= self.piece_bytes:
                 self._flush(pending)
                 pending = _Pending()
         self._flush(pending)
 
-    def decode(self, item: LoggedEntry, pending: _Pending) -> None:
+    def _take(self, item: LoggedEntry, pending: _Pending) -> None:
         """Add to what is pending what an entry brings that is not staged yet."""
         entry = item.entry
         if entry.kind in ("schema", "marker"):
@@ -230,10 +230,6 @@ class DeltaStaging:
     def captured_since(self, table: TableId, through: Offset) -> Offset:
         """Return the offset of the copy's begin since which a table is captured without a gap."""
         return self._copies.since(table, through)
-
-    def copying(self, table: TableId, through: Offset) -> bool:
-        """Whether a copy of a table is under way as of an offset."""
-        return self._copies.under_way(table, through)
 
     def history(self, table: TableId, copy: Copy | None, through: Offset) -> pa.Table:
         """See `Staging.history`."""
@@ -365,12 +361,11 @@ class DeltaStaging:
         columns = {names[name]: type_ for name, type_ in columns.items()}
         parts = [part.rename_columns([names[name] for name in part.column_names]) for part in parts]
         staged = known or self._create(table, columns)
-        if parts:
-            self._widen(staged, columns)
-            whole = [with_columns(part, staged.columns) for part in parts if part.num_rows]
-            if whole:  # one part is not copied: it may be one large value
-                data = whole[0] if len(whole) == 1 else pa.concat_tables(whole).combine_chunks()
-                self._commit(staged, data, through)
+        self._widen(staged, columns)
+        whole = [with_columns(part, staged.columns) for part in parts if part.num_rows]
+        if whole:  # one part is not copied: it may be one large value
+            data = whole[0] if len(whole) == 1 else pa.concat_tables(whole).combine_chunks()
+            self._commit(staged, data, through)
 
     def _commit(self, staged: _Table, data: pa.Table, through: Offset) -> None:
         name = f"{through:020d}.parquet"

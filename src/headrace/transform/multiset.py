@@ -17,7 +17,7 @@ from headrace.change import TableSchema
 from headrace.keys import identity
 from headrace.protocols import Counts, Prepared
 from headrace.transform.evaluate import Evaluation
-from headrace.transform.fold import NO_ROWS, RECORD, records_of, take, undecided, with_fatal
+from headrace.transform.fold import NOTHING, records_of, take, undecided, with_fatal
 
 _NO_KEYS = pa.array([], pa.string())
 
@@ -32,7 +32,7 @@ def fold_multiset(
     """
     total = changes.num_rows
     if not total:
-        return Prepared(False, _NO_KEYS, NO_ROWS, RECORD.empty_table(), Counts())
+        return NOTHING
     resets = np.flatnonzero(pc.equal(changes["_op"], "t").to_numpy(zero_copy_only=False))
     live = changes.slice(int(resets[-1]) + 1) if len(resets) else changes
     events, left, fewer = _stack(db, schema, live)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from headrace.change import TableId, TableSchema
+from headrace.change import TableSchema
 from headrace.sources.postgres.catalog import Connection, qualified, quoted
 
 _PAGES_PER_CHUNK = 10
@@ -100,8 +100,3 @@ def _cells(schema: TableSchema, key: Sequence[str]) -> str:
 def _literal(text: str) -> str:
     plain = text.replace("'", "''")
     return f"'{plain}'" if "\\" not in text else "E'" + plain.replace("\\", "\\\\") + "'"
-
-
-def table_literal(table: TableId) -> str:
-    """Return a table as a `regclass` literal."""
-    return "'" + qualified(table).replace("'", "''") + "'::regclass"

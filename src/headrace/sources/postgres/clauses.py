@@ -18,6 +18,7 @@ from headrace.config import SourceConfig
 from headrace.errors import UserError
 from headrace.sources.postgres.catalog import Connection, qualified, quoted, read_shapes
 from headrace.sources.postgres.columns import Policy
+from headrace.sources.postgres.locks import unless_locked
 
 CLAUSES_SINCE = 150_000
 
@@ -151,12 +152,11 @@ def _examine(db: Connection, what: str, table: TableId, condition: str) -> tuple
 
     Makes a publication and takes it back in the same transaction, so that nobody else ever sees it.
     """
-    probe = quoted(f"headrace_probe_{db.info.backend_pid}")
+    probe = f"headrace_probe_{db.info.backend_pid}"
     try:
-        with db.transaction(force_rollback=True):
-            db.execute(
-                f"CREATE PUBLICATION {probe} FOR TABLE {qualified(table)} WHERE ({condition})".encode()
-            )
+        with unless_locked(db, f"{what}: examining it", [table]), db.transaction(force_rollback=True):
+            members = f"TABLE {qualified(table)} WHERE ({condition})"
+            db.execute(f"CREATE PUBLICATION {quoted(probe)} FOR {members}".encode())
             row = db.execute(
                 """SELECT pg_get_expr(r.prqual, r.prrelid), ARRAY (
                   SELECT a.attname::text FROM pg_depend d
@@ -164,8 +164,13 @@ def _examine(db: Connection, what: str, table: TableId, condition: str) -> tuple
                   WHERE d.classid = 'pg_publication_rel'::regclass AND d.objid = r.oid
                   AND d.refobjid = r.prrelid AND d.refobjsubid > 0)
                 FROM pg_publication_rel r JOIN pg_publication p ON p.oid = r.prpubid WHERE p.pubname = %s""",
-                [probe.strip('"')],
+                [probe],
             ).fetchone()
+    except psycopg.errors.ReadOnlySqlTransaction as error:
+        raise UserError(
+            f"{what}: a standby cannot examine a condition.",
+            "Filter in a model with WHERE, or read from the primary.",
+        ) from error
     except psycopg.errors.InsufficientPrivilege as error:
         raise UserError(
             f"{what}: the role may not publish the table: {_words(error)}.",

@@ -63,7 +63,7 @@ class Policy:
         self._salt = config.hash_salt.reveal() if config.hash_salt else ""
         mark = hashlib.sha256(b"headrace:" + self._salt.encode()).hexdigest()[:8]
         self._base = HASHED + mark
-        self._db = duckdb.connect() if self._exclude or self._hash else None
+        self._db: duckdb.DuckDBPyConnection | None = None
 
     def excludes(self, table: TableId, column: str) -> bool:
         """Whether a column is left out."""
@@ -161,8 +161,8 @@ class Policy:
         return self._made(f"map_from_entries({entries})", cells).cast(BEFORE)
 
     def _made(self, expression: str, cells: pa.Array) -> pa.Array:
-        assert self._db is not None
-        with self._db.cursor() as db:
+        engine = self._db = self._db or duckdb.connect()  # opened late: most policies are only asked
+        with engine.cursor() as db:
             # Not in the query: an error would cite it.
             db.execute("SET VARIABLE salt = ?", [self._salt])
             db.register("cells", pa.table({"c": cells}))

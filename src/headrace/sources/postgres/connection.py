@@ -31,6 +31,9 @@ PINNED = {
     "idle_in_transaction_session_timeout": "0",
     "application_name": "headrace",
 }
+RETRY_CLASSES = ("08", "40", "53", "57", "58")
+"""SQLSTATE classes of faults that pass: connection, serialization, resources, operator, system."""
+
 _CONNECT_TIMEOUT = 10
 
 # A database of this encoding holds bytes of any kind: asked for UTF-8, it would break off at what is none.
@@ -101,6 +104,21 @@ def connect_bulk(url: str) -> Any:
     except adbc.Error as error:
         raise SourceUnavailable(without_password(str(error))) from error
     return connection
+
+
+def answers(connection: Any) -> bool:
+    """Whether a connection, on which something failed, is there still; its transaction is rolled back.
+
+    An error that comes in the middle of a result has lost its SQLSTATE: the connection itself is asked.
+    """
+    try:
+        connection.rollback()
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            cursor.fetchone()
+    except (adbc.Error, OSError):
+        return False
+    return True
 
 
 def refusal(url: str, error: Exception) -> SourceUnavailable | UserError:

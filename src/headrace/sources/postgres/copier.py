@@ -35,7 +35,13 @@ from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, read_shapes
 from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, ranges
 from headrace.sources.postgres.columns import Policy
-from headrace.sources.postgres.connection import connect, connect_bulk, without_password
+from headrace.sources.postgres.connection import (
+    RETRY_CLASSES,
+    answers,
+    connect,
+    connect_bulk,
+    without_password,
+)
 from headrace.sources.postgres.copy import (
     as_changes,
     files_of,
@@ -44,6 +50,7 @@ from headrace.sources.postgres.copy import (
     was_rewritten,
 )
 from headrace.sources.postgres.moved import Key, moved_keys
+from headrace.sources.postgres.pace import Pace
 from headrace.sources.postgres.publication import capturable_shapes
 from headrace.sources.postgres.snapshots import Snapshot, Snapshots
 from headrace.sources.postgres.tables import UNFINISHED, TableStates
@@ -54,9 +61,9 @@ alerts = logging.getLogger("headrace.alert")
 
 _MEMORY = 16 << 20  # of a chunk's compressed rows; the rest waits on disk
 _LOCK_WAIT = "5s"
-_RETRY = ("08", "40", "53", "57", "58")
 _CHANGED_MEANWHILE = ("42703", "42P01", "42804")
 _LOCKED = "55P03"
+_TIMEOUT = "57014"  # a chunk that takes longer than max_snapshot_age
 
 
 @dataclass(eq=False)
@@ -124,7 +131,7 @@ class Copier:
         self._ready: queue.Queue[tuple[_Table, Group] | BaseException] = queue.Queue(maxsize=2)
         self._wake = threading.Condition()
         self._stop = threading.Event()
-        self._pace = _Pace(config.copy_rate, self._stop)
+        self._pace = Pace(config.copy_rate, self._stop)
         self._threads: list[threading.Thread] = []
 
     @property
@@ -143,8 +150,8 @@ class Copier:
         The log holds no change at or before offset `after` that the copy lacks. `under_current` allows
         the snapshot that is held now; else it is read under one that is taken when its begin is durable.
         """
-        self._begin_with(_Table(table, reason, after, self.snapshots.number + (not under_current)))
         self._states.move([table], "requested", reason)
+        self._begin_with(_Table(table, reason, after, self.snapshots.number + (not under_current)))
 
     def resume(self) -> None:
         """Take up the copies that the log shows unfinished; their finished chunks stay."""
@@ -294,8 +301,10 @@ class Copier:
                         bulk = bulk or connect_bulk(self._url)
                         self._copy_chunk(bulk, table, part)
                 except (HeadraceError, psycopg.Error, adbc.Error, _ChangedMeanwhile) as error:
-                    if bulk is not None:
-                        bulk.rollback()
+                    if bulk is not None and not answers(bulk):
+                        raise SourceUnavailable(
+                            f"The copy of {table.id} broke off: {_words(error)}"
+                        ) from error
                     self._judge(table, part, error)
         except BaseException as error:
             self._hand_over(error)
@@ -370,7 +379,7 @@ class Copier:
         if not table.schema.key:
             self._keep_to(snapshot, table)
         rows = _Spool()
-        ordinal = part.number << 32
+        ordinal, read = part.number << 32, 0
         now = time.time_ns() // 1000
         with bulk.cursor() as cursor:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -386,12 +395,13 @@ class Copier:
                     rows.add(batch.num_rows, payload)
                     ordinal += batch.num_rows
                     failpoint("source.copy.batch")
-                self._pace.spend(batch.nbytes)
+                read += batch.nbytes
                 if self._stop.is_set():
                     return
             if was_rewritten(cursor, table.id):
                 raise _ChangedMeanwhile("it was rewritten or truncated")
         bulk.rollback()
+        self._pace.spend(read)  # not before: a transaction that sleeps would hold up the application's DDL
         entries = self._entries(rows, table, part, snapshot, now)
         self._hand_over((table, Group(entries, partial(self._counted, table, part, snapshot.commit))))
 
@@ -437,8 +447,8 @@ class Copier:
         elif state == _LOCKED:
             self._stop.wait(1.0)
             self._add(table, part)
-        elif isinstance(error, SourceUnavailable) or state[:2] in _RETRY:
-            raise SourceUnavailable(f"The copy of {table.id} broke off: {words}") from error
+        elif isinstance(error, SourceUnavailable) or (state[:2] in RETRY_CLASSES and state != _TIMEOUT):
+            raise _broke_off(table, error) from error
         else:
             self.drop(table.id)
             self._states.move([table.id], "failed", words)
@@ -446,6 +456,10 @@ class Copier:
                 "FAILED copy of %s: %s Mend it, then run `headrace tables resync %s`.",
                 table.id, words, table.id,
             )  # fmt: skip
+
+
+def _broke_off(table: _Table, error: Exception) -> SourceUnavailable:
+    return SourceUnavailable(f"The copy of {table.id} broke off: {_words(error)}")
 
 
 def _words(error: Exception) -> str:
@@ -477,22 +491,3 @@ class _Spool:
         self._file.seek(0)
         for rows, size in self._parts:
             yield rows, self._file.read(size)
-
-
-class _Pace:
-    """A budget of bytes per second, shared by all workers; 0 sets none."""
-
-    def __init__(self, rate: int, stop: threading.Event) -> None:
-        self._rate = rate
-        self._stop = stop
-        self._lock = threading.Lock()
-        self._free_at = time.monotonic()
-
-    def spend(self, size: int) -> None:
-        """Wait until so many bytes fit the budget."""
-        if not self._rate:
-            return
-        with self._lock:
-            self._free_at = max(self._free_at, time.monotonic()) + size / self._rate
-            wait = self._free_at - time.monotonic()
-        self._stop.wait(max(0.0, wait))

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.change import Column, TableId, TableSchema
+from headrace.keys import literal
 from headrace.sources.postgres.catalog import Connection, qualified, quoted
-from headrace.sources.postgres.chunks import table_literal
 from headrace.sources.postgres.columns import HASHED
 
 _SAME_AS_OUTPUT = (
@@ -60,8 +60,8 @@ def was_rewritten(cursor: Any, table: TableId) -> bool:
     the transaction of the read, whose lock keeps the answer true.
     """
     cursor.execute(
-        f"SELECT count(*) FROM pg_class c WHERE (c.oid = {table_literal(table)} OR c.oid IN (SELECT relid "
-        f"FROM pg_partition_tree({table_literal(table)}))) AND c.relkind = 'r' "
+        f"SELECT count(*) FROM pg_class c WHERE (c.oid = {_literal(table)} OR c.oid IN (SELECT relid "
+        f"FROM pg_partition_tree({_literal(table)}))) AND c.relkind = 'r' "
         "AND c.relfilenode <> pg_relation_filenode(c.oid)"
     )
     return bool(cursor.fetchone()[0])
@@ -71,8 +71,8 @@ def files_of(db: Connection, table: TableId) -> str:
     """Return what names the files of a table and its partitions: others once it is rewritten or truncated."""
     row = db.execute(
         f"SELECT string_agg(c.oid || ':' || pg_relation_filenode(c.oid), ' ' ORDER BY c.oid) FROM pg_class c "
-        f"WHERE c.relkind = 'r' AND (c.oid = {table_literal(table)} OR c.oid IN (SELECT relid FROM "
-        f"pg_partition_tree({table_literal(table)})))".encode()
+        f"WHERE c.relkind = 'r' AND (c.oid = {_literal(table)} OR c.oid IN (SELECT relid FROM "
+        f"pg_partition_tree({_literal(table)})))".encode()
     ).fetchone()
     return str(row[0]) if row else ""
 
@@ -89,3 +89,7 @@ def as_changes(batch: pa.RecordBatch, commit: int, after: int, now: int) -> pa.R
     }
     cells = {name: batch.column(i).cast(pa.string()) for i, name in enumerate(batch.schema.names)}
     return pa.RecordBatch.from_pydict({**head, **cells})
+
+
+def _literal(table: TableId) -> str:
+    return literal(qualified(table)) + "::regclass"

@@ -90,10 +90,10 @@ def failover_findings(db: Connection, config: SourceConfig) -> Iterator[Finding]
             "Give the standby a slot: primary_slot_name; and sync_replication_slots = on.",
         )
     if config.standby_url is not None:
-        yield from standby_findings(config, named)
+        yield from _of_standby_url(config, named)
 
 
-def standby_findings(config: SourceConfig, synchronized: str) -> Iterator[Finding]:
+def _of_standby_url(config: SourceConfig, synchronized: str) -> Iterator[Finding]:
     """Judge whether the standby of `standby_url` keeps a copy of the slot that a failover can use.
 
     `synchronized` is the primary's synchronized_standby_slots. Raises nothing.
@@ -170,5 +170,5 @@ def _copy_of_slot(db: Connection, slot: str, *, works: bool) -> Finding:
             "fail", f"the copy of slot {slot} is invalid: {invalid}", "Run the pipeline, then check."
         )
     if temporary:
-        return Finding("warn", f"the copy of slot {slot} is temporary: a failover would lose it", wait)
+        return Finding("fail", f"the copy of slot {slot} is temporary: a failover would lose it", wait)
     return Finding("ok", f"slot {slot} is copied and would outlive a failover")

@@ -20,6 +20,7 @@ from headrace.config import SourceConfig
 from headrace.errors import RESYNC, SourceGap
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection
+from headrace.sources.postgres.clauses import has_clauses
 from headrace.sources.postgres.tables import captured_tables
 
 alerts = logging.getLogger("headrace.alert")
@@ -103,7 +104,7 @@ def publication_fingerprint(db: Connection, name: str) -> Publication | None:
     publication, touched, owner, all_tables, *flags = row
     settings = dict(zip(("via_root", "insert", "update", "delete", "truncate"), flags, strict=True))
     wanted = {"publication": publication, "root": settings["via_root"]}
-    modern = db.info.server_version >= 150000
+    modern = has_clauses(db)
     columns, filter_ = _LISTED if modern else ("NULL", "NULL")
     listed = [
         Member(oid, schema, table, member, tuple(numbers) if numbers else None, condition or "")
@@ -163,9 +164,12 @@ def check_publication(db: Connection, config: SourceConfig, log: Log) -> None:
 
 
 def captured_oids(log: Log) -> dict[int, TableId]:
-    """Return the oid of each captured table that is published by Headrace's own doing."""
+    """Return the oid of each captured table that is published by Headrace's own doing.
+
+    One that was removed may still be published, where the role may not take it out.
+    """
     note = log.note(_NOTE)
-    captured = captured_tables(log)
+    captured = set(captured_tables(log))
     members = Publication.from_json(note).members if note else ()
     return {member.oid: member.table for member in members if member.table in captured}
 

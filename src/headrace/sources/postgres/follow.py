@@ -25,6 +25,7 @@ from headrace.sources.postgres.fingerprint import captured_oids
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.identity import Server
 from headrace.sources.postgres.lsn import parse_lsn
+from headrace.sources.postgres.partitions import changed_partitions
 from headrace.sources.postgres.recovery import heard_entry, in_recovery
 from headrace.sources.postgres.roster import Roster
 from headrace.sources.postgres.shapes import Shapes
@@ -32,7 +33,7 @@ from headrace.sources.postgres.slot import Slot, durable_commit, epoch_of
 from headrace.sources.postgres.spool import SpoolSpace
 from headrace.sources.postgres.stream import Stream, StreamingFailed
 from headrace.sources.postgres.tables import captured_tables, read_states
-from headrace.sources.postgres.watchman import Watchman, on_one_timeline
+from headrace.sources.postgres.watchman import WATCH_EVERY, Watchman, on_one_timeline
 
 logger = logging.getLogger("headrace.capture")
 
@@ -63,29 +64,25 @@ class Follower:
         copier: Copier,
         limits: Limits,
         progress: Progress,
+        take_requests: Callable[[], None],
+        on_rewrite: Callable[[TableId, str], None],
     ) -> None:
+        """`take_requests` is called between groups; `on_rewrite` see `Shapes`."""
         self._config = config
         self._log = log
         self._db = db
         self._copier = copier
         self._limits = limits
         self._progress = progress
+        self._take_requests = take_requests
+        self._on_rewrite = on_rewrite
         self._standby = in_recovery(db)
         self._beat = _Every(config.heartbeat)
         self._nudge = _Every(_NUDGE_EVERY)
+        self._partitions = _Every(0.0)
 
-    def groups(
-        self,
-        server: Server,
-        slot: Slot,
-        take_requests: Callable[[], None],
-        on_rewrite: Callable[[TableId, str], None],
-    ) -> Iterator[Iterable[Entry]]:
-        """Yield groups, of the slot and of copies, for ever. Each is durable when the next is asked for.
-
-        `take_requests` is called between them; `on_rewrite` see `Shapes`.
-        """
-        self._take_requests, self._on_rewrite = take_requests, on_rewrite
+    def groups(self, server: Server, slot: Slot) -> Iterator[Iterable[Entry]]:
+        """Yield groups, of the slot and of copies, for ever. Each is durable when the next is asked for."""
         groups = self._groups(server, slot)
         yield from on_one_timeline(groups, self._config, self._log, server) if self._standby else groups
 
@@ -161,6 +158,10 @@ class Follower:
     def _between(self, builder: GroupBuilder) -> Iterator[Iterable[Entry]]:
         """Serve what is due beside the slot's changes: requests, copies, heartbeats."""
         self._take_requests()
+        if self._partitions.due():
+            self._partitions = _Every(WATCH_EVERY)
+            for table, reason in changed_partitions(self._db, self._log, captured_tables(self._log)):
+                self._on_rewrite(table, reason)
         for group in self._copier.ready(self._progress.confirmed):
             yield group.entries
             group.appended()
@@ -190,10 +191,7 @@ class Follower:
         log, config = self._log, self._config
         waiting = [table for table, state in read_states(log).items() if state.stage == "requested"]
         shapes = Shapes(log.schemas(), self._db, config, self._on_rewrite, waiting)
-        captured = captured_tables(log)
-        # One that was removed may still be published, where the role may not take it out.
-        oids = {oid: table for oid, table in captured_oids(log).items() if table in captured}
-        roster = Roster(config.name, captured, oids, partial(read_states, log))
+        roster = Roster(config.name, captured_tables(log), captured_oids(log), partial(read_states, log))
         return GroupBuilder(shapes, roster, Policy(config), space, epoch_of(log))
 
 

@@ -170,11 +170,6 @@ def _age(db: psycopg.Connection[tuple[Any, ...]], restart_lsn: str | None) -> fl
     return float(str(row[0])) if row and row[0] is not None else None
 
 
-def lsn_text(lsn: int) -> str:
-    """Return an LSN as Postgres writes it: X/Y."""
-    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
-
-
 def size_text(number: int | None) -> str:
     """Return a number of bytes for people."""
     if number is None:

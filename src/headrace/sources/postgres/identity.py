@@ -1,9 +1,9 @@
 """The server behind a source: is it the one that filled the log, and does it still hold what the log holds?
 
 Its identity stands in notes of the log: `system` (system identifier), `version` (major), `database`
-(its oid) and `timeline` (with its history). A timeline is what Postgres counts up when a standby is
-promoted or a backup recovered: two servers of one system agree up to the LSN at which their timelines
-forked, no further.
+(its oid), `timeline` (with its history) and `role` (`standby` for a project that began at one). A timeline
+is what Postgres counts up when a standby is promoted or a backup recovered: two servers of one system
+agree up to the LSN at which their timelines forked, no further.
 """
 
 from __future__ import annotations

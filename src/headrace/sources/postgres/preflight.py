@@ -281,7 +281,9 @@ def _wal_kept(server: _Server) -> Iterator[Finding]:
 
 
 def _bulk(db: Connection, config: SourceConfig, role: Role) -> Iterator[Finding]:
-    if not config.peek_temp_max:
+    if role.standby:
+        yield Finding("ok", "a backlog is streamed: a standby's slot is not read in bulk")
+    elif not config.peek_temp_max:
         yield Finding("ok", "a backlog is streamed: peek_temp_max is 0")
     elif _row(db, CAN_PEEK)[0]:
         size = config.peek_temp_max >> 20
@@ -335,8 +337,7 @@ def _own_slot(name: str, slot: _Slot | None, database: str) -> Iterator[Finding]
         yield Finding(
             "fail",
             f"slot {name} is lost: the server has thrown away WAL that it needed",
-            f"{drop} then move the state folder and the destination away and run again, which copies "
-            "everything anew",
+            "Run `headrace resync`: it copies every table again and repairs what differs, deletes included",
         )
     elif slot.wal_status == "unreserved":
         yield Finding(

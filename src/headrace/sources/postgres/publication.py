@@ -89,17 +89,18 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
             f"Let its owner run: ALTER PUBLICATION {name} SET (publish_via_partition_root = true, "
             "publish = 'insert, update, delete, truncate');",
         )
-    wanted = wanted_clauses(db, config, tables)
-    missing = [table for table in tables if table not in held_clauses(db, config.publication)]
+    held = held_clauses(db, config.publication)
+    missing = [table for table in tables if table not in held]
+    amended = amend(db, config, [table for table in tables if table in held])
+    wanted = wanted_clauses(db, config, missing)
     listed = ", ".join(wanted[table].after(table) for table in missing)
     if not found:
-        held = f" FOR TABLE {listed}" if missing else ""
-        statement = f"CREATE PUBLICATION {name}{held} WITH (publish_via_partition_root = true)"
+        members = f" FOR TABLE {listed}" if missing else ""
+        statement = f"CREATE PUBLICATION {name}{members} WITH (publish_via_partition_root = true)"
         _run(db, config, [statement], missing)
     elif missing:
         _run(db, config, [f"ALTER PUBLICATION {name} ADD TABLE {listed}"], missing)
-    given_out = _give_out(db, config, tables)
-    return bool(not found or missing or given_out)
+    return bool(not found or missing or amended)
 
 
 def amend(db: Connection, config: SourceConfig, tables: Iterable[TableId]) -> list[TableId]:

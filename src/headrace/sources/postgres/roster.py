@@ -56,7 +56,7 @@ class Roster:
             self._dropped.add(relation.id)
             alerts.warning(
                 "source %s: %s is in the publication but not captured: its changes are dropped. Take it out "
-                "of the publication, or select it in tables.",
+                "of the publication, or `headrace tables add` it.",
                 self._source, table,
             )  # fmt: skip
         return False

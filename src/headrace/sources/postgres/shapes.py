@@ -88,13 +88,13 @@ class Shapes:
         elif not key:
             raise self._gap(
                 f"Table {table} has lost its key: its changes cannot be told apart.",
-                f'Give it a primary key again, or leave it out: tables = […, "!{table}"].',
+                f"Give it a primary key again, or `headrace tables remove {table}`.",
             )
         taken = [column.name for column in columns if column.name.lower() in RESERVED]
         if taken:
             raise self._gap(
                 f"Table {table} has a column called {taken[0]}, a name that Headrace uses itself.",
-                "Rename the column at the source, or leave the table out.",
+                f"Rename the column at the source, or `headrace tables remove {table}`.",
             )
         shape = TableSchema(table, columns, key, known.version + 1 if known else 1)
         return self._policy.shape(shape)

@@ -1,4 +1,8 @@
-"""The replication slot: made, checked, resumed."""
+"""The replication slot: made, checked, resumed.
+
+Its notes in the log: `slot` (its name, written before it is created), `slot_system` (on which server),
+`point` (the position from which it delivers, an LSN as a number) and `epoch` (of the positions from there).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from headrace.config import SourceConfig
 from headrace.errors import RESYNC, HeadraceError, SourceGap, SourceUnavailable, UserError
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, quoted
-from headrace.sources.postgres.connection import without_password
+from headrace.sources.postgres.connection import RETRY_CLASSES, without_password
 from headrace.sources.postgres.health import oldest_transaction
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.recovery import in_recovery
@@ -199,6 +203,6 @@ def replication_error(result: pq.abc.PGresult, what: str) -> HeadraceError:
     """Turn a refused replication command into what it means for the user."""
     words = (result.error_message or b"").decode(errors="replace").strip().removeprefix("ERROR:").strip()
     state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
-    if not state or state == "55006" or state[:2] in ("08", "40", "53", "57", "58"):
+    if not state or state == "55006" or state[:2] in RETRY_CLASSES:
         return SourceUnavailable(f"{what}: {without_password(words)}", "It is tried again.")
     return UserError(f"{what}: {words}", "Run `headrace check` for what the server lacks.")

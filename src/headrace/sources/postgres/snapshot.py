@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from headrace.change import TableSchema
 from headrace.config import SourceConfig
-from headrace.errors import SourceError, SourceUnavailable
+from headrace.errors import SourceError
+from headrace.sources.postgres.catalog import quoted
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import (
     BYTES_AS_THEY_ARE,
@@ -21,7 +22,8 @@ from headrace.sources.postgres.connection import (
     without_password,
 )
 from headrace.sources.postgres.copy import partitioned_tables, select_text
-from headrace.sources.postgres.lsn import format_lsn, parse_lsn
+from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.snapshots import export_snapshot
 from headrace.sources.postgres.undecodable import Undecodable
 
 _ROW_MESSAGES = (b"I"[0], b"U"[0], b"D"[0], b"T"[0])
@@ -62,23 +64,11 @@ def take_snapshot(config: SourceConfig) -> Iterator[SourceSnapshot]:
     """
     url = config.url.reveal()
     with connect_replication(url) as holder, connect_bulk(url) as bulk:
-        result = holder.pgconn.exec_(
-            b"CREATE_REPLICATION_SLOT headrace_verify_%d TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"
-            % holder.pgconn.backend_pid
-        )
-        point, snapshot = (
-            (result.get_value(0, column) for column in (1, 2)) if result.ntuples else (None, None)
-        )
-        if point is None or snapshot is None:
-            raise SourceUnavailable(
-                "No temporary slot can be made for the comparison: "
-                + (result.error_message or b"").decode(errors="replace").strip(),
-                "Raise max_replication_slots.",
-            )
+        commit, name = export_snapshot(holder, "headrace_verify", "the comparison")
         with bulk.cursor() as cursor:
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot.decode()}'")
-        yield SourceSnapshot(parse_lsn(point.decode()), bulk, Policy(config))
+            cursor.execute(f"SET TRANSACTION SNAPSHOT '{name}'")
+        yield SourceSnapshot(commit, bulk, Policy(config))
 
 
 def pending_changes(config: SourceConfig, through: int, after: int) -> int:
@@ -91,6 +81,6 @@ def pending_changes(config: SourceConfig, through: int, after: int) -> int:
         rows = db.execute(
             "SELECT data, (lsn - '0/0')::bigint FROM pg_logical_slot_peek_binary_changes("
             "%s, %s::pg_lsn, NULL, 'proto_version', '1', 'publication_names', %s)",
-            [config.slot, format_lsn(through), '"' + config.publication.replace('"', '""') + '"'],
+            [config.slot, format_lsn(through), quoted(config.publication)],
         )
         return sum(row[0][0] in _ROW_MESSAGES and row[1] > after for row in rows)

@@ -51,7 +51,7 @@ class Snapshots:
         with self._lock:
             self._hold(commit, name)
 
-    def current(self, at_least: int = 0) -> Snapshot:
+    def current(self, at_least: int) -> Snapshot:
         """Return a snapshot that is not older than `max_age`, of holder number `at_least` or later.
 
         Raises SourceUnavailable when no temporary slot can be made.
@@ -83,17 +83,7 @@ class Snapshots:
 
     def _renew(self) -> None:
         with connect_replication(self._url) as maker:
-            result = maker.pgconn.exec_(
-                b"CREATE_REPLICATION_SLOT headrace_copy_%d TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"
-                % maker.pgconn.backend_pid
-            )
-            point, name = (result.get_value(0, i) for i in (1, 2)) if result.ntuples else (None, None)
-            if point is None or name is None:
-                words = without_password((result.error_message or b"").decode(errors="replace")).strip()
-                raise SourceUnavailable(
-                    f"No temporary slot can be made for the copy: {words}", "Raise max_replication_slots."
-                )
-            self._hold(parse_lsn(point.decode()), name.decode())
+            self._hold(*export_snapshot(maker, "headrace_copy", "the copy"))
 
     def _hold(self, commit: int, name: str) -> None:
         self._drop()
@@ -108,3 +98,21 @@ class Snapshots:
         assert row is not None
         self._holder, self._since = holder, time.monotonic()
         self._current = Snapshot(self._current.number + 1, commit, str(row[0]))
+
+
+def export_snapshot(maker: Connection, prefix: str, what: str) -> tuple[int, str]:
+    """Make a temporary slot on a replication connection; return its position and the name of the
+    snapshot that it exports, both for as long as the connection does nothing else.
+
+    Raises SourceUnavailable, which says for `what` it was.
+    """
+    slot = f"{prefix}_{maker.pgconn.backend_pid}"
+    command = f"CREATE_REPLICATION_SLOT {slot} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"
+    result = maker.pgconn.exec_(command.encode())
+    point, name = (result.get_value(0, i) for i in (1, 2)) if result.ntuples else (None, None)
+    if point is None or name is None:
+        words = without_password((result.error_message or b"").decode(errors="replace")).strip()
+        raise SourceUnavailable(
+            f"No temporary slot can be made for {what}: {words}", "Raise max_replication_slots."
+        )
+    return parse_lsn(point.decode()), name.decode()

@@ -1,9 +1,8 @@
 """Postgres as a source: slot, stream, and copies beside it.
 
-Facts that outlive the process are notes in the log: `slot` (its name, written before it is created, and
-`slot_system`, whose it is), `published` (the publication, if we made it),
-`point` (the position from which it delivers, an LSN as a number), `epoch`, `resync` (asked for, not yet
-begun), and those of `tables`, `publication`, `identity`, `continuity` and `fingerprint`.
+Facts that outlive the process are notes in the log: `published` (the publication, if we made it),
+`resync` (asked for, not yet begun), and those of `slot`, `tables`, `publication`, `fingerprint`,
+`partitions`, `identity`, `continuity` and `teardown`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from headrace.sources.postgres.follow import Follower, Limits, Progress, emit
 from headrace.sources.postgres.identity import check_server, forget_server
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.publication import (
-    amend,
     capturable_shapes,
     chosen_tables,
     publish,
@@ -109,13 +107,17 @@ class PostgresSource:
                 self._withdraw(log, [t for t, state in read_states(log).items() if state.stage == "removed"])
                 self._say_what_is_new(log)
                 copier.resume()
-                follower = Follower(self._config, log, db, copier, self._limits, self._progress)
-                yield from follower.groups(
-                    server,
-                    slot,
+                follower = Follower(
+                    self._config,
+                    log,
+                    db,
+                    copier,
+                    self._limits,
+                    self._progress,
                     partial(self._take_requests, log, copier),
                     partial(self._copy_again, log),
                 )
+                yield from follower.groups(server, slot)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
             raise broke_off(self._url, error) from error
         finally:
@@ -149,7 +151,7 @@ class PostgresSource:
         Durable when it returns; a running `read` takes it up within a second. Raises UserError for a
         table that the source does not have, or that is not captured.
         """
-        states = TableStates(log)
+        states, captured = TableStates(log), captured_tables(log)
         if what == "add":
             with connect(self._url) as db:
                 known = list_tables(db)
@@ -158,7 +160,7 @@ class PostgresSource:
                         f"{place(self._url)} has no table {', '.join(missing)}.", "Check the names."
                     )
                 capturable_shapes(db, self._config, tables)
-        elif missing := [str(table) for table in tables if table not in captured_tables(log)]:
+        elif missing := [str(table) for table in tables if table not in captured]:
             raise UserError(
                 f"Source {self.name} does not capture {', '.join(missing)}.", "See `headrace tables list`."
             )
@@ -166,8 +168,8 @@ class PostgresSource:
             states.pause(tables, what == "pause")
             return
         stage: Stage = "removed" if what == "remove" else "requested"
-        captured = captured_tables(log)
-        tables = [table for table in tables if what != "add" or table not in captured]
+        if what == "add":
+            tables = [table for table in tables if table not in captured]
         states.move(tables, stage, {"add": ADDED, "resync": "resync", "remove": ""}[what])
         self._requests.extend(tables)
 
@@ -203,9 +205,15 @@ class PostgresSource:
                 copier.start(table, state.reason, after=log.end().offset)
 
     def _copy_again(self, log: Log, table: TableId, reason: str) -> None:
-        """Have a table copied again whose rows at rest are not what the source has now."""
+        """Have a table copied again whose rows at rest are not what the source has now, or say so."""
         if table not in captured_tables(log):
             return  # removed, and the stream has not heard of that yet
+        if self._config.on_rewrite == "alert":
+            alerts.warning(
+                "SCHEMA of %s changed: %s. Rows that no later change touches do not show it: "
+                "`headrace tables resync %s`.", table, reason, table,
+            )  # fmt: skip
+            return
         alerts.warning("SCHEMA of %s changed: %s. It is copied again beside its stream.", table, reason)
         TableStates(log).move([table], "requested", reason)
         self._requests.append(table)
@@ -218,8 +226,7 @@ class PostgresSource:
         changed = [t for t in refiltered(self._config, log, present) if states[t].stage != "requested"]
         if changed:
             TableStates(log).move(changed, "requested", "where changed")
-        amended = amend(self._catalog(), self._config, present)
-        if publish(self._catalog(), self._config, present) or amended:
+        if publish(self._catalog(), self._config, present):
             expect_publication(self._catalog(), self._config, log)
         remember_filters(self._config, log, present)
 

@@ -145,9 +145,6 @@ class Spool:
                 assert self._file is not None
                 yield self._file.read(part)
 
-    def __bool__(self) -> bool:
-        return bool(self._parts)
-
     def close(self) -> None:
         """Give memory and disk back."""
         in_memory = sum(len(part) for part in self._parts if isinstance(part, bytes))

@@ -12,6 +12,7 @@ from psycopg import pq
 
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, SourceUnavailable, UserError
+from headrace.keys import literal
 from headrace.sources.postgres.catalog import quoted
 from headrace.sources.postgres.connection import connect_replication, place, without_password
 from headrace.sources.postgres.identity import identify
@@ -46,10 +47,9 @@ def stream_options(config: SourceConfig, server_version: int, *, streaming: bool
     Raises UserError for a setting that the server does not know.
     """
     major = server_version // 10_000
-    publication = config.publication.replace("'", "''").replace('"', '""')
     options = [
         f"proto_version '{4 if major >= 16 else 3 if major == 15 else 2}'",
-        f"publication_names '\"{publication}\"'",
+        f"publication_names {literal(quoted(config.publication))}",
         "messages 'true'",
         f"streaming '{'on' if streaming else 'off'}'",
     ]

@@ -83,11 +83,6 @@ class Watched:
         )
 
 
-def limits_of(config: SourceConfig) -> Limits:
-    """Return the limits that a project sets for a source."""
-    return Limits(config.lag_alarm, config.restart_age_alarm)
-
-
 def judge(health: SlotHealth, limits: Limits, watched: Watched) -> list[Alarm]:
     """Return the alarms that hold at a reading, of which `watched.after` has been told already."""
     if not health.exists:
@@ -228,7 +223,7 @@ class Watch:
         self._config = config
         self._expected = expected
         self._every = every
-        self._limits = limits_of(config)
+        self._limits = Limits(config.lag_alarm, config.restart_age_alarm)
         self._probe = Probe(config.url.reveal(), config.slot)
         self._watched = Watched()
 
