@@ -22,10 +22,10 @@ import pyarrow.compute as pc
 
 from headrace.change import Copy, Kind, Offset
 from headrace.destinations.joins import Join, Joins
-from headrace.keys import key_before, key_of_row, literal, quoted
+from headrace.keys import identity, key_before, key_of_row, literal, quoted
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Prepared
-from headrace.staging.copies import beyond
+from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.model import RowModel, preparing
@@ -70,6 +70,20 @@ class Joiner:
     def joined_at(self, model: RowModel) -> Offset:
         """Return the offset at which a model joined last."""
         return self._all()[model.name].target
+
+    def history(self, model: RowModel, through: Offset, keys: pa.Array | None = None) -> pa.Table:
+        """Return all that made a model's table what it is as of an offset, in source order, unchanged cells
+        filled: the rows of the copy that it stands on, and every change that they do not contain.
+
+        With `keys`, of these source keys alone, with the table-wide changes among them.
+        """
+        copy = self.stands_on(model)
+        if copy is None:
+            return self.filled(model, _of(keys, model, self._staging.read(model.table, 0, through)), through)
+        rows = self._staging.read_copied(model.table, copy, copy.begin, min(copy.end, through))
+        changes = self._staging.read(model.table, copy.after, through)
+        changes = self._not_copied(model, copy, _of(keys, model, changes), through)
+        return in_source_order([_of(keys, model, rows), changes])
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
@@ -138,19 +152,26 @@ class Joiner:
 
     def _missing(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Prepared:
         """Prepare the changes of a span that the copy does not contain."""
-        changes = self._staging.read(model.table, after, through)
-        total = changes.num_rows
-        changes = beyond(changes, copy.floor)
-        changes = fill_unchanged(self._staging, model.table, model.schema.key, changes, newest=copy.end)
-        if copy.ceiling > copy.floor and model.schema.key:  # without a key a copy has one snapshot
-            changes = self._not_copied_later(model, copy, changes)
+        read = self._staging.read(model.table, after, through)
+        changes = self._not_copied(model, copy, read, copy.end)
         prepared = model.prepare(changes)
-        left_out = total - changes.num_rows
+        left_out = read.num_rows - changes.num_rows
         counts = prepared.counts
         return replace(
             prepared,
             counts=replace(counts, read=counts.read + left_out, superseded=counts.superseded + left_out),
         )
+
+    def _not_copied(self, model: RowModel, copy: Copy, changes: pa.Table, newest: Offset) -> pa.Table:
+        """Return the changes that a copy does not contain, unchanged cells filled from raw up to `newest`."""
+        changes = self.filled(model, beyond(changes, copy.floor), newest)
+        if copy.ceiling > copy.floor and model.schema.key:  # without a key a copy has one snapshot
+            changes = self._not_copied_later(model, copy, changes)
+        return changes
+
+    def filled(self, model: RowModel, changes: pa.Table, newest: Offset) -> pa.Table:
+        """Return changes with their unchanged cells filled from raw, which is read back from `newest`."""
+        return fill_unchanged(self._staging, model.table, model.schema.key, changes, newest=newest)
 
     def _not_copied_later(self, model: RowModel, copy: Copy, changes: pa.Table) -> pa.Table:
         """Leave out what a later snapshot of the copy contains, each half of a key's change by itself."""
@@ -202,6 +223,20 @@ class Joiner:
 
     def _keep(self, join: Join) -> None:
         self._all()[join.model] = join
+
+
+def _of(keys: pa.Array | None, model: RowModel, changes: pa.Table) -> pa.Table:
+    """Return the changes of some source keys, or all; a change of the key is one of both."""
+    if keys is None:
+        return changes
+    own, before = identity(model.schema)
+    with duckdb.connect() as db:
+        db.register("changes", changes)
+        found = db.sql(f"SELECT {own} AS own, {before} AS before FROM changes").to_arrow_table()
+    mine = pc.equal(changes["_op"], "t")
+    for column in found.columns:
+        mine = pc.or_(mine, pc.is_in(column, value_set=keys))
+    return changes.filter(mine)
 
 
 def _without_halves(changes: pa.Table, halves: pa.Table, key: Sequence[str]) -> pa.Table:

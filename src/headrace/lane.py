@@ -15,7 +15,6 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,14 +24,12 @@ from headrace.destinations.duckdb import DuckDBDestination, foreign
 from headrace.destinations.joins import Joins
 from headrace.errors import ForeignDestination, HeadraceError, ModelBroken
 from headrace.joining import Joiner
-from headrace.keys import identity
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Part, Prepared, Slice
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, read_states
 from headrace.staging.delta import DeltaStaging
-from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, bind, mirror, preparing, refuse_twins
@@ -227,14 +224,6 @@ class Lane:
         states = self.destination.models(self.config.name)
         return {name: state.reason for name, state in states.items() if state.state == "suspended"}
 
-    def history(self, model: RowModel, through: Offset) -> pa.Table:
-        """Return all that made a model's table what it is, in source order, unchanged cells filled."""
-        changes = self.staging.history(model.table, self.joiner.stands_on(model), through)
-        return self._filled(model, changes, through)
-
-    def _filled(self, model: RowModel, changes: pa.Table, newest: Offset) -> pa.Table:
-        return fill_unchanged(self.staging, model.table, model.schema.key, changes, newest=newest)
-
     def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:
         """Fold the whole raw history of some source keys under the model as it is now, and apply it.
 
@@ -258,7 +247,7 @@ class Lane:
                     "Wait for it, or mend it; `headrace status` says why.",
                 )
             wanted = pa.array(keys, pa.string())
-            prepared = _only(model.prepare(self._history(model, wanted, stands.offset)), wanted)
+            prepared = _only(model.prepare(self.joiner.history(model, stands.offset, wanted)), wanted)
             return self.destination.redrive(model, prepared, dry_run=dry_run)
 
     def close(self) -> None:
@@ -321,7 +310,7 @@ class Lane:
                 pieces = self.staging.pieces(model.table, after, through)
                 while (changes := next(pieces, None)) is not None:
                     quiet = False
-                    prepared = model.prepare(self._filled(model, changes, through))
+                    prepared = model.prepare(self.joiner.filled(model, changes, through))
                     del changes  # not beside what the destination makes of them
                     yield Part(model, prepared, model.name in in_sync)
                     del prepared
@@ -422,14 +411,6 @@ class Lane:
         if self.destination.suspend(name, self.config.name, version, str(error)):
             alerts.error("SUSPENDED model %s: %s", name, error.paragraph())
 
-    def _history(self, model: RowModel, keys: pa.Array, through: Offset) -> pa.Table:
-        """Return all changes of some keys up to an offset, with the table-wide ones among them."""
-        changes = self.staging.history(model.table, self.joiner.stands_on(model), through)
-        mine = pc.equal(changes["_op"], "t")
-        for expression in identity(model.schema):
-            mine = pc.or_(mine, pc.is_in(_evaluate(changes, expression), value_set=keys))
-        return self._filled(model, changes.filter(mine), through)
-
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)
         assert mark is not None, f"offset {offset} is not in the log"
@@ -449,9 +430,3 @@ def _only(prepared: Prepared, keys: pa.Array) -> Prepared:
     rows = prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys))
     records = prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys))
     return Prepared(reset=False, removed=keys, rows=rows, records=records, counts=prepared.counts)
-
-
-def _evaluate(changes: pa.Table, expression: str) -> pa.ChunkedArray:
-    with duckdb.connect() as db:
-        db.register("changes", changes)
-        return db.sql(f"SELECT {expression} AS k FROM changes").to_arrow_table()["k"]

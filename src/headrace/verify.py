@@ -222,7 +222,7 @@ def _compare_model(
     lane: Lane, model: RowModel, state: dict[str, Any], table: pa.Table, records: pa.Table
 ) -> list[Finding]:
     """Compare rows and open records; keys that wait for a redrive under a mended model are left out."""
-    prepared = model.prepare(lane.history(model, state["offset"]))
+    prepared = model.prepare(lane.joiner.history(model, state["offset"]))
     outdated = records.filter(pc.not_equal(records["model_version"], model.version))["key"].combine_chunks()
     with duckdb.connect() as db:
         db.execute("SET TimeZone = 'UTC'")

@@ -236,6 +236,36 @@ def test_a_join_holds_what_the_source_holds(
     bench.log.close()
 
 
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 1 << 32), length=st.integers(10, 40))
+def test_what_a_join_refuses_is_what_the_fold_of_history_refuses(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, length: int
+) -> None:
+    """A bad change that a later snapshot of the copy contains is no record beside the copy's own."""
+    picky = replace(
+        MODEL, outputs=(("id", "id", "VARCHAR"), ("n", "replace(v, '3', 'x')[2:]::INT", "INTEGER"))
+    )
+    chance = random.Random(seed)
+    source = Source(chance, length)
+    bench = Bench(tmp_path_factory.mktemp("join"))
+    streamed = write_copy(bench.log, source, chance, chance.randint(0, length // 2))
+    for _ in range(2):  # in place, then beside
+        bench.load()
+        bench.join(picky, chance)
+        folded = picky.prepare(bench.joiner.history(picky, bench.staging.through()))
+        opened = (
+            "SELECT epoch, commit, ordinal, key, op FROM headrace.quarantine WHERE status = 'quarantined'"
+        )
+        records = folded.records.select(["epoch", "commit", "ordinal", "key", "op"]).to_pylist()
+        assert sorted(bench.ask(opened)) == sorted(tuple(record.values()) for record in records)
+        rows = folded.rows.select(["id", "n"]).to_pylist()
+        assert sorted(bench.ask('SELECT id, n FROM "shop"."t"')) == sorted(
+            tuple(row.values()) for row in rows
+        )
+        streamed = write_copy(bench.log, source, chance, streamed)
+    bench.log.close()
+
+
 def test_a_row_that_moves_between_two_snapshots_is_in_neither_and_read_once_more(bench: Bench) -> None:
     """The fact that the rule is for: without the further reading the large value is nowhere."""
     row = ("v1", "large")

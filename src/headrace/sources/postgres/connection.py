@@ -116,6 +116,7 @@ def answers(connection: Any) -> bool:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 1")
             cursor.fetchone()
+        connection.rollback()  # that was a transaction too
     except (adbc.Error, OSError):
         return False
     return True

@@ -302,9 +302,7 @@ class Copier:
                         self._copy_chunk(bulk, table, part)
                 except (HeadraceError, psycopg.Error, adbc.Error, _ChangedMeanwhile) as error:
                     if bulk is not None and not answers(bulk):
-                        raise SourceUnavailable(
-                            f"The copy of {table.id} broke off: {_words(error)}"
-                        ) from error
+                        raise _broke_off(table, error) from error
                     self._judge(table, part, error)
         except BaseException as error:
             self._hand_over(error)
