@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
 import pyarrow as pa
@@ -39,7 +40,9 @@ logger = logging.getLogger("headrace.lane")
 alerts = logging.getLogger("headrace.alert")
 
 _LOAD_BYTES = 32 << 20
-_SLICE_BYTES = 32 << 20
+_SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
+"""What one transaction of the destination takes; it is in memory piece by piece only."""
+_LARGE_PART = 64 << 20
 _NO_VERSION = ""
 """The version that a model is suspended with for what its table is: any runs once the table fits."""
 
@@ -77,6 +80,7 @@ class Lane:
         self._reached: Offset = 0
         self._tables = read_states(self.log)
         self._read_only = read_only
+        self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = threading.Lock()
 
     def capture(self, stop: threading.Event, until: int | None = None) -> None:
@@ -174,7 +178,7 @@ class Lane:
         # A model that lags goes no further in one slice than to where others, or the source's
         # progress, stand already: from there all go on together.
         ahead = [offset for offset in (*stands.values(), self._reached) if offset > after]
-        through = self.log.slice_end(after, min([*ahead, staged]), _SLICE_BYTES)
+        through = self.log.slice_end(after, min([*ahead, staged]), _SLICE_BYTES, _SLICE_ROWS)
         chosen = [model for model in models if stands[model.name] == after]
         self._apply(chosen, after, through, caught_up=through >= max(ahead, default=through))
         return True
@@ -252,6 +256,7 @@ class Lane:
 
     def close(self) -> None:
         """Close source and log."""
+        self._preparer.shutdown()
         self.source.close()
         self.log.close()
 
@@ -278,10 +283,11 @@ class Lane:
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
         position, committed_at = self.log.place(through)
         in_sync = {model.name for model in models if caught_up and self._is_of(model, position)}
-        parts = self._parts(models, after, through, in_sync)
+        parts = self._ahead(self._parts(models, after, through, in_sync))
         work = Slice(self.config.name, self._mark(after), self._mark(through), position, committed_at, parts)
         try:
-            issues = self.destination.apply(work)
+            with closing(parts):
+                issues = self.destination.apply(work)
         except ModelBroken as error:
             broken = next(model for model in models if model.name == error.model)
             self._suspend(broken.name, broken.version, error)
@@ -295,6 +301,22 @@ class Lane:
     def _alert_all(self, issues: Sequence[str]) -> None:
         for issue in issues:
             self._alert(issue)
+
+    def _ahead(self, parts: Iterator[Part]) -> Generator[Part]:
+        """Prepare a part while the destination takes the one before, unless that is a large one."""
+        following: Future[Part | None] | None = None
+        try:
+            while True:
+                part = (following or self._preparer.submit(next, parts, None)).result()
+                if part is None:
+                    return
+                small = part.prepared.rows.nbytes <= _LARGE_PART
+                following = self._preparer.submit(next, parts, None) if small else None
+                yield part
+                del part
+        finally:
+            if following is not None:
+                following.exception()  # nothing is prepared any more when this ends
 
     def _parts(
         self, models: Sequence[RowModel], after: Offset, through: Offset, in_sync: Collection[str]

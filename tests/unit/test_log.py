@@ -101,18 +101,19 @@ def test_read_gives_what_fits_and_at_least_one_entry(log: SQLiteLog) -> None:
     assert offsets(log.read(0, 499)) == [1, 2, 3, 4]
     assert offsets(log.read(3, 1 << 20)) == [4, 5, 6]
     assert log.read(6, 1) == []
-    assert log.slice_end(0, 6, 1) == 3, "a slice is never less than a group"
-    assert log.slice_end(0, 6, 499) == 3
-    assert log.slice_end(0, 2, 499) == 0, "no group ends there"
+    assert log.slice_end(0, 6, 1, 250_000) == 3, "a slice is never less than a group"
+    assert log.slice_end(0, 6, 499, 250_000) == 3
+    assert log.slice_end(0, 2, 499, 250_000) == 0, "no group ends there"
 
 
 def test_slice_end_stops_at_groups_bytes_rows_and_limit(log: SQLiteLog) -> None:
     for commit in (1, 2, 3):
         log.append([entry(commit, i, b"x" * 10, rows=100_000) for i in range(2)])
-    assert log.slice_end(0, 6, 1 << 20) == 2, "a quarter of a million rows at most"
-    assert log.slice_end(0, 6, 1) == 2
-    assert log.slice_end(2, 5, 1 << 20) == 4
-    assert log.slice_end(4, 5, 1 << 20) == 4, "no whole group fits"
+    assert log.slice_end(0, 6, 1 << 20, 399_999) == 2
+    assert log.slice_end(0, 6, 1 << 20, 400_000) == 4
+    assert log.slice_end(0, 6, 1, 600_000) == 2
+    assert log.slice_end(2, 5, 1 << 20, 600_000) == 4
+    assert log.slice_end(4, 5, 1 << 20, 600_000) == 4, "no whole group fits"
     assert [log.group_end(offset) for offset in range(7)] == [0, 0, 2, 2, 4, 4, 6]
 
 

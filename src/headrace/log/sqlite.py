@@ -136,7 +136,7 @@ class SQLiteLog:
 
     def read(self, after: Offset, max_bytes: int) -> Sequence[LoggedEntry]:
         """See `Log.read`."""
-        through = self._reach(after, self._end.offset, max_bytes)[0]
+        through = self._reach(after, self._end.offset, max_bytes, MAX_SLICE_ROWS)[0]
         rows = self._connection().execute(
             f'SELECT {_COLUMNS} FROM entries WHERE "offset" > ? AND "offset" <= ? ORDER BY "offset"',
             (after, through),
@@ -168,10 +168,10 @@ class SQLiteLog:
         )
         return int(next(row)[0])
 
-    def slice_end(self, after: Offset, limit: Offset, max_bytes: int) -> Offset:
+    def slice_end(self, after: Offset, limit: Offset, max_bytes: int, max_rows: int) -> Offset:
         """Return the last group end up to `limit` that keeps `(after, …]` within `max_bytes` of payload
-        and `MAX_SLICE_ROWS` rows; at least one group's, if there is one."""
-        through, end = self._reach(after, limit, max_bytes)
+        and `max_rows` rows; at least one group's, if there is one."""
+        through, end = self._reach(after, limit, max_bytes, max_rows)
         if end > after or through == limit:
             return end
         row = (
@@ -184,9 +184,9 @@ class SQLiteLog:
         )
         return after if row is None or row[0] is None else int(row[0])
 
-    def _reach(self, after: Offset, limit: Offset, max_bytes: int) -> tuple[Offset, Offset]:
+    def _reach(self, after: Offset, limit: Offset, max_bytes: int, max_rows: int) -> tuple[Offset, Offset]:
         """Return the last entry up to `limit` that keeps `(after, …]` within `max_bytes` of payload and
-        `MAX_SLICE_ROWS` rows, at least one if there is one, and the last group end up to there."""
+        `max_rows` rows, at least one if there is one, and the last group end up to there."""
         through = end = after
         total = rows = 0
         for offset, count, size, ends in self._connection().execute(
@@ -196,7 +196,7 @@ class SQLiteLog:
         ):
             total += int(size)
             rows += int(count)
-            if through > after and (total > max_bytes or rows > MAX_SLICE_ROWS):
+            if through > after and (total > max_bytes or rows > max_rows):
                 break
             through = int(offset)
             if ends:

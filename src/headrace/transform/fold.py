@@ -60,17 +60,15 @@ def fold(
     if not total:
         return NOTHING
     events = _events(db, key, live)
-    points, lasts = _lasts(db, key, events)
-    verdicts = evaluation.run(undecided(take(events, lasts)))
+    points = _points(db, key, events)
+    settled, removed = _lasts(points)
+    bad = pa.array([], pa.int64())
+    verdicts = evaluation.run(undecided(events, settled))
     verdicts = with_fatal(evaluation, verdicts, events)
-    any_bad = pc.any(pc.equal(verdicts["verdict"], "bad")).as_py()
-    if any_bad:
+    if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
         again = _earlier_of_bad(db, points, verdicts)
-        verdicts = evaluation.run(undecided(take(events, again)))
+        verdicts = evaluation.run(undecided(events, again))
         verdicts = with_fatal(evaluation, verdicts, events)
-    if not any_bad and len(lasts) == points.num_rows:
-        settled, removed, bad = _one(lasts), _one(points["k"]), pa.array([], pa.int64())
-    else:
         settled, removed, bad = _settle(db, points, verdicts)
     filtered = _count_in(verdicts, "filtered", settled)
     records = records_of(evaluation, events, bad)
@@ -100,47 +98,42 @@ def _events(db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table
     return changes.append_column("_hr_n", numbers).append_column("_hr_k", keys)
 
 
-def _lasts(db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table) -> tuple[pa.Table, pa.Array]:
-    """Return every effect (`n`, `k`, `gone`) and the numbers of each key's last change.
-
-    A change of the key itself has two effects: the old key's row goes, the new key's comes.
+def _points(db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table) -> pa.Table:
+    """Return every effect: `n`, its key `k`, whether the row is `gone` by it, whether the key is the event's
+    `own`. A change of the key itself has two effects: the old key's row goes, the new key's comes.
     """
     gone = pc.equal(events["_op"], "d")
     points = pa.table(
         {"n": events["_hr_n"], "k": events["_hr_k"], "gone": gone, "own": pa.repeat(True, events.num_rows)}
     )
-    if events["_before"].null_count < events.num_rows:
-        db.register("moving", events)
-        moved = db.sql(
-            f"SELECT _hr_n AS n, {key_before(key)} AS k, true AS gone, false AS own FROM moving "
-            f"WHERE _op <> 'd' AND _before IS NOT NULL AND {key_before(key)} IS DISTINCT FROM _hr_k"
-        ).to_arrow_table()
-        points = pa.concat_tables([points, moved])
-    elif pc.count_distinct(events["_hr_k"]).as_py() == events.num_rows:
-        return points, events["_hr_n"]
-    db.register("points", points)
-    lasts = db.sql(
-        "SELECT n FROM (SELECT max(n) AS n, arg_max(own, n) AS own FROM points GROUP BY k) "
-        "WHERE own ORDER BY n"
+    if events["_before"].null_count == events.num_rows:
+        return points
+    db.register("moving", events)
+    moved = db.sql(
+        f"SELECT _hr_n AS n, {key_before(key)} AS k, true AS gone, false AS own FROM moving "
+        f"WHERE _op <> 'd' AND _before IS NOT NULL AND {key_before(key)} IS DISTINCT FROM _hr_k"
     ).to_arrow_table()
-    return points, lasts["n"]
+    return pa.concat_tables([points, moved]).sort_by("n")
 
 
-def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+def _lasts(points: pa.Table) -> tuple[pa.Array, pa.Array]:
+    """Return the numbers of the events that are the last of their own key, and all keys."""
+    keys = points["k"].combine_chunks().dictionary_encode(null_encoding="encode")
+    last = np.empty(len(keys.dictionary), dtype=np.int64)
+    last[keys.indices.to_numpy()] = np.arange(points.num_rows)  # of equal ones the last one stays
+    own = points["own"].to_numpy()
+    return pa.array(points["n"].to_numpy()[np.sort(last[own[last]])]), keys.dictionary
 
 
-def take(events: pa.Table, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """Return the events of these numbers."""
-    return events if len(numbers) == events.num_rows else events.take(numbers)
-
-
-def undecided(events: pa.Table) -> pa.Table:
-    """Leave out what needs no conversion, and what cannot be converted for want of a cell."""
-    mask = pc.not_equal(events["_op"], "d")
+def undecided(events: pa.Table, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Return the events of these numbers, without those that need no conversion, and those that cannot be
+    converted for want of a cell."""
+    keep = pc.not_equal(events["_op"], "d")
     if events["_unchanged"].null_count < events.num_rows:
-        mask = pc.and_(mask, pc.is_null(events["_unchanged"]))
-    return events.filter(mask)
+        keep = pc.and_(keep, pc.is_null(events["_unchanged"]))
+    if len(numbers) < events.num_rows:
+        return events.take(numbers.filter(keep.take(numbers)))
+    return events.filter(keep) if pc.any(pc.invert(keep)).as_py() else events
 
 
 def with_fatal(evaluation: Evaluation, verdicts: pa.Table, events: pa.Table) -> pa.Table:

@@ -17,7 +17,7 @@ from headrace.change import TableSchema
 from headrace.keys import identity
 from headrace.protocols import Counts, Prepared
 from headrace.transform.evaluate import Evaluation
-from headrace.transform.fold import NOTHING, records_of, take, undecided, with_fatal
+from headrace.transform.fold import NOTHING, records_of, undecided, with_fatal
 
 _NO_KEYS = pa.array([], pa.string())
 
@@ -36,7 +36,7 @@ def fold_multiset(
     resets = np.flatnonzero(pc.equal(changes["_op"], "t").to_numpy(zero_copy_only=False))
     live = changes.slice(int(resets[-1]) + 1) if len(resets) else changes
     events, left, fewer = _stack(db, schema, live)
-    verdicts = evaluation.run(undecided(take(events, left)))
+    verdicts = evaluation.run(undecided(events, left))
     verdicts = with_fatal(evaluation, verdicts, events)
     verdicts = verdicts.filter(pc.is_in(verdicts["n"], value_set=left))
     bad = verdicts.filter(pc.equal(verdicts["verdict"], "bad"))["n"].combine_chunks().sort()
