@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 
 import pyarrow as pa
@@ -283,7 +283,7 @@ class Lane:
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
         position, committed_at = self.log.place(through)
         in_sync = {model.name for model in models if caught_up and self._is_of(model, position)}
-        parts = self._ahead(self._parts(models, after, through, in_sync))
+        parts = ahead(self._preparer, self._parts(models, after, through, in_sync))
         work = Slice(self.config.name, self._mark(after), self._mark(through), position, committed_at, parts)
         try:
             with closing(parts):
@@ -301,22 +301,6 @@ class Lane:
     def _alert_all(self, issues: Sequence[str]) -> None:
         for issue in issues:
             self._alert(issue)
-
-    def _ahead(self, parts: Iterator[Part]) -> Generator[Part]:
-        """Prepare a part while the destination takes the one before, unless that is a large one."""
-        following: Future[Part | None] | None = None
-        try:
-            while True:
-                part = (following or self._preparer.submit(next, parts, None)).result()
-                if part is None:
-                    return
-                small = part.prepared.rows.nbytes <= _LARGE_PART
-                following = self._preparer.submit(next, parts, None) if small else None
-                yield part
-                del part
-        finally:
-            if following is not None:
-                following.exception()  # nothing is prepared any more when this ends
 
     def _parts(
         self, models: Sequence[RowModel], after: Offset, through: Offset, in_sync: Collection[str]
@@ -445,6 +429,26 @@ class Lane:
             "`headrace quarantine redrive --issue %s`.",
             issue, model, reason, columns, message, count, issue,
         )  # fmt: skip
+
+
+def ahead(preparer: Executor, parts: Iterator[Part]) -> Generator[Part]:
+    """Yield parts, each of which is prepared while the one before is taken, unless that is a large one.
+
+    Nothing is prepared any more once this is closed.
+    """
+    following: Future[Part | None] | None = None
+    try:
+        while True:
+            part = (following or preparer.submit(next, parts, None)).result()
+            if part is None:
+                return
+            small = part.prepared.rows.nbytes <= _LARGE_PART
+            following = preparer.submit(next, parts, None) if small else None
+            yield part
+            del part
+    finally:
+        if following is not None:
+            following.exception()
 
 
 def _only(prepared: Prepared, keys: pa.Array) -> Prepared:
