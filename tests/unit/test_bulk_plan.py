@@ -57,9 +57,10 @@ def test_a_peek_in_vain_is_followed_by_a_much_longer_one_or_none() -> None:
     assert chunk(standing(5 * GIB), in_vain=GIB) is None
 
 
-def test_where_the_server_holds_the_bound_no_way_has_to_be_felt() -> None:
-    assert chunk(standing(5 * GIB), ratio=None, held=True) == GIB // UNMEASURED
+def test_where_the_server_holds_the_bound_old_rows_need_no_room() -> None:
     assert chunk(standing(5 * GIB, again=GIB), held=True) == GIB
+    assert chunk(standing(100 * MIB), ratio=None, held=True) == 100 * MIB, "no way has to be felt"
+    assert chunk(standing(5 * GIB), ratio=None, held=True) == FIRST_CHUNK, "others have work the sooner"
 
 
 def test_nothing_is_peeked_at_where_much_more_is_decoded_again_than_read() -> None:

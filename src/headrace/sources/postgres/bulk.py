@@ -39,7 +39,8 @@ WORTHWHILE = 32 << 20
 """Bytes of WAL behind, from which on a peek is quicker by more than a switch of reading costs."""
 
 FIRST_CHUNK = 64 << 20
-"""Bytes of WAL for the first peek: how large a result its WAL gives is not known before."""
+"""Bytes of WAL for the first peek: how large a result its WAL gives is not known before, and what it gave
+is staged and applied while the server prepares the next."""
 
 SWITCH = 128 << 20
 """Bytes of WAL behind, from which on a running stream is given up for peeks."""
@@ -103,7 +104,7 @@ def plan(
     again = standing.confirmed - standing.restart
     room = int(temp_max / (ratio or UNMEASURED))
     chunk = min(behind, room if held else room - again)
-    if ratio is None and not held:
+    if ratio is None and (behind >= 2 * FIRST_CHUNK or not held):
         chunk = min(chunk, max(FIRST_CHUNK, again, 8 * in_vain))
     return standing.confirmed + chunk if chunk >= max(WORTHWHILE, again // 2, 2 * in_vain) else None
 
