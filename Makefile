@@ -17,8 +17,8 @@ BENCH_FLAGS ?=
 demo: $(VENV)/.demo ## the whole path on a real Postgres, with kills and proof: about a minute
 	$(BIN)/headrace demo
 
-test: $(VENV)/.dev ## all tests
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.dev ## all tests, a worker for each core; a file, with its servers, is one worker's
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 check: $(VENV)/.dev ## lint, format, types
 	$(BIN)/ruff check .

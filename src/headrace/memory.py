@@ -8,8 +8,8 @@ import pyarrow as pa
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _GIVEN_BACK = 1 << 20
-"""Bytes of a block that is given back at once. Smaller ones are used again: a catch-up is a tenth quicker than
-with glibc's 128 kB, and holds 20 MB more at its peak."""
+"""Bytes of a block that is given back at once. Smaller ones are used again: a catch-up is a tenth quicker
+than with glibc's 128 kB, and holds 20 MB more at its peak."""
 
 
 def economise() -> None:
