@@ -1,7 +1,7 @@
 """The pipeline: the only place that wires, and what keeps it running.
 
-For each source three threads, each repeating one verb of its lane: capture, load, apply; and a fourth,
-which watches the source and does nothing but ring. A thread
+For each source three threads, each repeating one verb of its lane: capture, load, apply, which has a part
+prepared while it takes the one before; and one that watches the source and does nothing but ring. A thread
 that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
 when it lasts; anything else stops that thread alone, with its reason, while the others go on.
 """

@@ -20,6 +20,8 @@ from headrace.config import Project, load_project
 from headrace.errors import SourceGap
 from headrace.pipeline import Pipeline
 from headrace.server import read
+from headrace.sources.postgres.catalog import read_shapes
+from headrace.sources.postgres.chunks import condition, cut, ranges
 from headrace.sources.postgres.connection import connect_bulk
 from headrace.sources.postgres.copy import was_rewritten
 from headrace.sources.postgres.snapshots import Snapshots
@@ -309,6 +311,51 @@ def test_tables_come_and_go_while_the_pipeline_runs(
         retired = "SELECT state FROM headrace.models WHERE model = 'shop.late'"
         running.until(lambda: read(project, [retired])[0]["state"].to_pylist() == ["retired"])
     assert "live" in run("tables", "list", folder=tmp_path)
+
+
+@ON_18
+def test_a_live_table_is_copied_again_while_it_is_written_and_read(
+    server: PostgresServer, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    """The live table goes on meanwhile: what is written beside the copy shows before it has ended."""
+    fill(db, "orders", 3000)
+    project = project_of(server, tmp_path, 'chunk_bytes = "256KiB"', 'copy_rate = "4MiB"')
+    chance = random.Random(7)
+    with Running(project) as running:
+        running.live("orders")
+        run("tables", "resync", "orders", folder=tmp_path)
+        running.until(lambda: running.stages()["orders"] == "copying")
+        db.execute("UPDATE orders SET n = 77 WHERE id = 1")
+        shown = ["SELECT n FROM shop.orders WHERE id = 1"]
+        running.until(lambda: read(project, shown)[0]["n"].to_pylist() == [77])
+        assert running.stages()["orders"] == "copying"
+        while running.stages()["orders"] != "live":
+            key = chance.randint(2, 3000)
+            db.execute(f"UPDATE orders SET n = n + 1 WHERE id BETWEEN {key} AND {key + 20}")
+            db.execute(f"DELETE FROM orders WHERE id = {chance.randint(2, 3000)}")
+            db.execute(f"UPDATE orders SET id = id + 100000 WHERE id = {chance.randint(2, 3000)}")
+        running.settled()
+    proved(project)
+
+
+def test_skewed_and_composite_keys_are_cut_into_ranges_of_about_one_size(
+    server: PostgresServer, db: psycopg.Connection
+) -> None:
+    """Nearly all rows share the first column; text sorts by the table's own collation."""
+    db.execute("CREATE TABLE skewed (a int, b text, pad text, PRIMARY KEY (a, b))")
+    db.execute(
+        "INSERT INTO skewed SELECT CASE WHEN g % 50 = 0 THEN g ELSE 7 END, E'k''\\\\' || g, repeat('x', 200) "
+        "FROM generate_series(1, 20000) g"
+    )
+    schema = read_shapes(db, [TableId("public", "skewed")])[TableId("public", "skewed")]
+    parts = ranges(cut(db, schema, 512 << 10))
+    assert len(parts) > 8
+    counts = [
+        db.execute(f"SELECT count(*) FROM skewed WHERE {condition(schema, part)}".encode()).fetchall()[0][0]
+        for part in parts
+    ]
+    assert sum(counts) == 20_000, "no row is in two ranges, or in none"
+    assert max(counts) < 4 * 20_000 / len(parts)
 
 
 @ON_18
