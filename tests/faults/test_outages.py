@@ -40,8 +40,13 @@ from pipelines import until
 OUTAGE = float(os.environ.get("HEADRACE_OUTAGE_SECONDS", "12"))
 
 HOLD = """
-import sys, duckdb
-held = duckdb.connect(sys.argv[1], read_only=True)
+import sys, time, duckdb
+while True:
+    try:
+        held = duckdb.connect(sys.argv[1], read_only=True)
+        break
+    except duckdb.IOException:  # the pipeline has it open for a moment
+        time.sleep(0.02)
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -82,17 +87,11 @@ def newest(url: str) -> int:
 @contextmanager
 def held(path: Path) -> Iterator[int]:
     """Another process has the destination open."""
-    deadline = time.monotonic() + 20
-    while True:
-        holder = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(path)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        assert holder.stdout is not None
-        if holder.stdout.readline():
-            break
-        holder.communicate(timeout=10)  # the pipeline had it open: once more
-        assert time.monotonic() < deadline
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
     try:
         yield holder.pid
     finally:

@@ -61,6 +61,7 @@ def test_where_the_server_holds_the_bound_old_rows_need_no_room() -> None:
     assert chunk(standing(5 * GIB, again=GIB), held=True) == GIB
     assert chunk(standing(100 * MIB), ratio=None, held=True) == 100 * MIB, "no way has to be felt"
     assert chunk(standing(5 * GIB), ratio=None, held=True) == FIRST_CHUNK, "others have work the sooner"
+    assert chunk(standing(400 * MIB), ratio=None, in_vain=FIRST_CHUNK, held=True) == 400 * MIB
 
 
 def test_nothing_is_peeked_at_where_much_more_is_decoded_again_than_read() -> None:

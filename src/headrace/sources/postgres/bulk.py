@@ -104,7 +104,7 @@ def plan(
     again = standing.confirmed - standing.restart
     room = int(temp_max / (ratio or UNMEASURED))
     chunk = min(behind, room if held else room - again)
-    if ratio is None and (behind >= 2 * FIRST_CHUNK or not held):
+    if ratio is None and not (held and (in_vain or behind < 2 * FIRST_CHUNK)):
         chunk = min(chunk, max(FIRST_CHUNK, again, 8 * in_vain))
     return standing.confirmed + chunk if chunk >= max(WORTHWHILE, again // 2, 2 * in_vain) else None
 
