@@ -147,7 +147,8 @@ _BY_NAME = {
     "InterfaceError": Verdict.RETRY,
 }
 """Verdicts of other libraries' errors by class name, so that judging one imports none of them."""
-_RETRY_SQLSTATES = ("08", "40", "53", "57", "58")
+RETRY_SQLSTATES = ("08", "40", "53", "57", "58")
+"""Classes of faults that pass: connection, serialization, resources, operator, system."""
 _QUARANTINE_SQLSTATES = ("22", "23")
 
 
@@ -160,7 +161,7 @@ def verdict_of(error: BaseException) -> Verdict:
     if isinstance(error, HeadraceError):
         return error.verdict
     state = getattr(error, "sqlstate", None) or ""
-    if state[:2] in _RETRY_SQLSTATES or isinstance(error, OSError | MemoryError):
+    if state[:2] in RETRY_SQLSTATES or isinstance(error, OSError | MemoryError):
         return Verdict.RETRY
     if state[:2] in _QUARANTINE_SQLSTATES:
         return Verdict.QUARANTINE

@@ -177,10 +177,10 @@ class Lane:
             return False
         # A model that lags goes no further in one slice than to where others, or the source's
         # progress, stand already: from there all go on together.
-        ahead = [offset for offset in (*stands.values(), self._reached) if offset > after]
-        through = self.log.slice_end(after, min([*ahead, staged]), _SLICE_BYTES, _SLICE_ROWS)
+        further = [offset for offset in (*stands.values(), self._reached) if offset > after]
+        through = self.log.slice_end(after, min([*further, staged]), _SLICE_BYTES, _SLICE_ROWS)
         chosen = [model for model in models if stands[model.name] == after]
-        self._apply(chosen, after, through, caught_up=through >= max(ahead, default=through))
+        self._apply(chosen, after, through, caught_up=through >= max(further, default=through))
         return True
 
     def reload_models(self, *, now: bool = False) -> bool:
@@ -439,8 +439,8 @@ def ahead(preparer: Executor, parts: Iterator[Part]) -> Generator[Part]:
     following: Future[Part | None] | None = None
     try:
         while True:
-            part = (following or preparer.submit(next, parts, None)).result()
-            if part is None:
+            following = following or preparer.submit(next, parts, None)
+            if (part := following.result()) is None:
                 return
             small = part.prepared.rows.nbytes <= _LARGE_PART
             following = preparer.submit(next, parts, None) if small else None

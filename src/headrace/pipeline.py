@@ -293,7 +293,9 @@ def _words(error: BaseException) -> str:
     """Say what an error is, without the cell values that a library may quote."""
     if isinstance(error, HeadraceError):
         return error.paragraph()
-    return f"{type(error).__name__}: {error if isinstance(error, OSError) else scrub(str(error))}"
+    # A driver's OSError has no number, and may quote a cell.
+    is_the_systems = isinstance(error, OSError) and error.errno is not None
+    return f"{type(error).__name__}: {error if is_the_systems else scrub(str(error))}"
 
 
 def _forget_empty_logs(state: Path) -> None:

@@ -31,9 +31,6 @@ PINNED = {
     "idle_in_transaction_session_timeout": "0",
     "application_name": "headrace",
 }
-RETRY_CLASSES = ("08", "40", "53", "57", "58")
-"""SQLSTATE classes of faults that pass: connection, serialization, resources, operator, system."""
-
 _CONNECT_TIMEOUT = 10
 
 # A database of this encoding holds bytes of any kind: asked for UTF-8, it would break off at what is none.

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from headrace.change import CopyMark, Entry, Position, TableId, TableSchema
 from headrace.config import SourceConfig
-from headrace.errors import HeadraceError, SourceUnavailable, UserError
+from headrace.errors import RETRY_SQLSTATES, HeadraceError, SourceUnavailable, UserError
 from headrace.failpoints import failpoint
 from headrace.payload import encode_rows
 from headrace.protocols import Log
@@ -36,7 +36,6 @@ from headrace.sources.postgres.catalog import Connection, read_shapes
 from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, ranges
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import (
-    RETRY_CLASSES,
     answers,
     connect,
     connect_bulk,
@@ -445,7 +444,7 @@ class Copier:
         elif state == _LOCKED:
             self._stop.wait(1.0)
             self._add(table, part)
-        elif isinstance(error, SourceUnavailable) or (state[:2] in RETRY_CLASSES and state != _TIMEOUT):
+        elif isinstance(error, SourceUnavailable) or (state[:2] in RETRY_SQLSTATES and state != _TIMEOUT):
             raise _broke_off(table, error) from error
         else:
             self.drop(table.id)

@@ -1,61 +1,119 @@
 """Partitions that come and go: what one brings when it is attached, or takes when it is detached or
 dropped, is in no stream.
 
-The trees of the captured tables stand in the note `partitions`. A partition that was made as one came
-empty, and all its rows are streamed; the row versions of the catalog tell it from one that was attached.
+The trees of the captured tables stand in the note `partitions`, as they were before a table's copy and at
+every look since. A partition that was made as one came empty, and all its rows are streamed; the row
+versions of the catalogs tell it from one that was attached.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+import psycopg
 
 from headrace.change import TableId
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, qualified
 
+alerts = logging.getLogger("headrace.alert")
+
 _NOTE = "partitions"
 
-# pg_attribute's row of ctid (-1) is written when a table is made, and never again.
+# Of catalogs alone, so that no lock of the application's is waited for. ctid's row in pg_attribute (-1) is
+# written when a table is made, and never again; to attach one writes its other columns anew.
 _TREES = """
-SELECT t.n::int, p.relid::oid::bigint, p.relid::regclass::text, p.isleaf,
-  p.isleaf AND pg_relation_size(p.relid) > 0,
-  coalesce((SELECT i.xmin = a.xmin FROM pg_inherits i JOIN pg_attribute a
-            ON a.attrelid = i.inhrelid AND a.attnum = -1 WHERE i.inhrelid = p.relid), true)
-FROM unnest(%s::text[]) WITH ORDINALITY AS t(name, n)
-JOIN pg_class c ON c.oid = to_regclass(t.name) AND c.relkind = 'p', pg_partition_tree(c.oid) p
+WITH RECURSIVE tree AS (
+  SELECT t.n, c.oid AS relid, NULL::text AS link, true AS born
+  FROM unnest(%s::text[]) WITH ORDINALITY AS t(name, n) JOIN pg_class c ON c.oid = to_regclass(t.name)
+  WHERE c.relkind = 'p'
+  UNION ALL
+  SELECT tree.n, i.inhrelid, i.xmin::text, i.xmin = made.xmin AND NOT EXISTS (
+    SELECT FROM pg_attribute a WHERE a.attrelid = i.inhrelid AND a.attnum > 0
+    AND a.xmin = made.xmin AND NOT a.cmin = made.cmin)
+  FROM tree JOIN pg_inherits i ON i.inhparent = tree.relid AND NOT i.inhdetachpending
+  JOIN pg_attribute made ON made.attrelid = i.inhrelid AND made.attnum = -1)
+SELECT n::int, relid::bigint, relid::regclass::text, link, born FROM tree
+"""
+_HAVE_ROWS = """
+SELECT coalesce(bool_or(pg_relation_size(oid) > 0), false) FROM pg_class
+WHERE oid = ANY (%s::oid[]) AND relkind = 'r'
 """
 
 
-def changed_partitions(db: Connection, log: Log, tables: list[TableId]) -> Iterator[tuple[TableId, str]]:
-    """Yield the tables whose rows other partitions changed since the last look, with the reason.
+class _Partition(NamedTuple):
+    """A partition by its name; `link` is another one each time that it is attached."""
 
-    What is found is remembered when the next is asked for: whoever stops in between is told again.
+    name: str
+    link: str
+    born: bool = True
+
+
+_Tree = dict[int, _Partition]  # by oid
+
+
+def remember_partitions(db: Connection, log: Log, tables: list[TableId]) -> None:
+    """Take note of the partitions of tables that are about to be copied: from here on changes are told."""
+    _write(log, _known(log) | _trees(db, tables))
+
+
+def changed_partitions(db: Connection, log: Log, tables: list[TableId]) -> Iterator[tuple[TableId, str]]:
+    """Yield the tables that got rows by a partition that was attached, with the reason.
+
+    Those that lost some have an alert: what a source drops to make room is often what its copy is to keep.
+    What is found is noted when the next is asked for: whoever stops in between is told again. While the
+    application has what is looked at locked, nothing is found.
     """
-    known = {TableId(*table): dict(tree) for table, tree in json.loads(log.note(_NOTE) or "[]")}
-    found: dict[TableId, dict[int, str]] = {}
-    attached: dict[TableId, list[str]] = {}
-    filled: set[TableId] = set()
-    for n, oid, name, is_leaf, has_rows, is_born in db.execute(_TREES, [[qualified(t) for t in tables]]):
-        table = tables[n - 1]
-        found.setdefault(table, {})
-        if is_leaf:
-            found[table][oid] = name
-        if table in known and oid not in known[table]:
-            if not is_born:
-                attached.setdefault(table, []).append(name)
-            if has_rows:
-                filled.add(table)
-    for table, tree in found.items():
-        gone = [name for oid, name in known.get(table, {}).items() if oid not in tree]
-        come = attached.get(table, []) if table in filled else []
-        what = ", ".join(
-            f"{verb} {' '.join(names)}"
-            for verb, names in (("attached", come), ("detached or dropped", gone))
-            if names
-        )
-        if what:
-            yield table, f"partitions were {what}"
-    rows = [(table, sorted(tree.items())) for table, tree in sorted(found.items())]
+    known, found = _known(log), _trees(db, tables)
+    with suppress(psycopg.errors.LockNotAvailable):
+        for table, tree in found.items():
+            if (before := known.get(table)) is None:
+                continue
+            new = tree.keys() - before.keys()
+            again = [oid for oid in tree.keys() & before.keys() if tree[oid].link != before[oid].link]
+            attached = [tree[oid].name for oid in sorted(new) if not tree[oid].born]
+            if attached and not _have_rows(db, new):
+                attached = []
+            gone = [before[oid].name for oid in sorted(before.keys() - tree.keys())]
+            if attached or again:
+                names = [*attached, *(tree[oid].name for oid in sorted(again))]
+                yield table, f"partitions were attached: {', '.join(names)}"
+            elif gone:
+                alerts.warning(
+                    "PARTITIONS of %s were detached or dropped: %s. Their rows stay here; to take them out: "
+                    "`headrace tables resync %s`.", table, ", ".join(gone), table,
+                )  # fmt: skip
+        _write(log, found)
+
+
+def _trees(db: Connection, tables: list[TableId]) -> dict[TableId, _Tree]:
+    """Return the partitions of every level of those tables that are partitioned."""
+    found: dict[TableId, _Tree] = {}
+    for n, oid, name, link, born in db.execute(_TREES, [[qualified(table) for table in tables]]):
+        tree = found.setdefault(tables[n - 1], {})
+        if link is not None:
+            tree[oid] = _Partition(name, link, born)
+    return found
+
+
+def _have_rows(db: Connection, oids: set[int]) -> bool:
+    row = db.execute(_HAVE_ROWS, [sorted(oids)]).fetchone()
+    return row is not None and bool(row[0])
+
+
+def _known(log: Log) -> dict[TableId, _Tree]:
+    noted = json.loads(log.note(_NOTE) or "[]")
+    return {TableId(*table): {oid: _Partition(*rest) for oid, *rest in tree} for table, tree in noted}
+
+
+def _write(log: Log, trees: dict[TableId, _Tree]) -> None:
+    rows = [
+        (table, [(oid, part.name, part.link) for oid, part in sorted(tree.items())])
+        for table, tree in sorted(trees.items())
+    ]
     if (note := json.dumps(rows, ensure_ascii=False)) != log.note(_NOTE):
         log.set_note(_NOTE, note)

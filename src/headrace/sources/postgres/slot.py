@@ -16,10 +16,10 @@ import psycopg
 from psycopg import pq
 
 from headrace.config import SourceConfig
-from headrace.errors import RESYNC, HeadraceError, SourceGap, SourceUnavailable, UserError
+from headrace.errors import RESYNC, RETRY_SQLSTATES, HeadraceError, SourceGap, SourceUnavailable, UserError
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, quoted
-from headrace.sources.postgres.connection import RETRY_CLASSES, without_password
+from headrace.sources.postgres.connection import without_password
 from headrace.sources.postgres.health import oldest_transaction
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.recovery import in_recovery
@@ -203,6 +203,6 @@ def replication_error(result: pq.abc.PGresult, what: str) -> HeadraceError:
     """Turn a refused replication command into what it means for the user."""
     words = (result.error_message or b"").decode(errors="replace").strip().removeprefix("ERROR:").strip()
     state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
-    if not state or state == "55006" or state[:2] in RETRY_CLASSES:
+    if not state or state == "55006" or state[:2] in RETRY_SQLSTATES:
         return SourceUnavailable(f"{what}: {without_password(words)}", "It is tried again.")
     return UserError(f"{what}: {words}", "Run `headrace check` for what the server lacks.")

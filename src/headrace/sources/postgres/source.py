@@ -35,6 +35,7 @@ from headrace.sources.postgres.fingerprint import (
 from headrace.sources.postgres.follow import Follower, Limits, Progress, emit
 from headrace.sources.postgres.identity import check_server, forget_server
 from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.partitions import remember_partitions
 from headrace.sources.postgres.publication import (
     capturable_shapes,
     chosen_tables,
@@ -202,6 +203,7 @@ class PostgresSource:
                 logger.info("%s is no longer captured", table)
             elif state.stage == "requested":
                 self._publish(log)
+                remember_partitions(self._catalog(), log, [table])
                 copier.start(table, state.reason, after=log.end().offset)
 
     def _copy_again(self, log: Log, table: TableId, reason: str) -> None:
@@ -263,6 +265,7 @@ class PostgresSource:
         claim_slot(self._config, log)
         publish(db, self._config, self._present(tables))
         expect_publication(db, self._config, log)
+        remember_partitions(db, log, tables)
         with connect_replication(self._url) as maker:
             failover = wants_failover(db, self._config)
             point, snapshot = yield from create_slot(db, maker, self._config, failover=failover)

@@ -1,0 +1,22 @@
+"""What the pipeline says of errors that are not its own."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from headrace.pipeline import _words
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/data/log.db"), "No space left on device: '/data/log.db'"),
+        (OSError("22P02: invalid input syntax for type integer: \"4111-1111\""), "invalid input syntax"),
+        (ValueError("bad value 4111-1111"), "bad value"),
+    ],
+)  # fmt: skip
+def test_an_error_is_told_without_the_cells_that_it_quotes(error: Exception, words: str) -> None:
+    assert words in _words(error)
+    assert "4111" not in _words(error)
