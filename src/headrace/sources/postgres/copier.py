@@ -17,12 +17,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import IO, Any
+from typing import IO
 
-import adbc_driver_postgresql.dbapi as adbc
 import psycopg
 import pyarrow as pa
 
@@ -35,23 +34,12 @@ from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, read_shapes
 from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, ranges
 from headrace.sources.postgres.columns import Policy
-from headrace.sources.postgres.connection import (
-    RETRY_CLASSES,
-    answers,
-    connect,
-    connect_bulk,
-    without_password,
-)
-from headrace.sources.postgres.copy import (
-    as_changes,
-    files_of,
-    partitioned_tables,
-    select_text,
-    was_rewritten,
-)
+from headrace.sources.postgres.connection import RETRY_CLASSES, connect, without_password
+from headrace.sources.postgres.copy import as_changes, files_of, is_partitioned, select_rows, was_rewritten
 from headrace.sources.postgres.moved import Key, moved_keys
 from headrace.sources.postgres.pace import Pace
 from headrace.sources.postgres.publication import capturable_shapes
+from headrace.sources.postgres.reader import Reader
 from headrace.sources.postgres.snapshots import Snapshot, Snapshots
 from headrace.sources.postgres.tables import UNFINISHED, TableStates
 from headrace.sources.postgres.undecodable import Undecodable
@@ -133,6 +121,7 @@ class Copier:
         self._stop = threading.Event()
         self._pace = Pace(config.copy_rate, self._stop)
         self._threads: list[threading.Thread] = []
+        self._readers: list[Reader] = []  # one for each thread
 
     @property
     def busy(self) -> bool:
@@ -212,8 +201,9 @@ class Copier:
         self._stop.set()
         with self._wake:
             self._wake.notify_all()
-        for thread in self._threads:
+        for thread, reader in zip(self._threads, self._readers, strict=True):
             while thread.is_alive():
+                reader.interrupt()
                 with suppress(queue.Empty):
                     self._ready.get(timeout=0.02)
         self.snapshots.release()
@@ -278,15 +268,17 @@ class Copier:
             self._wake.notify()
             if len(self._threads) < self._config.copy_workers:
                 name = f"{self._config.name}.copy.{len(self._threads)}"
-                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+                self._readers.append(Reader(self._url))
+                self._threads.append(
+                    threading.Thread(target=self._work, args=self._readers[-1:], name=name, daemon=True)
+                )
                 self._threads[-1].start()
 
     def _is_current(self, table: _Table) -> bool:
         return self._tables.get(table.id) is table
 
-    def _work(self) -> None:
-        """Take jobs until the end; one bulk connection serves all of them."""
-        bulk: Any = None
+    def _work(self, reader: Reader) -> None:
+        """Take jobs until the end; one connection serves the reading of all of them."""
         try:
             while (job := self._next()) is not None:
                 table, part = job
@@ -298,17 +290,15 @@ class Copier:
                     elif isinstance(part, _Seek):
                         self._seek(table, part)
                     else:
-                        bulk = bulk or connect_bulk(self._url)
-                        self._copy_chunk(bulk, table, part)
-                except (HeadraceError, psycopg.Error, adbc.Error, _ChangedMeanwhile) as error:
-                    if bulk is not None and not answers(bulk):
+                        self._copy_chunk(reader, table, part)
+                except (HeadraceError, psycopg.Error, _ChangedMeanwhile) as error:
+                    if reader.is_lost:
                         raise _broke_off(table, error) from error
                     self._judge(table, part, error)
         except BaseException as error:
             self._hand_over(error)
         finally:
-            if bulk is not None:
-                bulk.close()
+            reader.close()
 
     def _next(self) -> _Job | None:
         with self._wake:
@@ -363,7 +353,7 @@ class Copier:
             raise UserError(f"Table {table} is gone.")
         return shape
 
-    def _copy_chunk(self, bulk: Any, table: _Table, part: Range) -> None:
+    def _copy_chunk(self, reader: Reader, table: _Table, part: Range) -> None:
         assert table.schema is not None
         if table.raw is None:
             with connect(self._url) as db:
@@ -379,26 +369,21 @@ class Copier:
         rows = _Spool()
         ordinal, read = part.number << 32, 0
         now = time.time_ns() // 1000
-        with bulk.cursor() as cursor:
-            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot.name}'")
-            cursor.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'")
-            cursor.execute(f"SET LOCAL statement_timeout = '{self._config.max_snapshot_age:.0f}s'")
+        timeout = f"{self._config.max_snapshot_age:.0f}s"
+        with reader.under(snapshot.name, lock_timeout=_LOCK_WAIT, statement_timeout=timeout) as db:
             chosen = [condition(table.raw, part), *filter(None, [self._policy.where(table.id)])]
-            partitioned = table.id in partitioned_tables(cursor)
-            cursor.execute(select_text(table.schema, partitioned, ") AND (".join(chosen)))
-            for batch in cursor.fetch_record_batch():
-                if batch.num_rows:
+            query = select_rows(table.schema, is_partitioned(db, table.id), ") AND (".join(chosen))
+            with closing(reader.rows(query, [column.name for column in table.schema.columns])) as batches:
+                for batch in batches:
                     payload = self._encoded(table.id, batch, snapshot.commit, ordinal, now)
                     rows.add(batch.num_rows, payload)
                     ordinal += batch.num_rows
                     failpoint("source.copy.batch")
-                read += batch.nbytes
-                if self._stop.is_set():
-                    return
-            if was_rewritten(cursor, table.id):
+                    read += batch.nbytes
+                    if self._stop.is_set():
+                        return
+            if was_rewritten(db, table.id):
                 raise _ChangedMeanwhile("it was rewritten or truncated")
-        bulk.rollback()
         self._pace.spend(read)  # not before: a transaction that sleeps would hold up the application's DDL
         entries = self._entries(rows, table, part, snapshot, now)
         self._hand_over((table, Group(entries, partial(self._counted, table, part, snapshot.commit))))
