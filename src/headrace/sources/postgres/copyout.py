@@ -64,7 +64,7 @@ def copy_out(
     """
     begun = db.pgconn.exec_(f"COPY ({query}) TO STDOUT".encode())
     if begun.status != pq.ExecStatus.COPY_OUT:
-        raise error_from_result(begun)
+        raise _refusal(begun)
     try:
         reader = TextReader(names, max_bytes)
         more = True
@@ -100,8 +100,14 @@ def _fill(db: Connection, reader: TextReader) -> bool:
         if result.status != pq.ExecStatus.COMMAND_OK:
             failed = result
     if failed is not None:
-        raise error_from_result(failed)
+        raise _refusal(failed)
     return False
+
+
+def _refusal(result: pq.abc.PGresult) -> psycopg.Error:
+    if result.error_field(pq.DiagnosticField.SQLSTATE):
+        return error_from_result(result)
+    return psycopg.OperationalError(result.get_error_message())  # libpq's own: the connection is lost
 
 
 def _lost(db: Connection) -> psycopg.OperationalError:
