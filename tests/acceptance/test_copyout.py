@@ -1,4 +1,4 @@
-"""COPY … TO STDOUT on real servers: values as the stream sends them, and what comes in the middle of a read."""
+"""COPY … TO STDOUT on real servers: values are those of the stream; what comes in the middle of a read."""
 
 from __future__ import annotations
 
