@@ -16,7 +16,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,6 +49,7 @@ logger = logging.getLogger("headrace.copy")
 alerts = logging.getLogger("headrace.alert")
 
 _MEMORY = 16 << 20  # of a chunk's compressed rows; the rest waits on disk
+_LARGE_BATCH = 32 << 20  # bytes from which a batch is encoded before the next one is read
 _LOCK_WAIT = "5s"
 _CHANGED_MEANWHILE = ("42703", "42P01", "42804")
 _LOCKED = "55P03"
@@ -279,6 +281,7 @@ class Copier:
 
     def _work(self, reader: Reader) -> None:
         """Take jobs until the end; one connection serves the reading of all of them."""
+        encoder = ThreadPoolExecutor(1, threading.current_thread().name + ".encode")
         try:
             while (job := self._next()) is not None:
                 table, part = job
@@ -290,7 +293,7 @@ class Copier:
                     elif isinstance(part, _Seek):
                         self._seek(table, part)
                     else:
-                        self._copy_chunk(reader, table, part)
+                        self._copy_chunk(reader, encoder, table, part)
                 except (HeadraceError, psycopg.Error, _ChangedMeanwhile) as error:
                     if reader.is_lost:
                         raise _broke_off(table, error) from error
@@ -299,6 +302,7 @@ class Copier:
             self._hand_over(error)
         finally:
             reader.close()
+            encoder.shutdown(wait=False)
 
     def _next(self) -> _Job | None:
         with self._wake:
@@ -342,9 +346,29 @@ class Copier:
                 self._add(table, part)
             table.left.discard(_SOUGHT)
 
-    def _encoded(self, table: TableId, batch: pa.RecordBatch, commit: int, after: int, now: int) -> bytes:
-        cells = self._policy.apply(table, self._undecodable.escape(table, batch))
-        return encode_rows(as_changes(cells, commit, after, now))
+    def _encoded(
+        self, encoder: Executor, batches: Iterable[pa.RecordBatch], table: TableId, at: Position, now: int
+    ) -> Iterator[tuple[int, int, bytes]]:
+        """Yield number of rows, size and payload of each batch; the rows follow position `at`. While one
+        is encoded the next one is read."""
+
+        def encode(batch: pa.RecordBatch, after: int) -> tuple[int, int, bytes]:
+            cells = self._policy.apply(table, self._undecodable.escape(table, batch))
+            return batch.num_rows, batch.nbytes, encode_rows(as_changes(cells, at.commit, after, now))
+
+        ordinal = at.ordinal
+        former: Future[tuple[int, int, bytes]] | None = None
+        for batch in batches:
+            if former is not None:
+                yield former.result()
+            former = encoder.submit(encode, batch, ordinal)
+            ordinal += batch.num_rows
+            if batch.nbytes >= _LARGE_BATCH:
+                yield former.result()
+                former = None
+            del batch  # else it would stay while the next one is read
+        if former is not None:
+            yield former.result()
 
     @staticmethod
     def _raw_shape(db: Connection, table: TableId) -> TableSchema:
@@ -353,7 +377,7 @@ class Copier:
             raise UserError(f"Table {table} is gone.")
         return shape
 
-    def _copy_chunk(self, reader: Reader, table: _Table, part: Range) -> None:
+    def _copy_chunk(self, reader: Reader, encoder: Executor, table: _Table, part: Range) -> None:
         assert table.schema is not None
         if table.raw is None:
             with connect(self._url) as db:
@@ -367,19 +391,17 @@ class Copier:
         if not table.schema.key:
             self._keep_to(snapshot, table)
         rows = _Spool()
-        ordinal, read = part.number << 32, 0
+        first, read = Position(self._epoch, snapshot.commit, part.number << 32), 0
         now = time.time_ns() // 1000
         timeout = f"{self._config.max_snapshot_age:.0f}s"
         with reader.under(snapshot.name, lock_timeout=_LOCK_WAIT, statement_timeout=timeout) as db:
             chosen = [condition(table.raw, part), *filter(None, [self._policy.where(table.id)])]
             query = select_rows(table.schema, is_partitioned(db, table.id), ") AND (".join(chosen))
             with closing(reader.rows(query, [column.name for column in table.schema.columns])) as batches:
-                for batch in batches:
-                    payload = self._encoded(table.id, batch, snapshot.commit, ordinal, now)
-                    rows.add(batch.num_rows, payload)
-                    ordinal += batch.num_rows
+                for count, size, payload in self._encoded(encoder, batches, table.id, first, now):
+                    rows.add(count, payload)
                     failpoint("source.copy.batch")
-                    read += batch.nbytes
+                    read += size
                     if self._stop.is_set():
                         return
             if was_rewritten(db, table.id):

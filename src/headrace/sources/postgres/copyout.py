@@ -72,6 +72,7 @@ def copy_out(
             more = _fill(db, reader)
             if (batch := reader.take()) is not None:
                 yield batch
+            del batch  # else it would stay while the next one is read
     finally:
         if db.pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
             db.close()
