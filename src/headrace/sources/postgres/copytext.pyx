@@ -124,10 +124,10 @@ cdef int grow(void** at, Py_ssize_t* capacity, Py_ssize_t size) noexcept nogil:
 
 cdef inline int fit_text(Column* column, Py_ssize_t size) noexcept nogil:
     """Make room for `size` bytes of text in all."""
-    if size + SHORT <= column.text_capacity:
-        return FINE
     if size > INT32_MAX:
         return TOO_LONG
+    if size + SHORT <= column.text_capacity:
+        return FINE
     return grow(<void**> &column.text, &column.text_capacity, size + SHORT)
 
 
