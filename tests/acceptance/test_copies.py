@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psycopg
@@ -22,8 +23,8 @@ from headrace.pipeline import Pipeline
 from headrace.server import read
 from headrace.sources.postgres.catalog import read_shapes
 from headrace.sources.postgres.chunks import condition, cut, ranges
-from headrace.sources.postgres.connection import connect_bulk
 from headrace.sources.postgres.copy import was_rewritten
+from headrace.sources.postgres.reader import Reader
 from headrace.sources.postgres.snapshots import Snapshots
 from headrace.sources.postgres.tables import read_states
 from headrace.testing.postgres import PostgresServer
@@ -191,12 +192,9 @@ def test_a_snapshot_shows_a_rewritten_table_empty_and_the_file_tells(
         for rewritten in (False, True):
             if rewritten:
                 db.execute(statement % table)
-            with connect_bulk(server.url) as bulk, bulk.cursor() as cursor:
-                cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-                cursor.execute(f"SET TRANSACTION SNAPSHOT '{name}'")
-                cursor.execute(f"SELECT count(*) FROM public.{table}")
-                assert cursor.fetchone()[0] == (0 if rewritten else 1)
-                assert was_rewritten(cursor, TableId("public", table)) is rewritten
+            with closing(Reader(server.url)) as reader, reader.under(name) as reading:
+                assert len(list(reader.rows(f"SELECT id FROM public.{table}", ["id"]))) == (not rewritten)
+                assert was_rewritten(reading, TableId("public", table)) is rewritten
     snapshots.release()
 
 

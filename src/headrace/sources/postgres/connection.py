@@ -85,6 +85,20 @@ def connect_replication(url: str) -> psycopg.Connection[tuple[Any, ...]]:
     return db
 
 
+def connect_copy(url: str) -> psycopg.Connection[tuple[Any, ...]]:
+    """Open a connection in autocommit mode that reads rows as the stream sends them, and waits for locks.
+
+    Its statements go out as bytes: psycopg would take those of a database of encoding SQL_ASCII for ASCII.
+    Raises SourceUnavailable.
+    """
+    try:
+        db = psycopg.connect(pinned_conninfo(url), autocommit=True)
+        db.execute(BYTES_AS_THEY_ARE)
+    except psycopg.Error as error:
+        raise SourceUnavailable(without_password(str(error))) from error
+    return db
+
+
 def connect_bulk(url: str) -> Any:
     """Open an ADBC connection, in which every statement belongs to one transaction until commit.
 

@@ -16,13 +16,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import IO, Any
+from typing import IO
 
-import adbc_driver_postgresql.dbapi as adbc
 import psycopg
 import pyarrow as pa
 
@@ -35,22 +35,12 @@ from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, read_shapes
 from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, ranges
 from headrace.sources.postgres.columns import Policy
-from headrace.sources.postgres.connection import (
-    answers,
-    connect,
-    connect_bulk,
-    without_password,
-)
-from headrace.sources.postgres.copy import (
-    as_changes,
-    files_of,
-    partitioned_tables,
-    select_text,
-    was_rewritten,
-)
+from headrace.sources.postgres.connection import connect, without_password
+from headrace.sources.postgres.copy import as_changes, files_of, is_partitioned, select_rows, was_rewritten
 from headrace.sources.postgres.moved import Key, moved_keys
 from headrace.sources.postgres.pace import Pace
 from headrace.sources.postgres.publication import capturable_shapes
+from headrace.sources.postgres.reader import Reader
 from headrace.sources.postgres.snapshots import Snapshot, Snapshots
 from headrace.sources.postgres.tables import UNFINISHED, TableStates
 from headrace.sources.postgres.undecodable import Undecodable
@@ -59,6 +49,7 @@ logger = logging.getLogger("headrace.copy")
 alerts = logging.getLogger("headrace.alert")
 
 _MEMORY = 16 << 20  # of a chunk's compressed rows; the rest waits on disk
+_LARGE_BATCH = 32 << 20  # bytes from which a batch is encoded before the next one is read
 _LOCK_WAIT = "5s"
 _CHANGED_MEANWHILE = ("42703", "42P01", "42804")
 _LOCKED = "55P03"
@@ -132,6 +123,7 @@ class Copier:
         self._stop = threading.Event()
         self._pace = Pace(config.copy_rate, self._stop)
         self._threads: list[threading.Thread] = []
+        self._readers: list[Reader] = []  # one for each thread
 
     @property
     def busy(self) -> bool:
@@ -211,8 +203,9 @@ class Copier:
         self._stop.set()
         with self._wake:
             self._wake.notify_all()
-        for thread in self._threads:
+        for thread, reader in zip(self._threads, self._readers, strict=True):
             while thread.is_alive():
+                reader.interrupt()
                 with suppress(queue.Empty):
                     self._ready.get(timeout=0.02)
         self.snapshots.release()
@@ -277,15 +270,18 @@ class Copier:
             self._wake.notify()
             if len(self._threads) < self._config.copy_workers:
                 name = f"{self._config.name}.copy.{len(self._threads)}"
-                self._threads.append(threading.Thread(target=self._work, name=name, daemon=True))
+                self._readers.append(Reader(self._url))
+                self._threads.append(
+                    threading.Thread(target=self._work, args=self._readers[-1:], name=name, daemon=True)
+                )
                 self._threads[-1].start()
 
     def _is_current(self, table: _Table) -> bool:
         return self._tables.get(table.id) is table
 
-    def _work(self) -> None:
-        """Take jobs until the end; one bulk connection serves all of them."""
-        bulk: Any = None
+    def _work(self, reader: Reader) -> None:
+        """Take jobs until the end; one connection serves the reading of all of them."""
+        encoder = ThreadPoolExecutor(1, threading.current_thread().name + ".encode")
         try:
             while (job := self._next()) is not None:
                 table, part = job
@@ -297,17 +293,16 @@ class Copier:
                     elif isinstance(part, _Seek):
                         self._seek(table, part)
                     else:
-                        bulk = bulk or connect_bulk(self._url)
-                        self._copy_chunk(bulk, table, part)
-                except (HeadraceError, psycopg.Error, adbc.Error, _ChangedMeanwhile) as error:
-                    if bulk is not None and not answers(bulk):
+                        self._copy_chunk(reader, encoder, table, part)
+                except (HeadraceError, psycopg.Error, _ChangedMeanwhile) as error:
+                    if reader.is_lost:
                         raise _broke_off(table, error) from error
                     self._judge(table, part, error)
         except BaseException as error:
             self._hand_over(error)
         finally:
-            if bulk is not None:
-                bulk.close()
+            reader.close()
+            encoder.shutdown(wait=False)
 
     def _next(self) -> _Job | None:
         with self._wake:
@@ -351,9 +346,29 @@ class Copier:
                 self._add(table, part)
             table.left.discard(_SOUGHT)
 
-    def _encoded(self, table: TableId, batch: pa.RecordBatch, commit: int, after: int, now: int) -> bytes:
-        cells = self._policy.apply(table, self._undecodable.escape(table, batch))
-        return encode_rows(as_changes(cells, commit, after, now))
+    def _encoded(
+        self, encoder: Executor, batches: Iterable[pa.RecordBatch], table: TableId, at: Position, now: int
+    ) -> Iterator[tuple[int, int, bytes]]:
+        """Yield number of rows, size and payload of each batch; the rows follow position `at`. While one
+        is encoded the next one is read."""
+
+        def encode(batch: pa.RecordBatch, after: int) -> tuple[int, int, bytes]:
+            cells = self._policy.apply(table, self._undecodable.escape(table, batch))
+            return batch.num_rows, batch.nbytes, encode_rows(as_changes(cells, at.commit, after, now))
+
+        ordinal = at.ordinal
+        former: Future[tuple[int, int, bytes]] | None = None
+        for batch in batches:
+            if former is not None:
+                yield former.result()
+            former = encoder.submit(encode, batch, ordinal)
+            ordinal += batch.num_rows
+            if batch.nbytes >= _LARGE_BATCH:
+                yield former.result()
+                former = None
+            del batch  # else it would stay while the next one is read
+        if former is not None:
+            yield former.result()
 
     @staticmethod
     def _raw_shape(db: Connection, table: TableId) -> TableSchema:
@@ -362,7 +377,7 @@ class Copier:
             raise UserError(f"Table {table} is gone.")
         return shape
 
-    def _copy_chunk(self, bulk: Any, table: _Table, part: Range) -> None:
+    def _copy_chunk(self, reader: Reader, encoder: Executor, table: _Table, part: Range) -> None:
         assert table.schema is not None
         if table.raw is None:
             with connect(self._url) as db:
@@ -376,28 +391,21 @@ class Copier:
         if not table.schema.key:
             self._keep_to(snapshot, table)
         rows = _Spool()
-        ordinal, read = part.number << 32, 0
+        first, read = Position(self._epoch, snapshot.commit, part.number << 32), 0
         now = time.time_ns() // 1000
-        with bulk.cursor() as cursor:
-            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            cursor.execute(f"SET TRANSACTION SNAPSHOT '{snapshot.name}'")
-            cursor.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'")
-            cursor.execute(f"SET LOCAL statement_timeout = '{self._config.max_snapshot_age:.0f}s'")
+        timeout = f"{self._config.max_snapshot_age:.0f}s"
+        with reader.under(snapshot.name, lock_timeout=_LOCK_WAIT, statement_timeout=timeout) as db:
             chosen = [condition(table.raw, part), *filter(None, [self._policy.where(table.id)])]
-            partitioned = table.id in partitioned_tables(cursor)
-            cursor.execute(select_text(table.schema, partitioned, ") AND (".join(chosen)))
-            for batch in cursor.fetch_record_batch():
-                if batch.num_rows:
-                    payload = self._encoded(table.id, batch, snapshot.commit, ordinal, now)
-                    rows.add(batch.num_rows, payload)
-                    ordinal += batch.num_rows
+            query = select_rows(table.schema, is_partitioned(db, table.id), ") AND (".join(chosen))
+            with closing(reader.rows(query, [column.name for column in table.schema.columns])) as batches:
+                for count, size, payload in self._encoded(encoder, batches, table.id, first, now):
+                    rows.add(count, payload)
                     failpoint("source.copy.batch")
-                read += batch.nbytes
-                if self._stop.is_set():
-                    return
-            if was_rewritten(cursor, table.id):
+                    read += size
+                    if self._stop.is_set():
+                        return
+            if was_rewritten(db, table.id):
                 raise _ChangedMeanwhile("it was rewritten or truncated")
-        bulk.rollback()
         self._pace.spend(read)  # not before: a transaction that sleeps would hold up the application's DDL
         entries = self._entries(rows, table, part, snapshot, now)
         self._hand_over((table, Group(entries, partial(self._counted, table, part, snapshot.commit))))

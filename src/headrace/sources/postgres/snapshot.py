@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
 
-import adbc_driver_postgresql.dbapi as adbc
+import psycopg
 import pyarrow as pa
 
 from headrace.change import TableSchema
@@ -17,12 +16,12 @@ from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import (
     BYTES_AS_THEY_ARE,
     connect,
-    connect_bulk,
     connect_replication,
     without_password,
 )
-from headrace.sources.postgres.copy import partitioned_tables, select_text
+from headrace.sources.postgres.copy import is_partitioned, select_rows
 from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.reader import Reader
 from headrace.sources.postgres.snapshots import export_snapshot
 from headrace.sources.postgres.undecodable import Undecodable
 
@@ -32,9 +31,10 @@ _ROW_MESSAGES = (b"I"[0], b"U"[0], b"D"[0], b"T"[0])
 class SourceSnapshot:
     """The source as of `commit`: everything committed up to there, and nothing else."""
 
-    def __init__(self, commit: int, bulk: Any, policy: Policy) -> None:
+    def __init__(self, commit: int, name: str, reader: Reader, policy: Policy) -> None:
         self.commit = commit
-        self._bulk = bulk
+        self._name = name
+        self._reader = reader
         self._policy = policy
 
     def read(self, schema: TableSchema) -> pa.Table:
@@ -43,17 +43,19 @@ class SourceSnapshot:
         Raises SourceError when the table is no longer of that shape.
         """
         undecodable = Undecodable()
+        names = [column.name for column in schema.columns]
         try:
-            with self._bulk.cursor() as cursor:
-                partitioned = schema.table in partitioned_tables(cursor)
-                cursor.execute(select_text(schema, partitioned, self._policy.where(schema.table)))
-                kept = [
-                    self._policy.apply(schema.table, undecodable.escape(schema.table, batch))
-                    for batch in cursor.fetch_record_batch()
-                ]
-        except adbc.Error as error:
+            with self._reader.under(self._name) as db:
+                partitioned = is_partitioned(db, schema.table)
+                query = select_rows(schema, partitioned, self._policy.where(schema.table))
+                with closing(self._reader.rows(query, names)) as batches:
+                    kept = [
+                        self._policy.apply(schema.table, undecodable.escape(schema.table, batch))
+                        for batch in batches
+                    ]
+        except psycopg.Error as error:
             raise SourceError(f"{schema.table}: {without_password(str(error)).splitlines()[0]}") from error
-        return pa.Table.from_batches(kept, pa.schema([(c.name, pa.string()) for c in schema.columns]))
+        return pa.Table.from_batches(kept, pa.schema([(name, pa.string()) for name in names]))
 
 
 @contextmanager
@@ -63,12 +65,9 @@ def take_snapshot(config: SourceConfig) -> Iterator[SourceSnapshot]:
     The slot and the snapshot are gone when the block ends. Raises SourceUnavailable.
     """
     url = config.url.reveal()
-    with connect_replication(url) as holder, connect_bulk(url) as bulk:
+    with connect_replication(url) as holder, closing(Reader(url)) as reader:
         commit, name = export_snapshot(holder, "headrace_verify", "the comparison")
-        with bulk.cursor() as cursor:
-            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            cursor.execute(f"SET TRANSACTION SNAPSHOT '{name}'")
-        yield SourceSnapshot(commit, bulk, Policy(config))
+        yield SourceSnapshot(commit, name, reader, Policy(config))
 
 
 def pending_changes(config: SourceConfig, through: int, after: int) -> int:
