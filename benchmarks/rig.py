@@ -189,10 +189,11 @@ def running(verb: str, *arguments: object, niceness: int = 0) -> Iterator[subpro
             child.wait()
 
 
-def pipeline_until(folder: Path, condition: str) -> tuple[float, float]:
+def pipeline_until(folder: Path, condition: str, wait: float = TIMEOUT) -> tuple[float, float]:
     """Run the pipeline, a process of its own, until a query of the destination is true.
 
-    Returns the seconds from the process's start, and its peak memory in MB.
+    Returns the seconds from the process's start, and its peak memory in MB. Raises TimeoutError after
+    `wait` seconds.
     """
     project = load_project(folder)
     begin = time.monotonic()
@@ -206,8 +207,8 @@ def pipeline_until(folder: Path, condition: str) -> tuple[float, float]:
                         break
             if child.poll() is not None:
                 raise RuntimeError(f"the pipeline ended with {child.returncode}")
-            if time.monotonic() - begin > TIMEOUT:
-                raise TimeoutError(f"not within {TIMEOUT:.0f} s: {condition}")
+            if time.monotonic() - begin > wait:
+                raise TimeoutError(f"not within {wait:.0f} s: {condition}")
             time.sleep(0.05)
         return time.monotonic() - begin, memory_mb(child.pid, "VmHWM")
 
