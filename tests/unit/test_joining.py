@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from headrace.change import ADDED, Column, CopyMark, Entry, Position, TableId, TableSchema
@@ -21,6 +21,7 @@ from headrace.joining import Joiner
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import BEFORE, UNCHANGED, encode_rows
 from headrace.protocols import ModelState
+from headrace.sources.postgres.chunks import Range
 from headrace.sources.postgres.moved import moved_keys
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.model import RowModel, mirror
@@ -95,7 +96,7 @@ class Source:
         edges = ["", *(bound[0] for bound in BOUNDS), "z"]
         inside = [k for k in sorted(self.states[commit]) if edges[number] <= k < edges[number + 1]]
         rows = [change("r", commit, k, self.states[commit][k]) for k in inside]
-        return [{**row, "_ordinal": (number << 32) + i + 1} for i, row in enumerate(rows)]
+        return [{**row, "_ordinal": Range(number, None, None).ordinal + i + 1} for i, row in enumerate(rows)]
 
 
 def stream_to(log: SQLiteLog, source: Source, streamed: int, commit: int) -> int:
@@ -145,7 +146,7 @@ def write_copy(
             for (k,) in sorted(moved)
             if k in source.states[ceiling]
         ]
-        rows = [{**row, "_ordinal": (number << 32) + i + 1} for i, row in enumerate(rows)]
+        rows = [{**row, "_ordinal": Range(number, None, None).ordinal + i + 1} for i, row in enumerate(rows)]
         log.append(
             [*([entry(rows, "copy")] if rows else []), marker(ceiling, CopyMark("chunk", chunk=number))]
         )
@@ -238,6 +239,7 @@ def test_a_join_holds_what_the_source_holds(
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 1 << 32), length=st.integers(10, 40))
+@example(seed=735, length=35)  # a copy at the very position of a commit
 def test_what_a_join_refuses_is_what_the_fold_of_history_refuses(
     tmp_path_factory: pytest.TempPathFactory, seed: int, length: int
 ) -> None:

@@ -37,6 +37,11 @@ class Range:
     upper: tuple[str, ...] | None
     keys: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def ordinal(self) -> int:
+        """The ordinal that its rows follow: beyond those of a transaction that ends where the snapshot is."""
+        return (self.number + 1) << 32
+
 
 def ranges(bounds: Bounds) -> list[Range]:
     """Return the chunks between bounds: one more than there are bounds."""

@@ -391,7 +391,7 @@ class Copier:
         if not table.schema.key:
             self._keep_to(snapshot, table)
         rows = _Spool()
-        first, read = Position(self._epoch, snapshot.commit, part.number << 32), 0
+        first, read = Position(self._epoch, snapshot.commit, part.ordinal), 0
         now = time.time_ns() // 1000
         timeout = f"{self._config.max_snapshot_age:.0f}s"
         with reader.under(snapshot.name, lock_timeout=_LOCK_WAIT, statement_timeout=timeout) as db:
@@ -429,7 +429,7 @@ class Copier:
         self, rows: _Spool, table: _Table, part: Range, snapshot: Snapshot, now: int
     ) -> Iterator[Entry]:
         assert table.schema is not None
-        ordinal = part.number << 32
+        ordinal = part.ordinal
         for count, payload in rows.drain():
             first, last = (Position(self._epoch, snapshot.commit, ordinal + n) for n in (1, count))
             yield Entry("copy", table.id, first, last, now, count, table.schema.version, payload)
