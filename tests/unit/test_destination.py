@@ -316,3 +316,16 @@ def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
 def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DestinationError, match="cannot be opened"):
         DuckDBDestination(tmp_path / "absent" / "w.duckdb").apply(slice_of(0, (MODEL, [row(1)])))
+
+
+def test_a_query_beside_an_apply_that_has_spilled_disturbs_neither(tmp_path: Path) -> None:
+    """Both are connections to one engine, whose folder for what does not fit cannot be moved once used."""
+    destination = DuckDBDestination(tmp_path / "w.duckdb", spill=tmp_path / "spill")
+    with destination.open() as applying:
+        applying.execute(
+            "CREATE TABLE t AS SELECT i, md5(i::VARCHAR) AS k FROM range(2000000) r(i) ORDER BY k"
+        )
+        assert any((tmp_path / "spill").iterdir()), "it has spilled"
+        assert destination.read(["SELECT 1 AS one"])[0].to_pylist() == [{"one": 1}]
+        with destination.open() as other:
+            assert other.execute("SELECT count(*) FROM t").fetchall() == [(2_000_000,)]

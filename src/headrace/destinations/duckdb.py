@@ -95,7 +95,7 @@ class DuckDBDestination:
             connection.execute("SET allocator_flush_threshold = '16MB'")
             connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
             connection.execute(f"SET memory_limit = '{max(memory, MEMORY)}B'")
-            if self._spill is not None:
+            if self._spill is not None and _spills_to(connection) != str(self._spill):
                 connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
             yield connection
         except BaseException:
@@ -330,6 +330,12 @@ class DuckDBDestination:
             db.execute(
                 f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_arrived"
             )
+
+
+def _spills_to(db: duckdb.DuckDBPyConnection) -> str:
+    """Return the folder of the engine, which other connections share: once it is used it cannot be set."""
+    ((folder,),) = db.execute("SELECT current_setting('temp_directory')").fetchall()
+    return str(folder)
 
 
 def foreign(path: Path, source: str) -> ForeignDestination:
