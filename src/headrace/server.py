@@ -35,6 +35,7 @@ _WHERE = "socket"
 _MAX_REQUEST = 16 << 20
 _INLINE_ROWS = 1000  # larger results go as Arrow: rendering them would take time from the pipeline
 _LENGTH = struct.Struct(">q")
+_LONGEST = 107  # bytes of a socket's path on Linux
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -46,16 +47,19 @@ def socket_path(state: Path) -> Path:
 
 
 def _new_socket_path(state: Path) -> Path:
-    """Choose where to listen: a short path, since they are limited to about 100 bytes, in a folder of
-    this user's own."""
+    """Choose where to listen: a short path, since they are limited to 107 bytes, in a folder of this
+    user's own."""
+    name = f"{hashlib.blake2b(str(state.resolve()).encode(), digest_size=12).hexdigest()}.sock"
     folder = Path(tempfile.gettempdir()) / f"headrace-{os.getuid()}"
+    if len(os.fsencode(folder / name)) > _LONGEST:
+        folder = Path("/tmp") / folder.name
     folder.mkdir(mode=0o700, exist_ok=True)
     owner = folder.lstat()
     if owner.st_uid != os.getuid() or owner.st_mode & 0o077 or folder.is_symlink():
         raise UserError(
             f"{folder} belongs to somebody else or is open to others.", "Remove it or set TMPDIR."
         )
-    return folder / f"{hashlib.blake2b(str(state.resolve()).encode(), digest_size=12).hexdigest()}.sock"
+    return folder / name
 
 
 class Server:

@@ -21,6 +21,7 @@ from headrace.config import Project, load_project
 from headrace.errors import SourceGap
 from headrace.pipeline import Pipeline
 from headrace.server import read
+from headrace.sources.postgres import copier
 from headrace.sources.postgres.catalog import read_shapes
 from headrace.sources.postgres.chunks import condition, cut, ranges
 from headrace.sources.postgres.copy import was_rewritten
@@ -395,23 +396,28 @@ def test_a_copy_that_was_cut_off_begins_again_where_the_table_was_rewritten_mean
 
 @ON_18
 def test_a_connection_that_is_lost_in_a_chunk_fails_no_table(
-    server: PostgresServer, db: psycopg.Connection, tmp_path: Path
+    server: PostgresServer, db: psycopg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(db, "orders", 2000)
-    project = project_of(server, tmp_path, 'chunk_bytes = "256KiB"', 'copy_rate = "3MiB"')
-    ended = 0
+    project = project_of(server, tmp_path, 'chunk_bytes = "256KiB"')
+    ended: list[int] = []
+
+    def lose(point: str) -> None:
+        if point == "source.copy.batch" and len(ended) < 3:
+            with psycopg.connect(server.url) as administrator:
+                ended.extend(
+                    pid
+                    for (pid,) in administrator.execute(
+                        "SELECT pid FROM pg_stat_activity WHERE query LIKE 'COPY%orders%' "
+                        "AND pid <> pg_backend_pid() AND pg_terminate_backend(pid, 5000)"
+                    )
+                )
+
+    monkeypatch.setattr(copier, "failpoint", lose)
     with Running(project) as running:
-        running.until(lambda: len(chunks(running.lane)) > 1)
-        while running.stages()["orders"] != "live":
-            ((count,),) = db.execute(
-                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
-                "WHERE query LIKE 'COPY%%orders%%' AND pid <> pg_backend_pid() AND %s < 3",
-                [ended],
-            ).fetchall()
-            ended += count
-            time.sleep(0.05)
-        assert ended
+        running.live("orders")
         running.settled()
+    assert len(ended) >= 3
     proved(project)
 
 

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from decimal import Decimal
@@ -97,8 +98,12 @@ def test_the_server_ends_with_the_python_process(tmp_path: Path, end: str) -> No
     assert gone(pid)
 
 
-def test_settings_are_read_at_each_start_and_long_paths_get_a_socket(tmp_path: Path) -> None:
+def test_settings_are_read_at_each_start_and_long_paths_get_a_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     server = PostgresServer(folder, settings={"wal_level": "replica", "search_path": "it's"})
     with server:
         assert server.psql("SHOW wal_level; SHOW search_path") == "replica\nit's"

@@ -42,7 +42,7 @@ _NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_lo
 PIECE_BYTES = 16 << 20
 """How much is decoded at once: of one write, and of what `pieces` yields. An entry is never cut."""
 _PIECE_ROWS = 100_000
-_CACHE_BYTES = 32 << 20
+_CACHE_BYTES = 8 << 20
 # Positions grow in small steps, and zstd finds what text repeats: with dictionaries in their place files are
 # 2.6 times as large, and take twice as long to write and to read.
 _ENCODING = {name: "DELTA_BINARY_PACKED" for name, type_ in META.items() if type_ == pa.int64()}

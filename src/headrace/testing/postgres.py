@@ -242,10 +242,10 @@ class PostgresServer:
         return int(note.read_text())
 
     def _socket_folder(self) -> Path:
-        inside = self.folder / "socket"
-        if len(os.fsencode(inside / f".s.PGSQL.{self.port}.lock")) <= SOCKET_PATH_MAX:
-            return inside
-        return Path(tempfile.gettempdir()) / f"headrace-postgres-{os.geteuid()}-{self.port}"
+        name = f"headrace-postgres-{os.geteuid()}-{self.port}"
+        folders = (self.folder / "socket", Path(tempfile.gettempdir()) / name, Path("/tmp") / name)
+        longest = SOCKET_PATH_MAX - len(f"/.s.PGSQL.{self.port}.lock")
+        return next((folder for folder in folders if len(os.fsencode(folder)) <= longest), folders[-1])
 
     def _prepare_folders(self) -> None:
         self._sockets.mkdir(mode=0o700, exist_ok=True)
