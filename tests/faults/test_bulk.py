@@ -25,8 +25,8 @@ from headrace.payload import HEAD, decode_rows
 from headrace.secret import Secret
 from headrace.sources.postgres import bulk as bulk_module
 from headrace.sources.postgres import follow as follow_module
-from headrace.sources.postgres.bulk import _Query, _QueryFailed
-from headrace.sources.postgres.connection import answers, connect_bulk
+from headrace.sources.postgres.bulk import _answers, _Query, _QueryFailed
+from headrace.sources.postgres.connection import connect_bulk
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.lsn import parse_lsn
 from headrace.sources.postgres.preflight import inspect
@@ -501,7 +501,7 @@ def test_a_connection_that_breaks_is_told_from_a_query_that_fails(url: str) -> N
                     )
                 with pytest.raises(_QueryFailed):
                     list(batches)
-                assert answers(connection) == (not lost)
+                assert _answers(connection) == (not lost)
 
 
 def _count(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, Any]]:

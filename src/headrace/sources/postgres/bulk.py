@@ -27,7 +27,7 @@ from headrace.errors import SourceUnavailable
 from headrace.keys import literal
 from headrace.sources.postgres.assembly import whole
 from headrace.sources.postgres.catalog import Connection, quoted
-from headrace.sources.postgres.connection import answers, connect_bulk, place, without_password
+from headrace.sources.postgres.connection import connect_bulk, place, without_password
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.pgoutput import Decoder
@@ -160,7 +160,7 @@ class Bulk:
                     except _TooLarge:
                         self._ratio = _GROWTH * (self._ratio or UNMEASURED)
             except _QueryFailed as error:
-                if not answers(connection):
+                if not _answers(connection):
                     raise self._broke_off(error) from error
                 self._give_up(str(error))
 
@@ -247,7 +247,7 @@ class Bulk:
                 cursor.execute(f"SET {name} = '{value}'")
             connection.commit()
         except adbc.Error as error:
-            if not answers(connection):
+            if not _answers(connection):
                 raise self._broke_off(error) from error
             return False
         return True
@@ -373,6 +373,22 @@ class _QueryFailed(Exception):
 
 class _TooLarge(_QueryFailed):
     """A result is larger than the server's `temp_file_limit` allows; nothing of it was seen."""
+
+
+def _answers(connection: Any) -> bool:
+    """Whether a connection, on which something failed, is there still; its transaction is rolled back.
+
+    An error that comes in the middle of a result has lost its SQLSTATE: the connection itself is asked.
+    """
+    try:
+        connection.rollback()
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+            cursor.fetchone()
+        connection.rollback()  # that was a transaction too
+    except (adbc.Error, OSError):
+        return False
+    return True
 
 
 def _kilobytes(size: int) -> str:

@@ -117,22 +117,6 @@ def connect_bulk(url: str) -> Any:
     return connection
 
 
-def answers(connection: Any) -> bool:
-    """Whether a connection, on which something failed, is there still; its transaction is rolled back.
-
-    An error that comes in the middle of a result has lost its SQLSTATE: the connection itself is asked.
-    """
-    try:
-        connection.rollback()
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT 1")
-            cursor.fetchone()
-        connection.rollback()  # that was a transaction too
-    except (adbc.Error, OSError):
-        return False
-    return True
-
-
 def refusal(url: str, error: Exception) -> SourceUnavailable | UserError:
     """Turn a failed connection into what it means for the user."""
     where = place(url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
@@ -79,7 +80,7 @@ class Follower:
         self._standby = in_recovery(db)
         self._beat = _Every(config.heartbeat)
         self._nudge = _Every(_NUDGE_EVERY)
-        self._partitions = _Every(0.0)
+        self._look_at_partitions = _Every(WATCH_EVERY, at_once=True)
 
     def groups(self, server: Server, slot: Slot) -> Iterator[Iterable[Entry]]:
         """Yield groups, of the slot and of copies, for ever. Each is durable when the next is asked for."""
@@ -158,8 +159,7 @@ class Follower:
     def _between(self, builder: GroupBuilder) -> Iterator[Iterable[Entry]]:
         """Serve what is due beside the slot's changes: requests, copies, heartbeats."""
         self._take_requests()
-        if self._partitions.due():
-            self._partitions = _Every(WATCH_EVERY)
+        if self._look_at_partitions.due():
             for table, reason in changed_partitions(self._db, self._log, captured_tables(self._log)):
                 self._on_rewrite(table, reason)
         for group in self._copier.ready(self._progress.confirmed):
@@ -206,11 +206,11 @@ class Limits:
 
 
 class _Every:
-    """A timer that is due once per interval, first after one interval."""
+    """A timer that is due once per interval, first after one interval or `at_once`."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, at_once: bool = False) -> None:
         self._seconds = seconds
-        self._last = time.monotonic()
+        self._last = -math.inf if at_once else time.monotonic()
 
     def due(self) -> bool:
         if time.monotonic() - self._last < self._seconds:

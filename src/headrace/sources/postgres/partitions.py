@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 import psycopg
@@ -65,29 +64,37 @@ def changed_partitions(db: Connection, log: Log, tables: list[TableId]) -> Itera
     """Yield the tables that got rows by a partition that was attached, with the reason.
 
     Those that lost some have an alert: what a source drops to make room is often what its copy is to keep.
-    What is found is noted when the next is asked for: whoever stops in between is told again. While the
-    application has what is looked at locked, nothing is found.
+    What is found is noted at the end: whoever stops before is told again. A table of which the application
+    has a new partition locked is left for the next time.
     """
     known, found = _known(log), _trees(db, tables)
-    with suppress(psycopg.errors.LockNotAvailable):
-        for table, tree in found.items():
-            if (before := known.get(table)) is None:
-                continue
-            new = tree.keys() - before.keys()
-            again = [oid for oid in tree.keys() & before.keys() if tree[oid].link != before[oid].link]
-            attached = [tree[oid].name for oid in sorted(new) if not tree[oid].born]
-            if attached and not _have_rows(db, new):
-                attached = []
-            gone = [before[oid].name for oid in sorted(before.keys() - tree.keys())]
-            if attached or again:
-                names = [*attached, *(tree[oid].name for oid in sorted(again))]
-                yield table, f"partitions were attached: {', '.join(names)}"
-            elif gone:
-                alerts.warning(
-                    "PARTITIONS of %s were detached or dropped: %s. Their rows stay here; to take them out: "
-                    "`headrace tables resync %s`.", table, ", ".join(gone), table,
-                )  # fmt: skip
-        _write(log, found)
+    for table, tree in found.items():
+        before = known.get(table, tree)
+        try:
+            names = [tree[oid].name for oid in _attached(db, before, tree)]
+        except psycopg.errors.LockNotAvailable:
+            found[table] = before
+            continue
+        gone = [before[oid].name for oid in sorted(before.keys() - tree.keys())]
+        if names:
+            yield table, f"partitions were attached: {', '.join(names)}"
+        elif gone:
+            alerts.warning(
+                "PARTITIONS of %s were detached or dropped: %s. Their rows stay here; to take them out: "
+                "`headrace tables resync %s`.", table, ", ".join(gone), table,
+            )  # fmt: skip
+    _write(log, found)
+
+
+def _attached(db: Connection, before: _Tree, tree: _Tree) -> list[int]:
+    """Return the partitions by which a table may have got rows: those that were away meanwhile, and new ones
+    that were not made as partitions, if any new one has rows."""
+    new = tree.keys() - before.keys()
+    again = {oid for oid in tree.keys() & before.keys() if tree[oid].link != before[oid].link}
+    attached = {oid for oid in new if not tree[oid].born}
+    if attached and not _have_rows(db, new):
+        attached = set()
+    return sorted(attached | again)
 
 
 def _trees(db: Connection, tables: list[TableId]) -> dict[TableId, _Tree]:
