@@ -6,8 +6,8 @@
     fuzz_decoder.py fuzz FOLDER [OPTION]    fuzz; libFuzzer's options, such as -max_total_time=600
 
 An input is two bytes (rows to a batch, messages between two calls of `take`), then messages, each behind its
-length in four bytes. Allowed is: MalformedMessage, from then on for every push, and whole Arrow arrays from
-every take. Not allowed is any other exception, a crash, a hang, a count that is wrong.
+length in four bytes; its number is its LSN. Allowed is: MalformedMessage, from then on for every push, and
+whole Arrow arrays from every take. Not allowed is any other exception, a crash, a hang, a wrong count.
 
 `fuzz` needs atheris. It sees into native code only if the decoder was built for it; with clang:
 
@@ -31,6 +31,7 @@ from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.undecodable import Undecodable
 
 LENGTH = struct.Struct(">I")
+DATA = struct.Struct(">cqqq")
 HEAD = 2
 LONGEST = 1 << 16
 
@@ -60,7 +61,10 @@ def run(data: bytes) -> None:
     for n, message in enumerate(messages_of(data)):
         before = decoder.pending_rows
         try:
-            decoder.push(message)
+            if head[0] % 2:
+                decoder.push_data(DATA.pack(b"w", n, n, 0) + message)
+            else:
+                decoder.push(message, n)
         except MalformedMessage:
             failed = True
             assert decoder.pending_rows == before, "a message that failed was kept"
@@ -87,6 +91,8 @@ def taken(decoder: Decoder) -> int:
             batch.validate(full=True)
             batch.to_pylist()
             assert batch.num_rows > 0, "an empty batch"
+            lsns = batch.column(3).to_pylist()
+            assert lsns == sorted(set(lsns)), "LSNs that are not those of the messages"
             rows += batch.num_rows
     assert rows == pending, "pending_rows is not what take gives"
     return rows

@@ -162,7 +162,7 @@ def changes(log: SQLiteLog) -> list[tuple[Any, ...]]:
         for row in decode_rows(entry.payload).to_pylist():
             cells = {key: value for key, value in row.items() if key not in HEAD and value is not None}
             at = (0, row["_commit"], row["_ordinal"], "rows", entry.table, entry.schema_version)
-            found.append((*at, row["_op"], row["_txid"], row["_committed_at"], cells))
+            found.append((*at, row["_op"], row["_txid"], row["_lsn"], row["_committed_at"], cells))
     return sorted(found, key=lambda change: change[:4])
 
 

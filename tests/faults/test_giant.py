@@ -58,6 +58,7 @@ def rows(table: TableId, first: int, count: int, op: str, commit: int, ordinal: 
             "_ordinal": pa.array(range(ordinal, ordinal + count), pa.int64()),
             "_committed_at": pa.array([7] * count, pa.int64()),
             "_txid": pa.array([9] * count, pa.int64()),
+            "_lsn": pa.array([9] * count, pa.int64()),
             "id": pa.array([str(i) for i in ids]),
             "v": pa.array([f"{op}{i:0{pad}}" for i in ids]),
         }

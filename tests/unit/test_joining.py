@@ -40,7 +40,7 @@ def change(
     op: str, commit: int, key: str, row: Row, before: str | None = None, *, toast: bool = False
 ) -> dict:
     return {
-        "_op": op, "_commit": commit, "_ordinal": 1, "_committed_at": commit, "_txid": commit,
+        "_op": op, "_commit": commit, "_ordinal": 1, "_committed_at": commit, "_txid": commit, "_lsn": commit,
         "id": key, "v": row[0], "big": None if toast else row[1],
         "_unchanged": ["big"] if toast else None, "_before": [("id", before)] if before else None,
     }  # fmt: skip
@@ -49,7 +49,7 @@ def change(
 def entry(rows: list[dict], kind: str = "rows") -> Entry:
     fields = [
         ("_op", pa.string()),
-        *((n, pa.int64()) for n in ("_commit", "_ordinal", "_committed_at", "_txid")),
+        *((n, pa.int64()) for n in ("_commit", "_ordinal", "_committed_at", "_txid", "_lsn")),
     ]
     fields += [(name, pa.string()) for name in ("id", "v", "big")]
     batch = pa.RecordBatch.from_pylist(

@@ -156,13 +156,13 @@ def rows_of(events: Iterable[object]) -> list[tuple[Any, ...]]:
         event.batch.validate(full=True)
         width = len(event.relation.columns)
         names, columns = event.batch.schema.names, [c.to_pylist() for c in event.batch.columns]
-        assert names[:3] == ["_op", "_serial", "_ordinal"]
-        assert names[3 : 3 + width] == [c.name for c in event.relation.columns]
-        extra = dict(zip(names[3 + width :], columns[3 + width :], strict=True))
+        assert names[:4] == ["_op", "_serial", "_ordinal", "_lsn"]
+        assert names[4 : 4 + width] == [c.name for c in event.relation.columns]
+        extra = dict(zip(names[4 + width :], columns[4 + width :], strict=True))
         assert set(extra) <= {"_unchanged", "_before"}
         assert all(any(v is not None for v in column) for column in extra.values())
         none = [None] * event.batch.num_rows
-        cells = list(zip(*columns[3 : 3 + width], strict=True)) or [()] * event.batch.num_rows
+        cells = list(zip(*columns[4 : 4 + width], strict=True)) or [()] * event.batch.num_rows
         rows += zip(
             *columns[:3], cells, extra.get("_unchanged", none), extra.get("_before", none), strict=True
         )
@@ -187,7 +187,7 @@ def test_a_batch_has_no_more_columns_than_it_needs() -> None:
     (rows,) = opened(insert(ITEM, "a")).take()[1]
     assert isinstance(rows, Rows)
     assert rows.relation == ITEMS
-    assert str(rows.batch.schema) == "_op: string\n_serial: int64\n_ordinal: int64\nsku: string"
+    assert str(rows.batch.schema) == "_op: string\n_serial: int64\n_ordinal: int64\n_lsn: int64\nsku: string"
 
 
 def test_unchanged_is_not_null() -> None:
@@ -237,21 +237,40 @@ def test_a_relation_may_have_no_columns() -> None:
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview])
-def test_any_buffer_is_read_from_its_start_on(wrap: Any) -> None:
+def test_any_buffer_is_read(wrap: Any) -> None:
     decoder = opened()
-    message = wrap(b"w123" + insert(ITEM, "a"))
-    decoder.push(message, 4)
+    message = wrap(insert(ITEM, "a"))
+    decoder.push(message)
     if isinstance(message, bytearray):
         message[:] = b"overwritten"
     assert rows_of(decoder.take()[1]) == [("c", 0, 1, ("a",), None, None)]
 
 
-@pytest.mark.parametrize("start", [-1, 5])
-def test_a_start_outside_of_the_message_is_the_callers_mistake(start: int) -> None:
+def data(lsn: int, message: bytes) -> bytes:
+    """An XLogData of the stream."""
+    return b"w" + struct.pack(">QQq", lsn, lsn + 8, 5) + message
+
+
+def test_a_row_has_the_lsn_of_its_message() -> None:
     decoder = opened()
-    with pytest.raises(ValueError, match="outside"):
-        decoder.push(b"1234", start)
-    decoder.push(commit())
+    for message in (data(2**40, insert(ITEM, "a")), data(0, described(ORDERS)), data(9, insert(ITEM, "b"))):
+        assert not decoder.push_data(message)
+    decoder.push(insert(ITEM, "c"), 7)
+    decoder.push_data(data(8, truncate(ITEM)))
+    rows, emptied = decoder.take()[1]
+    assert isinstance(rows, Rows)
+    assert rows.batch["_lsn"].to_pylist() == [2**40, 9, 7]
+    assert isinstance(emptied, Truncate)
+    assert emptied.lsn == 8
+
+
+@pytest.mark.parametrize("wrong", [b"", data(1, b""), data(1, b"")[:-1], b"k" + data(1, commit())[1:]])
+def test_what_is_no_data_of_the_stream_is_refused(wrong: bytes) -> None:
+    decoder = opened(insert(ITEM, "a"))
+    for _ in range(2):
+        with pytest.raises(MalformedMessage):
+            decoder.push_data(wrong)
+    assert rows_of(decoder.take()[1]) == [("c", 0, 1, ("a",), None, None)]
 
 
 # -- transactions, messages, truncates -----------------------------------------------------------------
@@ -307,7 +326,7 @@ def test_a_truncate_closes_the_batches_it_names(options: int) -> None:
     kinds = [(type(e).__name__, e.relation.name) if isinstance(e, Rows) else e for e in events]
     assert kinds == [
         ("Rows", "orders"),
-        Truncate((ORDERS,), 0, 3, cascade=options in {1, 3}, restart_identity=options in {2, 3}),
+        Truncate((ORDERS,), 0, 3, cascade=options in {1, 3}, restart_identity=options in {2, 3}, lsn=0),
         ("Rows", "items"),
         ("Rows", "orders"),
     ]
@@ -430,7 +449,7 @@ def test_arrow_owns_what_it_was_given() -> None:
         decoder.push(insert(ORDER, "z" * 50, "z", k))
     del decoder
     gc.collect()
-    assert rows.batch.column(5).to_pylist() == ["x" * k for k in range(100)]
+    assert rows.batch.column(6).to_pylist() == ["x" * k for k in range(100)]
 
 
 # -- malformed messages --------------------------------------------------------------------------------

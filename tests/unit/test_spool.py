@@ -173,7 +173,7 @@ def test_every_kind_of_message_is_replayed(stream: Stream) -> None:
         RelationSeen(ITEMS, 0, 0),
         RelationSeen(ORDERS, 0, 0),
         Message(0, 2, "headrace", b"beat", True, 55),
-        Truncate((ITEMS,), 0, 3, cascade=False, restart_identity=False),
+        Truncate((ITEMS,), 0, 3, cascade=False, restart_identity=False, lsn=0),
     ]
     assert [(row[0], row[2]) for row in rows_of(stream.events)] == [("c", 1), ("d", 4)]
     assert stream.transactions == [Transaction(0, 308, 7, EPOCH + 5, 4, "elsewhere")]
@@ -393,6 +393,19 @@ def test_groups_are_the_same_wherever_they_are_cut(
         else:
             places.append(entry.last[1:])
     assert sorted(places) == [place for place in expected if place[0] > after * 100]
+
+
+def test_what_is_kept_keeps_its_lsn(tmp_path: Path) -> None:
+    stream = Stream(tmp_path)
+    messages = [within(7, described(ITEMS)), item(7, "a"), item(11, "b"), within(7, truncate(ITEM))]
+    for at, message in enumerate([start(first=True), *messages, STOP]):
+        stream.decoder.push(message, 100 + at)
+    stream.push(stream_commit())
+    rows, emptied = stream.events[1:]
+    assert isinstance(rows, Rows)
+    assert rows.batch["_lsn"].to_pylist() == [102, 103]
+    assert isinstance(emptied, Truncate)
+    assert emptied.lsn == 104
 
 
 def shape_of(relation: Relation) -> TableSchema:

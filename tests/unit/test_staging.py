@@ -21,7 +21,7 @@ from headrace.change import Column, Entry, LoggedEntry, Position, TableId, Table
 from headrace.errors import LogError
 from headrace.failpoints import VARIABLE
 from headrace.log.sqlite import SQLiteLog
-from headrace.payload import BEFORE, UNCHANGED, encode_rows
+from headrace.payload import BEFORE, UNCHANGED, decode_rows, encode_rows
 from headrace.staging.delta import HISTORY, DeltaStaging, StagingForeign
 
 A, B = TableId("public", "a"), TableId("public", "b")
@@ -38,6 +38,7 @@ def rows(
             "_ordinal": pa.array(range(1, count + 1), pa.int64()),
             "_committed_at": pa.array([7] * count, pa.int64()),
             "_txid": pa.array([9] * count, pa.int64()),
+            "_lsn": pa.array([commit] * count, pa.int64()),
             **cells,
             "_unchanged": pa.array([["v"]] + [None] * (count - 1), UNCHANGED),
             "_before": pa.array([[("id", "o'ld")]] + [None] * (count - 1), BEFORE),
@@ -105,7 +106,7 @@ def expected(log: SQLiteLog, table: TableId) -> list[tuple[str, int, int, int, o
         if entry.kind != "rows":
             made.append(("t", entry.last.commit, entry.last.ordinal, item.offset, None))
             continue
-        batch = pa.ipc.open_stream(entry.payload).read_next_batch().to_pylist()
+        batch = decode_rows(entry.payload).to_pylist()
         made += [(r["_op"], r["_commit"], r["_ordinal"], item.offset, r["id"]) for r in batch]
     return made
 

@@ -85,6 +85,7 @@ def entry(changes: Sequence[Change], first: int) -> Entry:
             "_ordinal": pa.array([1] * n, pa.int64()),
             "_committed_at": numbers,
             "_txid": numbers,
+            "_lsn": numbers,
             "a": pa.array(
                 [None if no else c.key[0] for c, no in zip(changes, void, strict=True)], pa.string()
             ),

@@ -25,13 +25,17 @@ META = {
 
 
 def staged(item: LoggedEntry) -> pa.Table:
-    """Turn one log entry into staged rows. A truncate is one row of op `t`: everything before it is over."""
+    """Turn one log entry into staged rows, without `_lsn`, which is for who reads the log.
+
+    A truncate is one row of op `t`: everything before it is over.
+    """
     entry = item.entry
     if entry.kind in ("rows", "copy"):
         batch = pa.Table.from_batches([decode_rows(entry.payload)])
     else:
-        head = ["t", entry.last.commit, entry.last.ordinal, entry.committed_at, 0]
+        head = ["t", entry.last.commit, entry.last.ordinal, entry.committed_at, 0, 0]
         batch = pa.table({name: [value] for name, value in zip(HEAD, head, strict=True)})
+    batch = batch.drop_columns(["_lsn"])
     constant = pa.array([entry.first.epoch, item.offset], pa.int64())
     for name, value in zip(("_epoch", "_offset"), constant, strict=True):
         batch = batch.append_column(name, pa.repeat(value, batch.num_rows))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import adbc_driver_postgresql.dbapi as adbc
+import numpy as np
 import pyarrow as pa
 
 from headrace.change import Entry
@@ -56,7 +57,7 @@ _POLL = 0.25
 _GROWTH = 4  # of the ratio, when a result was larger than the server allows
 _TOO_LARGE = "temp_file_limit"  # in the server's words, in every language
 
-_NOTHING = pa.array([], pa.binary())
+_NOTHING = pa.record_batch([pa.array([], pa.binary())] * 2, ["data", "lsn"])
 
 _STANDING = """
 SELECT s.restart_lsn::text, s.confirmed_flush_lsn::text, pg_current_wal_flush_lsn()::text, s.active
@@ -262,11 +263,13 @@ class Bulk:
     ) -> Iterator[Iterable[Entry]]:
         begin, after, rows, size = time.monotonic(), durable(), 0, 0
         with _Query(connection, self._peek(upto)) as query:
-            for messages in query.batches():
+            for batch in query.batches():
+                messages, lsns = batch.column(0), _lsns(batch.column(1))
                 at, count = 0, len(messages)
                 rows, size = rows + count, size + messages.nbytes
+                del batch
                 while at < count:
-                    at = decoder.push_many(messages, at, self._max_bytes)
+                    at = decoder.push_many(messages, lsns, at, self._max_bytes)
                     if at == count:
                         del messages  # before a group is made of them: one may hold a very large value
                     if decoder.pending_bytes >= self._max_bytes:
@@ -293,8 +296,8 @@ class Bulk:
             options["origin"] = self._origin
         listed = ", ".join(literal(text) for option in options.items() for text in option)
         return (
-            f"SELECT data FROM pg_logical_slot_peek_binary_changes({literal(self._config.slot)}, "
-            f"{literal(format_lsn(upto))}, NULL, VARIADIC ARRAY[{listed}])"
+            "SELECT data, pg_lsn_send(lsn) FROM pg_logical_slot_peek_binary_changes("
+            f"{literal(self._config.slot)}, {literal(format_lsn(upto))}, NULL, VARIADIC ARRAY[{listed}])"
         )
 
     def _give_up(self, reason: str) -> None:
@@ -303,14 +306,14 @@ class Bulk:
 
 
 class _Query:
-    """One query of a bytea column on a thread of its own, so that its reader can stop while the server
+    """One query of bytea columns on a thread of its own, so that its reader can stop while the server
     is at work, and decode while more comes. At most two batches wait."""
 
     def __init__(self, connection: Any, query: str) -> None:
         self._connection = connection
         self._cursor = connection.cursor()
         self._query = query
-        self._ready: queue.Queue[pa.BinaryArray | Exception | None] = queue.Queue(maxsize=2)
+        self._ready: queue.Queue[pa.RecordBatch | Exception | None] = queue.Queue(maxsize=2)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="query", daemon=True)
 
@@ -330,8 +333,8 @@ class _Query:
             self._cursor.close()
             self._connection.rollback()
 
-    def batches(self) -> Iterator[pa.BinaryArray]:
-        """Yield the column as it comes, and an empty array whenever nothing came for a while."""
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield the rows as they come, and an empty batch whenever nothing came for a while."""
         while True:
             item = self._next()
             if item is None:
@@ -343,7 +346,7 @@ class _Query:
             del item
             yield held.pop()
 
-    def _next(self) -> pa.BinaryArray | Exception | None:
+    def _next(self) -> pa.RecordBatch | Exception | None:
         with contextlib.suppress(queue.Empty):
             return self._ready.get(timeout=_POLL)
         return _NOTHING
@@ -352,7 +355,7 @@ class _Query:
         try:
             self._cursor.execute(self._query)
             for batch in self._cursor.fetch_record_batch():
-                self._put(batch.column(0))
+                self._put(batch)
                 del batch
                 if self._closed.is_set():
                     return
@@ -360,7 +363,7 @@ class _Query:
         except Exception as error:
             self._put(error)
 
-    def _put(self, item: pa.BinaryArray | Exception | None) -> None:
+    def _put(self, item: pa.RecordBatch | Exception | None) -> None:
         while not self._closed.is_set():
             with contextlib.suppress(queue.Full):
                 self._ready.put(item, timeout=_POLL)
@@ -389,6 +392,15 @@ def _answers(connection: Any) -> bool:
     except (adbc.Error, OSError):
         return False
     return True
+
+
+def _lsns(column: pa.BinaryArray) -> np.ndarray:
+    """Return LSNs, eight bytes each as the server sends them, as integers."""
+    _, offsets, data = column.buffers()
+    if not len(column):
+        return np.empty(0, np.int64)
+    first = np.frombuffer(offsets, np.int32)[column.offset]
+    return np.frombuffer(data, ">i8", len(column), first).astype(np.int64)
 
 
 def _kilobytes(size: int) -> str:

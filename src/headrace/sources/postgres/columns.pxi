@@ -129,6 +129,7 @@ cdef class Table:
     cdef Strings ops
     cdef Block serials
     cdef Block ordinals
+    cdef Block lsns
     cdef list columns  # of Strings
     cdef Entries unchanged  # None until a row needs it, like `before`
     cdef Entries before
@@ -148,20 +149,22 @@ cdef class Table:
             self.is_key[i] = relation.columns[i].is_key
         self.names_weight = weigh(self.names, width)
         strings = [(column.name, pa.string()) for column in relation.columns]
-        self.schema = pa.schema([("_op", OPS), ("_serial", pa.int64()), ("_ordinal", pa.int64()), *strings])
+        numbers = [(name, pa.int64()) for name in ("_serial", "_ordinal", "_lsn")]
+        self.schema = pa.schema([("_op", OPS), *numbers, *strings])
 
     def __dealloc__(self):
         free(self.names)
         free(self.is_key)
 
     cdef int begin_batch(self) except -1:
-        self.ops, self.serials, self.ordinals = Strings(), Block(), Block()
+        self.ops, self.serials, self.ordinals, self.lsns = Strings(), Block(), Block(), Block()
         self.columns = [Strings() for _ in range(self.width)]
         return 0
 
     cdef int end_batch(self) except -1:
         """Let go of the batch's memory: from here on it is Arrow's alone."""
-        self.ops = self.serials = self.ordinals = self.columns = self.unchanged = self.before = None
+        self.ops = self.serials = self.ordinals = self.lsns = self.columns = None
+        self.unchanged = self.before = None
         self.rows = self.bytes = 0
         return 0
 
@@ -176,12 +179,13 @@ cdef class Table:
                 unchanged |= self.new[i].kind == c"u"
         return unchanged
 
-    cdef int put(self, char op, int64_t serial, int64_t ordinal, const Cell* cells) except -1:
+    cdef int put(self, char op, int64_t serial, int64_t ordinal, int64_t lsn, const Cell* cells) except -1:
         cdef Cell letter = Cell(<const uint8_t*> &op, 1, c"t")
         cdef Py_ssize_t i
         self.ops.put(self.rows, &letter)
         self.serials.put(self.rows, serial)
         self.ordinals.put(self.rows, ordinal)
+        self.lsns.put(self.rows, lsn)
         for i in range(self.width):
             (<Strings> self.columns[i]).put(self.rows, &cells[i])
         return 0
@@ -217,7 +221,7 @@ cdef class Table:
         schema = self.schema
         size = self.rows * sizeof(int64_t)
         arrays = [self.ops.seal(self.rows)]
-        for block in (self.serials, self.ordinals):
+        for block in (self.serials, self.ordinals, self.lsns):
             arrays.append(pa.Array.from_buffers(pa.int64(), self.rows, [None, block.seal(size)]))
         for column in self.columns:
             arrays.append(column.seal(self.rows))

@@ -63,6 +63,7 @@ def as_changes(batch: pa.RecordBatch, commit: int, after: int, now: int) -> pa.R
         "_ordinal": pa.array(np.arange(after + 1, after + count + 1, dtype=np.int64)),
         "_committed_at": pa.repeat(pa.scalar(now, pa.int64()), count),
         "_txid": pa.repeat(pa.scalar(0, pa.int64()), count),
+        "_lsn": pa.repeat(pa.scalar(commit, pa.int64()), count),
     }
     return pa.RecordBatch.from_pydict({**head, **dict(zip(batch.schema.names, batch.columns, strict=True))})
 

@@ -1,4 +1,7 @@
-"""What the changes of a Postgres source are, once `pgoutput.Decoder` has read them. No I/O here."""
+"""What the changes of a Postgres source are, once `pgoutput.Decoder` has read them. No I/O here.
+
+An `lsn` is where a change stands in the WAL, as the server said it.
+"""
 
 from __future__ import annotations
 
@@ -90,6 +93,7 @@ class Truncate:
     ordinal: int
     cascade: bool
     restart_identity: bool
+    lsn: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.change import Entry, Position, TableId, TableSchema
-from headrace.payload import decode_rows, encode_rows
+from headrace.payload import HEAD, encode_rows, read_batch, write_batch
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.events import (
     Dated,
@@ -28,7 +28,7 @@ from headrace.sources.postgres.shapes import Shapes
 from headrace.sources.postgres.spool import Spool, SpoolSpace
 from headrace.sources.postgres.undecodable import Undecodable, text_of
 
-_HEAD = 3  # the decoder's own columns before the source's: _op, _serial, _ordinal
+_HEAD = 4  # the decoder's own columns before the source's: _op, _serial, _ordinal, _lsn
 
 
 class _OpenTransaction:
@@ -42,7 +42,7 @@ class _OpenTransaction:
         """Keep one piece. Raises SourceUnavailable where there is no room."""
         for event in events:
             if isinstance(event, Rows):
-                self._spool.append(encode_rows(event.batch))
+                self._spool.append(write_batch(event.batch))
         self._pieces.append([event.relation if isinstance(event, Rows) else event for event in events])
 
     def pieces(self) -> Iterator[Sequence[Event]]:
@@ -55,7 +55,7 @@ class _OpenTransaction:
             step = 1 if all(event == piece[0] for event in piece) else len(piece)
             for at in range(0, len(piece), step):
                 yield [
-                    Rows(event, decode_rows(next(payloads))) if isinstance(event, Relation) else event
+                    Rows(event, read_batch(next(payloads))) if isinstance(event, Relation) else event
                     for event in piece[at : at + step]
                 ]
         self._spool.close()
@@ -152,16 +152,22 @@ class GroupBuilder:
         elif isinstance(event, Truncate) and times.fresh(event.serial):
             serial = event.serial
             at = times.position(serial, event.ordinal)
+            payload = json.dumps({"lsn": event.lsn, "txid": times.xid(serial)}).encode()
             for relation in filter(self._roster.admits, event.relations):
                 table = _table(relation)
                 version = self._version(relation, serial, event.ordinal, times, entries)
-                entries.append(Entry("truncate", table, at, at, times.at(serial), 1, version, b""))
+                entries.append(Entry("truncate", table, at, at, times.at(serial), 1, version, payload))
         elif isinstance(event, Message):
             at, committed_at = times.of_message(event)
             if at.commit > times.after:
-                content = {"prefix": event.prefix, "content": text_of(event.content)}
-                payload = json.dumps(content, ensure_ascii=False)
-                entries.append(Entry("message", None, at, at, committed_at, 0, 0, payload.encode()))
+                content = {
+                    "prefix": event.prefix,
+                    "content": text_of(event.content),
+                    "lsn": event.lsn,
+                    "txid": times.xid(event.serial),
+                }
+                payload = json.dumps(content, ensure_ascii=False).encode()
+                entries.append(Entry("message", None, at, at, committed_at, 0, 0, payload))
 
     def _resolve(self, rows: Rows, times: _Times, entries: list[Entry]) -> None:
         """Give rows their commit, time and transaction id, and drop those that the log holds."""
@@ -171,9 +177,9 @@ class GroupBuilder:
         table = _table(rows.relation)
         serials = batch.column(1).to_numpy()
         commits, moments, xids = times.of(serials)
-        columns = [batch.column(0), commits, batch.column(2), moments, xids, *batch.columns[_HEAD:]]
-        names = ["_op", "_commit", "_ordinal", "_committed_at", "_txid", *batch.schema.names[_HEAD:]]
-        ordinals = batch.column(2)
+        op, _, ordinals, lsns, *cells = batch.columns
+        columns = [op, commits, ordinals, moments, xids, lsns, *cells]
+        names = [*HEAD, *batch.schema.names[_HEAD:]]
         first = Position(self._epoch, commits[0].as_py(), ordinals[0].as_py())
         last = Position(self._epoch, commits[-1].as_py(), ordinals[-1].as_py())
         whole = self._undecodable.escape(table, pa.RecordBatch.from_arrays(columns, names=names))
@@ -247,6 +253,10 @@ class _Times:
 
     def at(self, serial: int) -> int:
         return int(self._moments[max(serial - self._base, 0)])
+
+    def xid(self, serial: int) -> int:
+        """Return the id of a transaction, 0 for what stands outside of one."""
+        return int(self._xids[serial - self._base]) if serial >= 0 else 0
 
     def position(self, serial: int, ordinal: int) -> Position:
         return Position(self._epoch, int(self._commits[max(serial - self._base, 0)]), ordinal)

@@ -24,8 +24,13 @@ From version 2 on a large transaction comes in blocks, before it commits and bet
     A abort     xid:4 subxid:4 [lsn:8 aborted_at:8], of a subtransaction if the two differ
 
 In a block R, Y, I, U, D, T and M have the (sub)transaction's xid:4 behind their kind. What a block
-holds is not decoded but kept, framed `xid:4 length:4 message` in the machine's byte order, until
+holds is not decoded but kept, framed `lsn:8 xid:4 length:4 message` in the machine's byte order, until
 `replay` brings it back. `b`, `P`, `K`, `r` and `p` belong to `two_phase`, which is never asked for.
+
+What a message does not hold is where in the WAL its change stands: the server says that beside it. In a
+stream it stands in what wraps the message, XLogData:
+
+    w XLogData  start:8 end:8 sent_at:8 message
 
 A message is read to its last byte before anything of it is kept, and every read is checked against
 its end. No Python object is made for a row: its text goes from the message into the memory that
@@ -55,9 +60,10 @@ REMEDY = "Restart the source; if it happens again, check what stands between Hea
 
 cdef enum:
     RECENT_TABLES = 1024  # slots that find a table by its id without making a Python int
-    ROW_BYTES = 24  # what operation, serial and ordinal of a row weigh
+    ROW_BYTES = 32  # what operation, serial, ordinal and LSN of a row weigh
     EVENT_BYTES = 128  # what an event without rows, or a transaction, weighs; so that all is counted
-    FRAME_HEAD = 8  # bytes before a kept message: its xid, its length
+    FRAME_HEAD = 16  # bytes before a kept message: its LSN, its xid, its length
+    WRAPPED = 25  # bytes before the message in an XLogData
     TAIL_BYTES = 1 << 20  # what is kept of one streamed transaction before the spool takes it over
 
 
@@ -146,15 +152,18 @@ cdef int read_tuple(Wire* wire, Cell* cells, Py_ssize_t width) except -1:
     return unchanged
 
 
-cdef int append_frame(bytearray tail, uint32_t xid, char kind, const uint8_t* body, Py_ssize_t size) except -1:
+cdef int append_frame(
+    bytearray tail, int64_t lsn, uint32_t xid, char kind, const uint8_t* body, Py_ssize_t size
+) except -1:
     """Add a message to `tail` as `Decoder.replay` reads it."""
     cdef Py_ssize_t at = PyByteArray_GET_SIZE(tail)
     cdef uint32_t length = <uint32_t> size + 1
     cdef char* frame
     PyByteArray_Resize(tail, at + FRAME_HEAD + length)
     frame = PyByteArray_AS_STRING(tail) + at
-    memcpy(frame, &xid, 4)
-    memcpy(frame + 4, &length, 4)
+    memcpy(frame, &lsn, 8)
+    memcpy(frame + 8, &xid, 4)
+    memcpy(frame + 12, &length, 4)
     frame[FRAME_HEAD] = kind
     memcpy(frame + FRAME_HEAD + 1, body, size)
     return 0
@@ -170,6 +179,7 @@ cdef class Decoder:
         _op         string                'c', 'u' or 'd'
         _serial     int64
         _ordinal    int64
+        _lsn        int64                 where its change stands in the WAL, as the server said it
         …           string                the relation's columns in its order; found by position, since
                                           a source column may have any name. Null is also what is
                                           unchanged, or absent from the key that a delete carries
@@ -206,6 +216,7 @@ cdef class Decoder:
     cdef int64_t serials
     cdef int64_t serial  # -1 outside of a transaction
     cdef int64_t ordinal
+    cdef int64_t lsn  # of the message that is decoded
     cdef uint64_t commit_lsn
     cdef uint32_t xid
     cdef str origin  # of the open transaction
@@ -226,7 +237,7 @@ cdef class Decoder:
             raise ValueError("a batch holds at least one row and one byte")
         self.max_batch_rows, self.max_batch_bytes = max_batch_rows, max_batch_bytes
         self.pending_rows = self.pending_bytes = 0
-        self.serials, self.serial, self.ordinal = 0, -1, 0
+        self.serials, self.serial, self.ordinal, self.lsn = 0, -1, 0, 0
         self.origin, self.spool, self.block = "", spool, None
         self.waiting = self.replaying = self.aborted = False
         self.tables, self.named, self.recent = {}, {}, [None] * RECENT_TABLES
@@ -237,13 +248,19 @@ cdef class Decoder:
         """Whether a Begin still waits for its Commit."""
         return self.serial >= 0
 
-    def push(self, message, Py_ssize_t start=0):
-        """Decode the one pgoutput message in `message[start:]`; it may be changed afterwards.
+    def push(self, message, int64_t lsn=0):
+        """Decode one pgoutput message, which stands at `lsn`; it may be changed afterwards.
 
         Returns whether a streamed transaction has committed: it is to be replayed before the next push.
-        Raises MalformedMessage, what the spool raises, and ValueError for a `start` outside of the
-        message or a replay that was left out.
+        Raises MalformedMessage, what the spool raises, and ValueError for a replay that was left out.
         """
+        return self.receive(message, lsn, False)
+
+    def push_data(self, data):
+        """Decode the message in one XLogData, see `push`."""
+        return self.receive(data, 0, True)
+
+    cdef bint receive(self, message, int64_t lsn, bint wrapped) except *:
         cdef Py_buffer view
         cdef Wire wire
         if self.failure is not None:
@@ -252,11 +269,10 @@ cdef class Decoder:
         try:
             if self.waiting:
                 raise ValueError("a streamed transaction that has committed is to be replayed first")
-            if start < 0 or start > view.len:
-                raise ValueError(f"start {start} is outside of a message of {view.len} bytes")
-            wire.start = wire.at = <const uint8_t*> view.buf + start
-            wire.end = <const uint8_t*> view.buf + view.len
-            self.decode(&wire)
+            wire.start = wire.at = <const uint8_t*> view.buf
+            wire.end = wire.start + view.len
+            self.lsn = lsn
+            self.decode(&wire, wrapped)
         finally:
             PyBuffer_Release(&view)
         return self.waiting
@@ -276,8 +292,9 @@ cdef class Decoder:
         self.replaying = True
         try:
             while start < size and self.pending_bytes < max_bytes:
-                memcpy(&xid, data + start, 4)
-                memcpy(&length, data + start + 4, 4)
+                memcpy(&self.lsn, data + start, 8)
+                memcpy(&xid, data + start + 8, 4)
+                memcpy(&length, data + start + 12, 4)
                 wire.start = wire.at = data + start + FRAME_HEAD
                 wire.end = wire.start + length
                 start += FRAME_HEAD + length
@@ -290,15 +307,18 @@ cdef class Decoder:
             self.replaying = self.aborted = False
         return start
 
-    def push_many(self, messages, Py_ssize_t start=0, Py_ssize_t max_pending_bytes=PY_SSIZE_T_MAX):
+    def push_many(self, messages, lsns, Py_ssize_t start=0, Py_ssize_t max_pending_bytes=PY_SSIZE_T_MAX):
         """Decode the messages of a pyarrow.BinaryArray, one to a value, from index `start` on.
+
+        `lsns` says where each stands: a numpy array of as many int64.
 
         Stops behind the message with which `pending_bytes` reaches `max_pending_bytes`, at the latest
         at the array's end; returns the index of the first message that it left.
 
         Raises MalformedMessage, for a null too; TypeError for another array, and ValueError for a
-        `start` outside of it.
+        `start` outside of it or another number of LSNs.
         """
+        cdef const int64_t[::1] places = lsns
         cdef const int32_t[::1] offsets
         cdef const uint8_t[::1] text
         cdef const uint8_t* data = NULL
@@ -309,6 +329,8 @@ cdef class Decoder:
         cdef Py_ssize_t first = messages.offset, count = len(messages)
         if start < 0 or start > count:
             raise ValueError(f"start {start} is outside of an array of {count} messages")
+        if places.shape[0] != count:
+            raise ValueError(f"{places.shape[0]} LSNs for {count} messages")
         if self.failure is not None:
             raise copy(self.failure)
         if start == count:
@@ -324,6 +346,7 @@ cdef class Decoder:
         for at in range(first + start, first + count):
             wire.start = wire.at = data + offsets[at]
             wire.end = data + offsets[at + 1]
+            self.lsn = places[at - first]
             self.decode(&wire)
             if self.pending_bytes >= max_pending_bytes:
                 return at + 1 - first
@@ -341,8 +364,19 @@ cdef class Decoder:
         self.pending_rows = self.pending_bytes = 0
         return taken
 
-    cdef int decode(self, Wire* wire) except -1:
+    cdef int unwrap(self, Wire* wire) except -1:
+        """Go on to the message in an XLogData, and note where its change stands."""
+        need(wire, WRAPPED)
+        if <char> integer(wire, 1) != c"w":
+            fault(wire, "it is no XLogData")
+        self.lsn = <int64_t> integer(wire, 8)
+        wire.start = wire.at = wire.start + WRAPPED
+        return 0
+
+    cdef int decode(self, Wire* wire, bint wrapped=False) except -1:
         try:
+            if wrapped:
+                self.unwrap(wire)
             if wire.end - wire.start > INT32_MAX:
                 fault(wire, "it is longer than 2 GiB - 1")
             if self.block is not None:
@@ -386,7 +420,7 @@ cdef class Decoder:
             xid = <uint32_t> integer(wire, 4)
         elif kind != c"O":  # comes without an xid: it is the transaction's
             fault(wire, "it has no place in a stream block")
-        append_frame(self.block, xid, kind, wire.at, wire.end - wire.at)
+        append_frame(self.block, self.lsn, xid, kind, wire.at, wire.end - wire.at)
         if PyByteArray_GET_SIZE(self.block) >= TAIL_BYTES:
             self.spool.flush()
         return 0
@@ -464,7 +498,7 @@ cdef class Decoder:
             if not table.told:
                 self.tell(table)
             table.begin_batch()
-        table.put(op, self.serial, self.ordinal + 1, cells)
+        table.put(op, self.serial, self.ordinal + 1, self.lsn, cells)
         if unchanged:
             table.put_unchanged(cells)
         if old:
@@ -565,7 +599,7 @@ cdef class Decoder:
         if self.spool is not None and not self.replaying:
             # It is newer than what streamed transactions have said so far: their replay ends with it.
             for tail in self.spool.tails():
-                append_frame(tail, 0, c"R", body, wire.end - body)
+                append_frame(tail, self.lsn, 0, c"R", body, wire.end - body)
         return self.learn(Relation(id, schema, name, replica_identity, tuple(columns)))
 
     cdef int learn(self, relation) except -1:
@@ -605,7 +639,9 @@ cdef class Decoder:
         self.ordinal += 1
         relations = tuple([(<Table> table).relation for table in tables])
         cascade, restart_identity = options & 1 != 0, options & 2 != 0
-        return self.append(Truncate(relations, self.serial, self.ordinal, cascade, restart_identity))
+        return self.append(
+            Truncate(relations, self.serial, self.ordinal, cascade, restart_identity, self.lsn)
+        )
 
     cdef int message(self, Wire* wire) except -1:
         transactional = integer(wire, 1) & 1 != 0

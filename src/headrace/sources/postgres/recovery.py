@@ -45,7 +45,8 @@ def heard_entry(db: Connection, heard: int, epoch: int) -> Entry:
     everything; it stands in for a heartbeat."""
     row = db.execute(_AS_OF).fetchone()
     at = Position(epoch, heard, 0)
-    payload = json.dumps({"prefix": "headrace", "content": "heard"}).encode()
+    content = {"prefix": "headrace", "content": "heard", "lsn": heard, "txid": 0}
+    payload = json.dumps(content).encode()
     return Entry("message", None, at, at, int(row[0]) if row else 0, 0, 0, payload)
 
 

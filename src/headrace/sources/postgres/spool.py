@@ -32,7 +32,7 @@ ALERT_AT = 0.8
 _MAX_TAILS = 16  # MiB at most: where more transactions are open, each block goes to the spool at once
 
 _CODEC = pa.Codec("lz4_raw")
-_FRAME = struct.Struct("=II")  # xid and length, as `Decoder.replay` reads them
+_FRAME = struct.Struct("=qII")  # LSN, xid and length, as `Decoder.replay` reads them
 _BEGIN = struct.Struct(">cQqI")
 _COMMIT = struct.Struct(">cbQQq")
 _EPOCH_2000 = 946_684_800_000_000
@@ -282,4 +282,4 @@ class StreamedTransactions:
 
 
 def _frame(message: bytes) -> bytes:
-    return _FRAME.pack(0, len(message)) + message
+    return _FRAME.pack(0, 0, len(message)) + message

@@ -21,7 +21,6 @@ from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.slot import replication_error
 
 _PUMP_MESSAGES = 20_000
-_XLOG_HEADER = 25
 _STATUS = struct.Struct(">cqqqqb")
 _LSN = struct.Struct(">q")
 _EPOCH_2000 = 946_684_800
@@ -124,7 +123,7 @@ class Stream:
                 if size < 0:
                     raise self._end(size)
                 if data[0] == b"w"[0]:
-                    if decoder.push(data, _XLOG_HEADER) or decoder.pending_bytes >= max_bytes:
+                    if decoder.push_data(data) or decoder.pending_bytes >= max_bytes:
                         break
                 elif data[0] == b"k"[0]:
                     asked |= bool(data[17])
