@@ -25,7 +25,7 @@ check: $(VENV)/.dev ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev $(if $(filter debezium,$(BENCH)),$(VENV)/.bench) ## one benchmark: make bench BENCH=catchup
+bench: $(VENV)/.dev ## one benchmark: make bench BENCH=catchup
 	$(BIN)/python benchmarks/bench.py $(BENCH) --json $(BENCH_FLAGS)
 
 clean: ## remove what the targets above made
@@ -40,15 +40,9 @@ $(VENV)/.demo: $(VENV)/.venv $(INPUTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.venv $(INPUTS)
-	@echo "Installing headrace with its tools for development (once) …"
+	@echo "Installing headrace with its tools for development, 200 MB of Debezium among them (once) …"
 	@$(PIP) install --no-build-isolation --editable '.[dev]'
 	@touch $@ $(VENV)/.demo
-
-# 200 MB: only for the one benchmark that needs them.
-$(VENV)/.bench: $(VENV)/.dev
-	@echo "Installing Debezium's jars for its benchmark (once) …"
-	@$(PIP) install --no-build-isolation --editable '.[bench]'
-	@touch $@
 
 $(VENV)/.venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
