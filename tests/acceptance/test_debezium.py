@@ -146,7 +146,10 @@ class Captured:
     def _made(self, envelope: Envelope, entry: Entry) -> list[Event]:
         match entry.kind:
             case "rows" | "copy":
-                return list(envelope.rows(self.shapes[entry.table], decode_rows(entry.payload)))
+                batch = decode_rows(entry.payload)
+                if entry.kind == "copy":
+                    assert set(batch["_lsn"].to_pylist()) == {entry.first.commit}
+                return list(envelope.rows(self.shapes[entry.table], batch))
             case "truncate":
                 return [envelope.truncate(entry)]
             case "message":

@@ -91,8 +91,8 @@ class Envelope:
         now = time.time_ns()
         for i, (op, _, _, committed_at, txid, lsn) in enumerate(zip(*head, strict=True)):
             copied = op == "r"
-            sequence = (None if copied else earlier[i], lsn)
-            source = self._source(schema.table, committed_at, txid or None, sequence, copied=copied)
+            after_commit = None if copied else earlier[i]
+            source = self._source(schema.table, committed_at, txid, after_commit, lsn, copied=copied)
             key, old = _key(schema, after[i]), before[i]
             if op == "d":
                 yield Event(topic, key, _value("d", after[i], None, source, now))
@@ -113,7 +113,7 @@ class Envelope:
         told = json.loads(entry.payload)
         self.see([entry.last.commit])
         (earlier,) = self._earlier([entry.last.commit])
-        source = self._source(entry.table, entry.committed_at, told["txid"], (earlier, told["lsn"]))
+        source = self._source(entry.table, entry.committed_at, told["txid"], earlier, told["lsn"])
         return Event(self._topic(entry.table), None, _value("t", None, None, source, time.time_ns()))
 
     def message(self, entry: Entry) -> Event:
@@ -122,8 +122,7 @@ class Envelope:
         inside = bool(told["txid"])
         self.see([entry.last.commit if inside else told["lsn"]])
         earlier = self._earlier([entry.last.commit])[0] if inside else told["lsn"]
-        sequence = (earlier, told["lsn"])
-        source = self._source(TableId("", ""), entry.committed_at, told["txid"] or None, sequence)
+        source = self._source(TableId("", ""), entry.committed_at, told["txid"], earlier, told["lsn"])
         content = base64.b64encode(bytes_of(told["content"])).decode()
         value = {
             "op": "m",
@@ -148,8 +147,9 @@ class Envelope:
         self,
         table: TableId,
         committed_at: int,
-        txid: int | None,
-        sequence: tuple[int | None, int],
+        txid: int,
+        earlier: int | None,
+        lsn: int,
         *,
         copied: bool = False,
     ) -> Row:
@@ -160,15 +160,13 @@ class Envelope:
             "ts_ms": committed_at // 1000,
             "snapshot": "true" if copied else "false",
             "db": self._database,
-            "sequence": json.dumps(
-                [None if lsn is None else str(lsn) for lsn in sequence], separators=(",", ":")
-            ),
+            "sequence": f'[null,"{lsn}"]' if earlier is None else f'["{earlier}","{lsn}"]',
             "ts_us": committed_at,
             "ts_ns": committed_at * 1000,
             "schema": table.schema,
             "table": table.name,
-            "txId": txid,
-            "lsn": sequence[1],
+            "txId": txid or None,
+            "lsn": lsn,
             "xmin": None,
             "origin": None,
             "origin_lsn": None,
