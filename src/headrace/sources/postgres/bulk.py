@@ -296,7 +296,7 @@ class Bulk:
             options["origin"] = self._origin
         listed = ", ".join(literal(text) for option in options.items() for text in option)
         return (
-            "SELECT data, pg_lsn_send(lsn) FROM pg_logical_slot_peek_binary_changes("
+            "SELECT data, lsn FROM pg_logical_slot_peek_binary_changes("
             f"{literal(self._config.slot)}, {literal(format_lsn(upto))}, NULL, VARIADIC ARRAY[{listed}])"
         )
 
@@ -306,8 +306,8 @@ class Bulk:
 
 
 class _Query:
-    """One query of bytea columns on a thread of its own, so that its reader can stop while the server
-    is at work, and decode while more comes. At most two batches wait."""
+    """One query on a thread of its own, so that its reader can stop while the server is at work, and decode
+    while more comes. At most two batches wait."""
 
     def __init__(self, connection: Any, query: str) -> None:
         self._connection = connection
@@ -394,8 +394,12 @@ def _answers(connection: Any) -> bool:
     return True
 
 
-def _lsns(column: pa.BinaryArray) -> np.ndarray:
+def _lsns(column: pa.Array) -> np.ndarray:
     """Return LSNs, eight bytes each as the server sends them, as integers."""
+    if isinstance(column, pa.ExtensionArray):  # a type that the driver does not know, as the server sends it
+        column = column.storage
+    if not pa.types.is_binary(column.type):
+        raise TypeError(f"LSNs come as binary, not as {column.type}")
     _, offsets, data = column.buffers()
     if not len(column):
         return np.empty(0, np.int64)
