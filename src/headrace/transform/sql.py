@@ -154,13 +154,14 @@ def _refuse_what_rows_cannot_do(file: str, node: dict[str, Any]) -> None:
 
 def _functions() -> dict[str, str]:
     """Say which functions are aggregates and which depend on when they run."""
-    # `ago` is a macro over the clock, of which the catalog does not say so.
+    # Variants over TIMESTAMPTZ depend on the session's time zone, which is pinned: a function is no clock
+    # for them. `ago` is a macro over the clock, of which the catalog does not say so.
     with duckdb.connect() as db:
         rows = db.execute(
-            """SELECT DISTINCT function_name,
-              CASE WHEN function_type = 'aggregate' THEN 'aggregate' ELSE 'clock' END
-            FROM duckdb_functions() WHERE function_type = 'aggregate'
-            OR (function_type = 'scalar' AND stability <> 'CONSISTENT')"""
+            """SELECT function_name, CASE WHEN bool_or(function_type = 'aggregate') THEN 'aggregate'
+              WHEN bool_or(stability = 'VOLATILE') OR bool_and(stability <> 'CONSISTENT') THEN 'clock' END AS what
+            FROM duckdb_functions() WHERE function_type IN ('aggregate', 'scalar')
+            GROUP BY ALL HAVING what IS NOT NULL"""
         ).fetchall()
     return dict(rows) | {"ago": "clock"}
 
