@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi')
-BUILT := $(wildcard src/headrace/sources/postgres/*.so)
-INPUTS := pyproject.toml setup.py $(NATIVE) $(if $(word 2,$(BUILT)),,FORCE)
+BUILT := $(wildcard src/headrace/*.so src/headrace/sources/postgres/*.so)
+INPUTS := pyproject.toml setup.py $(NATIVE) $(if $(word 3,$(BUILT)),,FORCE)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 BENCH ?= end_to_end
 BENCH_FLAGS ?=
@@ -30,7 +30,7 @@ bench: $(VENV)/.dev ## one benchmark: make bench BENCH=catchup
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f src/headrace/sources/postgres/pgoutput.c src/headrace/sources/postgres/copytext.c $(BUILT)
+	rm -f $(NATIVE:.pyx=.c) $(BUILT)
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # Without build isolation, so that a rebuild after an edit needs no network.

@@ -3,14 +3,14 @@
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-NATIVE = ("pgoutput", "copytext")
+NATIVE = ("keyfilter", "sources.postgres.pgoutput", "sources.postgres.copytext")
 
 setup(
     ext_modules=cythonize(
         [
             Extension(
-                f"headrace.sources.postgres.{name}",
-                [f"src/headrace/sources/postgres/{name}.pyx"],
+                f"headrace.{name}",
+                [f"src/headrace/{name.replace('.', '/')}.pyx"],
                 extra_compile_args=["-O3"],
             )
             for name in NATIVE

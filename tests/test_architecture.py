@@ -16,7 +16,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = [
     {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys"},
-    {"protocols", "payload", "cells", "debezium"},
+    {"protocols", "payload", "keyfilter", "cells", "debezium"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {"joining", "lane", "pipeline", "server", "verify", "memory"},
     {"cli", "console", "testing"},

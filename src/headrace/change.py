@@ -34,6 +34,7 @@ RESERVED = (
     "_txid",
     "_unchanged",
     "_before",
+    "_lsn",
     "_source",
     "_source_key",
 )
@@ -137,7 +138,7 @@ class CopyMark:
       table's shape, `bounds` the keys (texts) at which it is cut into chunks, `after` the offset behind
       which every change that the copy does not contain stands, `reason` why it is made, `files` the
       table's files at the source, others once it was rewritten.
-    - `chunk`: chunk number `chunk` is whole: its rows are the entries before it in its group.
+    - `chunk`: chunk number `chunk` is whole: its `rows` are the entries before it in its group.
     - `end`: all chunks are, and the stream has passed the last of their snapshots: the table is live.
       Its snapshots were taken at commits from `floor` to `ceiling`, all the same if it took only one.
     """
@@ -151,6 +152,7 @@ class CopyMark:
     chunk: int = 0
     floor: int = 0
     ceiling: int = 0
+    rows: int = 0
 
     def to_json(self) -> str:
         """Render as one line of JSON, the payload of a marker."""
@@ -182,11 +184,33 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceMark:
+    """What a marker without a table says of the source as a whole.
+
+    - `gap`: changes that the log does not hold are gone from the source; `reason` says which.
+    - `resync`: the source begins anew; positions behind this marker are of another epoch.
+    """
+
+    kind: Literal["gap", "resync"]
+    reason: str = ""
+
+    def to_json(self) -> str:
+        """Render as one line of JSON, the payload of a marker."""
+        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> SourceMark:
+        """Read back what `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One record of the log before it has an offset.
 
-    `payload` by kind: rows, copy: an Arrow IPC stream; schema: `TableSchema` as JSON; message: JSON of
-    prefix and content; truncate: empty; marker: `CopyMark` as JSON.
+    `payload` by kind: rows, copy: see `headrace.payload`; schema: `TableSchema` as JSON; message: JSON of
+    prefix, content, lsn and txid; truncate: JSON of lsn and txid; marker: `CopyMark` as JSON, or
+    `SourceMark` where it has no table.
     """
 
     kind: Kind
@@ -198,11 +222,15 @@ class Entry:
     rows: int
     schema_version: int
     payload: bytes
+    txids: tuple[int, int] = (0, 0)
+    """The least and the greatest id of the source transactions in it; zeros where it is of none."""
+    filter: bytes = b""
+    """Which keys its rows may have, see `headrace.keyfilter`; empty where the table has no key."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoggedEntry:
-    """An entry as the log holds it."""
+    """An entry as the log holds it; `appended_at` is in microseconds since 1970 in UTC."""
 
     offset: Offset
     entry: Entry
@@ -212,7 +240,7 @@ class LoggedEntry:
 
 
 def shape_in(kind: str, payload: bytes | str) -> TableSchema | None:
-    """Return the shape that a schema entry, or the marker of a copy's begin, brings; else None."""
+    """Return the shape that a table's schema entry, or the marker of its copy's begin, brings; else None."""
     if kind == "schema":
         return TableSchema.from_json(payload)
     return CopyMark.from_json(payload).schema if kind == "marker" else None

@@ -9,7 +9,11 @@
     │   ├── SourceGap          changes we do not hold are gone from the source: the source stops
     │   └── MalformedMessage   bytes that are not what the protocol says
     ├── LogError
-    │   └── LogDamaged         a hash, an offset or an order that does not hold
+    │   ├── LogDamaged         a hash, an offset, an order or a page's checksum that does not hold
+    │   ├── LogFull            no room on its disk: RETRY, and the source is not confirmed meanwhile
+    │   ├── LogNotDurable      the system could not write it to the disk: capture stops
+    │   ├── LogTrimmed         entries that are asked for have been deleted by retention
+    │   └── CursorLost         a consumer was too far behind, and the log was trimmed beyond it
     ├── DestinationError
     │   ├── DestinationBusy    another process holds it: RETRY
     │   └── ForeignDestination its progress belongs to another log: refused before anything is read
@@ -95,6 +99,24 @@ class LogError(HeadraceError):
 
 class LogDamaged(LogError):
     """The log's content is not what was written."""
+
+
+class LogFull(LogError):
+    """There is no room for more; nothing is confirmed to the source until there is."""
+
+    verdict = Verdict.RETRY
+
+
+class LogNotDurable(LogError):
+    """An fsync failed: what was written may not be on the disk, and trying again proves nothing."""
+
+
+class LogTrimmed(LogError):
+    """The log no longer holds what is asked for."""
+
+
+class CursorLost(LogTrimmed):
+    """A consumer's next entries were deleted, since it held up more than `hold_max`."""
 
 
 class DestinationError(HeadraceError):

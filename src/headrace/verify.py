@@ -31,6 +31,7 @@ from headrace.destinations.tables import target_of
 from headrace.errors import HeadraceError
 from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
+from headrace.log.proof import verify as verify_log
 from headrace.pipeline import open_lanes
 from headrace.server import is_running, read
 from headrace.sources.postgres.slot import durable_commit
@@ -93,7 +94,7 @@ def _log(project: Project, source: str) -> list[Finding]:
     what = f"log {source}"
     try:
         lane = _lane(project, source)
-        end = lane.log.verify()
+        end = verify_log(lane.log).end
     except HeadraceError as error:
         return [Finding(what, False, str(error))]
     return [Finding(what, True, f"chain holds to offset {end.offset}, hash {end.hash[:12]}…", end.offset)]

@@ -222,7 +222,7 @@ def test_bulk_gives_what_the_stream_gives(
     through = min(peeked[-1][1], streamed[-1][1])  # each reader's own heartbeats come behind
     assert through > end
     assert [c for c in peeked if c[1] <= through] == [c for c in streamed if c[1] <= through]
-    logs[0].verify()
+    verify(logs[0])
 
 
 @pytest.mark.usefixtures("small")
@@ -260,7 +260,7 @@ def test_switches_lose_and_repeat_nothing(url: str, tmp_path: Path, monkeypatch:
         with contextlib.suppress(SourceUnavailable):
             done = capture(log, config, end)
     assert ids(log) == list(range(1, written + 1))
-    log.verify()
+    verify(log)
     assert len(streams) > 1
     assert len(peeks) > 1
 
@@ -289,7 +289,7 @@ def test_a_kill_inside_a_chunk_loses_and_repeats_nothing(url: str, tmp_path: Pat
         with contextlib.suppress(SourceUnavailable):
             done = capture(log, config, end - 1)
     assert ids(log) == list(range(1, 12_001))
-    log.verify()
+    verify(log)
 
 
 @pytest.mark.usefixtures("small")

@@ -80,8 +80,10 @@ def epochs(project: Project) -> list[int]:
 def copied(project: Project) -> dict[str, int]:
     """How many rows the newest copy of each table has brought."""
     with log_of(project) as log:
-        begun = {table: offset for offset, table, _, _, mark in log.copy_marks() if mark.kind == "begin"}
-        return {table.name: log.copied_rows(table, offset) for table, offset in begun.items()}
+        rows: dict[str, int] = {}
+        for _, table, _, _, mark in log.copy_marks():
+            rows[table.name] = 0 if mark.kind == "begin" else rows[table.name] + mark.rows
+        return rows
 
 
 def stands(server: PostgresServer) -> tuple[int, int]:

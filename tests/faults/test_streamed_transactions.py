@@ -70,7 +70,7 @@ class Captured:
         return psycopg.connect(self.url)
 
     def entries(self) -> list[Entry]:
-        self.lane.log.verify()
+        verify(self.lane.log)
         return [logged.entry for logged in self.lane.log.read(0, 1 << 40)]
 
     def changes(self) -> list[tuple[Any, ...]]:

@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "headrace.cli.captured:resync_source",
         "Begin anew with a source after a gap, and repair what differs.",
     ),
+    "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
@@ -60,7 +61,27 @@ TABLES: Mapping[str, tuple[str, str]] = {
     "resume": ("headrace.cli.captured:resume", "Let the models of paused tables go on."),
 }
 
-_GROUPS = {"quarantine": QUARANTINE, "tables": TABLES}
+LOG: Mapping[str, tuple[str, str]] = {
+    "head": ("headrace.cli.log:head", "Show where the log ends and begins, and what it holds."),
+    "tail": ("headrace.cli.log:tail", "List the newest entries, and with --follow those to come."),
+    "show": ("headrace.cli.log:show", "Show one entry with its rows."),
+    "find": ("headrace.cli.log_find:find", "Find a key's history, a transaction, a position or a time."),
+    "replay": (
+        "headrace.cli.log_replay:replay",
+        "Write changes out: JSON lines, Debezium's JSON, Parquet.",
+    ),
+    "consumers": ("headrace.cli.log:consumers", "List the named consumers and how far each has read."),
+    "verify": ("headrace.cli.log_proof:verify", "Prove that the log holds what was written."),
+    "anchor": ("headrace.cli.log_proof:anchor", "Note the log's head, to be kept elsewhere."),
+    "export": (
+        "headrace.cli.log_archive:export",
+        "Write the log to Parquet files, one a day.",
+    ),
+    "import": ("headrace.cli.log_archive:import_", "Make a log of exported files, and verify it."),
+    "backup": ("headrace.cli.log_archive:backup", "Copy a log, also while it is written to."),
+}
+
+_GROUPS = {"log": LOG, "quarantine": QUARANTINE, "tables": TABLES}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_text
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -157,19 +158,21 @@ def progress(project: Project, source: SourceConfig) -> Iterator[Progress]:
     try:
         if log.note(NOTE) is None:
             return
-        begun: dict[TableId, tuple[int, int]] = {}
+        begun: dict[TableId, int] = {}
         done: dict[TableId, list[int]] = {}
-        for offset, table, _, at, mark in log.copy_marks():
+        copied: Counter[TableId] = Counter()
+        for _, table, _, at, mark in log.copy_marks():
             if mark.kind == "begin":
-                begun[table], done[table] = (offset, len(mark.bounds) + 1), []
+                begun[table], done[table], copied[table] = len(mark.bounds) + 1, [], 0
             elif mark.kind == "chunk" and table in done:
                 done[table].append(at)
+                copied[table] += mark.rows
         for table, state in read_states(log).items():
-            offset, chunks = begun.get(table, (0, 0))
+            chunks = begun.get(table, 0)
             times = done.get(table, [])
             if state.stage == "requested":  # what the log holds is of the copy before
                 chunks, times = 0, []
-            rows = log.copied_rows(table, offset) if chunks else 0
+            rows = copied[table] if chunks else 0
             yield Progress(table, state, chunks, len(times), rows, _left(chunks, times))
     finally:
         log.close()

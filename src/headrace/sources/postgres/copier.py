@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import logging
 import queue
-import tempfile
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import IO
 
 import psycopg
 import pyarrow as pa
@@ -30,10 +27,12 @@ from headrace.change import CopyMark, Entry, Position, TableId, TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import RETRY_SQLSTATES, HeadraceError, SourceUnavailable, UserError
 from headrace.failpoints import failpoint
+from headrace.keyfilter import key_filter
 from headrace.payload import encode_rows
 from headrace.protocols import Log
 from headrace.sources.postgres.catalog import Connection, read_shapes
 from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, ranges
+from headrace.sources.postgres.chunkspool import ChunkSpool, Encoded
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.connection import connect, without_password
 from headrace.sources.postgres.copy import as_changes, files_of, is_partitioned, select_rows, was_rewritten
@@ -48,7 +47,6 @@ from headrace.sources.postgres.undecodable import Undecodable
 logger = logging.getLogger("headrace.copy")
 alerts = logging.getLogger("headrace.alert")
 
-_MEMORY = 16 << 20  # of a chunk's compressed rows; the rest waits on disk
 _LARGE_BATCH = 32 << 20  # bytes from which a batch is encoded before the next one is read
 _LOCK_WAIT = "5s"
 _CHANGED_MEANWHILE = ("42703", "42P01", "42804")
@@ -347,17 +345,18 @@ class Copier:
             table.left.discard(_SOUGHT)
 
     def _encoded(
-        self, encoder: Executor, batches: Iterable[pa.RecordBatch], table: TableId, at: Position, now: int
-    ) -> Iterator[tuple[int, int, bytes]]:
-        """Yield number of rows, size and payload of each batch; the rows follow position `at`. While one
-        is encoded the next one is read."""
+        self, encoder: Executor, batches: Iterable[pa.RecordBatch], shape: TableSchema, at: Position, now: int
+    ) -> Iterator[tuple[int, Encoded]]:
+        """Yield each batch's size and what it is encoded; the rows follow position `at`. While one is
+        encoded the next one is read."""
 
-        def encode(batch: pa.RecordBatch, after: int) -> tuple[int, int, bytes]:
-            cells = self._policy.apply(table, self._undecodable.escape(table, batch))
-            return batch.num_rows, batch.nbytes, encode_rows(as_changes(cells, at.commit, after, now))
+        def encode(batch: pa.RecordBatch, after: int) -> tuple[int, Encoded]:
+            cells = self._policy.apply(shape.table, self._undecodable.escape(shape.table, batch))
+            payload = encode_rows(as_changes(cells, at.commit, after, now))
+            return batch.nbytes, Encoded(batch.num_rows, payload, key_filter(cells, shape.key))
 
         ordinal = at.ordinal
-        former: Future[tuple[int, int, bytes]] | None = None
+        former: Future[tuple[int, Encoded]] | None = None
         for batch in batches:
             if former is not None:
                 yield former.result()
@@ -390,7 +389,7 @@ class Copier:
         snapshot = self.snapshots.current(table.first)
         if not table.schema.key:
             self._keep_to(snapshot, table)
-        rows = _Spool()
+        rows = ChunkSpool()
         first, read = Position(self._epoch, snapshot.commit, part.ordinal), 0
         now = time.time_ns() // 1000
         timeout = f"{self._config.max_snapshot_age:.0f}s"
@@ -398,8 +397,8 @@ class Copier:
             chosen = [condition(table.raw, part), *filter(None, [self._policy.where(table.id)])]
             query = select_rows(table.schema, is_partitioned(db, table.id), ") AND (".join(chosen))
             with closing(reader.rows(query, [column.name for column in table.schema.columns])) as batches:
-                for count, size, payload in self._encoded(encoder, batches, table.id, first, now):
-                    rows.add(count, payload)
+                for size, encoded in self._encoded(encoder, batches, table.schema, first, now):
+                    rows.add(encoded)
                     failpoint("source.copy.batch")
                     read += size
                     if self._stop.is_set():
@@ -426,15 +425,16 @@ class Copier:
         raise _ChangedMeanwhile("its snapshot was replaced")
 
     def _entries(
-        self, rows: _Spool, table: _Table, part: Range, snapshot: Snapshot, now: int
+        self, rows: ChunkSpool, table: _Table, part: Range, snapshot: Snapshot, now: int
     ) -> Iterator[Entry]:
         assert table.schema is not None
-        ordinal = part.ordinal
-        for count, payload in rows.drain():
+        ordinal, version = part.ordinal, table.schema.version
+        for count, payload, held in rows.drain():
             first, last = (Position(self._epoch, snapshot.commit, ordinal + n) for n in (1, count))
-            yield Entry("copy", table.id, first, last, now, count, table.schema.version, payload)
+            yield Entry("copy", table.id, first, last, now, count, version, payload, filter=held)
             ordinal += count
-        yield self._marker(table, snapshot.commit, CopyMark("chunk", chunk=part.number))
+        mark = CopyMark("chunk", chunk=part.number, rows=ordinal - part.ordinal)
+        yield self._marker(table, snapshot.commit, mark)
 
     def _marker(self, table: _Table, commit: int, mark: CopyMark) -> Entry:
         at = Position(self._epoch, commit, 0)
@@ -476,23 +476,3 @@ def _words(error: Exception) -> str:
 
 class _ChangedMeanwhile(Exception):
     """What was read of a table does not fit together."""
-
-
-class _Spool:
-    """The encoded rows of a chunk; on disk past a limit."""
-
-    def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.SpooledTemporaryFile(_MEMORY)  # noqa: SIM115 - lives with the chunk
-        weakref.finalize(self, self._file.close)  # a chunk may be dropped at any point of its way
-        self._parts: list[tuple[int, int]] = []
-
-    def add(self, rows: int, payload: bytes) -> None:
-        """Keep one batch."""
-        self._parts.append((rows, len(payload)))
-        self._file.write(payload)
-
-    def drain(self) -> Iterator[tuple[int, bytes]]:
-        """Yield number of rows and payload of every batch, in order."""
-        self._file.seek(0)
-        for rows, size in self._parts:
-            yield rows, self._file.read(size)

@@ -9,8 +9,10 @@ from itertools import chain
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.change import Entry, Position, TableId, TableSchema
+from headrace.keyfilter import key_filter
 from headrace.payload import HEAD, encode_rows, read_batch, write_batch
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.events import (
@@ -152,22 +154,20 @@ class GroupBuilder:
         elif isinstance(event, Truncate) and times.fresh(event.serial):
             serial = event.serial
             at = times.position(serial, event.ordinal)
-            payload = json.dumps({"lsn": event.lsn, "txid": times.xid(serial)}).encode()
+            txid = times.xid(serial)
+            payload = json.dumps({"lsn": event.lsn, "txid": txid}).encode()
             for relation in filter(self._roster.admits, event.relations):
                 table = _table(relation)
                 version = self._version(relation, serial, event.ordinal, times, entries)
-                entries.append(Entry("truncate", table, at, at, times.at(serial), 1, version, payload))
+                moment = times.at(serial)
+                entries.append(Entry("truncate", table, at, at, moment, 1, version, payload, (txid, txid)))
         elif isinstance(event, Message):
             at, committed_at = times.of_message(event)
             if at.commit > times.after:
-                content = {
-                    "prefix": event.prefix,
-                    "content": text_of(event.content),
-                    "lsn": event.lsn,
-                    "txid": times.xid(event.serial),
-                }
-                payload = json.dumps(content, ensure_ascii=False).encode()
-                entries.append(Entry("message", None, at, at, committed_at, 0, 0, payload))
+                txid = times.xid(event.serial)
+                content = {"prefix": event.prefix, "content": text_of(event.content)}
+                payload = json.dumps(content | {"lsn": event.lsn, "txid": txid}, ensure_ascii=False).encode()
+                entries.append(Entry("message", None, at, at, committed_at, 0, 0, payload, (txid, txid)))
 
     def _resolve(self, rows: Rows, times: _Times, entries: list[Entry]) -> None:
         """Give rows their commit, time and transaction id, and drop those that the log holds."""
@@ -185,9 +185,10 @@ class GroupBuilder:
         whole = self._undecodable.escape(table, pa.RecordBatch.from_arrays(columns, names=names))
         payload = encode_rows(whole)
         version = self._version(rows.relation, int(serials[0]), first.ordinal, times, entries)
-        entries.append(
-            Entry("rows", table, first, last, moments[-1].as_py(), batch.num_rows, version, payload)
-        )
+        txids = int(pc.min(xids).as_py()), int(pc.max(xids).as_py())
+        held = key_filter(whole, self._shapes[table].key)
+        at, count = moments[-1].as_py(), batch.num_rows
+        entries.append(Entry("rows", table, first, last, at, count, version, payload, txids, held))
 
     def _seen(self, event: RelationSeen, times: _Times) -> list[Entry]:
         """Compare a relation with the shape that the log knows; log it only if it differs.

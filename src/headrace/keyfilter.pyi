@@ -1,0 +1,6 @@
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+def key_filter(batch: pa.RecordBatch, key: Sequence[str]) -> bytes: ...
+def may_hold(held: bytes, key: Sequence[str | None]) -> bool: ...

@@ -1,0 +1,234 @@
+"""Proof that a log holds what was written: the chain, walked from end to end, and anchors outside of it.
+
+A chain shows what was altered, removed, swapped or repeated in its middle. That its tail was cut off, or
+that all of it was computed anew, shows only by comparison with a head that was noted elsewhere: an anchor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+from headrace.change import START, STREAMED, Mark, Offset, Position
+from headrace.errors import LogDamaged, LogError, UserError
+from headrace.log.database import RESTORE
+from headrace.log.entries import COLUMNS, Row, row_of
+from headrace.log.segments import segment_path, segments_in
+from headrace.log.sqlite import SQLiteLog
+
+_PAGE = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a verification has walked through: entries behind `begin` through `end`, `bytes` of payload."""
+
+    begin: Mark
+    end: Mark
+    entries: int
+    rows: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The head of a log at some time, to be kept elsewhere.
+
+    `position` is `epoch/commit/ordinal` of the stream there, `committed_at` its commit time and
+    `anchored_at` the time of the note, both microseconds since 1970 UTC; `signature` is an HMAC-SHA256
+    (hex) over all else, or ''.
+    """
+
+    log_id: str
+    source: str
+    offset: Offset
+    hash: str
+    position: str
+    committed_at: int
+    anchored_at: int
+    signature: str = ""
+
+    def to_json(self) -> str:
+        """Render as one line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Anchor:
+        """Read back what `to_json` wrote. Raises UserError for anything else."""
+        try:
+            raw = json.loads(text)
+            anchor = cls(**raw)
+            bytes.fromhex(anchor.hash)
+        except (ValueError, TypeError):
+            raise UserError(
+                "This is no anchor.", "An anchor is a line that `headrace log anchor` printed."
+            ) from None
+        return anchor
+
+    def signed(self, key: str) -> Anchor:
+        """Return the anchor with its signature under `key`."""
+        return Anchor(**{**asdict(self), "signature": self._signature(key)})
+
+    def is_signed_with(self, key: str) -> bool:
+        """Whether the signature is that of `key`."""
+        return hmac.compare_digest(self.signature, self._signature(key))
+
+    def _signature(self, key: str) -> str:
+        told = {name: value for name, value in asdict(self).items() if name != "signature"}
+        body = json.dumps(told, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return hmac.new(key.encode(), body.encode(), hashlib.sha256).hexdigest()
+
+
+def anchor(log: SQLiteLog, key: str = "") -> Anchor:
+    """Return the log's head as an anchor, signed if a key is given."""
+    end = log.end()
+    place, at = log.place(end.offset)
+    position = "/".join(map(str, place))
+    made = Anchor(log.id, log.source, end.offset, end.hash, position, at, time.time_ns() // 1000)
+    return made.signed(key) if key else made
+
+
+def check_anchor(log: SQLiteLog, noted: Anchor, key: str = "") -> None:
+    """Compare a log with an anchor.
+
+    Raises LogDamaged when the log is another than the one that was anchored, has been cut off before it
+    or computed anew, or when the signature is not that of `key`; LogError when the log no longer reaches
+    back to it.
+    """
+    if key and not noted.is_signed_with(key):
+        raise LogDamaged(
+            f"The anchor of offset {noted.offset} is not signed with this key.", "Use the key that signed it."
+        )
+    if noted.log_id != log.id:
+        raise LogDamaged(
+            f"The anchor is of log {noted.log_id}, this one is {log.id}: it was made anew, or is of another "
+            "project.",
+            RESTORE,
+        )
+    end, when = log.end(), datetime.fromtimestamp(noted.anchored_at / 1e6, UTC).isoformat(" ", "seconds")
+    if noted.offset > end.offset:
+        raise LogDamaged(
+            f"{log.path}: at {when} the log held offset {noted.offset}, now it ends at {end.offset}: its "
+            "tail was cut off.",
+            RESTORE,
+        )
+    mark = log.mark(noted.offset)
+    if mark is None:
+        raise LogError(
+            f"The log begins behind offset {log.begin().offset}: the anchor of offset {noted.offset} "
+            "cannot be compared any more.",
+            "Compare a newer anchor, or an export of that time.",
+        )
+    if mark.hash != noted.hash:
+        raise LogDamaged(
+            f"{log.path}: offset {noted.offset} has another hash than at {when}: the chain was computed "
+            "anew.",
+            RESTORE,
+        )
+
+
+def verify(log: SQLiteLog) -> Verified:
+    """Walk the whole log as it stands now, beside a writer if there is one.
+
+    Raises LogDamaged with the first bad offset: a page's checksum, a hash, a missing, swapped or repeated
+    entry, positions that go back from one group to the next, a last group without an end, a database
+    whose indexes do not fit, bytes in a segment that no entry accounts for.
+    """
+    begin, end = log.begin(), log.end()
+    walk = _Walk(log, begin)
+    for row, key_filter in _rows(log, begin.offset, end.offset):
+        walk.take(row, key_filter)
+    if walk.expected <= end.offset:
+        raise _damaged(log, f"offset {walk.expected} is missing")
+    if not walk.ended:
+        raise _damaged(log, f"the group at offset {end.offset} has no end")
+    _check_kept(log, begin)
+    log.check_structure()
+    _check_segments(log)
+    return Verified(begin, end, end.offset - begin.offset, walk.rows, walk.bytes)
+
+
+class _Walk:
+    """One step per entry, in order."""
+
+    def __init__(self, log: SQLiteLog, begin: Mark) -> None:
+        self._log = log
+        self._previous = bytes.fromhex(begin.hash)
+        self._high = log.place(begin.offset) if begin.offset else (START, 0)
+        self._last: Position = self._high[0]
+        self._place = (-1, 0)
+        self.expected = begin.offset + 1
+        self.ended = True
+        self.rows = self.bytes = 0
+
+    def take(self, row: Row, key_filter: bytes) -> None:
+        """Compare one entry with what must stand there."""
+        if row.offset != self.expected:
+            raise _damaged(self._log, f"offset {self.expected} is missing")
+        if row.previous != self._previous:
+            raise _damaged(self._log, f"the hash of offset {row.offset} does not hold")
+        body = self._log.payload(row, key_filter)
+        if len(body) != row.size:
+            raise _damaged(self._log, f"offset {row.offset} has another size than its payload")
+        self._check_place(row)
+        entry = row.logged(b"").entry
+        if entry.kind in STREAMED:
+            if self.ended and entry.last < self._last:
+                raise _damaged(self._log, f"offset {row.offset} goes back in the source")
+            self._last = max(self._last, entry.last)
+        self._previous, self.ended = row.hash, bool(row.header[-1])
+        self.expected += 1
+        self.rows += entry.rows
+        self.bytes += row.size
+
+    def _check_place(self, row: Row) -> None:
+        """Payloads stand one behind the other: no byte of a segment is nobody's."""
+        if row.place is None:
+            return
+        segment, start = row.place
+        if segment == self._place[0] and start != self._place[1]:
+            raise _damaged(self._log, f"offset {row.offset} stands elsewhere than behind the one before")
+        self._place = (segment, start + row.size)
+
+
+def _rows(log: SQLiteLog, after: Offset, through: Offset) -> Iterator[tuple[Row, bytes]]:
+    while True:
+        page = log.raw_rows(
+            f'SELECT {COLUMNS}, filter FROM entries LEFT JOIN filters USING ("offset") '
+            f'WHERE "offset" > ? AND "offset" <= ? ORDER BY "offset" LIMIT {_PAGE}',
+            (after, through),
+        )
+        for found in page:
+            row = row_of(found[:-1])
+            after = row.offset
+            yield row, found[-1] or b""
+        if len(page) < _PAGE:
+            return
+
+
+def _check_kept(log: SQLiteLog, begin: Mark) -> None:
+    """Shapes and markers that retention has kept: each by its own hash, which says what was before it."""
+    for row, key_filter in _rows(log, 0, begin.offset):
+        log.payload(row, key_filter)
+
+
+def _check_segments(log: SQLiteLog) -> None:
+    """Each segment but the newest ends with its last payload; the newest may hold what is being written."""
+    ends = dict(
+        log.raw_rows("SELECT segment, max(start + bytes) FROM entries WHERE segment IS NOT NULL GROUP BY 1")
+    )
+    for segment in segments_in(log.segments)[:-1]:
+        size = segment_path(log.segments, segment).stat().st_size
+        if segment in ends and size != ends[segment]:
+            raise _damaged(
+                log, f"{segment_path(log.segments, segment).name} has {size - ends[segment]} bytes more"
+            )
+
+
+def _damaged(log: SQLiteLog, what: str) -> LogDamaged:
+    return LogDamaged(f"{log.path}: {what}.", RESTORE)
