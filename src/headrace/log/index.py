@@ -69,7 +69,7 @@ class Index:
         if row[0] == row[4] and row[3]:
             return Position(*row[:3]), int(row[3])
         own = 'SELECT last_epoch, last_commit, last_ordinal, committed_at FROM entries WHERE "offset" = ?'
-        ((*place, at),) = self._db.rows(own, (offset,))
+        *place, at = self._db.row(own, (offset,)) or row[:4]  # a stop has but the place of the stream
         return Position(*place), int(at)
 
     def last_commit(self) -> tuple[Position, int] | None:

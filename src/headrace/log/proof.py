@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
 from headrace.change import START, STREAMED, Mark, Offset, Position
-from headrace.errors import LogDamaged, LogError, UserError
+from headrace.errors import LogDamaged, LogError, LogTrimmed, UserError
 from headrace.log.database import RESTORE
 from headrace.log.entries import COLUMNS, Row, row_of
-from headrace.log.segments import segment_path, segments_in
+from headrace.log.segments import segment_path
 from headrace.log.sqlite import SQLiteLog
 
 _PAGE = 200
@@ -84,7 +85,30 @@ class Anchor:
         return hmac.new(key.encode(), body.encode(), hashlib.sha256).hexdigest()
 
 
-def anchor(log: SQLiteLog, key: str = "") -> Anchor:
+class Chained(Protocol):
+    """A log whose head can be noted: all that an anchor needs of it."""
+
+    id: str
+    source: str
+
+    def begin(self) -> Mark:
+        """See `Log.begin`."""
+        ...
+
+    def end(self) -> Mark:
+        """See `Log.end`."""
+        ...
+
+    def mark(self, offset: Offset) -> Mark | None:
+        """See `Log.mark`."""
+        ...
+
+    def place(self, offset: Offset) -> tuple[Position, int]:
+        """See `Log.place`."""
+        ...
+
+
+def anchor(log: Chained, key: str = "") -> Anchor:
     """Return the log's head as an anchor, signed if a key is given."""
     end = log.end()
     place, at = log.place(end.offset)
@@ -93,7 +117,7 @@ def anchor(log: SQLiteLog, key: str = "") -> Anchor:
     return made.signed(key) if key else made
 
 
-def check_anchor(log: SQLiteLog, noted: Anchor, key: str = "") -> None:
+def check_anchor(log: Chained, noted: Anchor, key: str = "") -> None:
     """Compare a log with an anchor.
 
     Raises LogDamaged when the log is another than the one that was anchored, has been cut off before it
@@ -113,8 +137,8 @@ def check_anchor(log: SQLiteLog, noted: Anchor, key: str = "") -> None:
     end, when = log.end(), datetime.fromtimestamp(noted.anchored_at / 1e6, UTC).isoformat(" ", "seconds")
     if noted.offset > end.offset:
         raise LogDamaged(
-            f"{log.path}: at {when} the log held offset {noted.offset}, now it ends at {end.offset}: its "
-            "tail was cut off.",
+            f"The log of {log.source}: at {when} it held offset {noted.offset}, now it ends at {end.offset}: "
+            "its tail was cut off.",
             RESTORE,
         )
     mark = log.mark(noted.offset)
@@ -126,8 +150,8 @@ def check_anchor(log: SQLiteLog, noted: Anchor, key: str = "") -> None:
         )
     if mark.hash != noted.hash:
         raise LogDamaged(
-            f"{log.path}: offset {noted.offset} has another hash than at {when}: the chain was computed "
-            "anew.",
+            f"The log of {log.source}: offset {noted.offset} has another hash than at {when}: the chain was "
+            "computed anew.",
             RESTORE,
         )
 
@@ -139,7 +163,17 @@ def verify(log: SQLiteLog) -> Verified:
     entry, positions that go back from one group to the next, a last group without an end, a database
     whose indexes do not fit, bytes in a segment that no entry accounts for.
     """
-    begin, end = log.begin(), log.end()
+    while True:
+        begin = log.begin()
+        try:
+            return _verified(log, begin)
+        except (LogDamaged, LogTrimmed):
+            if log.begin() == begin:
+                raise  # otherwise it was trimmed meanwhile
+
+
+def _verified(log: SQLiteLog, begin: Mark) -> Verified:
+    end = log.end()
     walk = _Walk(log, begin)
     for row, key_filter in _rows(log, begin.offset, end.offset):
         walk.take(row, key_filter)
@@ -218,16 +252,15 @@ def _check_kept(log: SQLiteLog, begin: Mark) -> None:
 
 
 def _check_segments(log: SQLiteLog) -> None:
-    """Each segment but the newest ends with its last payload; the newest may hold what is being written."""
-    ends = dict(
-        log.raw_rows("SELECT segment, max(start + bytes) FROM entries WHERE segment IS NOT NULL GROUP BY 1")
+    """Each segment but the newest ends with its last payload; that one may hold what is being written."""
+    ends = log.raw_rows(
+        "SELECT segment, max(start + bytes) FROM entries WHERE segment IS NOT NULL GROUP BY 1 ORDER BY 1"
     )
-    for segment in segments_in(log.segments)[:-1]:
-        size = segment_path(log.segments, segment).stat().st_size
-        if segment in ends and size != ends[segment]:
-            raise _damaged(
-                log, f"{segment_path(log.segments, segment).name} has {size - ends[segment]} bytes more"
-            )
+    for segment, end in ends[:-1]:
+        path = segment_path(log.segments, segment)
+        size = path.stat().st_size if path.exists() else 0
+        if size != end:
+            raise _damaged(log, f"{path.name} has {size} bytes and should have {end}")
 
 
 def _damaged(log: SQLiteLog, what: str) -> LogDamaged:

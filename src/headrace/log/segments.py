@@ -70,6 +70,8 @@ class SegmentWriter:
         assert self._file is not None
         assert self._end is not None
         place, rest = self._end, memoryview(payload)
+        if not self._unsynced or self._unsynced[-1] != self._file:
+            self._unsynced.append(self._file)
         try:
             while rest:
                 rest = rest[os.pwrite(self._file, rest, place.start + len(payload) - len(rest)) :]
@@ -77,8 +79,6 @@ class SegmentWriter:
             if error.errno in _FULL:
                 raise no_room(self._folder) from error
             raise
-        if not self._unsynced or self._unsynced[-1] != self._file:
-            self._unsynced.append(self._file)
         self._end = Place(place.segment, place.start + len(payload))
         return place
 
@@ -103,7 +103,7 @@ class SegmentWriter:
 
     def undo(self) -> None:
         """Forget what was written since the last `commit`."""
-        if self._end == self._committed:
+        if not self._unsynced and not self._made:
             return
         self._close_all_but_current()
         if self._file is not None:

@@ -114,10 +114,10 @@ class SQLiteLog(Index):
             self._recover(error)
             raise
         self._writer.commit()
-        failpoint("log.append.committed")
         with self._appended:
             self._end, self._high = end, high
             self._appended.notify_all()
+        failpoint("log.append.committed")
         return end
 
     def _insert(
@@ -175,7 +175,9 @@ class SQLiteLog(Index):
 
     def read(self, after: Offset, max_bytes: int) -> Sequence[LoggedEntry]:
         """See `Log.read`."""
-        through = self._reach(after, self.end().offset, max_bytes, MAX_SLICE_ROWS)[0]
+        end = self.end().offset
+        self._check_held(after, end)
+        through = self._reach(after, end, max_bytes, MAX_SLICE_ROWS)[0]
         return list(self.entries(after, through))
 
     def entries(
@@ -185,12 +187,7 @@ class SQLiteLog(Index):
 
         Raises LogTrimmed where they have been deleted, LogDamaged where one is not what was written.
         """
-        if after < (begin := self.begin().offset) and after < through:
-            raise LogTrimmed(
-                f"The log of {self.source} begins behind offset {begin}: what is asked for, from {after + 1} "
-                "on, has been deleted by retention.",
-                "Ask from there on, read staging, or import an export.",
-            )
+        self._check_held(after, through)
         chosen = ["1"]
         values: list[object] = []
         if table is not None:
@@ -206,12 +203,21 @@ class SQLiteLog(Index):
                 'AND "offset" > ? AND "offset" <= ? ORDER BY "offset" LIMIT 100',
                 (*values, after, through),
             )
+            self._check_held(after, through)  # after the page was read: none of it was missing
             for found in page:
                 row, key_filter = row_of(found[:-1]), found[-1] or b""
                 after = row.offset
                 yield row.logged(self.payload(row, key_filter), key_filter)
             if len(page) < 100:
                 return
+
+    def _check_held(self, after: Offset, through: Offset) -> None:
+        if after < (begin := self.begin().offset) and after < through:
+            raise LogTrimmed(
+                f"The log of {self.source} begins behind offset {begin}: what is asked for, from {after + 1} "
+                "on, has been deleted by retention.",
+                "Ask from there on, read staging, or import an export.",
+            )
 
     def entry(self, offset: Offset) -> LoggedEntry | None:
         """Return one entry, or None if the log has no such entry."""
@@ -304,9 +310,8 @@ class SQLiteLog(Index):
         """Delete entries in `(begin, through]` in one transaction; stops and markers of tables stay."""
         span = (begin, through)
         with self._db.transaction() as db:
-            former = db.execute(
-                'SELECT rows, bytes, pinned FROM stops WHERE "offset" = ?', (begin,)
-            ).fetchone()
+            known = 'SELECT rows, bytes, pinned OR ? FROM stops WHERE "offset" = ?'
+            former = db.execute(known, (begin in pinned, begin)).fetchone()
             ends = db.execute(_ENDS, span).fetchall()
             stops, absorbed = thinned(ends, former, pinned)
             if absorbed:
