@@ -18,7 +18,7 @@ FLOORS = [
     {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys"},
     {"protocols", "payload", "keyfilter", "cells", "debezium"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
-    {"joining", "lane", "pipeline", "server", "verify", "memory"},
+    {"joining", "lane", "pipeline", "server", "verify", "memory", "upkeep"},
     {"cli", "console", "testing"},
 ]
 FOLDERS = FLOORS[2]

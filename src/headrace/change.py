@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -226,6 +227,11 @@ class Entry:
     """The least and the greatest id of the source transactions in it; zeros where it is of none."""
     filter: bytes = b""
     """Which keys its rows may have, see `headrace.keyfilter`; empty where the table has no key."""
+
+
+def source_marker(at: Position, mark: SourceMark) -> Entry:
+    """Return the entry of a marker that is of no table."""
+    return Entry("marker", None, at, at, time.time_ns() // 1000, 0, 0, mark.to_json().encode())
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,10 +107,24 @@ class SourceConfig:
 
 @dataclass(frozen=True, slots=True)
 class LogConfig:
-    """`[log]`: how large a group of transactions grows (bytes), how long it waits for more (seconds)."""
+    """`[log]`: how large a group of transactions grows (bytes), how long it waits for more (seconds), and
+    what is kept.
+
+    Entries stay for `keep` seconds (None: for ever), and less only where the log would be larger than
+    `keep_bytes` (0: no limit); what is not applied yet stays in any case. A consumer that would hold more
+    than `hold_max` bytes beyond that is lost. Every `anchor_every` seconds (0: never) the log's head is
+    appended to `anchor_file` and posted to `anchor_url`, signed with `anchor_key` if there is one.
+    """
 
     max_group_bytes: int = 16 << 20
     group_linger: float = 0.05
+    keep: float | None = 7 * 86_400.0
+    keep_bytes: int = 0
+    hold_max: int = 10 << 30
+    anchor_every: float = 0.0
+    anchor_file: Path | None = None
+    anchor_url: Secret | None = None
+    anchor_key: Secret | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +184,7 @@ def load_project(folder: Path) -> Project:
     root = Path(folder).expanduser().resolve()
     document = Document(read_text(root))
     sources = _sources(document, root)
-    log = document.section("log", _LOG)
+    log = _log(document, root)
     staging = document.section("staging", {"path": values.path_in(root, "folder")})
     destination = document.section(
         "destination", {"type": values.only("duckdb"), "path": values.path_in(root, "file")}
@@ -232,8 +246,25 @@ def select_tables(patterns: Iterable[str], available: Iterable[TableId]) -> tupl
 
 # ------------------------------------------------------------------------------------- the source
 
-_LOG = {"max_group_bytes": values.size("64KiB", "1GiB"), "group_linger": values.duration("0ms", "10s")}
 _SCALE = {"freshness": values.duration("100ms", "24h")}
+
+
+def _log(document: Document, root: Path) -> dict[str, Any]:
+    parsers: dict[str, Parser] = {
+        "max_group_bytes": values.size("64KiB", "1GiB"),
+        "group_linger": values.duration("0ms", "10s"),
+        "keep": values.duration_or_forever("1s", "36500d"),
+        "keep_bytes": values.size("0B", "1048576GiB"),
+        "hold_max": values.size("0B", "1048576GiB"),
+        "anchor_every": values.duration("0s", "365d"),
+        "anchor_file": values.path_in(root, "file"),
+        "anchor_url": lambda value: Secret(values.web_address(_filled(values.string(value), root))),
+        "anchor_key": lambda value: _salt(value, root),
+    }
+    log = document.section("log", parsers)
+    if log.get("anchor_every") and not ("anchor_file" in log or "anchor_url" in log):
+        document.fail(("log", "anchor_every"), "needs anchor_file or anchor_url, to say where the anchors go")
+    return log
 
 
 def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import Mark, Offset, Position, TableSchema
+from headrace.change import START, Mark, Offset, Position, SourceMark, TableSchema, source_marker
 from headrace.config import Project, SourceConfig
 from headrace.destinations.duckdb import DuckDBDestination, foreign
 from headrace.destinations.joins import Joins
-from headrace.errors import ForeignDestination, HeadraceError, ModelBroken
+from headrace.errors import ForeignDestination, HeadraceError, ModelBroken, SourceGap
 from headrace.joining import Joiner
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Part, Prepared, Slice
@@ -43,6 +43,7 @@ _LOAD_BYTES = 32 << 20
 _SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
 """What one transaction of the destination takes; it is in memory piece by piece only."""
 _LARGE_PART = 64 << 20
+_RUNNING = ("in_sync", "joining")
 _NO_VERSION = ""
 """The version that a model is suspended with for what its table is: any runs once the table fits."""
 
@@ -85,14 +86,25 @@ class Lane:
 
     def capture(self, stop: threading.Event, until: int | None = None) -> None:
         """Copy from the source to the log until `stop`, or until the log is past LSN `until`."""
-        with closing(self.source.read(self.log)) as groups:
-            for group in groups:
-                if group:
-                    self.log.append(group)
-                    if position := self.log.position():
-                        self.source.confirm(position)
-                if stop.is_set() or (until is not None and self._captured_past(until)):
-                    return
+        try:
+            with closing(self.source.read(self.log)) as groups:
+                for group in groups:
+                    if group:
+                        self.log.append(group)
+                        if position := self.log.position():
+                            self.source.confirm(position)
+                    if stop.is_set() or (until is not None and self._captured_past(until)):
+                        return
+        except SourceGap as gap:
+            self._mark_gap(str(gap))
+            raise
+
+    def _mark_gap(self, reason: str) -> None:
+        """Let every reader of the log know that changes are missing here; said once, while it lasts."""
+        last = self.log.entry(self.log.end().offset)
+        mark = SourceMark("gap", reason)
+        if last is None or last.entry.payload != mark.to_json().encode():
+            self.log.append([source_marker(self.log.position() or START, mark)])
 
     def _captured_past(self, lsn: int) -> bool:
         states = read_states(self.log).values()
@@ -120,6 +132,13 @@ class Lane:
         if progress.log_id != self.log.id:
             raise foreign(self.destination.path, self.config.name)
         mark = self.log.mark(progress.offset)
+        begin = self.log.begin().offset
+        if mark is None and progress.offset < begin:
+            raise ForeignDestination(
+                f"{self.destination.path} holds offset {progress.offset} of this log, which begins behind "
+                f"offset {begin} by now: it is an older copy, and what it holds cannot be compared any more.",
+                "Name a new file in [destination] path: it is built from staging.",
+            )
         if mark is None or mark.hash != progress.hash:
             raise ForeignDestination(
                 f"{self.destination.path} holds offset {progress.offset} of this log, but the log here ends "
@@ -228,6 +247,20 @@ class Lane:
         states = self.destination.models(self.config.name)
         return {name: state.reason for name, state in states.items() if state.state == "suspended"}
 
+    def stands(self) -> dict[str, Offset] | None:
+        """Return the offset at which each model stands, or None where the destination has not been asked."""
+        stands = self._stands
+        if stands is None:
+            return None
+        return {name: state.offset for name, state in list(stands.items())}
+
+    def running(self, stands: Mapping[str, Offset]) -> list[Offset]:
+        """Return the offsets of those models, as `stands` gave them, that are in sync or joining."""
+        states = self._stands or {}
+        return [
+            offset for name, offset in stands.items() if name in states and states[name].state in _RUNNING
+        ]
+
     def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:
         """Fold the whole raw history of some source keys under the model as it is now, and apply it.
 
@@ -334,7 +367,7 @@ class Lane:
             return
         for model in models:
             self._stand(model, "in_sync" if model.name in in_sync else "joining", through)
-        running = [stand.offset for stand in self._stands.values() if stand.state in {"in_sync", "joining"}]
+        running = [stand.offset for stand in self._stands.values() if stand.state in _RUNNING]
         self.staging.forget(min(running))
 
     def _stand(self, model: RowModel, state: str, offset: Offset) -> None:

@@ -14,7 +14,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from headrace.change import Copy, CopyMark, Entry, LoggedEntry, Mark, Offset, Position, TableId, TableSchema
+from headrace.change import (
+    Copy,
+    CopyMark,
+    Entry,
+    Kind,
+    LoggedEntry,
+    Mark,
+    Offset,
+    Position,
+    TableId,
+    TableSchema,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +36,7 @@ class Source(Protocol):
 
     name: str
 
-    def read(self, log: Log) -> Generator[Iterable[Entry]]:
+    def read(self, log: LogIndex) -> Generator[Iterable[Entry]]:
         """Yield groups: whole source transactions, in commit order, from where `log` ends.
 
         A group may be larger than memory: its entries are made as they are taken, once, and it is to be
@@ -50,28 +61,68 @@ class Source(Protocol):
 
 
 class Log(Protocol):
-    """The immutable sequence of all that was captured from one source. One writer, many readers."""
+    """The immutable sequence of all that was captured from one source. One writer, many readers.
+
+    This is all that a log has to do; what its headers tell besides is `LogIndex`. Facts about the source
+    (its identity, its slot, the states of its tables) are notes, durable with the groups that they are of.
+    """
 
     id: str
+    source: str
 
     def append(self, entries: Iterable[Entry]) -> Mark:
         """Append one group in one transaction and return the new end, after fsync.
 
-        Either all entries are readable from then on, or none ever will be.
+        Either all entries are readable from then on, or none ever will be. Raises LogFull while there is
+        no room, LogNotDurable for good once a sync has failed.
         """
         ...
 
     def read(self, after: Offset, max_bytes: int) -> Sequence[LoggedEntry]:
         """Return entries after `after`, in order: at least one if there is one, then as many as fit in
-        `max_bytes` of payload. They may end in the middle of a group."""
+        `max_bytes` of payload. They may end in the middle of a group.
+
+        Raises LogTrimmed for what retention has deleted, LogDamaged for what is not what was written.
+        """
         ...
 
     def end(self) -> Mark:
         """Return the last durable entry's mark; offset 0 when the log is empty."""
         ...
 
+    def begin(self) -> Mark:
+        """Return the mark of the last entry that retention has deleted: the anchor of the chain; offset 0
+        while all is there."""
+        ...
+
+    def trim(self, through: Offset, pinned: Iterable[Offset] = ()) -> int:
+        """Delete entries through the last end of a group up to an offset; return the bytes given back.
+
+        Shapes and markers of copies stay, and so do stops: ends of groups at which a reader of staging can
+        still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
+        """
+        ...
+
+    def note(self, key: str) -> str | None:
+        """Return a durable fact about the source (its identity, its slot, its copy)."""
+        ...
+
+    def set_note(self, key: str, value: str) -> None:
+        """Record a fact durably; while a group is appended, by whoever makes its entries together with it,
+        by anyone else after it, however long that takes."""
+        ...
+
+    def writing(self) -> AbstractContextManager[object]:
+        """Return what keeps every other thread from writing, so that a note can be read and changed."""
+        ...
+
+
+class LogIndex(Log, Protocol):
+    """What a log's headers tell without a payload. Each answer holds before the log's beginning too, as far
+    as shapes, copies and stops tell it."""
+
     def mark(self, offset: Offset) -> Mark | None:
-        """Return the mark of an entry, or None if the log has no such entry."""
+        """Return the mark of an entry or of a stop, or None if the log has no such one."""
         ...
 
     def position(self) -> Position | None:
@@ -80,6 +131,48 @@ class Log(Protocol):
 
     def last_commit(self) -> tuple[Position, int] | None:
         """Return that position with the time of its commit (microseconds)."""
+        ...
+
+    def place(self, offset: Offset) -> tuple[Position, int]:
+        """Return up to which position, and which commit time (microseconds), an offset holds the source.
+
+        These are of the streamed entries through it, since a copy is read ahead of the stream; before
+        the first one of its epoch they are those of the entry itself.
+        """
+        ...
+
+    def slice_end(self, after: Offset, limit: Offset, max_bytes: int, max_rows: int) -> Offset:
+        """Return the last group end up to `limit` that keeps `(after, …]` within `max_bytes` of payload
+        and `max_rows` rows; at least one group's, if there is one."""
+        ...
+
+    def table_slice_end(self, table: TableId, after: Offset, limit: Offset, kinds: Sequence[Kind]) -> Offset:
+        """Return the last group end up to `limit` that keeps the entries of a table and some kinds in
+        `(after, …]` within the bounds of a slice, but has one if there is one; `limit` if all fit."""
+        ...
+
+    def group_end(self, offset: Offset) -> Offset:
+        """Return the last group end at or before `offset`."""
+        ...
+
+    def headers(self, after: Offset, through: Offset) -> Iterator[LoggedEntry]:
+        """Yield entries in `(after, through]` without payloads."""
+        ...
+
+    def backlog(self, after: Offset, table: TableId | None = None) -> tuple[int, int, int | None]:
+        """Return rows, payload bytes and the oldest append time (microseconds) after `after`, of one
+        table or of all, of what the log holds."""
+        ...
+
+    def last_offsets(self) -> dict[TableId, Offset]:
+        """Return the offset of the last entry of every table."""
+        ...
+
+    def before_unstaged(self, table: TableId, rows_through: Offset, schemas_through: Offset) -> Offset:
+        """Return the last group end before a table's first entry that is not staged, or the log's end.
+
+        Its rows are staged through `rows_through`, its schema entries through `schemas_through`.
+        """
         ...
 
     def schemas(self) -> dict[TableId, TableSchema]:
@@ -99,17 +192,8 @@ class Log(Protocol):
         """Yield the payloads of a table's streamed rows after an offset, in order."""
         ...
 
-    def note(self, key: str) -> str | None:
-        """Return a durable fact about the source (its identity, its slot, its copy)."""
-        ...
-
-    def set_note(self, key: str, value: str) -> None:
-        """Record a fact durably; while a group is appended, by whoever makes its entries together with it,
-        by anyone else after it, however long that takes."""
-        ...
-
-    def writing(self) -> AbstractContextManager[object]:
-        """Return what keeps every other thread from writing, so that a note can be read and changed."""
+    def wait(self, after: Offset, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for an entry after `after`; say whether there is one."""
         ...
 
 

@@ -31,7 +31,7 @@ def only(*allowed: str) -> Parser:
     return parse
 
 
-_MILLISECONDS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000}
+_MILLISECONDS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -69,6 +69,12 @@ def duration(least: str, most: str) -> Parser:
     return parse
 
 
+def duration_or_forever(least: str, most: str) -> Parser:
+    """Parse to seconds, within `least` and `most`, or None for `"forever"`."""
+    limited = duration(least, most)
+    return lambda value: None if value == "forever" else limited(value)
+
+
 def size(least: str, most: str) -> Parser:
     """Parse to bytes, within `least` and `most`."""
 
@@ -92,6 +98,13 @@ def count(least: int, most: int) -> Parser:
         return value
 
     return parse
+
+
+def web_address(text: str) -> str:
+    """Check the address of a webhook."""
+    if not re.fullmatch(r"https?://[^\s]+", text):
+        raise Invalid("must be an address that begins with http:// or https://")
+    return text
 
 
 def path_in(root: Path, what: str) -> Parser:

@@ -259,20 +259,24 @@ def _check_ledger(
     open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
     if open_rows:
         return Finding(what, False, f"{len(open_rows)} rows do not close", len(rows))
+    begin = lane.log.begin().offset
     held = [
         (item.offset, item.entry.kind, item.entry.rows)
-        for item in lane.log.headers(0, lane.log.end().offset)
+        for item in lane.log.headers(begin, lane.log.end().offset)
         if item.entry.table == model.table
     ]
     streamed = [(at, count) for at, kind, count in held if kind in ("rows", "truncate")]
     copied = [(at, count) for at, kind, count in held if kind == "copy"]
     for kind, entries in (("copy", copied), ("apply", streamed)):
         spans = [(row["after"], row["through"], row["read"]) for row in rows if row["kind"] == kind]
+        spans = [span for span in spans if span[0] >= begin]  # what retention has deleted cannot be counted
         if wrong := _wrong_span(entries, spans):
             return Finding(what, False, f"({wrong[0]}, {wrong[1]}] has not read what the log holds there")
     total = sum(row["read"] for row in rows)
-    applied = [(row["after"], row["read"]) for row in rows if row["kind"] == "apply"]
-    since = min((after for after, _ in applied), default=0)
+    applied = [
+        (row["after"], row["read"]) for row in rows if row["kind"] == "apply" and row["after"] >= begin
+    ]
+    since = min((after for after, _ in applied), default=offset if begin else 0)
     due = sum(count for at, count in streamed if since < at <= offset)
     if due != sum(read for _, read in applied):
         return Finding(what, False, f"does not account for all of {due} changes", len(rows))

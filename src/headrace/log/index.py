@@ -184,6 +184,24 @@ class Index:
         assert row is not None
         return int(row[0]), int(row[1]), row[2]
 
+    def bytes_between(self, after: Offset, through: Offset) -> int:
+        """Return the bytes of payload in `(after, through]`."""
+        row = self._db.row(
+            'SELECT coalesce(sum(bytes), 0) FROM entries WHERE "offset" > ? AND "offset" <= ?',
+            (after, through),
+        )
+        return int(row[0]) if row else 0
+
+    def appended_before(self, moment: int) -> Offset:
+        """Return the last offset before the first entry that was appended at `moment` (microseconds)
+        or later."""
+        row = self._db.row(
+            'SELECT "offset" FROM entries WHERE appended_at >= ? AND "offset" > '
+            '(SELECT coalesce(max("offset"), 0) FROM stops) ORDER BY "offset" LIMIT 1',
+            (moment,),
+        )
+        return self.end().offset if row is None else int(row[0]) - 1
+
     def schemas(self) -> dict[TableId, TableSchema]:
         """See `Log.schemas`."""
         rows = self._db.rows(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Protocol
 
 from headrace.change import START, STREAMED, Mark, Offset, Position
@@ -115,6 +117,22 @@ def anchor(log: Chained, key: str = "") -> Anchor:
     position = "/".join(map(str, place))
     made = Anchor(log.id, log.source, end.offset, end.hash, position, at, time.time_ns() // 1000)
     return made.signed(key) if key else made
+
+
+def append_anchor(path: Path, made: Anchor) -> None:
+    """Append an anchor to a file of anchors, a line each, and make it durable."""
+    with path.open("a") as file:
+        file.write(made.to_json() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_anchors(text: str) -> list[Anchor]:
+    """Return the anchors of a text, one a line. Raises UserError where there is none, or something else."""
+    anchors = [Anchor.from_json(line) for line in text.splitlines() if line.strip()]
+    if not anchors:
+        raise UserError("There is no anchor in it.", "Make one with `headrace log anchor`.")
+    return anchors
 
 
 def check_anchor(log: Chained, noted: Anchor, key: str = "") -> None:

@@ -50,6 +50,7 @@ class SegmentWriter:
         self._limit = limit
         self._end = self._committed = end
         self._file: int | None = None
+        self._full = False
         self._unsynced: list[int] = []
         self._made: list[int] = []
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -65,7 +66,7 @@ class SegmentWriter:
 
         Raises LogFull where there is no room.
         """
-        if self._end is None or self._file is None or self._end.start >= self._limit:
+        if self._end is None or self._file is None or self._full or self._end.start >= self._limit:
             self._roll(offset)
         assert self._file is not None
         assert self._end is not None
@@ -117,6 +118,10 @@ class SegmentWriter:
             self._file = os.open(segment_path(self._folder, self._end.segment), os.O_RDWR | os.O_CLOEXEC)
             os.ftruncate(self._file, self._end.start)
 
+    def roll(self) -> None:
+        """Begin a new segment with the next payload."""
+        self._full = True
+
     def remove_before(self, segment: int) -> int:
         """Remove the segments before one, but never the one that is written to; returns their bytes."""
         current = self._end.segment if self._end else segment
@@ -146,7 +151,7 @@ class SegmentWriter:
         if self._file is not None and self._file not in self._unsynced:
             os.close(self._file)
         self._made.append(offset)
-        self._file, self._end = file, Place(offset, 0)
+        self._file, self._end, self._full = file, Place(offset, 0), False
 
     def _close_all_but_current(self) -> None:
         for file in self._unsynced:

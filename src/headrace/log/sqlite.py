@@ -290,6 +290,25 @@ class SQLiteLog(Index):
         files = [*self.path.parent.glob(f"{self.path.name}*"), *self.segments.glob("*.segment")]
         return sum(file.stat().st_size for file in files)
 
+    def roll(self) -> None:
+        """Have the next payload begin a segment, so that the one before can go once all of it is old."""
+        assert self._writer is not None
+        with self._writing:
+            self._writer.roll()
+
+    def beyond(self, limit: int) -> Offset:
+        """Return the last offset that would have to go for the log to take no more than `limit` bytes."""
+        excess = self.size() - limit
+        last = 0
+        for segment, offset in self._db.rows(
+            'SELECT segment, max("offset") FROM entries WHERE segment IS NOT NULL GROUP BY 1 ORDER BY 1'
+        )[:-1]:
+            if excess <= 0:
+                break
+            excess -= segment_path(self.segments, segment).stat().st_size
+            last = int(offset)
+        return last
+
     def trim(self, through: Offset, pinned: Iterable[Offset] = ()) -> int:
         """See `Log.trim`. Returns how many bytes of segments were given back."""
         assert self._writer is not None

@@ -167,7 +167,7 @@ class DeltaStaging:
     def _take(self, item: LoggedEntry, pending: _Pending) -> None:
         """Add to what is pending what an entry brings that is not staged yet."""
         entry = item.entry
-        if entry.kind in ("schema", "marker"):
+        if entry.kind in ("schema", "marker") and entry.table is not None:
             pending.events.append(item)
             if item.offset > self._version(HISTORY):
                 pending.add(HISTORY, event_row(item))

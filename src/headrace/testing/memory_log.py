@@ -165,6 +165,12 @@ class MemoryLog:
     def close(self) -> None:
         """Do nothing: there is nothing to close."""
 
+    def reopened(self) -> MemoryLog:
+        """Return the log as another process would find it: the same store, whatever had failed."""
+        again = MemoryLog(self.source, self.id)
+        again._items, again._begin, again._notes = self._items, self._begin, self._notes
+        return again
+
     # -- places
 
     def end(self) -> Mark:

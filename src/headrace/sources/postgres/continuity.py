@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 from headrace.config import SourceConfig
 from headrace.errors import RESYNC, SourceGap
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.events import Dated
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.slot import durable_commit, epoch_of
@@ -27,7 +27,7 @@ class Continuity:
     start from wherever the slot stands.
     """
 
-    def __init__(self, config: SourceConfig, log: Log, run: str, confirmed: int) -> None:
+    def __init__(self, config: SourceConfig, log: LogIndex, run: str, confirmed: int) -> None:
         """`run` names this run of the server, `confirmed` is where the slot stands."""
         self._source = config.name
         self._log = log

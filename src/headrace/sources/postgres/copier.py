@@ -29,7 +29,7 @@ from headrace.errors import RETRY_SQLSTATES, HeadraceError, SourceUnavailable, U
 from headrace.failpoints import failpoint
 from headrace.keyfilter import key_filter
 from headrace.payload import encode_rows
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection, read_shapes
 from headrace.sources.postgres.chunks import Bounds, Range, condition, cut, ranges
 from headrace.sources.postgres.chunkspool import ChunkSpool, Encoded
@@ -105,7 +105,7 @@ class Copier:
     """Copies tables of one source. Its methods belong to the thread that appends the log; the reading
     is done by its own threads."""
 
-    def __init__(self, config: SourceConfig, log: Log, epoch: int) -> None:
+    def __init__(self, config: SourceConfig, log: LogIndex, epoch: int) -> None:
         self.snapshots = Snapshots(config.url.reveal(), config.max_snapshot_age)
         self._config = config
         self._url = config.url.reveal()

@@ -18,7 +18,7 @@ from typing import Any
 from headrace.change import TableId
 from headrace.config import SourceConfig
 from headrace.errors import RESYNC, SourceGap
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection
 from headrace.sources.postgres.clauses import has_clauses
 from headrace.sources.postgres.tables import captured_tables
@@ -122,7 +122,7 @@ def publication_fingerprint(db: Connection, name: str) -> Publication | None:
     return Publication(publication, touched, owner, settings, (*listed, *others))
 
 
-def expect_publication(db: Connection, config: SourceConfig, log: Log) -> None:
+def expect_publication(db: Connection, config: SourceConfig, log: LogIndex) -> None:
     """Take the publication as it is now for what it should be; call it after making or altering it."""
     found = publication_fingerprint(db, config.publication)
     if found is None:
@@ -130,7 +130,7 @@ def expect_publication(db: Connection, config: SourceConfig, log: Log) -> None:
     log.set_note(_NOTE, found.to_json())
 
 
-def check_publication(db: Connection, config: SourceConfig, log: Log) -> None:
+def check_publication(db: Connection, config: SourceConfig, log: LogIndex) -> None:
     """Stop where the publication may have left out changes of a captured table.
 
     Raises SourceGap with what is different. Tables that are captured no longer may go, others may come.
@@ -163,7 +163,7 @@ def check_publication(db: Connection, config: SourceConfig, log: Log) -> None:
         log.set_note(_NOTE, found.to_json())
 
 
-def captured_oids(log: Log) -> dict[int, TableId]:
+def captured_oids(log: LogIndex) -> dict[int, TableId]:
     """Return the oid of each captured table that is published by Headrace's own doing.
 
     One that was removed may still be published, where the role may not take it out.

@@ -15,7 +15,7 @@ import psycopg
 
 from headrace.change import Entry, TableId
 from headrace.config import SourceConfig
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.assembly import Assembler
 from headrace.sources.postgres.bulk import Bulk
 from headrace.sources.postgres.catalog import Connection
@@ -60,7 +60,7 @@ class Follower:
     def __init__(
         self,
         config: SourceConfig,
-        log: Log,
+        log: LogIndex,
         db: Connection,
         copier: Copier,
         limits: Limits,

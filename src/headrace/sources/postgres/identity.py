@@ -18,7 +18,7 @@ from psycopg import pq
 
 from headrace.config import SourceConfig
 from headrace.errors import RESYNC, SourceGap, SourceUnavailable, UserError
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection
 from headrace.sources.postgres.connection import connect_replication, place
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
@@ -79,7 +79,7 @@ def read_server(db: Connection) -> Server:
     return Server(*row)
 
 
-def check_server(db: Connection, config: SourceConfig, log: Log) -> Server:
+def check_server(db: Connection, config: SourceConfig, log: LogIndex) -> Server:
     """Refuse a server that is not, or no longer holds, what filled the log; on a new log, remember it.
 
     A promoted standby is accepted where its timeline forked at or after the log's last commit.
@@ -103,7 +103,7 @@ def check_server(db: Connection, config: SourceConfig, log: Log) -> Server:
     return server
 
 
-def _same_role(db: Connection, config: SourceConfig, log: Log) -> None:
+def _same_role(db: Connection, config: SourceConfig, log: LogIndex) -> None:
     """Wait where the url leads to a standby after a primary: its failover may not be over yet.
 
     A project that began at a standby reads from standbys, and goes on when one is promoted.
@@ -131,7 +131,7 @@ def read_timeline(config: SourceConfig, server: Server) -> tuple[Timeline, int]:
         return Timeline(number, read_history(line, number)), flushed
 
 
-def adopt_server(log: Log, server: Server, timeline: Timeline) -> None:
+def adopt_server(log: LogIndex, server: Server, timeline: Timeline) -> None:
     """Take a server for the one whose changes the log holds, whatever it was before."""
     facts = {
         "system": server.system,
@@ -144,13 +144,13 @@ def adopt_server(log: Log, server: Server, timeline: Timeline) -> None:
             log.set_note(key, value)
 
 
-def forget_server(log: Log) -> None:
+def forget_server(log: LogIndex) -> None:
     """Take whatever server answers next for the one whose changes the log holds."""
     for key in ("system", "version", "database", "timeline", "role"):
         log.set_note(key, "")
 
 
-def noted_timeline(log: Log) -> Timeline | None:
+def noted_timeline(log: LogIndex) -> Timeline | None:
     """Return the timeline of the server that the log was last filled from."""
     note = log.note("timeline")
     return Timeline.from_json(note) if note else None
@@ -181,7 +181,7 @@ def parse_history(text: str) -> dict[int, int]:
     return {int(fields[0]): parse_lsn(fields[1]) for fields in lines if len(fields) >= 2}
 
 
-def same_system(server: Server, config: SourceConfig, log: Log) -> None:
+def same_system(server: Server, config: SourceConfig, log: LogIndex) -> None:
     """Refuse a server of another system, or another version, than the one that filled the log."""
     known, version = log.note("system"), log.note("version")
     where = place(config.url.reveal())
@@ -200,7 +200,7 @@ def same_system(server: Server, config: SourceConfig, log: Log) -> None:
         )
 
 
-def _same_history(timeline: Timeline, flushed: int, config: SourceConfig, log: Log) -> None:
+def _same_history(timeline: Timeline, flushed: int, config: SourceConfig, log: LogIndex) -> None:
     """Raise SourceGap where the server's WAL is not a continuation of what the log was filled from."""
     known = noted_timeline(log) or timeline
     durable = durable_commit(log)

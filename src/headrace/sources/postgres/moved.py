@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 
 from headrace.change import TableId
 from headrace.payload import decode_rows
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 
 Key = tuple[str | None, ...]
 
 
 def moved_keys(
-    log: Log,
+    log: LogIndex,
     table: TableId,
     key: Sequence[str],
     offset: int,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import psycopg
 
 from headrace.change import TableId
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection, qualified
 
 alerts = logging.getLogger("headrace.alert")
@@ -55,12 +55,12 @@ class _Partition(NamedTuple):
 _Tree = dict[int, _Partition]  # by oid
 
 
-def remember_partitions(db: Connection, log: Log, tables: list[TableId]) -> None:
+def remember_partitions(db: Connection, log: LogIndex, tables: list[TableId]) -> None:
     """Take note of the partitions of tables that are about to be copied: from here on changes are told."""
     _write(log, _known(log) | _trees(db, tables))
 
 
-def changed_partitions(db: Connection, log: Log, tables: list[TableId]) -> Iterator[tuple[TableId, str]]:
+def changed_partitions(db: Connection, log: LogIndex, tables: list[TableId]) -> Iterator[tuple[TableId, str]]:
     """Yield the tables that got rows by a partition that was attached, with the reason.
 
     Those that lost some have an alert: what a source drops to make room is often what its copy is to keep.
@@ -112,12 +112,12 @@ def _have_rows(db: Connection, oids: set[int]) -> bool:
     return row is not None and bool(row[0])
 
 
-def _known(log: Log) -> dict[TableId, _Tree]:
+def _known(log: LogIndex) -> dict[TableId, _Tree]:
     noted = json.loads(log.note(_NOTE) or "[]")
     return {TableId(*table): {oid: _Partition(*rest) for oid, *rest in tree} for table, tree in noted}
 
 
-def _write(log: Log, trees: dict[TableId, _Tree]) -> None:
+def _write(log: LogIndex, trees: dict[TableId, _Tree]) -> None:
     rows = [
         (table, [(oid, part.name, part.link) for oid, part in sorted(tree.items())])
         for table, tree in sorted(trees.items())

@@ -11,7 +11,7 @@ import psycopg
 from headrace.change import RESERVED, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import UserError
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection, list_tables, qualified, quoted, read_shapes
 from headrace.sources.postgres.clauses import Clause, held_clauses, wanted_clauses
 from headrace.sources.postgres.columns import Policy
@@ -119,14 +119,14 @@ def amend(db: Connection, config: SourceConfig, tables: Iterable[TableId]) -> li
     return list(changed)
 
 
-def refiltered(config: SourceConfig, log: Log, tables: Iterable[TableId]) -> list[TableId]:
+def refiltered(config: SourceConfig, log: LogIndex, tables: Iterable[TableId]) -> list[TableId]:
     """Return tables whose captured rows were chosen by another condition than `where` says now."""
     held = json.loads(log.note(_FILTERS) or "{}")
     wanted = _filters(config, tables)
     return [table for table in tables if held.get(str(table), wanted[str(table)]) != wanted[str(table)]]
 
 
-def remember_filters(config: SourceConfig, log: Log, tables: Iterable[TableId]) -> None:
+def remember_filters(config: SourceConfig, log: LogIndex, tables: Iterable[TableId]) -> None:
     """Note the conditions by which the rows of captured tables are chosen from now on."""
     wanted = json.dumps(_filters(config, tables), ensure_ascii=False, sort_keys=True)
     if wanted != log.note(_FILTERS):

@@ -17,7 +17,7 @@ from psycopg import pq
 
 from headrace.config import SourceConfig
 from headrace.errors import RESYNC, RETRY_SQLSTATES, HeadraceError, SourceGap, SourceUnavailable, UserError
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection, quoted
 from headrace.sources.postgres.connection import without_password
 from headrace.sources.postgres.health import oldest_transaction
@@ -33,30 +33,30 @@ POINT = "point"
 """The note that holds the position from which the slot delivers."""
 
 
-def epoch_of(log: Log) -> int:
+def epoch_of(log: LogIndex) -> int:
     """Return the epoch that new positions belong to."""
     return int(log.note("epoch") or 0)
 
 
-def durable_commit(log: Log) -> int:
+def durable_commit(log: LogIndex) -> int:
     """Return the commit through which the log holds this epoch's changes."""
     position = log.position()
     streamed = position.commit if position and position.epoch == epoch_of(log) else 0
     return max(streamed, int(log.note(POINT) or 0))
 
 
-def claim_slot(config: SourceConfig, log: Log) -> None:
+def claim_slot(config: SourceConfig, log: LogIndex) -> None:
     """Remember that the slot on the server that is noted now is ours; call it before it is created."""
     log.set_note("slot_system", log.note("system") or "")
     log.set_note("slot", config.slot)
 
 
-def owned_slot(log: Log) -> str | None:
+def owned_slot(log: LogIndex) -> str | None:
     """Return the name of our slot on the server that is noted now; None if ours was on another."""
     return log.note("slot") if log.note("slot_system") == log.note("system") else None
 
 
-def drop_unfinished(db: Connection, config: SourceConfig, log: Log) -> None:
+def drop_unfinished(db: Connection, config: SourceConfig, log: LogIndex) -> None:
     """Drop the slot of a copy that did not finish; refuse one that is not ours."""
     slot = config.slot
     row = db.execute("SELECT active_pid FROM pg_replication_slots WHERE slot_name = %s", [slot]).fetchone()
@@ -121,7 +121,7 @@ def _obstacle(db: Connection) -> str:
     return f"it waits for transactions that are open; {holder}" if holder else "no transaction is open now"
 
 
-def check_resumable(db: Connection, config: SourceConfig, log: Log) -> Slot:
+def check_resumable(db: Connection, config: SourceConfig, log: LogIndex) -> Slot:
     """Return the slot; refuse one from which changes that the log does not hold cannot be had.
 
     Raises SourceGap: the slot is gone, invalidated, not the one that Headrace made, or stands beyond

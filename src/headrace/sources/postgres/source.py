@@ -19,10 +19,10 @@ from typing import Literal
 
 import psycopg
 
-from headrace.change import ADDED, Entry, Position, TableId
+from headrace.change import ADDED, Entry, Position, SourceMark, TableId, source_marker
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import SourceUnavailable, UserError
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection, list_tables
 from headrace.sources.postgres.connection import broke_off, connect, connect_replication, place
 from headrace.sources.postgres.copier import Copier
@@ -86,7 +86,7 @@ class PostgresSource:
         self._resync = threading.Event()
         self._plain: Connection | None = None
 
-    def read(self, log: Log) -> Generator[Iterable[Entry]]:
+    def read(self, log: LogIndex) -> Generator[Iterable[Entry]]:
         """See `Source.read`."""
         refuse_torn_down(self._config, log)
         try:
@@ -146,7 +146,7 @@ class PostgresSource:
         assert self._plain is not None
         return self._plain
 
-    def change_tables(self, log: Log, tables: Sequence[TableId], what: Request) -> None:
+    def change_tables(self, log: LogIndex, tables: Sequence[TableId], what: Request) -> None:
         """Add tables to those that are captured, remove them, copy them again, pause or resume them.
 
         Durable when it returns; a running `read` takes it up within a second. Raises UserError for a
@@ -174,7 +174,7 @@ class PostgresSource:
         states.move(tables, stage, {"add": ADDED, "resync": "resync", "remove": ""}[what])
         self._requests.extend(tables)
 
-    def request_resync(self, log: Log) -> None:
+    def request_resync(self, log: LogIndex) -> None:
         """Begin anew: with a new slot, and every table copied again.
 
         Durable when it returns; a running `read` ends with SourceUnavailable, the next one takes it up.
@@ -182,15 +182,19 @@ class PostgresSource:
         log.set_note(_RESYNC, "requested")
         self._resync.set()
 
-    def _start_anew(self, log: Log) -> None:
+    def _start_anew(self, log: LogIndex) -> None:
         """Forget the slot and the server; positions from here on belong to a new epoch."""
         if log.note(POINT):
-            log.set_note("epoch", str(epoch_of(log) + 1))
+            epoch = epoch_of(log) + 1
+            log.set_note("epoch", str(epoch))
             log.set_note(POINT, "")
+            at = Position(epoch, 0, 0)
+            reason = f"epoch {epoch} begins: every table is copied again"
+            log.append([source_marker(at, SourceMark("resync", reason))])
         forget_server(log)
         log.set_note(_RESYNC, "")
 
-    def _take_requests(self, log: Log, copier: Copier) -> None:
+    def _take_requests(self, log: LogIndex, copier: Copier) -> None:
         """Carry out what `change_tables` and `request_resync` have made durable."""
         if self._resync.is_set():
             raise SourceUnavailable(f"Source {self.name} begins anew, as it was asked to.")
@@ -206,7 +210,7 @@ class PostgresSource:
                 remember_partitions(self._catalog(), log, [table])
                 copier.start(table, state.reason, after=log.end().offset)
 
-    def _copy_again(self, log: Log, table: TableId, reason: str) -> None:
+    def _copy_again(self, log: LogIndex, table: TableId, reason: str) -> None:
         """Have a table copied again whose rows at rest are not what the source has now, or say so."""
         if table not in captured_tables(log):
             return  # removed, and the stream has not heard of that yet
@@ -220,7 +224,7 @@ class PostgresSource:
         TableStates(log).move([table], "requested", reason)
         self._requests.append(table)
 
-    def _publish(self, log: Log) -> None:
+    def _publish(self, log: LogIndex) -> None:
         """Publish what is to be captured, and expect to find that from now on."""
         present = self._present(captured_tables(log))
         # Asked for before the publication changes: after a crash in between nothing would tell.
@@ -232,7 +236,7 @@ class PostgresSource:
             expect_publication(self._catalog(), self._config, log)
         remember_filters(self._config, log, present)
 
-    def _withdraw(self, log: Log, tables: Iterable[TableId]) -> None:
+    def _withdraw(self, log: LogIndex, tables: Iterable[TableId]) -> None:
         """Publish tables no longer, and expect to find that from now on."""
         if withdraw(self._catalog(), self._config, tables):
             expect_publication(self._catalog(), self._config, log)
@@ -242,7 +246,7 @@ class PostgresSource:
         known = set(list_tables(self._catalog()))
         return [table for table in tables if table in known]
 
-    def _say_what_is_new(self, log: Log) -> None:
+    def _say_what_is_new(self, log: LogIndex) -> None:
         """Name tables that the patterns select but that are not captured."""
         known = read_states(log)
         selected = select_tables(self._config.tables, list_tables(self._catalog()))
@@ -252,7 +256,7 @@ class PostgresSource:
                 ", ".join(new),
             )
 
-    def _begin(self, log: Log, copier: Copier) -> Generator[Iterable[Entry]]:
+    def _begin(self, log: LogIndex, copier: Copier) -> Generator[Iterable[Entry]]:
         """Make publication and slot, and have every table copied under the slot's own snapshot."""
         db = self._catalog()
         again = bool(captured_tables(log))

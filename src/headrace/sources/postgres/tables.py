@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from headrace.change import TableId
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 
 Stage = Literal["requested", "copying", "catching_up", "live", "failed", "removed"]
 
@@ -33,13 +33,13 @@ class TableState:
     paused: bool = False
 
 
-def read_states(log: Log) -> dict[TableId, TableState]:
+def read_states(log: LogIndex) -> dict[TableId, TableState]:
     """Return the state of every table that was ever captured."""
     raw = json.loads(log.note(NOTE) or "[]")
     return {TableId(*table): TableState(**state) for table, state in raw}
 
 
-def captured_tables(log: Log) -> list[TableId]:
+def captured_tables(log: LogIndex) -> list[TableId]:
     """Return the tables that are captured, or will be as soon as the source can be asked."""
     return [table for table, state in read_states(log).items() if state.stage != "removed"]
 
@@ -47,7 +47,7 @@ def captured_tables(log: Log) -> list[TableId]:
 class TableStates:
     """The states, changed by one process; safe to use from any thread."""
 
-    def __init__(self, log: Log) -> None:
+    def __init__(self, log: LogIndex) -> None:
         self._log = log
 
     def all(self) -> dict[TableId, TableState]:

@@ -16,7 +16,7 @@ import psycopg
 from headrace.config import SourceConfig
 from headrace.errors import SourceUnavailable, UserError
 from headrace.keys import literal
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection, quoted
 from headrace.sources.postgres.connection import LOCK_TIMEOUT, connect, place
 from headrace.sources.postgres.identity import read_server, same_system
@@ -46,7 +46,7 @@ class Made:
     statement: str
 
 
-def list_made(config: SourceConfig, log: Log) -> list[Made]:
+def list_made(config: SourceConfig, log: LogIndex) -> list[Made]:
     """Return what is at the source of this project's, and what looks as if it were.
 
     Raises SourceUnavailable, and UserError for another server than the one that filled the log.
@@ -56,7 +56,7 @@ def list_made(config: SourceConfig, log: Log) -> list[Made]:
         return [*_slots(db, log), *_publications(db, config, log)]
 
 
-def drop_made(config: SourceConfig, log: Log, made: Made) -> None:
+def drop_made(config: SourceConfig, log: LogIndex, made: Made) -> None:
     """Drop one thing that is ours, and remember that it was us.
 
     Raises SourceUnavailable when somebody holds it, UserError when the role may not.
@@ -82,7 +82,7 @@ def drop_made(config: SourceConfig, log: Log, made: Made) -> None:
             ) from error
 
 
-def refuse_torn_down(config: SourceConfig, log: Log) -> None:
+def refuse_torn_down(config: SourceConfig, log: LogIndex) -> None:
     """Refuse to read a source that was torn down."""
     when = log.note("torn_down")
     if when is not None:
@@ -93,7 +93,7 @@ def refuse_torn_down(config: SourceConfig, log: Log) -> None:
         )
 
 
-def _slots(db: Connection, log: Log) -> Iterator[Made]:
+def _slots(db: Connection, log: LogIndex) -> Iterator[Made]:
     recorded = owned_slot(log)
     pattern = PREFIX.replace("_", r"\_") + "%"
     for name, active, temporary, retained in db.execute(_RETAINED, [recorded, pattern]).fetchall():
@@ -106,7 +106,7 @@ def _slots(db: Connection, log: Log) -> Iterator[Made]:
             yield Made("slot", name, retained, keep, f"SELECT pg_drop_replication_slot({literal(name)});")
 
 
-def _publications(db: Connection, config: SourceConfig, log: Log) -> Iterator[Made]:
+def _publications(db: Connection, config: SourceConfig, log: LogIndex) -> Iterator[Made]:
     recorded = log.note("published")
     names = [name for name in dict.fromkeys((recorded, config.publication)) if name]
     found = db.execute("SELECT pubname::text FROM pg_publication WHERE pubname = ANY (%s)", [names])

@@ -9,7 +9,7 @@ from contextlib import closing
 from headrace.change import Entry
 from headrace.config import SourceConfig
 from headrace.errors import SourceUnavailable
-from headrace.protocols import Log
+from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection
 from headrace.sources.postgres.connection import connect_replication
 from headrace.sources.postgres.fingerprint import check_publication
@@ -25,7 +25,7 @@ class Watchman:
     """Checks server, slot and publication of one running stream, each with a short query or two."""
 
     def __init__(
-        self, db: Connection, config: SourceConfig, log: Log, server: Server, stream: Stream
+        self, db: Connection, config: SourceConfig, log: LogIndex, server: Server, stream: Stream
     ) -> None:
         """`server` is what the start's checks accepted on `db`.
 
@@ -68,7 +68,7 @@ class Watchman:
 
 
 def on_one_timeline(
-    groups: Generator[Iterable[Entry]], config: SourceConfig, log: Log, server: Server
+    groups: Generator[Iterable[Entry]], config: SourceConfig, log: LogIndex, server: Server
 ) -> Generator[Iterable[Entry]]:
     """Yield the groups of a standby, `server`, as long as it stays on the timeline that the log knows.
 
