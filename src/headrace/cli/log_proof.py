@@ -1,0 +1,129 @@
+"""`headrace log verify` and `headrace log anchor`: proof that the log is what was written."""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from headrace.errors import HeadraceError, UserError
+from headrace.log.proof import Anchor, append_anchor, check_anchor, read_anchors
+from headrace.log.proof import anchor as anchor_of
+from headrace.log.proof import verify as verify_log
+from headrace.log.sqlite import SQLiteLog
+from headrace.reading import find_logs
+from headrace.sources.postgres.health import size_text
+
+KEY = "HEADRACE_ANCHOR_KEY"
+"""The environment variable of the key that signs anchors."""
+
+_FOLDER = Parameter(help="The project's folder.")
+_SOURCE = Parameter(help="Its source; all of them if left out.")
+
+
+def verify(
+    *,
+    project: Annotated[Path, _FOLDER] = Path(),
+    source: Annotated[str, _SOURCE] = "",
+    against: Annotated[Path | None, Parameter(help="A file of anchors, - for stdin.")] = None,
+    json: Annotated[bool, Parameter(help="Print one JSON object a log.", negative="")] = False,
+) -> None:
+    """Walk a log from end to end, also while it is written to: checksums, hashes, dense offsets, ordered
+    positions, whole transactions, indexes, segments.
+
+    With --against it must also hold what each anchor has noted, under its hash; where the environment has
+    HEADRACE_ANCHOR_KEY, each must be signed with it. Exit code 0 when all holds, 1 with the first bad
+    offset when not.
+    """
+    text = None if against is None else _text(against)
+    anchors = [] if text is None else read_anchors(text)
+    logs = find_logs(project, source)
+    if len(logs) > 1 and anchors:
+        names = {path.stem for path in logs}
+        if strange := sorted({noted.source for noted in anchors} - names):
+            raise UserError(f"There is no log of {', '.join(strange)}.", "Is it the right project?")
+    faults = 0
+    for path in logs:
+        try:
+            with closing(SQLiteLog(path, read_only=True)) as log:
+                mine = [noted for noted in anchors if len(logs) == 1 or noted.source == path.stem]
+                report = _verify(log, mine)
+        except HeadraceError as error:
+            faults += 1
+            report = {"source": path.stem, "verified": False, "error": str(error), "remedy": error.remedy}
+        print(json_text.dumps(report) if json else _told(report))
+    if faults:
+        sys.exit(1)
+
+
+def _verify(log: SQLiteLog, anchors: Sequence[Anchor]) -> dict[str, object]:
+    began = time.monotonic()
+    for noted in anchors:
+        check_anchor(log, noted, os.environ.get(KEY, ""))
+    found = verify_log(log)
+    return {
+        "source": log.source,
+        "verified": True,
+        "begin": found.begin.offset,
+        "end": found.end.offset,
+        "hash": found.end.hash,
+        "entries": found.entries,
+        "rows": found.rows,
+        "bytes": found.bytes,
+        "anchors": len(anchors),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+def _told(report: dict[str, object]) -> str:
+    if not report["verified"]:
+        return f"✘ log {report['source']}: {report['error']} {report['remedy']}"
+    since = f" behind {report['begin']}" if report["begin"] else ""
+    held = f", and what {report['anchors']} anchors noted" if report["anchors"] else ""
+    return (
+        f"✔ log {report['source']}: the chain holds{since} to offset {report['end']}, hash "
+        f"{str(report['hash'])[:12]}…{held}; {report['entries']} entries, {report['rows']} rows, "
+        f"{size_text(int(str(report['bytes'])))} in {report['seconds']} s"
+    )
+
+
+def _text(path: Path) -> str:
+    if str(path) == "-":
+        return sys.stdin.read()
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read: {type(error).__name__}.", "Name a file of anchors."
+        ) from error
+
+
+def anchor(
+    *,
+    project: Annotated[Path, _FOLDER] = Path(),
+    source: Annotated[str, _SOURCE] = "",
+    output: Annotated[Path | None, Parameter(help="Append to this file instead of printing.")] = None,
+) -> None:
+    """Print the head of a log (offset and hash), to be kept where nobody who can write the log can write.
+
+    A line of JSON for each log; signed with HMAC-SHA256 where the environment has HEADRACE_ANCHOR_KEY. The
+    running pipeline does it on a schedule: see anchor_every in [log].
+    """
+    for path in find_logs(project, source):
+        with closing(SQLiteLog(path, read_only=True)) as log:
+            made = anchor_of(log, os.environ.get(KEY, ""))
+        if output is None:
+            print(made.to_json())
+            continue
+        try:
+            append_anchor(output, made)
+        except OSError as error:
+            raise UserError(f"{output} cannot be written: {error.strerror}.", "Name another file.") from error
+        print(f"anchored {made.source} at offset {made.offset} in {output}")
