@@ -111,9 +111,6 @@ class Database:
             flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         db = apsw.Connection(str(self.path), flags=flags, vfs=_with_checksums())
         db.set_busy_timeout(_BUSY_MS)
-        if not self._read_only:
-            db.reserve_bytes(None, _CHECKSUM_BYTES)
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         return db
 
@@ -134,6 +131,8 @@ class Database:
             )
         if self._read_only:
             raise LogError(f"{self.path} holds no log yet.", "Start the pipeline once with `headrace run`.")
+        db.reserve_bytes(None, _CHECKSUM_BYTES)
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL")
         with db:
             db.execute(script)
             db.execute(f"PRAGMA user_version = {version}")
