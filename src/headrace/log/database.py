@@ -41,6 +41,8 @@ class Database:
         self._connections: list[apsw.Connection] = []
         if read_only and not path.exists():
             raise LogError(f"There is no log at {path}.", "Start the pipeline once with `headrace run`.")
+        if not read_only and path.parent.exists():
+            path.touch(0o600)  # before SQLite makes it: the files beside it have its mode
         with self.told():
             self._prepare(script, version)
 
@@ -136,7 +138,6 @@ class Database:
         with db:
             db.execute(script)
             db.execute(f"PRAGMA user_version = {version}")
-        self.path.chmod(0o600)
         sync_folder(self.path.parent)
 
 
