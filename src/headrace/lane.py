@@ -23,7 +23,7 @@ from headrace.change import START, Mark, Offset, Position, SourceMark, TableSche
 from headrace.config import Project, SourceConfig
 from headrace.destinations.duckdb import DuckDBDestination, foreign
 from headrace.destinations.joins import Joins
-from headrace.errors import ForeignDestination, HeadraceError, ModelBroken, SourceGap
+from headrace.errors import ForeignDestination, HeadraceError, LogTrimmed, ModelBroken, SourceGap
 from headrace.joining import Joiner
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Part, Prepared, Slice
@@ -115,7 +115,14 @@ class Lane:
 
     def load(self) -> bool:
         """Stage what comes next; False when all of the log is staged."""
-        entries = self.log.read(self.staging.written(), _LOAD_BYTES)
+        try:
+            entries = self.log.read(self.staging.written(), _LOAD_BYTES)
+        except LogTrimmed as error:
+            raise LogTrimmed(
+                f"Staging lacks what follows offset {self.staging.written()}, and retention has deleted it "
+                f"from the log of {self.config.name}.",
+                f"Restore the state folder from a backup, or run `headrace resync {self.config.name}`.",
+            ) from error
         if not entries:
             return False
         self.staging.write(entries)

@@ -50,7 +50,8 @@ def status(
     - `destination`: `path`, `error` (null, or why it could not be asked).
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
       - `tables`: the captured ones, each as `headrace tables list --json` prints it
-      - `position` (last durable in the log), `log`: `id`, `end`, `bytes`; `staged_through`
+      - `position` (last durable in the log), `log`: `id`, `begin` (what is before it is
+        deleted), `end`, `bytes`; `staged_through`
       - `capture`: `lag_bytes` not yet confirmed to the source; `load`: `rows`, `bytes`, `oldest_s`
       - `visible`: `offset`, `position`, `as_of` (seconds since 1970: all that the source committed
         until then is visible, unless a model says otherwise), `age_s`; null before the first apply
@@ -136,10 +137,9 @@ def _hops(
         if staged is None:
             staged = _staged_through(project, source, log)
         tables = _tables_of_models(project, source, log)
-        size = sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
         return {
             "position": format_lsn(durable) if durable else None,
-            "log": {"id": log.id, "end": end.offset, "bytes": size},
+            "log": {"id": log.id, "begin": log.begin().offset, "end": end.offset, "bytes": log.size()},
             "staged_through": staged,
             "load": _backlog(log, staged),
             "models": [_model(row, log, tables) for row in models],

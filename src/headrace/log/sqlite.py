@@ -329,7 +329,7 @@ class SQLiteLog(Index):
         """Delete entries in `(begin, through]` in one transaction; stops and markers of tables stay."""
         span = (begin, through)
         with self._db.transaction() as db:
-            known = 'SELECT rows, bytes, pinned OR ? FROM stops WHERE "offset" = ?'
+            known = 'SELECT rows, bytes, ? FROM stops WHERE "offset" = ?'
             former = db.execute(known, (begin in pinned, begin)).fetchone()
             ends = db.execute(_ENDS, span).fetchall()
             stops, absorbed = thinned(ends, former, pinned)

@@ -1,0 +1,278 @@
+"""Retention, anchors, lost consumers and markers of gaps, on a real Postgres."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import apsw
+import psycopg
+import pytest
+from pipelines import running, until
+
+from headrace.change import SourceMark, TableId
+from headrace.cli import main
+from headrace.config import Project, load_project
+from headrace.errors import ForeignDestination, LogTrimmed, SourceGap
+from headrace.log.consumers import Cursors
+from headrace.log.proof import check_anchor, read_anchors
+from headrace.log.proof import verify as verify_log
+from headrace.log.sqlite import SQLiteLog
+from headrace.pipeline import Pipeline
+from headrace.testing.postgres import PostgresServer
+from headrace.verify import verify
+
+KEY = "a key of anchors for tests"
+STRICT = """/* headrace
+key = ["id"]
+[contract]
+id = "BIGINT NOT NULL"
+*/
+SELECT id::BIGINT AS id, note AS note FROM raw.shop.t
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("pg")) as made:
+        yield made
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.pipeline.EVERY", 0.1)
+
+
+@pytest.fixture
+def db(server: PostgresServer, request: pytest.FixtureRequest) -> Iterator[psycopg.Connection[object]]:
+    name = request.node.name.replace("[", "_").replace("]", "")[:60]
+    server.psql(f'CREATE DATABASE "{name}"')
+    with psycopg.connect(server.url.removesuffix("postgres") + name, autocommit=True) as made:
+        made.execute("CREATE TABLE t (id int PRIMARY KEY, note text)")
+        made.execute("INSERT INTO t SELECT g, 'copied ' || g FROM generate_series(1, 500) g")
+        yield made
+
+
+@pytest.fixture
+def project(tmp_path: Path, db: psycopg.Connection[object], server: PostgresServer) -> Iterator[Project]:
+    slot = f"s{abs(hash(db.info.dbname))}"[:40]
+    yield configure(tmp_path, db, slot, 'keep = "1s"')
+    db.execute(
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = %s", [slot]
+    )
+
+
+def configure(folder: Path, db: psycopg.Connection[object], slot: str, log: str) -> Project:
+    url = f"postgresql://{db.info.user}@{db.info.host}:{db.info.port}/{db.info.dbname}"
+    (folder / "models").mkdir(exist_ok=True)
+    (folder / "headrace.toml").write_text(
+        f'[source.shop]\nurl = "{url}"\nslot = "{slot}"\nheartbeat = "500ms"\n[log]\n{log}\n'
+    )
+    return load_project(folder)
+
+
+def log_of(project: Project) -> closing[SQLiteLog]:
+    return closing(SQLiteLog(project.log_path("shop"), read_only=True))
+
+
+def insert(db: psycopg.Connection[object], first: int, count: int) -> None:
+    for at in range(first, first + count):
+        db.execute("INSERT INTO t VALUES (%s, %s)", [at, f"row {at}"])
+
+
+def insert_and_trim(project: Project, db: psycopg.Connection[object], first: int, count: int) -> None:
+    """Insert rows, and wait until they are captured, applied, and gone from the log."""
+    insert(db, first, count)
+    head = db.execute("SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn").fetchone()
+
+    def is_trimmed() -> bool:
+        with log_of(project) as log:
+            return bool(head) and log.place(log.begin().offset)[0].commit > int(head[0])  # type: ignore[index]
+
+    until(project.log_path("shop").exists)
+    until(is_trimmed, what="nothing was trimmed")
+
+
+def begins(project: Project) -> int:
+    with log_of(project) as log:
+        return log.begin().offset
+
+
+def assert_verified(project: Project) -> None:
+    Pipeline(load_project(project.root)).run_once()
+    wrong = [finding for finding in verify(project).findings if not finding.ok]
+    assert not wrong, wrong
+
+
+@pytest.mark.usefixtures("often")
+def test_old_entries_go_and_everything_can_still_be_built_from_staging(
+    project: Project, db: psycopg.Connection[object]
+) -> None:
+    with running(project):
+        insert_and_trim(project, db, 1001, 30)
+        insert(db, 2001, 10)
+        with log_of(project) as log:
+            verify_log(log)
+            assert set(log.schemas()) == {TableId("public", "t")}
+            with pytest.raises(LogTrimmed, match="deleted by retention"):
+                log.read(0, 1)
+    assert_verified(project)
+    project.destination.path.unlink()
+    assert_verified(project)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_suspended_model_does_not_hold_the_log_and_goes_on_from_staging(
+    project: Project, db: psycopg.Connection[object]
+) -> None:
+    model = project.models / "strict.sql"
+    model.write_text(STRICT)
+    with running(project) as pipeline:
+        until(lambda: pipeline.lanes[0].stands() and pipeline.lanes[0].idle())
+        model.write_text(STRICT.replace("note AS note", "nothing AS note"))
+        until(lambda: "strict" in pipeline.lanes[0].suspended(), what="not suspended")
+        stood = pipeline.lanes[0].destination.models("shop")["strict"].offset
+        insert_and_trim(project, db, 1001, 20)
+        assert begins(project) > stood
+        model.write_text(STRICT)
+        until(lambda: not pipeline.lanes[0].suspended(), what="still suspended")
+        insert(db, 2001, 1)
+        until(pipeline.lanes[0].idle)
+    assert_verified(project)
+
+
+def test_a_destination_from_before_the_log_begins_is_refused_with_what_to_do(
+    project: Project, db: psycopg.Connection[object], tmp_path: Path
+) -> None:
+    Pipeline(project).run_once()
+    old = tmp_path / "old.duckdb"
+    shutil.copy(project.destination.path, old)
+    insert(db, 1001, 20)
+    Pipeline(project).run_once()
+    with closing(SQLiteLog(project.log_path("shop"))) as log:
+        log.trim(log.end().offset)
+    shutil.copy(old, project.destination.path)
+    with pytest.raises(ForeignDestination, match="begins behind offset") as caught:
+        Pipeline(load_project(project.root))
+    assert "built from staging" in caught.value.remedy
+
+
+@pytest.mark.usefixtures("often")
+def test_without_staging_a_trimmed_log_says_what_is_missing(
+    project: Project, db: psycopg.Connection[object]
+) -> None:
+    with running(project):
+        insert_and_trim(project, db, 1001, 10)
+    shutil.rmtree(project.staging.path)
+    with pytest.raises(LogTrimmed, match="Staging lacks") as caught:
+        Pipeline(load_project(project.root)).run_once()
+    assert "resync" in caught.value.remedy
+
+
+@pytest.mark.usefixtures("often")
+def test_a_consumer_holds_the_log_is_told_of_and_at_last_lost(
+    project: Project, db: psycopg.Connection[object], caplog: pytest.LogCaptureFixture
+) -> None:
+    project = configure(project.root, db, project.sources[0].slot, 'keep = "1s"\nhold_max = "4000B"')
+    caplog.set_level(logging.WARNING, "headrace.alert")
+    Pipeline(project).run_once()
+    with closing(Cursors(project.log_path("shop").with_suffix(".cursors"))) as cursors:
+        with log_of(project) as log:
+            mark = log.mark(log.group_end(log.end().offset))
+            assert mark is not None
+            cursors.commit("reports", mark)
+        with running(project):
+            insert(db, 1001, 1)
+            until(lambda: begins(project) >= mark.offset, what="not even what it has read goes")
+            assert begins(project) == mark.offset
+            for at in range(1002, 1040):
+                insert(db, at, 1)
+            until(lambda: cursors.all()[0].lost, what="never lost")
+            until(lambda: begins(project) > mark.offset)
+    words = [record.getMessage() for record in caplog.records]
+    assert any(word.startswith("LOST consumer reports of shop") for word in words)
+
+
+def test_heads_are_anchored_in_a_file_and_by_a_webhook(
+    project: Project,
+    db: psycopg.Connection[object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    posted: list[dict[str, object]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if not posted:
+                posted.append({})
+                self.send_error(503)
+                return
+            posted.append(json.loads(body))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    monkeypatch.setenv("HEADRACE_ANCHOR_KEY", KEY)
+    monkeypatch.setattr("headrace.pipeline.EVERY", 0.1)
+    with HTTPServer(("127.0.0.1", 0), Receiver) as receiver:
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        settings = (
+            'keep = "forever"\nanchor_every = "1s"\nanchor_file = "anchors.jsonl"\n'
+            f'anchor_url = "http://127.0.0.1:{receiver.server_port}/token"\n'
+            'anchor_key = "${env:HEADRACE_ANCHOR_KEY}"'
+        )
+        project = configure(project.root, db, project.sources[0].slot, settings)
+        with running(project):
+            until(lambda: len(posted) >= 3, what="no anchors")
+        receiver.shutdown()
+    text = (project.root / "anchors.jsonl").read_text()
+    anchors = read_anchors(text)
+    assert {made["offset"] for made in posted[1:]} <= {made.offset for made in anchors}
+    with log_of(project) as log:
+        for made in anchors:
+            check_anchor(log, made, KEY)
+    command = [
+        "log",
+        "verify",
+        "--project",
+        str(project.root),
+        "--against",
+        str(project.root / "anchors.jsonl"),
+    ]
+    assert main(command) == 0
+    assert "anchors noted" in capsys.readouterr().out
+    with closing(apsw.Connection(str(project.log_path("shop")), vfs="cksmvfs")) as file:
+        file.execute('DELETE FROM entries WHERE "offset" > ?', (anchors[-1].offset - 1,))
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 1
+    assert "tail was cut off" in capsys.readouterr().out
+
+
+def test_a_gap_and_the_new_beginning_after_it_stand_in_the_log(
+    project: Project, db: psycopg.Connection[object]
+) -> None:
+    Pipeline(project).run_once()
+    slot = project.sources[0].slot
+    db.execute("SELECT pg_drop_replication_slot(%s)", [slot])
+    for _ in range(2):
+        with pytest.raises(SourceGap):
+            Pipeline(load_project(project.root)).run_once()
+    assert main(["resync", "--project", str(project.root)]) == 0
+    Pipeline(load_project(project.root)).run_once()
+    with log_of(project) as log:
+        entries = log.entries(0, log.end().offset, kinds=("marker",))
+        marks = [SourceMark.from_json(item.entry.payload) for item in entries if item.entry.table is None]
+        verify_log(log)
+    assert [mark.kind for mark in marks] == ["gap", "resync"], "said once, while it lasts"
+    assert slot in marks[0].reason
+    assert_verified(project)
