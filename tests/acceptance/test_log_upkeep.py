@@ -151,6 +151,8 @@ def test_a_destination_from_before_the_log_begins_is_refused_with_what_to_do(
     project: Project, db: psycopg.Connection[object], tmp_path: Path
 ) -> None:
     Pipeline(project).run_once()
+    insert(db, 501, 1)
+    Pipeline(project).run_once()
     old = tmp_path / "old.duckdb"
     shutil.copy(project.destination.path, old)
     insert(db, 1001, 20)
