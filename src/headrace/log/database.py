@@ -98,7 +98,7 @@ class Database:
         """Raise SQLite's and the system's errors as ours, by what they mean for the log."""
         try:
             yield
-        except (apsw.NotADBError, apsw.CorruptError) as error:
+        except (apsw.NotADBError, apsw.CorruptError, UnicodeDecodeError) as error:
             raise LogDamaged(f"{self.path} is not what was written: {error}.", RESTORE) from error
         except apsw.FullError as error:
             raise no_room(self.path) from error
