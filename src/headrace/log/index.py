@@ -195,12 +195,12 @@ class Index:
     def appended_before(self, moment: int) -> Offset:
         """Return the last offset before the first entry that was appended at `moment` (microseconds)
         or later."""
-        row = self._db.row(
-            'SELECT "offset" FROM entries WHERE appended_at >= ? AND "offset" > '
-            '(SELECT coalesce(max("offset"), 0) FROM stops) ORDER BY "offset" LIMIT 1',
-            (moment,),
-        )
-        return self.end().offset if row is None else int(row[0]) - 1
+        low, high = self.begin().offset, self.end().offset
+        while low < high:
+            middle = (low + high + 1) // 2
+            row = self._db.row('SELECT appended_at < ? FROM entries WHERE "offset" = ?', (moment, middle))
+            low, high = (middle, high) if row and row[0] else (low, middle - 1)
+        return low
 
     def schemas(self) -> dict[TableId, TableSchema]:
         """See `Log.schemas`."""

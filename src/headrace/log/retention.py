@@ -66,8 +66,8 @@ def thinned(
     """Choose which ends of groups stay behind as stops.
 
     `ends` are offset, hash, position (three), commit time, and rows and bytes since the former stop, which
-    has `former` of rows, bytes and whether it is still pinned. Stays what is pinned, the last one, and as many
-    in between that no two are further apart than STOP_ROWS and STOP_BYTES. Returns the rows of `stops`,
+    has `former` of rows, bytes and whether it is still pinned. Stays what is pinned, the last one, and as
+    many in between that no two are further apart than STOP_ROWS and STOP_BYTES. Returns the rows of `stops`,
     and whether the former stop is absorbed by the first of them.
     """
     rows_before, bytes_before, is_pinned = former or (0, 0, 1)

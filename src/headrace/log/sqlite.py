@@ -17,7 +17,8 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from headrace.log.entries import (
 )
 from headrace.log.index import MAX_SLICE_ROWS, Index
 from headrace.log.retention import thinned
-from headrace.log.segments import Place, SegmentReader, SegmentWriter, segment_path
+from headrace.log.segments import Place, SegmentReader, SegmentWriter, segment_path, segments_in
 
 SEGMENT_BYTES = 128 << 20
 _INSERT = (
@@ -287,8 +288,11 @@ class SQLiteLog(Index):
 
     def size(self) -> int:
         """Return the bytes that the log takes on its disk."""
-        files = [*self.path.parent.glob(f"{self.path.name}*"), *self.segments.glob("*.segment")]
-        return sum(file.stat().st_size for file in files)
+        total = 0
+        for file in [*self.path.parent.glob(f"{self.path.name}*"), *self.segments.glob("*.segment")]:
+            with suppress(FileNotFoundError):  # retention may remove it meanwhile
+                total += file.stat().st_size
+        return total
 
     def roll(self) -> None:
         """Have the next payload begin a segment, so that the one before can go once all of it is old."""
@@ -298,15 +302,12 @@ class SQLiteLog(Index):
 
     def beyond(self, limit: int) -> Offset:
         """Return the last offset that would have to go for the log to take no more than `limit` bytes."""
-        excess = self.size() - limit
-        last = 0
-        for segment, offset in self._db.rows(
-            'SELECT segment, max("offset") FROM entries WHERE segment IS NOT NULL GROUP BY 1 ORDER BY 1'
-        )[:-1]:
+        excess, last = self.size() - limit, 0
+        for segment, following in pairwise(segments_in(self.segments)):
             if excess <= 0:
                 break
             excess -= segment_path(self.segments, segment).stat().st_size
-            last = int(offset)
+            last = following - 1
         return last
 
     def trim(self, through: Offset, pinned: Iterable[Offset] = ()) -> int:
@@ -319,8 +320,9 @@ class SQLiteLog(Index):
                 self._trim_to(begin, step, set(pinned))
                 failpoint("log.trim.committed")
         with self._writing:
-            (row,) = self._db.rows("SELECT min(segment) FROM entries WHERE segment IS NOT NULL")
-            kept = int(row[0]) if row[0] is not None else self._end.offset + 1
+            first = 'SELECT segment FROM entries WHERE segment IS NOT NULL ORDER BY "offset" LIMIT 1'
+            row = self._db.row(first)
+            kept = int(row[0]) if row else self._end.offset + 1
             freed = self._writer.remove_before(kept)
             self._db.rows("PRAGMA incremental_vacuum")
             return freed
