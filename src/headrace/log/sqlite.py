@@ -25,7 +25,7 @@ from typing import Any
 import apsw
 
 from headrace.change import START, STREAMED, Entry, LoggedEntry, Mark, Offset, Position, TableId
-from headrace.errors import LogDamaged, LogNotDurable, LogTrimmed
+from headrace.errors import LogDamaged, LogFull, LogNotDurable, LogTrimmed
 from headrace.failpoints import failpoint
 from headrace.log.database import RESTORE, Database
 from headrace.log.entries import (
@@ -88,8 +88,9 @@ class SQLiteLog(Index):
         self._end = self._read_end()
         self._high = self.last_commit() or (START, 0)
         if not read_only:
-            self._db.rows("PRAGMA wal_checkpoint(TRUNCATE)")
             self._writer = SegmentWriter(self.segments, segment_bytes, self._behind_payloads())
+            with suppress(LogFull):  # it can be read, and trimmed, all the same
+                self._db.rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def append(self, entries: Iterable[Entry]) -> Mark:
         """See `Log.append`. Entries are taken one at a time: a group need not fit in memory.
