@@ -5,6 +5,7 @@ A log that is made of an export is the same log: the same offsets, times, hashes
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 import apsw
 
 from headrace.change import Mark, Offset
-from headrace.errors import LogDamaged, LogTrimmed, UserError
+from headrace.errors import LogDamaged, LogFull, LogTrimmed, UserError
 from headrace.log.archive_file import HIGH, NOTHING, Part, PartWriter, Reached, Record, file_name, read_part
 from headrace.log.database import Database, sync_folder
 from headrace.log.entries import COLUMNS, FORMAT, HEADER, INLINE, SCRIPT, row_of
@@ -65,8 +66,7 @@ def export(log: SQLiteLog, folder: Path, after: Offset | None = None) -> Archive
     where the clock went back over midnight, of the day before it. Raises UserError where the files are of
     another log, LogTrimmed where the log no longer holds what comes next, LogDamaged.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _alone(folder):
+    with writing_to(folder), _alone(folder):
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return _export(log, folder, after)
@@ -272,6 +272,23 @@ def _day(record: Record, day: str) -> str:
 
 
 @contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Make a folder if it is not there, and say of what goes wrong on its disk what to do about it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield
+    except (OSError, LogFull) as error:
+        if isinstance(error, LogFull) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            words = f"There is no room for more on the disk of {folder}."
+            raise LogFull(words, "Make room, and run the command again.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+            raise UserError(
+                f"{folder} cannot be written: {error.strerror}.", "Mend its rights, or name another."
+            ) from error
+        raise
+
+
+@contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Keep every other export or import from a folder."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -307,8 +324,7 @@ def restore(files: Iterable[Path], into: Path) -> Archived:
         if path.exists():
             raise UserError(f"{path} is there already.", "Name another file with --into, or move it away.")
     making = into.parent / f".{into.stem}.importing"
-    making.mkdir(mode=0o700, exist_ok=True)
-    with _alone(making):
+    with writing_to(making), _alone(making):
         try:
             for left in making.iterdir():  # of an import that was killed
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
