@@ -1,0 +1,244 @@
+"""Named consumers: how far each has read, in a file beside the log, so that none takes its writer's lock.
+
+A cursor names the entry through which its consumer is done, and that entry's hash: a log that is another
+one, or was computed anew, is noticed. What a cursor has not read yet is kept by retention until it holds
+more than `hold_max`; then the cursor is lost, and stays so until it is reset.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import apsw
+
+from headrace.change import Mark, Offset
+from headrace.errors import CursorLost, LogError, UserError
+from headrace.log.database import Database
+
+_FORMAT = 1
+_SCRIPT = """
+CREATE TABLE IF NOT EXISTS cursors (
+  name TEXT PRIMARY KEY, log_id TEXT NOT NULL, "offset" INTEGER NOT NULL, hash TEXT NOT NULL,
+  created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, lost INTEGER NOT NULL, reason TEXT NOT NULL
+) WITHOUT ROWID
+"""
+_COLUMNS = 'name, log_id, "offset", hash, created_at, updated_at, lost, reason'
+_MAX_NAME = 200
+_CREATE_TRIES = 50  # two processes may make the file at once
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far a consumer has read: through `offset`, whose hash is `hash`, of the log `log_id`.
+
+    Times are microseconds since 1970 in UTC. One that is `lost` has a `reason`.
+    """
+
+    name: str
+    log_id: str
+    offset: Offset
+    hash: str
+    created_at: int
+    updated_at: int
+    lost: bool
+    reason: str
+
+    @property
+    def mark(self) -> Mark:
+        """The mark through which the consumer has read."""
+        return Mark(self.log_id, self.offset, self.hash)
+
+
+class Marked(Protocol):
+    """A log as a cursor needs it."""
+
+    id: str
+    source: str
+
+    def begin(self) -> Mark:
+        """See `Log.begin`."""
+        ...
+
+    def end(self) -> Mark:
+        """See `Log.end`."""
+        ...
+
+    def mark(self, offset: Offset) -> Mark | None:
+        """See `LogIndex.mark`."""
+        ...
+
+
+class Cursors:
+    """The consumers of one log, in a file of their own, for any number of threads and processes.
+
+    The file is made with the first cursor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the file beside the log, `<source>.cursors`; it need not exist."""
+        self._path = path
+        self._opened: Database | None = None
+        self._opening = threading.Lock()
+
+    def get(self, name: str) -> Cursor | None:
+        """Return a consumer's cursor, or None if there is no such one."""
+        found = self._rows("WHERE name = ?", (name,))
+        return found[0] if found else None
+
+    def all(self) -> list[Cursor]:
+        """Return every cursor, by name."""
+        return self._rows("ORDER BY name")
+
+    def commit(self, name: str, mark: Mark) -> Cursor:
+        """Record durably that a consumer is done through `mark`; makes its cursor if there is none.
+
+        Raises CursorLost for one that is lost, UserError for a mark behind the cursor or of another log.
+        """
+        _check_name(name)
+        now = time.time_ns() // 1000
+        with self._made().transaction() as db:
+            row = db.execute(f"SELECT {_COLUMNS} FROM cursors WHERE name = ?", (name,)).fetchone()
+            known = _cursor(row) if row else None
+            if known is not None:
+                _check_next(known, mark)
+            since = known.created_at if known else now
+            values = (name, mark.log_id, mark.offset, mark.hash, since, now, 0, "")
+            db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        return Cursor(name, *mark, since, now, lost=False, reason="")
+
+    def reset(self, name: str, mark: Mark) -> Cursor:
+        """Put a consumer's cursor at `mark`, wherever it was and whether or not it is lost.
+
+        Raises UserError when there is no such one.
+        """
+        now = time.time_ns() // 1000
+        known = self._known(name)
+        sql = (
+            "UPDATE cursors SET log_id = ?, \"offset\" = ?, hash = ?, updated_at = ?, lost = 0, reason = '' "
+            "WHERE name = ?"
+        )
+        with self._made().transaction() as db:
+            db.execute(sql, (*mark, now, name))
+        return Cursor(name, *mark, known.created_at, now, lost=False, reason="")
+
+    def forget(self, name: str) -> None:
+        """Remove a consumer: it holds nothing of the log any more. Raises UserError for an unknown one."""
+        self._known(name)
+        with self._made().transaction() as db:
+            db.execute("DELETE FROM cursors WHERE name = ?", (name,))
+
+    def mark_lost(self, name: str, reason: str) -> None:
+        """Record that the log is deleted beyond a consumer, which does not hold it any more."""
+        if self.get(name) is None:
+            return
+        with self._made().transaction() as db:
+            db.execute("UPDATE cursors SET lost = 1, reason = ? WHERE name = ?", (reason, name))
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._opening:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
+
+    def _known(self, name: str) -> Cursor:
+        known = self.get(name)
+        if known is None:
+            names = ", ".join(cursor.name for cursor in self.all()) or "none"
+            raise UserError(f"There is no consumer {name}.", f"There are: {names}.")
+        return known
+
+    def _rows(self, where: str, values: Sequence[object] = ()) -> list[Cursor]:
+        if self._opened is None and not self._path.exists():
+            return []
+        return [_cursor(row) for row in self._made().rows(f"SELECT {_COLUMNS} FROM cursors {where}", values)]
+
+    def _made(self) -> Database:
+        with self._opening:
+            if self._opened is None:
+                self._opened = _opened(self._path)
+            return self._opened
+
+
+def check(cursor: Cursor, log: Marked) -> None:
+    """See that a log holds what a cursor has read, and what it is to read next.
+
+    Raises CursorLost when that was deleted, LogError when it is another log than the cursor's.
+    """
+    if cursor.lost or (cursor.log_id == log.id and cursor.offset < log.begin().offset):
+        raise lost(cursor, log)
+    where = f"Consumer {cursor.name} has read the log {cursor.log_id} through offset {cursor.offset}"
+    remedy = (
+        "See that it is the right project; to read this log from its beginning: "
+        f"headrace log consumers --reset {cursor.name} --to start"
+    )
+    if cursor.log_id != log.id:
+        raise LogError(f"{where}; this log of {log.source} is another, {log.id}.", remedy)
+    if cursor.offset > (end := log.end().offset):
+        raise LogError(f"{where}; it now ends at {end}: it was restored or cut off.", remedy)
+    mark = log.mark(cursor.offset)
+    if mark is None or mark.hash != cursor.hash:
+        raise LogError(f"{where}; that entry has another hash now: the log is another.", remedy)
+
+
+def lost(cursor: Cursor, log: Marked) -> CursorLost:
+    """Say what a consumer has lost, and what to do."""
+    begin = log.begin().offset
+    why = f" ({cursor.reason})" if cursor.reason else ""
+    gone = (
+        f"offsets {cursor.offset + 1} to {begin} have been deleted"
+        if begin > cursor.offset
+        else "what follows may be deleted at any time"
+    )
+    return CursorLost(
+        f"Consumer {cursor.name} of {log.source} is lost: it has read through offset {cursor.offset}, and "
+        f"{gone}{why}.",
+        "Import an export of those, or read them from staging, and go on behind them: "
+        f"headrace log consumers --reset {cursor.name} --to {max(begin, cursor.offset)}",
+    )
+
+
+def _check_next(known: Cursor, mark: Mark) -> None:
+    if known.lost:
+        raise CursorLost(
+            f"Consumer {known.name} is lost since offset {known.offset}: {known.reason}.",
+            f"Make up for what it lacks, then: headrace log consumers --reset {known.name} --to OFFSET",
+        )
+    if known.log_id != mark.log_id or (known.offset == mark.offset and known.hash != mark.hash):
+        raise UserError(
+            f"Consumer {known.name} reads another log, {known.log_id}.",
+            f"Take another name, or: headrace log consumers --reset {known.name} --to start",
+        )
+    if mark.offset < known.offset:
+        raise UserError(
+            f"Consumer {known.name} has committed offset {known.offset} already; {mark.offset} is behind it.",
+            f"To read again: headrace log consumers --reset {known.name} --to {mark.offset}",
+        )
+
+
+def _check_name(name: str) -> None:
+    if not name or len(name) > _MAX_NAME or not name.isprintable():
+        raise UserError(
+            "This is no name of a consumer.", f"Take 1 to {_MAX_NAME} printable characters, such as reports."
+        )
+
+
+def _cursor(row: Sequence[Any]) -> Cursor:
+    name, log_id, offset, digest, created_at, updated_at, is_lost, reason = row
+    return Cursor(name, log_id, offset, digest, created_at, updated_at, bool(is_lost), reason)
+
+
+def _opened(path: Path) -> Database:
+    for left in reversed(range(_CREATE_TRIES)):
+        try:
+            return Database(path, script=_SCRIPT, version=_FORMAT)
+        except (apsw.BusyError, apsw.LockedError):
+            if not left:
+                raise
+            time.sleep(0.02)
+    raise AssertionError
