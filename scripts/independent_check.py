@@ -4,10 +4,12 @@
 
 Run it beside no running pipeline and a source at rest. It opens both files read-only and compares:
 
-- log: hash chain, dense offsets, whole groups, and the place in it that the warehouse remembers;
+- log: hash chain, dense offsets, whole groups, and the place in it that the warehouse remembers; the chain
+  begins behind what retention has deleted, and the log's segments are read from the folder beside it;
 - mirrors: every table of the publication, row by row and column by column;
 - models: the model's own SQL over the source's rows as text; rows that fail are those in quarantine;
-- ledger: each row closes and reads what the log holds in its span, and all add up.
+- ledger: each row closes and reads what the log holds in its span, and all add up; of spans that begin
+  before the log does, only how many there are is told.
 
 Exit code 0 when all agree, 1 when something differs; a warehouse that is behind its source differs.
 """
@@ -25,6 +27,7 @@ import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from decimal import Decimal
 from heapq import merge
@@ -48,8 +51,8 @@ SETTINGS = (
 )
 HEADER = (
     "offset", "kind", "table_schema", "table_name", "first_epoch", "first_commit", "first_ordinal",
-    "last_epoch", "last_commit", "last_ordinal", "committed_at", "rows", "schema_version", "appended_at",
-    "ends_group",
+    "last_epoch", "last_commit", "last_ordinal", "min_txid", "max_txid", "committed_at", "rows",
+    "schema_version", "appended_at", "ends_group",
 )  # fmt: skip
 
 
@@ -72,11 +75,19 @@ class Work:
 
 @dataclass
 class Log:
-    """What the log holds, by its own account."""
+    """What the log holds, by its own account, behind the offset `begin`."""
 
+    begin: int = 0
+    end: int = 0
     hashes: dict[int, str] = field(default_factory=dict)
     rows: dict[tuple[str, bool], list[tuple[int, int]]] = field(default_factory=dict)
     """(offset, row changes) of every entry, by table label and whether a copy read them."""
+
+    def remember(self, header: tuple[Any, ...]) -> None:
+        offset, kind, schema, table = header[:4]
+        if table is not None and kind in {"rows", "truncate", "copy"}:
+            mine = self.rows.setdefault((label_of(schema, table), kind == "copy"), [])
+            mine.append((offset, header[HEADER.index("rows")]))
 
     def count(self, table: str, after: int, through: int, *, copied: bool) -> int:
         return sum(rows for offset, rows in self.rows.get((table, copied), ()) if after < offset <= through)
@@ -128,42 +139,70 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+QUOTED = ", ".join(f'"{name}"' for name in HEADER)
+ENTRIES = (
+    f"SELECT {QUOTED}, previous, hash, bytes, segment, start, payload, filter "
+    'FROM entries LEFT JOIN filters USING ("offset") ORDER BY "offset"'
+)
+
+
 def walk_log(path: Path, work: Work) -> Log:
-    """Walk the chain: BLAKE2b-256 over the hash before, the header as compact JSON, the payload."""
-    log = Log()
-    faults, previous, expected, ended = [], bytes(32), 1, 1
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as db:
-        columns = ", ".join(f'"{name}"' for name in (*HEADER, "hash", "payload"))
+    """Walk the chain: BLAKE2b-256 over the hash before, the header as compact JSON, filter and payload."""
+    log, faults, payloads = Log(), list[str](), Payloads(path.with_suffix(".segments"))
+    ended, previous = 1, bytes(32)
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
         try:
-            for *header, digest, payload in db.execute(f'SELECT {columns} FROM entries ORDER BY "offset"'):
-                offset, kind, schema, table = header[:4]
-                if offset != expected:
-                    faults.append(f"offset {expected} is missing")
-                text = json.dumps(header, separators=(",", ":")).encode()
-                if hashlib.blake2b(previous + text + payload, digest_size=32).hexdigest() != digest:
+            for log.begin, previous in db.execute('SELECT "offset", hash FROM stops ORDER BY "offset"'):
+                log.hashes[log.begin] = previous.hex()
+            log.end = log.begin
+            for row in db.execute(ENTRIES):
+                header, (before, digest, size, *place, key_filter) = row[: len(HEADER)], row[len(HEADER) :]
+                offset, is_kept = header[0], header[0] <= log.begin
+                if not is_kept and offset != log.end + 1:
+                    faults.append(f"offset {log.end + 1} is missing")
+                if not is_kept and before != previous:
+                    faults.append(f"offset {offset} does not follow the one before")
+                told = json.dumps(
+                    [path.stem, *header, len(key_filter or b"")], separators=(",", ":"), ensure_ascii=False
+                )
+                body = before + told.encode() + (key_filter or b"") + payloads.read(size, *place)
+                if hashlib.blake2b(body, digest_size=32).digest() != digest:
                     faults.append(f"the hash of offset {offset} does not hold")
-                log.hashes[offset] = digest
-                if table is not None and kind in {"rows", "truncate", "copy"}:
-                    rows = header[HEADER.index("rows")]
-                    log.rows.setdefault((label_of(schema, table), kind == "copy"), []).append((offset, rows))
-                previous, expected, ended = bytes.fromhex(digest), offset + 1, header[-1]
-        except (sqlite3.Error, ValueError) as error:
-            faults.append(f"unreadable after offset {expected - 1}: {error}")
+                log.hashes[offset] = digest.hex()
+                if not is_kept:  # the shapes and markers that retention has kept stand by themselves
+                    log.remember(header)
+                    log.end, previous, ended = offset, digest, header[-1]
+        except (sqlite3.Error, OSError, TypeError, ValueError) as error:
+            faults.append(f"unreadable after offset {log.end}: {error}")
     if not ended:
         faults.append("the last group has no end")
-    work.say(
-        not faults,
-        "log",
-        "; ".join(faults[:SHOWN]) or f"the chain holds to offset {max(log.hashes, default=0)}",
-    )
+    span = f"the chain holds from offset {log.begin + 1} to {log.end}"
+    work.say(not faults, "log", "; ".join(faults[:SHOWN]) or span)
     return log
+
+
+class Payloads:
+    """Where the bytes of entries are: in the database, or in a segment, one file open at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.segment: int | None = None
+        self.content = b""
+
+    def read(self, size: int, segment: int | None, start: int, payload: bytes | None) -> bytes:
+        if segment is None:
+            return payload or b""
+        if segment != self.segment:
+            self.content = (self.folder / f"{segment:020d}.segment").read_bytes()
+            self.segment = segment
+        return self.content[start : start + size]
 
 
 def compare_end(work: Work, log: Log) -> None:
     """Compare the place that the warehouse remembers with the log."""
     rows = work.ask('SELECT "offset", hash FROM headrace.progress WHERE source = ?', work.source)
     same = len(rows) == 1 and log.hashes.get(rows[0][0]) == rows[0][1]
-    detail = f"stands at offset {[row[0] for row in rows]} of {max(log.hashes, default=0)}"
+    detail = f"stands at offset {[row[0] for row in rows]} of {log.end}"
     work.say(same, "progress", detail if same else f"{detail}, which has another hash there")
 
 
@@ -184,6 +223,8 @@ def compare_ledger(work: Work, log: Log, tables: dict[str, str]) -> None:
             faults.append(f"{quarantined} quarantined, {opened} open records, {said} said")
         total = sum(row[3] for row in rows)
         detail = "; ".join(faults[:SHOWN]) or f"{len(rows)} rows close over {total} changes, {opened} open"
+        if early := sum(row[1] < log.begin for row in rows):
+            detail += f"; {early} begin before the log does and are not compared with it"
         work.say(not faults, f"ledger of {model}", detail)
 
 
@@ -195,12 +236,15 @@ def ledger_faults(rows: list[Any], log: Log, table: str, offset: int) -> list[st
         for _, after, through, read, *_ in mine:
             if after < reached or through > offset:
                 faults.append(f"the span {after}..{through} overlaps another, or ends after {offset}")
-            if read != (held := log.count(table, after, through, copied=kind == "copy")):
+            held = log.count(table, after, through, copied=kind == "copy")
+            if after >= log.begin and read != held:
                 faults.append(f"{read} read in {after}..{through}, the log holds {held}")
             reached = through
-        # Behind where a model began to read, nothing may be left out.
-        since = min((row[1] for row in mine), default=0)
-        total, held = sum(row[3] for row in mine), log.count(table, since, offset, copied=kind == "copy")
+        # Behind where a model began to read, nothing may be left out: as far as the log tells it.
+        compared = [row for row in mine if row[1] >= log.begin]
+        early = [row[2] for row in mine if row[1] < log.begin]
+        since = max(early, default=min((row[1] for row in mine), default=0))
+        total, held = sum(row[3] for row in compared), log.count(table, since, offset, copied=kind == "copy")
         if total != held:
             faults.append(f"{kind}: read {total} in all, the log holds {held} from {since} on")
     return faults

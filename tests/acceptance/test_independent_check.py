@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import apsw
 import duckdb
 import psycopg
 import pytest
 
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError
+from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
 from headrace.testing import shop
 from headrace.testing.postgres import PostgresServer
@@ -125,42 +127,75 @@ def warehouse(sql: str) -> Callable[[Project], None]:
     return tamper
 
 
+@contextmanager
+def opened_log(project: Project) -> Iterator[apsw.Connection]:
+    """Write to the log's database as Headrace does, so that its pages' checksums are right."""
+    log = SQLiteLog(project.state / "log" / "shop.db")
+    with log._db.transaction() as db:
+        yield db
+    log.close()
+
+
 def log(sql: str) -> Callable[[Project], None]:
     def tamper(project: Project) -> None:
-        with sqlite3.connect(project.state / "log" / "shop.db") as db:
-            assert db.execute(sql).rowcount == 1, "the tampering changed nothing"
+        with opened_log(project) as db:
+            db.execute(sql)
+            assert db.changes() == 1, "the tampering changed nothing"
 
     return tamper
 
 
 def flip_a_payload_byte(project: Project) -> None:
-    with sqlite3.connect(project.state / "log" / "shop.db") as db:
-        query = "SELECT \"offset\", payload FROM entries WHERE kind = 'rows' AND table_name = 'accounts'"
-        offset, payload = db.execute(f"{query} ORDER BY 1 DESC").fetchone()
-        at = len(payload) // 2
-        changed = payload[:at] + bytes([payload[at] ^ 1]) + payload[at + 1 :]
-        db.execute('UPDATE entries SET payload = ? WHERE "offset" = ?', (changed, offset))
+    with opened_log(project) as db:
+        ((segment, start, size),) = db.execute(
+            "SELECT segment, start, bytes FROM entries WHERE kind = 'rows' AND table_name = 'accounts' "
+            'ORDER BY "offset" DESC LIMIT 1'
+        ).fetchall()
+    path = project.state / "log" / "shop.segments" / f"{segment:020d}.segment"
+    content = bytearray(path.read_bytes())
+    content[start + size // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove_a_segment(project: Project) -> None:
+    min((project.state / "log" / "shop.segments").iterdir()).unlink()
+
+
+def flip_a_page_byte(project: Project) -> None:
+    """In an index, which no hash vouches for: its checksum does, and SQLite's own look at it."""
+    with opened_log(project) as db:
+        ((page,),) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'by_table'").fetchall()
+        size = db.pragma("page_size")
+    path = project.state / "log" / "shop.db"
+    content = bytearray(path.read_bytes())
+    content[(page - 1) * size + size - 20] ^= 1
+    path.write_bytes(content)
+
+
+HEADER = (
+    '"offset", kind, table_schema, table_name, first_epoch, first_commit, first_ordinal, last_epoch, '
+    "last_commit, last_ordinal, min_txid, max_txid, committed_at, rows, schema_version, appended_at, ends_group"
+)
 
 
 def rewrite_the_end(project: Project) -> None:
     """Alter the last entry and make its hash anew: the chain holds, but the destination remembers."""
-    with sqlite3.connect(project.state / "log" / "shop.db") as db:
-        names = (
-            '"offset", kind, table_schema, table_name, first_epoch, first_commit, first_ordinal, last_epoch, '
+    path = project.state / "log" / "shop.segments"
+    with opened_log(project) as db:
+        query = (
+            f"SELECT {HEADER}, previous, bytes, segment, start, payload, coalesce(filter, x'') FROM entries "
         )
-        names += (
-            "last_commit, last_ordinal, committed_at, rows, schema_version, appended_at, ends_group, payload"
-        )
-        (before,), (last,) = (
-            db.execute(f'SELECT {what} FROM entries ORDER BY "offset" DESC LIMIT 1 OFFSET {n}').fetchall()
-            for what, n in (("hash", 1), (names, 0))
-        )
-        *header, payload = last
-        header[10] += 1
-        text = json.dumps(header, separators=(",", ":")).encode()
-        digest = hashlib.blake2b(bytes.fromhex(before[0]) + text + payload, digest_size=32).hexdigest()
-        query = 'UPDATE entries SET committed_at = ?, hash = ? WHERE "offset" = ?'
-        assert db.execute(query, (header[10], digest, header[0])).rowcount == 1
+        query += 'LEFT JOIN filters USING ("offset") ORDER BY "offset" DESC LIMIT 1'
+        (*header, previous, size, segment, start, payload, key_filter) = db.execute(query).fetchall()[0]
+        if segment is not None:
+            payload = (path / f"{segment:020d}.segment").read_bytes()[start : start + size]
+        header[HEADER.split(", ").index("committed_at")] += 1
+        told = json.dumps(["shop", *header, len(key_filter)], separators=(",", ":"), ensure_ascii=False)
+        body = previous + told.encode() + key_filter + payload
+        digest = hashlib.blake2b(body, digest_size=32).digest()
+        query = 'UPDATE entries SET committed_at = committed_at + 1, hash = ? WHERE "offset" = ?'
+        db.execute(query, (digest, header[0]))
+        assert db.changes() == 1
 
 
 MIRROR, SALES = "(SELECT min(rowid) FROM shop.accounts)", "(SELECT min(rowid) FROM sales)"
@@ -170,9 +205,9 @@ RECORD = "(SELECT min(rowid) FROM headrace.quarantine WHERE model = 'sales' AND 
 OF_MIRROR, OF_SALES = ({"model shop.accounts"}, {"mirror shop.accounts"}), ({"model sales"}, {"model sales"})
 OF_LEDGER = ({"ledger of sales"}, {"ledger of sales"})
 COPY_ENTRY = (
-    'INSERT INTO entries SELECT (SELECT max("offset") + 1 FROM entries), kind, table_schema, table_name, '
-    "first_epoch, first_commit, first_ordinal, last_epoch, last_commit, last_ordinal, committed_at, rows, "
-    'schema_version, appended_at, ends_group, hash, bytes, payload FROM entries WHERE "offset" = '
+    f'INSERT INTO entries SELECT (SELECT max("offset") + 1 FROM entries), {HEADER.partition(", ")[2]}, previous, '
+    "hash, bytes, segment, start, payload, high_epoch, high_commit, high_ordinal, high_at FROM entries "
+    'WHERE "offset" = '
 )
 
 # ruff: noqa: E501
@@ -184,6 +219,7 @@ TAMPERINGS = {
     "model row removed": (warehouse(f"DELETE FROM sales WHERE rowid = {SALES}"), *OF_SALES),
     "model row doubled": (warehouse(f"INSERT INTO sales SELECT * FROM sales WHERE rowid = {SALES}"), *OF_SALES),
     "log byte altered": (flip_a_payload_byte, {"log shop"}, {"log"}),
+    "log segment removed": (remove_a_segment, {"log shop"}, {"log"}),
     "log entry removed": (log(f'DELETE FROM entries WHERE "offset" = {MIDDLE}'), {"log shop"}, {"log"}),
     "log entry doubled": (log(COPY_ENTRY + MIDDLE), {"log shop"}, {"log"}),
     "last log entry made anew": (rewrite_the_end, {"progress of shop"}, {"progress"}),
@@ -208,3 +244,31 @@ def test_both_turn_red(good: Project, tmp_path: Path, name: str) -> None:
     by_verify, by_script, _ = both(project)
     assert verify_blames <= by_verify
     assert check_blames <= by_script
+
+
+def test_a_byte_of_the_logs_database_that_no_hash_covers(good: Project, tmp_path: Path) -> None:
+    """Its page's checksum is Headrace's own: the script, which has SQLite of the standard library, is blind."""
+    root = tmp_path / "copy"
+    shutil.copytree(good.root, root)
+    project = load_project(root)
+    flip_a_page_byte(project)
+    by_verify, _, _ = both(project)
+    assert "checksum" in " ".join(by_verify) or "log shop" in by_verify
+
+
+def test_both_agree_when_retention_has_trimmed_the_log(good: Project, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(good.root, root)
+    project = load_project(root)
+    log = SQLiteLog(project.state / "log" / "shop.db")
+    log.trim(log.end().offset // 2)
+    begin = log.begin().offset
+    log.close()
+    by_verify, by_script, said = both(project)
+    assert by_verify == by_script == set()
+    assert f"the chain holds from offset {begin + 1} to " in said
+    spans = [line for line in said.splitlines() if "begin before the log does" in line]
+    assert len(spans) == 5, "all models had begun to read before"
+    with opened_log(project) as db:
+        db.execute("UPDATE stops SET hash = randomblob(32)")
+    assert "log" in both(project)[1]
