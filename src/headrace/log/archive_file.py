@@ -160,7 +160,8 @@ class PartWriter:
         self._buffer: list[Record] = []
         self._temporary = part.path.with_name(part.path.name + ".tmp")
         self._temporary.unlink(missing_ok=True)
-        self._file = os.fdopen(os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+        os.close(os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        self._file = pa.OSFile(str(self._temporary), "wb")  # to which Arrow writes without a copy
         self._writer = pq.ParquetWriter(
             self._file,
             SCHEMA,
@@ -186,9 +187,9 @@ class PartWriter:
         told = replace(self._part, reached=reached, kept=self._kept, notes=notes)
         self._writer.add_key_value_metadata(told.footer())
         self._writer.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
+        with self._temporary.open("rb") as written:
+            os.fsync(written.fileno())
         self._temporary.replace(self._part.path)
         sync_folder(self._part.path.parent)
 
@@ -196,7 +197,7 @@ class PartWriter:
         """Remove it, unless it is finished."""
         with suppress(Exception):
             self._writer.close()
-        with suppress(OSError):
+        with suppress(Exception):
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 

@@ -1,9 +1,10 @@
 """A copy of a log while it is written to and trimmed.
 
-In this order: the database, as of one moment, through SQLite's own backup; the segments it refers to, each
-up to the last byte it refers to, synced; and the proof of the copy from end to end. Payloads are durable
-before the database refers to them and never change, so that what was copied fits whatever was appended
-meanwhile. Where retention has removed a segment meanwhile it begins again, and keeps what it has.
+In this order: how far consumers have read, so that none is ahead of the copy; the database, as of one
+moment, through SQLite's own backup; the segments it refers to, each up to the last byte it refers to,
+synced; and the proof of the copy from end to end. Payloads are durable before the database refers to them
+and never change, so that what was copied fits whatever was appended meanwhile. Where retention has removed
+a segment meanwhile it begins again, and keeps what it has.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from headrace.log.sqlite import SQLiteLog
 
 _ATTEMPTS = 10
 _PIECE = 8 << 20  # bytes of a segment that are copied at once
-_SQLITE = b"SQLite format 3\0"
 _CHECKSUMS = "cksmvfs"
 """SQLite's file layer that checks every page; known to it once a log is open."""
 
@@ -54,7 +54,10 @@ def _copied(log: SQLiteLog, folder: Path) -> Archived:
     path = folder / log.path.name
     segments = path.with_suffix(".segments")
     segments.mkdir(mode=0o700)
+    cursors = log.path.with_suffix(".cursors")
     for _ in range(_ATTEMPTS):
+        if cursors.exists():
+            _copy_database(cursors, folder / cursors.name)
         _copy_database(log.path, path)
         try:
             _copy_segments(log, path)
@@ -66,9 +69,6 @@ def _copied(log: SQLiteLog, folder: Path) -> Archived:
             f"Retention removes segments of the log of {log.source} faster than they are copied.",
             "Back up to a faster disk, or while nothing is trimmed.",
         )
-    cursors = log.path.with_suffix(".cursors")
-    if cursors.exists():
-        _copy_file_or_database(cursors, folder / cursors.name)
     with closing(SQLiteLog(path, read_only=True)) as copy:
         proven = verify(copy)
         head = Mark(*proven.end)
@@ -93,15 +93,6 @@ def _copy_database(path: Path, to: Path) -> None:
         copy.execute("PRAGMA synchronous = FULL")
         with copy.backup("main", origin, "main") as work:
             work.step(-1)  # in one transaction, which keeps no writer from writing
-
-
-def _copy_file_or_database(path: Path, to: Path) -> None:
-    with path.open("rb") as file:
-        is_database = file.read(len(_SQLITE)) == _SQLITE
-    if is_database:
-        _copy_database(path, to)
-    else:
-        _copy_bytes(path, to, path.stat().st_size)
 
 
 def _copy_segments(log: SQLiteLog, copy: Path) -> None:
