@@ -30,6 +30,7 @@ from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
 from headrace.transform.evaluate import scrub
 from headrace.transform.folder import ModelFolder
+from headrace.upkeep import EVERY, Upkeep
 
 logger = logging.getLogger("headrace.pipeline")
 alerts = logging.getLogger("headrace.alert")
@@ -71,6 +72,7 @@ class Pipeline:
         self._lock = take_state(project.state)
         try:
             self.lanes = open_lanes(project)
+            self._upkeep = {lane.config.name: Upkeep(lane, project.log) for lane in self.lanes}
             self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
             self._wait_for_destination()
         except BaseException:
@@ -86,7 +88,7 @@ class Pipeline:
         """
         server = self._serve()
         for lane in self.lanes:
-            for verb in ("capture", "load", "apply"):
+            for verb in ("capture", "load", "apply", "upkeep"):
                 self._start(lane, verb)
             self._guard(lane.config.name, self._watches[lane.config.name])
         ended: BaseException | None = None
@@ -134,6 +136,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Give back log, staging and state folder."""
+        for upkeep in self._upkeep.values():
+            upkeep.close()
         for lane in self.lanes:
             lane.close()
         self._lock.close()
@@ -192,7 +196,11 @@ class Pipeline:
                 worked = False
             lane.staging.wait(staged, _POLL)
 
-        steps = {"capture": lambda: lane.capture(self.stop), "load": load, "apply": apply}
+        def upkeep() -> None:
+            self._upkeep[lane.config.name].step()
+            self.stop.wait(EVERY)
+
+        steps = {"capture": lambda: lane.capture(self.stop), "load": load, "apply": apply, "upkeep": upkeep}
         name = f"{lane.config.name}.{verb}"
         thread = threading.Thread(target=self._keep, args=(name, steps[verb]), name=name)
         self._threads.append(thread)
@@ -260,6 +268,7 @@ class Pipeline:
                 pass
         if self.stop.is_set():
             return faults
+        self._upkeep[lane.config.name].step()
         for model, reason in lane.suspended().items():
             faults.append(UserError(f"Model {model} is suspended: {reason}", "Mend it and run again."))
         return faults
