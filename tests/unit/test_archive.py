@@ -500,9 +500,11 @@ while True:
     at = Position(0, commit, 1)
     log.append([Entry("rows", TableId("public", "t"), at, at, commit, 1, 1, os.urandom(20_000))] * 2)
     if commit % 20 == 0:
-        log.trim(log.end().offset - 200)
-    if commit == 200:
+        log.trim(log.end().offset - 400)
+    if commit == 250:
         print("ready", flush=True)
+    if commit > 250:
+        time.sleep(0.005)
 """
 
 
