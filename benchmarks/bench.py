@@ -19,7 +19,18 @@ import statistics
 import sys
 from pathlib import Path
 
-NAMES = ("capture", "catchup", "end_to_end", "snapshot", "debezium", "latency", "idle", "overload", "memory")
+NAMES = (
+    "log",
+    "capture",
+    "catchup",
+    "end_to_end",
+    "snapshot",
+    "debezium",
+    "latency",
+    "idle",
+    "overload",
+    "memory",
+)
 
 
 def machine() -> str:
