@@ -31,7 +31,7 @@ ROW_GROUP_BYTES = 32 << 20
 
 _ROW_GROUP_ROWS = 20_000
 _FACTS, _CHECK = b"headrace", b"headrace.check"
-_RESTORE = "Restore this file from another copy of the archive, or export again if the log still holds it."
+_RESTORE = "Restore the archive from another copy, or export anew if the log still holds it."
 
 _INT, _TEXT, _TIME = pa.int64(), pa.string(), pa.timestamp("us", "UTC")
 _TEXTS = ("kind", "table_schema", "table_name")
