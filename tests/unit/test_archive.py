@@ -486,6 +486,18 @@ def test_a_log_that_is_there_is_never_touched(log: SQLiteLog, out: Path, into: P
         restore(files_in(out), into.with_name("other.db"))
 
 
+def test_an_import_that_was_killed_is_begun_anew(log: SQLiteLog, out: Path, into: Path, clock: Clock) -> None:
+    fill(log, clock)
+    export(log, out)
+    left = into.parent / ".shop.importing"
+    (left / "shop.segments").mkdir(parents=True)
+    (left / "shop.segments" / f"{1:020}.segment").write_bytes(b"half")
+    (left / "shop.db").write_bytes(b"half")
+    restore(files_in(out), into)
+    assert names(into.parent) == ["shop.db", "shop.segments"]
+    assert read(into) == content(log)
+
+
 # -- backup --------------------------------------------------------------------------------------------
 
 WRITER = """
