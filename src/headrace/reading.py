@@ -143,7 +143,7 @@ class Batch:
         ]
         if not parts:
             shape = self._log._shapes.newest(table)
-            return _columns([column.name for column in shape.columns] if shape else []).empty_table()
+            return columns_of([column.name for column in shape.columns] if shape else []).empty_table()
         whole = pa.concat_tables(parts, promote_options="default")
         last = [name for name in ("_unchanged", "_before") if name in whole.column_names]
         return whole.select([name for name in whole.column_names if name not in last] + last)
@@ -378,7 +378,7 @@ class OpenLog:
         )
 
     def _known(self, name: str | TableId) -> TableId:
-        table = _table(name)
+        table = table_named(name)
         if table not in (known := self._shapes.tables()):
             names = ", ".join(map(str, known)) or "none"
             raise UserError(f"The log of {self.source} knows no table {table}.", f"It has: {names}.")
@@ -446,17 +446,19 @@ def with_place(batch: pa.RecordBatch, item: LoggedEntry) -> pa.RecordBatch:
     cells += [batch[name] for name in own]
     for name, kind in (("_unchanged", UNCHANGED), ("_before", BEFORE)):
         cells.append(batch[name] if name in present else pa.nulls(count, kind))
-    return pa.RecordBatch.from_arrays(cells, schema=_columns(own))
+    return pa.RecordBatch.from_arrays(cells, schema=columns_of(own))
 
 
-def _columns(own: Sequence[str]) -> pa.Schema:
+def columns_of(own: Sequence[str]) -> pa.Schema:
+    """Return the columns of `Changes.rows` for a source's own columns."""
     first, *numbers = _LEADING
     kinds = [(first, pa.string()), *((name, pa.int64()) for name in numbers)]
     kinds += [(name, pa.string()) for name in own]
     return pa.schema([*kinds, ("_unchanged", UNCHANGED), ("_before", BEFORE)])
 
 
-def _table(name: str | TableId) -> TableId:
+def table_named(name: str | TableId) -> TableId:
+    """Return the table that a name means, `schema.table`; the schema public may be left out."""
     if isinstance(name, TableId):
         return name
     schema, dot, rest = name.partition(".")
