@@ -79,3 +79,14 @@ def test_mixed_changes_arrive_as_they_are_in_the_source(module):
     _, runs, extra = module("end_to_end")._measure("mixed", 5_000, 1)
     assert runs[0]["ours"] > 0
     assert extra["peak_rss_mb"] > 10
+
+
+def test_the_log_is_measured_beside_a_bare_file(module):
+    log = module("log")
+    measured = log.run(quick=True)["cases"]
+    assert tuple(measured) == log.CASES
+    for _, runs, extra in measured.values():
+        assert extra["rows"] == 200_000
+        assert all(value > 0 for run in runs for value in run.values())
+    assert {"ours", "rival", "with_encoding"} == set(measured["sqlite_append"][1][0])
+    assert {"ours", "rival", "verify_mb_per_s"} == set(measured["sqlite_read"][1][0])
