@@ -47,10 +47,11 @@ def head(
     for path in find_logs(project, source):
         with closing(SQLiteLog(path, read_only=True)) as log, closing(_cursors(log)) as cursors:
             found = _head(log, cursors)
+        committed = found.pop("committed")
         if json:
             print(json_of(found))
             continue
-        age = age_text(max(time.time() - found.pop("committed"), 0)) if found["end"] else ""
+        age = age_text(max(time.time() - committed, 0)) if found["end"] else ""
         shown = {
             **found,
             "payload_bytes": size_text(found["payload_bytes"]),

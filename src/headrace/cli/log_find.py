@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import islice
@@ -83,10 +83,10 @@ def find(
 def _key(log: SQLiteLog, text: str, limit: int, *, json: bool) -> None:
     shapes = Shapes(log)
     shape, key = parse_key(shapes, text)
-    count = 0
+    counts: Counter[str] = Counter()
     shown: deque[KeyChange] = deque(maxlen=limit or None)
     for change in history(log, shapes, shape, key):
-        count += change.op not in ("gap", "resync")
+        counts[change.op] += 1
         shown.append(change)
     if json:
         for change in shown:
@@ -94,14 +94,15 @@ def _key(log: SQLiteLog, text: str, limit: int, *, json: bool) -> None:
         return
     begin = log.begin().offset
     since = f", behind offset {begin}; what is before it has been deleted" if begin else ""
+    count = sum(counts[op] for op in "crud")
     if not count:
-        print(
-            f"Nothing about {text} in the log of {log.source}{since}. Keys are texts as Postgres prints them."
-        )
+        cuts = f" {shape.table} was truncated {counts['t']} times." if counts["t"] else ""
+        print(f"Nothing about {text} in the log of {log.source}{since}.{cuts}")
+        print("A key is found by its text as Postgres prints it.")
         return
     columns = ("committed_at", "op", "txid", "lsn", "offset", "what", "said")
     print_table(columns, [_cells(change) for change in shown])
-    more = f", the newest {limit} shown" if limit and count > limit else ""
+    more = f"; the newest {limit} are shown" if limit and counts.total() > limit else ""
     print(f"{count} changes of {text}{more}{since}")
 
 
