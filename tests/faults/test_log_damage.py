@@ -360,3 +360,17 @@ def test_swapped_segments_are_seen(log: SQLiteLog) -> None:
     other.rename(one)
     aside.rename(other)
     is_seen(log, f"the hash of offset {int(one.stem)} does not hold")
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_bytes_between_payloads_are_seen(log: SQLiteLog, is_first: bool) -> None:
+    """Whoever moves payloads and says so in the database: each hash holds, but some bytes are nobody's."""
+    path = sealed(log)
+    rows = log.raw_rows('SELECT "offset", start FROM entries WHERE segment = ? ORDER BY 1', (int(path.stem),))
+    offset, start = rows[0 if is_first else len(rows) // 2]
+    content = path.read_bytes()
+    path.write_bytes(content[:start] + b"hidden" + content[start:])
+    with log._db.transaction() as db:
+        moved = 'UPDATE entries SET start = start + 6 WHERE segment = ? AND "offset" >= ?'
+        db.execute(moved, (int(path.stem), offset))
+    is_seen(log, f"offset {offset} stands elsewhere than behind the one before")

@@ -21,7 +21,7 @@ from headrace.change import START, STREAMED, Mark, Offset, Position
 from headrace.errors import LogDamaged, LogError, LogTrimmed, UserError
 from headrace.log.database import RESTORE
 from headrace.log.entries import COLUMNS, Row, row_of
-from headrace.log.segments import segment_path
+from headrace.log.segments import Place, segment_path
 from headrace.log.sqlite import SQLiteLog
 
 _PAGE = 200
@@ -213,7 +213,8 @@ class _Walk:
         self._previous = bytes.fromhex(begin.hash)
         self._high = log.place(begin.offset) if begin.offset else (START, 0)
         self._last: Position = self._high[0]
-        self._place = (-1, 0)
+        # What retention has deleted may have begun the first segment.
+        self._place = None if begin.offset else Place(0, 0)
         self.expected = begin.offset + 1
         self.ended = True
         self.rows = self.bytes = 0
@@ -242,10 +243,11 @@ class _Walk:
         """Payloads stand one behind the other: no byte of a segment is nobody's."""
         if row.place is None:
             return
-        segment, start = row.place
-        if segment == self._place[0] and start != self._place[1]:
+        following, self._place = self._place, Place(row.place.segment, row.place.start + row.size)
+        if following is not None and following.segment != row.place.segment:
+            following = Place(row.offset, 0)
+        if following not in (None, row.place):
             raise _damaged(self._log, f"offset {row.offset} stands elsewhere than behind the one before")
-        self._place = (segment, start + row.size)
 
 
 def _rows(log: SQLiteLog, after: Offset, through: Offset) -> Iterator[tuple[Row, bytes]]:
