@@ -251,7 +251,7 @@ def test_heads_are_anchored_in_a_file_and_by_a_webhook(
         str(project.root / "anchors.jsonl"),
     ]
     assert main(command) == 0
-    assert "anchors noted" in capsys.readouterr().out
+    assert "noted; " in capsys.readouterr().out
     with closing(apsw.Connection(str(project.log_path("shop")), vfs="cksmvfs")) as file:
         file.execute('DELETE FROM entries WHERE "offset" > ?', (anchors[-1].offset - 1,))
     with pytest.raises(SystemExit) as stopped:

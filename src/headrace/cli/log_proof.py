@@ -86,7 +86,8 @@ def _told(report: dict[str, object]) -> str:
     if not report["verified"]:
         return f"✘ log {report['source']}: {report['error']} {report['remedy']}"
     since = f" behind {report['begin']}" if report["begin"] else ""
-    held = f", and what {report['anchors']} anchors noted" if report["anchors"] else ""
+    anchors = "an anchor" if report["anchors"] == 1 else f"{report['anchors']} anchors"
+    held = f", and what {anchors} noted" if report["anchors"] else ""
     return (
         f"✔ log {report['source']}: the chain holds{since} to offset {report['end']}, hash "
         f"{str(report['hash'])[:12]}…{held}; {report['entries']} entries, {report['rows']} rows, "
