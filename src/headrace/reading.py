@@ -410,7 +410,8 @@ def find_logs(project: Path, source: str = "") -> list[Path]:
     folder = project.expanduser()
     if folder.is_file():
         return [folder]
-    found = [*(folder / STATE_FOLDER / "log").glob("*.db"), *(folder / "log").glob("*.db")]
+    state = folder / STATE_FOLDER
+    found = list(((state if state.is_dir() else folder) / "log").glob("*.db"))
     if not found:
         raise UserError(f"There is no log in {folder.resolve()}.", "Start the pipeline once: headrace run")
     chosen = sorted(path for path in found if not source or path.stem == source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -10,6 +11,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import headrace
 from entries import SECOND, message, rows, schema, shape, truncate
@@ -259,6 +262,50 @@ def test_a_large_group_is_read_an_entry_at_a_time(
     assert sum(1 for _ in changes) == 298
 
 
+class _Crash(Exception):
+    """The consumer died."""
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    max_bytes=st.sampled_from([1, 1_500, 4_000, 1 << 20]),
+    crashes=st.lists(st.sampled_from(["before", "stored", "committed"]), max_size=6),
+    torn=st.booleans(),
+)
+def test_whatever_dies_nothing_is_lost_and_with_the_recipe_nothing_doubled(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    max_bytes: int,
+    crashes: list[str],
+    torn: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("crashes")
+    with closing(SQLiteLog(folder / "s.db", segment_bytes=3_000)) as writer:
+        writer.append([schema(1, SHAPE)])
+        for commit, size in enumerate(sizes, 2):
+            changes = [("c", commit, n, (f"{commit}/{n}", "x")) for n in range(size)]
+            writer.append([rows(SHAPE, [change]) for change in changes])
+    written = [f"{commit}/{n}" for commit, size in enumerate(sizes, 2) for n in range(size)]
+    once: list[str] = []
+    stored: Mark | None = None
+    seen: list[str] = []
+    for crash in [*crashes, ""]:
+        with contextlib.suppress(_Crash), headrace.open_log(folder / "s.db") as log:
+            for batch in log.read("c", after=stored, max_bytes=max_bytes, torn=torn):
+                ids = batch.table("orders")["id"].to_pylist()
+                seen += ids
+                if crash == "before":
+                    raise _Crash
+                once, stored = [*once, *ids], batch.through  # one transaction of the consumer's database
+                if crash == "stored":
+                    raise _Crash
+                batch.commit()
+                if crash == "committed":
+                    raise _Crash
+    assert once == written
+    assert set(seen) == set(written)
+
+
 # -- where reading begins, and what is refused
 
 
@@ -364,6 +411,9 @@ def test_a_log_is_found_from_project_state_folder_and_file(writer: SQLiteLog, tm
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="There is no log in"):
         headrace.open_log(tmp_path / "empty")
+    (tmp_path / "log").mkdir()
+    SQLiteLog(tmp_path / "log" / "application.db").close()
+    assert [path.stem for path in find_logs(tmp_path)] == ["crm", "shop"], "a project's own folder is its own"
     with pytest.raises(AttributeError):
         _ = headrace.nothing
 
