@@ -219,6 +219,15 @@ def test_an_altered_filter_is_seen(log: SQLiteLog, change: str) -> None:
     is_seen(log, f"the hash of offset {offset} does not hold")
 
 
+@pytest.mark.parametrize("column", ["high_epoch", "high_commit", "high_ordinal", "high_at"])
+def test_an_altered_place_in_the_stream_is_seen(log: SQLiteLog, column: str) -> None:
+    """No hash covers it, but it is made of what they cover."""
+    for offset in some(log):
+        altered(log, f'UPDATE entries SET {column} = {column} + 1 WHERE "offset" = ?', offset)
+        is_seen(log, f"offset {offset} has another place in the stream")
+        altered(log, f'UPDATE entries SET {column} = {column} - 1 WHERE "offset" = ?', offset)
+
+
 @pytest.mark.parametrize("column", ["bytes", "start", "payload"])
 def test_an_altered_place_or_payload_is_seen(log: SQLiteLog, column: str) -> None:
     kinds = (

@@ -283,6 +283,18 @@ def test_commits_are_synced_and_pages_have_checksums(log: SQLiteLog) -> None:
         assert connection.pragma("checksum_verification") == "1"
 
 
+def test_the_database_shrinks_when_it_is_trimmed(log: SQLiteLog) -> None:
+    for commit in range(1, 200):
+        log.append([change(commit, payload=os.urandom(5_000), kind="message")])
+    log = reopened(log)
+    before = log.path.stat().st_size
+    log.trim(190)
+    assert log._db.connection().pragma("freelist_count") == 0
+    log = reopened(log)
+    assert log.path.stat().st_size < before // 5
+    log.close()
+
+
 def test_a_thread_comes_to_read_while_a_long_group_is_appended(log: SQLiteLog) -> None:
     filled(log)
     found: list[int] = []

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from headrace.change import (
+    START,
     CopyMark,
     Kind,
     LoggedEntry,
@@ -74,12 +75,17 @@ class Index:
 
     def last_commit(self) -> tuple[Position, int] | None:
         """See `Log.last_commit`."""
+        high = self._read_high()
+        return high if high[1] else None
+
+    def _read_high(self) -> tuple[Position, int]:
+        """Return how far the stream has come through the whole log."""
         row = self._db.row(
             'SELECT * FROM (SELECT high_epoch, high_commit, high_ordinal, high_at, "offset" FROM entries '
             'UNION ALL SELECT epoch, "commit", ordinal, at, "offset" FROM stops) '
             'ORDER BY "offset" DESC LIMIT 1'
         )
-        return (Position(*row[:3]), int(row[3])) if row and row[3] else None
+        return (Position(*row[:3]), int(row[3])) if row else (START, 0)
 
     def position(self) -> Position | None:
         """See `Log.position`."""

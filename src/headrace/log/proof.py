@@ -22,7 +22,7 @@ from headrace.errors import LogDamaged, LogError, LogTrimmed, UserError
 from headrace.log.database import RESTORE
 from headrace.log.entries import COLUMNS, Row, row_of
 from headrace.log.segments import Place, segment_path
-from headrace.log.sqlite import SQLiteLog
+from headrace.log.sqlite import SQLiteLog, higher
 
 _PAGE = 200
 
@@ -178,7 +178,8 @@ def verify(log: SQLiteLog) -> Verified:
     """Walk the whole log as it stands now, beside a writer if there is one.
 
     Raises LogDamaged with the first bad offset: a page's checksum, a hash, a missing, swapped or repeated
-    entry, positions that go back from one group to the next, a last group without an end, a database
+    entry, positions that go back from one group to the next or are
+    not those of the stream, a last group without an end, a database
     whose indexes do not fit, bytes in a segment that no entry accounts for.
     """
     while True:
@@ -193,8 +194,8 @@ def verify(log: SQLiteLog) -> Verified:
 def _verified(log: SQLiteLog, begin: Mark) -> Verified:
     end = log.end()
     walk = _Walk(log, begin)
-    for row, key_filter in _rows(log, begin.offset, end.offset):
-        walk.take(row, key_filter)
+    for row, key_filter, high in _rows(log, begin.offset, end.offset):
+        walk.take(row, key_filter, high)
     if walk.expected <= end.offset:
         raise _damaged(log, f"offset {walk.expected} is missing")
     if not walk.ended:
@@ -211,7 +212,10 @@ class _Walk:
     def __init__(self, log: SQLiteLog, begin: Mark) -> None:
         self._log = log
         self._previous = bytes.fromhex(begin.hash)
-        self._high = log.place(begin.offset) if begin.offset else (START, 0)
+        stop = log.raw_rows(
+            'SELECT epoch, "commit", ordinal, at FROM stops WHERE "offset" = ?', (begin.offset,)
+        )
+        self._high = (Position(*stop[0][:3]), stop[0][3]) if stop else (START, 0)
         self._last: Position = self._high[0]
         # What retention has deleted may have begun the first segment.
         self._place = None if begin.offset else Place(0, 0)
@@ -219,7 +223,7 @@ class _Walk:
         self.ended = True
         self.rows = self.bytes = 0
 
-    def take(self, row: Row, key_filter: bytes) -> None:
+    def take(self, row: Row, key_filter: bytes, high: tuple[int, ...]) -> None:
         """Compare one entry with what must stand there."""
         if row.offset != self.expected:
             raise _damaged(self._log, f"offset {self.expected} is missing")
@@ -234,6 +238,11 @@ class _Walk:
             if self.ended and entry.last < self._last:
                 raise _damaged(self._log, f"offset {row.offset} goes back in the source")
             self._last = max(self._last, entry.last)
+        self._high = higher(self._high, entry)
+        if (*self._high[0], self._high[1]) != high:
+            raise _damaged(
+                self._log, f"offset {row.offset} has another place in the stream than its entries say"
+            )
         self._previous, self.ended = row.hash, bool(row.header[-1])
         self.expected += 1
         self.rows += entry.rows
@@ -250,24 +259,25 @@ class _Walk:
             raise _damaged(self._log, f"offset {row.offset} stands elsewhere than behind the one before")
 
 
-def _rows(log: SQLiteLog, after: Offset, through: Offset) -> Iterator[tuple[Row, bytes]]:
+def _rows(log: SQLiteLog, after: Offset, through: Offset) -> Iterator[tuple[Row, bytes, tuple[int, ...]]]:
     while True:
         page = log.raw_rows(
-            f'SELECT {COLUMNS}, filter FROM entries LEFT JOIN filters USING ("offset") '
+            f"SELECT {COLUMNS}, filter, high_epoch, high_commit, high_ordinal, high_at "
+            'FROM entries LEFT JOIN filters USING ("offset") '
             f'WHERE "offset" > ? AND "offset" <= ? ORDER BY "offset" LIMIT {_PAGE}',
             (after, through),
         )
         for found in page:
-            row = row_of(found[:-1])
+            row = row_of(found[:-5])
             after = row.offset
-            yield row, found[-1] or b""
+            yield row, found[-5] or b"", found[-4:]
         if len(page) < _PAGE:
             return
 
 
 def _check_kept(log: SQLiteLog, begin: Mark) -> None:
     """Shapes and markers that retention has kept: each by its own hash, which says what was before it."""
-    for row, key_filter in _rows(log, 0, begin.offset):
+    for row, key_filter, _ in _rows(log, 0, begin.offset):
         log.payload(row, key_filter)
 
 

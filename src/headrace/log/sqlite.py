@@ -24,7 +24,7 @@ from typing import Any
 
 import apsw
 
-from headrace.change import START, STREAMED, Entry, LoggedEntry, Mark, Offset, Position, TableId
+from headrace.change import STREAMED, Entry, LoggedEntry, Mark, Offset, Position, TableId
 from headrace.errors import LogDamaged, LogFull, LogNotDurable, LogTrimmed
 from headrace.failpoints import failpoint
 from headrace.log.database import RESTORE, Database
@@ -86,7 +86,7 @@ class SQLiteLog(Index):
         self._hasher = ThreadPoolExecutor(1, f"{self.source}.hash")
         self._broken: BaseException | None = None
         self._end = self._read_end()
-        self._high = self.last_commit() or (START, 0)
+        self._high = self._read_high()
         if not read_only:
             self._writer = SegmentWriter(self.segments, segment_bytes, self._behind_payloads())
             with suppress(LogFull):  # it can be read, and trimmed, all the same
@@ -109,7 +109,7 @@ class SQLiteLog(Index):
         try:
             with self._db.transaction() as db:
                 for entry, is_last in _with_last(entries):
-                    high = _higher(high, entry)
+                    high = higher(high, entry)
                     end = self._insert(db, end, entry, (now, is_last), high)
                 failpoint("log.append.commit")
         except BaseException as error:
@@ -160,7 +160,7 @@ class SQLiteLog(Index):
             return
         self._writer.commit()
         with self._appended:
-            self._end, self._high = found, self.last_commit() or (START, 0)
+            self._end, self._high = found, self._read_high()
             self._appended.notify_all()
 
     def _behind_payloads(self) -> Place | None:
@@ -361,7 +361,7 @@ class SQLiteLog(Index):
         return Mark(self.id, int(row[0]), row[1].hex()) if row and row[0] > begin.offset else begin
 
 
-def _higher(high: tuple[Position, int], entry: Entry) -> tuple[Position, int]:
+def higher(high: tuple[Position, int], entry: Entry) -> tuple[Position, int]:
     """Return how far the stream has come through an entry."""
     if entry.kind not in STREAMED:
         return high

@@ -115,6 +115,9 @@ class RetentionSuite:
             while at < offset:
                 at = log.slice_end(at, offset, SLICE_BYTES, SLICE_ROWS)
             assert at == offset, "a walk to a pinned stop comes to it"
+        for limit in (3, 18, 57, 78):
+            assert 0 < log.slice_end(0, limit, SLICE_BYTES, SLICE_ROWS) <= limit
+            assert 0 < log.table_slice_end(TABLE, 0, limit, ("rows",)) <= limit
 
     def test_shapes_and_copies_are_known_for_ever(self, logs: Logs) -> None:
         log = logs.make()

@@ -174,6 +174,15 @@ class OrderSuite:
         assert (log.position(), log.place(6)) == (Position(0, 35, 1), (Position(1, 5, 1), 0))
         logs.verify(log)
 
+    def test_a_stream_that_has_no_times_yet_keeps_its_place(self, logs: Logs) -> None:
+        log = logs.make()
+        log.append([change(50, committed_at=0)])
+        log = logs.reopen(log)
+        log.append([change(40, kind="copy", committed_at=0)])
+        log.append([change(60)])
+        assert log.last_commit() == (Position(0, 60, 1), 1_060)
+        logs.verify(logs.reopen(log))
+
     @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=8), pieces=st.lists(st.integers(1, 400)))
     @many
     def test_a_replay_is_the_same_in_pieces_of_any_size(
