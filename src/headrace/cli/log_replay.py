@@ -27,6 +27,7 @@ from headrace.reading import columns_of, only_log, table_named, with_place
 from headrace.sources.postgres.lsn import format_lsn
 
 _AT_ONCE = 5_000  # rows that are Python objects at a time
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 Format = Literal["json", "debezium", "parquet"]
 
@@ -160,7 +161,7 @@ def _json(stretch: Stretch, out: TextIO) -> None:
     for group in stretch.groups():
         for item in stretch.entries(group):
             for told_ in _lines(stretch, item):
-                out.write(json.dumps(told_, ensure_ascii=False) + "\n")
+                out.write(_encode(told_) + "\n")
 
 
 def _lines(stretch: Stretch, item: LoggedEntry) -> Iterator[Mapping[str, Any]]:
@@ -227,7 +228,7 @@ def _debezium(stretch: Stretch, out: TextIO, prefix: str, database: str) -> None
                     "value": event.value,
                     "headers": event.headers,
                 }
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                out.write(_encode(record) + "\n")
 
 
 def _events(stretch: Stretch, envelope: Envelope, item: LoggedEntry) -> Iterator[Event]:
