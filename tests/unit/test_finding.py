@@ -167,6 +167,15 @@ def test_a_key_is_found_across_shapes(log: SQLiteLog) -> None:
     assert [change.new and change.new["status"] for change in of(log, "orders:1,p")] == ["two", "three"]
 
 
+def test_a_key_whose_columns_come_in_another_order_is_found(log: SQLiteLog) -> None:
+    turned = shape(ITEMS, "order_id", "line", "note", key=("line", "order_id"), version=2)
+    both = [("c", 10, 1, ("7", "3", "one")), ("c", 10, 2, ("3", "7", "no"))]
+    log.append([schema(10, ITEM), rows(ITEM, both)])
+    log.append([schema(20, turned), rows(turned, [("u", 20, 1, ("7", "3", "two"))])])
+    made, changed = of(log, "sales.items:3,7")
+    assert (made.op, changed.changed) == ("c", {"note": ("one", "two")})
+
+
 def test_only_entries_whose_filter_says_so_are_read(log: SQLiteLog, decoded: list[Offset]) -> None:
     log.append([schema(10, SHAPE)])
     for commit in range(20, 320):

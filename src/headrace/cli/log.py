@@ -271,6 +271,8 @@ def _header(item: LoggedEntry, size: int) -> dict[str, Any]:
 def _what(item: LoggedEntry) -> str:
     """Return what an entry that is no rows says, in a few words."""
     entry = item.entry
+    if not entry.payload:
+        return ""  # deleted meanwhile
     match entry.kind:
         case "schema":
             shape = TableSchema.from_json(entry.payload)

@@ -295,18 +295,28 @@ def _candidates(
         )
         for offset, kind, version, held in page:
             after = int(offset)
-            if kind == "truncate" or may_hold(held or b"", key):
+            own = shapes.of(newest.table, version)
+            if kind == "truncate" or _may_hold(held or b"", own, newest, key):
                 yield after
-            elif _key_names(own := shapes.of(newest.table, version), newest) != own.key:
-                yield after  # its filter is of other columns
         if len(page) < _PAGE:
             return
 
 
+def _may_hold(held: bytes, own: TableSchema, newest: TableSchema, key: tuple[str, ...]) -> bool:
+    cells = dict(zip(_key_names(own, newest), key, strict=True))
+    if set(cells) != set(own.key):
+        return True  # the filter is of other columns
+    return may_hold(held, tuple(cells[name] for name in own.key))
+
+
 def _key_names(own: TableSchema, newest: TableSchema) -> tuple[str, ...]:
-    """Return the columns of an entry that are the key which is looked for: its own key, if it has as many
-    columns, else those of the newest."""
-    return own.key if len(own.key) == len(newest.key) else newest.key
+    """Return the columns of an entry that are the key which is looked for, in its order.
+
+    They are those of the newest shape; where the entry's own key has as many, but others, a column was
+    renamed, or another one is the key since.
+    """
+    is_other = len(own.key) == len(newest.key) and set(own.key) != set(newest.key)
+    return own.key if is_other else newest.key
 
 
 def _holds(batch: pa.RecordBatch, names: Sequence[str], key: Sequence[str | None]) -> pa.Array:
