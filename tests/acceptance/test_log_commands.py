@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
 from headrace.reading import Changes
 from headrace.testing.postgres import PostgresServer
+from pipelines import running
 
 ORDERS, ITEMS = TableId("public", "orders"), TableId("sales", "it/ems")
 SHAPE = shape(ORDERS, "id", "status")
@@ -464,6 +466,40 @@ def test_a_consumer_in_python_rebuilds_the_table(filled: Path) -> None:
         assert (state["7000"], state.get("7"), state["1"], state["501"]) == ("held", None, "new", "new")
         assert [cursor.offset for cursor in opened.consumers()] == [opened.head.offset]
         assert list(opened.read("reports")) == []
+
+
+def test_a_follower_sees_whole_transactions_beside_a_running_pipeline(
+    server: PostgresServer, tmp_path: Path
+) -> None:
+    server.psql("CREATE DATABASE live")
+    url = server.url.removesuffix("postgres") + "live"
+    (tmp_path / "headrace.toml").write_text(f'[source.live]\nurl = "{url}"\nslot = "live"\n')
+    seen: list[str] = []
+    with psycopg.connect(url, autocommit=True) as db:
+        for name in ("debit", "credit"):
+            db.execute(f"CREATE TABLE {name} (id int PRIMARY KEY, note text)".encode())
+        Pipeline(load_project(tmp_path)).run_once()
+        with running(load_project(tmp_path)), headrace.open_log(tmp_path) as opened:
+
+            def write() -> None:
+                for n in range(300):
+                    with db.transaction():
+                        db.execute("INSERT INTO debit VALUES (%s, %s)", [n, "x" * (n % 50)])
+                        db.execute("INSERT INTO credit VALUES (%s, 'y')", [n])
+
+            writing = threading.Thread(target=write)
+            writing.start()
+            for batch in opened.read("live", after=opened.head, follow=True, max_bytes=1):
+                found = {table.name: batch.table(table)["id"].to_pylist() for table in batch.tables}
+                assert found.get("debit") == found.get("credit"), "no transaction is torn"
+                seen += found.get("debit", [])
+                batch.commit()
+                if len(seen) == 300:
+                    break
+            writing.join()
+    assert seen == [str(n) for n in range(300)]
+    server.psql("SELECT pg_drop_replication_slot('live')")
+    server.psql("DROP DATABASE live WITH (FORCE)")
 
 
 def apply(state: dict[str, str | None], at: dict[str, Position], change: Changes) -> None:
