@@ -14,7 +14,6 @@ from pathlib import Path
 import apsw
 import psycopg
 import pytest
-from pipelines import running, until
 
 from headrace.change import SourceMark, TableId
 from headrace.cli import main
@@ -27,6 +26,7 @@ from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
+from pipelines import running, until
 
 KEY = "a key of anchors for tests"
 STRICT = """/* headrace

@@ -20,6 +20,7 @@ import pytest
 from headrace.change import Entry, Position, TableId
 from headrace.config import SourceConfig, source_config
 from headrace.errors import SourceUnavailable, UserError
+from headrace.log.proof import verify
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import HEAD, decode_rows
 from headrace.secret import Secret

@@ -19,6 +19,7 @@ from harness import make_project
 from headrace.change import Entry, TableSchema
 from headrace.errors import SourceUnavailable
 from headrace.lane import Lane
+from headrace.log.proof import verify
 from headrace.payload import decode_rows
 from headrace.pipeline import open_lanes
 from headrace.sources.postgres import spool
