@@ -70,17 +70,6 @@ def test_a_cast_that_occurs_twice_fails_its_row_alone(tmp_path: Path) -> None:
     assert outcome(prepare(tmp_path, TWICE, ["1", "a", "2", "-1"])) == ([1, 2], {"2": "transform.filter"}, 1)
 
 
-def test_without_the_setting_a_cast_that_occurs_twice_takes_the_query_down(tmp_path: Path) -> None:
-    """Why `engine` disables an optimizer: on a connection that does not, all rows go through bisection."""
-    query = models.Evaluation(engine(), bound(tmp_path, TWICE)).query("rows")
-    with duckdb.connect() as db:
-        db.execute("CREATE TABLE rows AS SELECT 0 AS _hr_n, '1' AS _hr_k, unnest(['1', 'a']) AS v")
-        with pytest.raises(duckdb.ConversionException):
-            db.execute(query).fetchall()
-        db.execute("SET disabled_optimizers = 'common_subexpressions'")
-        assert len(db.execute(query).fetchall()) == 2
-
-
 def test_every_cursor_of_prepare_has_the_settings_that_isolation_needs() -> None:
     with engine() as db:
         settings = db.execute(
@@ -114,7 +103,6 @@ def test_an_output_that_is_null_is_no_failure(tmp_path: Path) -> None:
     [
         "timezone(CASE WHEN v = 'boom' THEN 'No/Where' ELSE 'UTC' END, TIMESTAMP '2020-01-01')",
         "v LIKE 'a' ESCAPE CASE WHEN v = 'boom' THEN 'long' ELSE 'x' END",
-        "list_reduce(CASE WHEN v = 'boom' THEN []::VARCHAR[] ELSE [v] END, lambda a, b: a || b)",
     ],
 )
 def test_what_try_cannot_hold_is_bisected_to_its_rows(tmp_path: Path, expression: str) -> None:

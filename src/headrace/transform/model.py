@@ -30,7 +30,7 @@ _SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
 def engine() -> duckdb.DuckDBPyConnection:
     """Return this thread's DuckDB for prepare, with the settings that isolation needs.
 
-    `common_subexpressions` is off: DuckDB otherwise lifts a cast that occurs twice out of its TRY,
+    `common_subexpressions` is off: DuckDB 2.0.0 otherwise lifts a cast that occurs twice out of its TRY,
     and one bad row fails the query.
     """
     connection: duckdb.DuckDBPyConnection | None = getattr(_local, "connection", None)

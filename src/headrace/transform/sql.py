@@ -158,8 +158,10 @@ def _functions() -> dict[str, str]:
     # for them. `ago` is a macro over the clock, of which the catalog does not say so.
     with duckdb.connect() as db:
         rows = db.execute(
-            """SELECT function_name, CASE WHEN bool_or(function_type = 'aggregate') THEN 'aggregate'
-              WHEN bool_or(stability = 'VOLATILE') OR bool_and(stability <> 'CONSISTENT') THEN 'clock' END AS what
+            """SELECT function_name, CASE
+              WHEN bool_or(function_type = 'aggregate') THEN 'aggregate'
+              WHEN bool_or(stability = 'VOLATILE') OR bool_and(stability <> 'CONSISTENT') THEN 'clock'
+            END AS what
             FROM duckdb_functions() WHERE function_type IN ('aggregate', 'scalar')
             GROUP BY ALL HAVING what IS NOT NULL"""
         ).fetchall()
