@@ -4,7 +4,9 @@
     log_survival.py power FOLDER CUTS SEED   cut the power of such writers; needs root and a mount namespace
     log_survival.py full FOLDER              fill a small file system, make room, go on
 
-A power cut is the EXT4 shutdown ioctl without a flush of its journal: what was not synced is gone.
+A power cut is the EXT4 shutdown ioctl without a flush of its journal: what was not synced is gone. A sync
+that was under way at that moment may return as if it had come to its end, and the writer, which a real cut
+would have stopped, tells of it: so only what was heard before the cut counts as acknowledged.
 """
 
 from __future__ import annotations
@@ -45,12 +47,17 @@ class Told:
     appends: int = 0
     checked: int = 0
     cuts: int = 0
+    late: int = 0
 
-    def hear(self, output: bytes) -> None:
-        """Take what a writer has told; a line without its end was not told."""
-        for line in output.decode().split("\n")[:-1]:
+    def hear(self, output: bytes, too_late: bytes = b"") -> None:
+        """Take what a writer has told, and what it told after its power was cut; a line without its end was
+        not told."""
+        early = output.count(b"\n")
+        for number, line in enumerate((output + too_late).decode().split("\n")[:-1]):
             verb, offset, *rest = line.split()
-            if verb == "appended":
+            if number >= early and verb != "trimming":
+                self.late += 1
+            elif verb == "appended":
                 self.hashes[int(offset)] = rest[0]
                 self.appends += 1
             elif verb == "trimming":
@@ -129,6 +136,8 @@ def heard_until(process: subprocess.Popen[bytes], chosen: random.Random) -> byte
         with suppress(BlockingIOError):
             told += os.read(file, 1 << 16)
         time.sleep(0.001)
+    with suppress(BlockingIOError):
+        told += os.read(file, 1 << 16)
     os.set_blocking(file, True)
     return told
 
@@ -171,13 +180,14 @@ def power(folder: Path, cuts: int, seed: int) -> Told:
             switch = os.open(at, os.O_RDONLY)
             fcntl.ioctl(switch, _SHUTDOWN, struct.pack("I", _NO_FLUSH))
             os.close(switch)
-            told.hear(heard + the_rest(process))
+            told.hear(heard, the_rest(process))
         with mounted(image, at):
             told.check(at / "log.db")
         total.cuts += 1
         if (cut + 1) % _ROUNDS == 0 or cut + 1 == cuts:
             total.appends += told.appends
             total.checked += told.checked
+            total.late += told.late
             total.trimmed += told.trimmed
     return total
 
