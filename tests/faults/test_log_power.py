@@ -43,8 +43,8 @@ def test_a_log_whose_power_is_cut_holds_what_it_acknowledged(tmp_path: Path) -> 
     told = apart("power", tmp_path, CUTS, 1, timeout=60 + 5 * CUTS)
     print(told)
     assert told["cuts"] == CUTS
-    assert told["appends"] > 20 * CUTS
-    assert told["checked"] > 5 * CUTS
+    assert told["appends"] > 5 * CUTS
+    assert told["checked"] > CUTS
     assert told["trimmed"] > 0
 
 
