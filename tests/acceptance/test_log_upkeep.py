@@ -263,8 +263,9 @@ def test_heads_are_anchored_in_a_file_and_by_a_webhook(
 def test_a_gap_and_the_new_beginning_after_it_stand_in_the_log(
     project: Project, db: psycopg.Connection[object]
 ) -> None:
-    Pipeline(project).run_once()
     slot = project.sources[0].slot
+    project = configure(project.root, db, slot, 'keep = "forever"')
+    Pipeline(project).run_once()
     db.execute("SELECT pg_drop_replication_slot(%s)", [slot])
     for _ in range(2):
         with pytest.raises(SourceGap):
