@@ -16,6 +16,7 @@ from headrace.cli.tables import print_table
 from headrace.config import STATE_FOLDER
 from headrace.errors import UserError
 from headrace.log.sqlite import SQLiteLog
+from headrace.reading import only_log
 
 if TYPE_CHECKING:
     from headrace.log.archive import Archived
@@ -43,7 +44,7 @@ def export(
     """
     from headrace.log.archive import export as write
 
-    with closing(_open(project, source)) as log:
+    with closing(SQLiteLog(only_log(project, source), read_only=True)) as log:
         done = write(log, output_dir, after)
     there = f" ({done.found} more there already)" if done.found else ""
     print(f"Exported the log of {log.source} to {output_dir}{there}.")
@@ -95,7 +96,7 @@ def backup(
     """
     from headrace.log.backup import backup as copy
 
-    with closing(_open(project, source)) as log:
+    with closing(SQLiteLog(only_log(project, source), read_only=True)) as log:
         done = copy(log, dest_dir)
     print(f"Backed up the log of {log.source} to {dest_dir}: every hash holds.")
     _show(done)
@@ -106,18 +107,6 @@ def _root(project: Path) -> Path:
     if not (root / "headrace.toml").exists() and not (root / STATE_FOLDER).exists():
         raise UserError(f"{root} is no project of Headrace.", "Name its folder with --project.")
     return root
-
-
-def _open(project: Path, source: str) -> SQLiteLog:
-    """Open the log of a source to read, or the only one that there is."""
-    root = _root(project)
-    known = {path.stem: path for path in sorted((root / STATE_FOLDER / "log").glob("*.db"))}
-    if not known:
-        raise UserError(f"{root} has no log yet.", "Start the pipeline once with `headrace run`.")
-    if source not in known and (source or len(known) > 1):
-        what = f"There is no log of a source {source}." if source else "The project has several sources."
-        raise UserError(what, f"Name one with --source: {', '.join(known)}.")
-    return SQLiteLog(known[source] if source else next(iter(known.values())), read_only=True)
 
 
 def _files(given: Sequence[Path], source: str) -> list[Path]:

@@ -37,7 +37,7 @@ _SELECT = (
     'FROM entries LEFT JOIN filters USING ("offset") WHERE "offset" > ? AND "offset" <= ?'
 )
 _KEPT = " AND kind IN ('schema', 'marker') AND table_name IS NOT NULL"
-_STOP = 'SELECT "offset", lower(hex(hash)), epoch, "commit", ordinal, at, rows, bytes, pinned FROM stops'
+_STOP = 'SELECT "offset", lower(hex(hash)), epoch, "commit", ordinal, at, rows, bytes FROM stops'
 _INSERT = (
     f"INSERT INTO entries ({HEADER}, {', '.join(HIGH)}, hash, previous, bytes, segment, start, payload) "
     f"VALUES ({', '.join('?' * 27)})"
@@ -229,7 +229,7 @@ def _stops(log: SQLiteLog, before: Reached) -> list[list[Any]]:
     rows = log.raw_rows(f'{_STOP} WHERE "offset" <= ? ORDER BY "offset"', (before.offset,))
     stops = [list(row) for row in rows]
     if before.offset and (not stops or stops[-1][0] != before.offset):
-        stops.append([before.offset, before.hash, *before.high, 0, 0, 0])
+        stops.append([before.offset, before.hash, *before.high, 0, 0])
     return stops
 
 
@@ -386,7 +386,7 @@ def _begin(database: Database, parts: Sequence[Part]) -> None:
         db.executemany("INSERT INTO facts VALUES (?, ?)", list(facts.items()))
         for offset, digest, *rest in parts[0].stops:
             values = (offset, bytes.fromhex(digest), *rest)
-            db.execute("INSERT INTO stops VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            db.execute("INSERT INTO stops VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
 
 
 def _write_some(database: Database, segments: SegmentWriter, records: Iterator[Record]) -> bool:

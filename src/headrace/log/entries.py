@@ -35,7 +35,7 @@ CREATE TABLE filters ("offset" INTEGER PRIMARY KEY, filter BLOB NOT NULL);
 CREATE TABLE stops (
   "offset" INTEGER PRIMARY KEY, hash BLOB NOT NULL,
   epoch INTEGER NOT NULL, "commit" INTEGER NOT NULL, ordinal INTEGER NOT NULL, at INTEGER NOT NULL,
-  rows INTEGER NOT NULL, bytes INTEGER NOT NULL, pinned INTEGER NOT NULL
+  rows INTEGER NOT NULL, bytes INTEGER NOT NULL
 );
 """
 """`high_*` is how far the stream has come through an entry: the greatest position of a streamed entry, and

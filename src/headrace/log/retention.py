@@ -66,13 +66,11 @@ def thinned(
     """Choose which ends of groups stay behind as stops.
 
     `ends` are offset, hash, position (three), commit time, and rows and bytes since the former stop, which
-    has `former` of rows, bytes and whether it is still pinned. Stays what is pinned, the last one, and as
-    many in between that no two are further apart than STOP_ROWS and STOP_BYTES. Returns the rows of `stops`,
-    and whether the former stop is absorbed by the first of them.
+    has `former` of rows and bytes itself, or None where it has to stay. Stays what is pinned, the last one,
+    and as many in between that no two are further apart than STOP_ROWS and STOP_BYTES. Returns the rows of
+    `stops`, and whether the former stop is absorbed by the first of them.
     """
-    rows_before, bytes_before, is_pinned = former or (0, 0, 1)
-    may_absorb = not is_pinned
-    base_rows, base_bytes = (-rows_before, -bytes_before) if may_absorb else (0, 0)
+    base_rows, base_bytes = (-former[0], -former[1]) if former else (0, 0)
     stops: list[Stop] = []
     absorbed = False
     for i, (offset, *rest, rows, size) in enumerate(ends):
@@ -83,10 +81,10 @@ def thinned(
         if following is not None and offset not in pinned and not far:
             continue
         own_rows, own_bytes = rows - base_rows, size - base_bytes
-        if not stops and may_absorb:
+        if not stops and former:
             absorbed = own_rows <= STOP_ROWS and own_bytes <= STOP_BYTES
             if not absorbed:
                 own_rows, own_bytes = rows, size
-        stops.append((offset, *rest, own_rows, own_bytes, int(offset in pinned)))
+        stops.append((offset, *rest, own_rows, own_bytes))
         base_rows, base_bytes = rows, size
     return stops, absorbed

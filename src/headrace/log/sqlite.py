@@ -332,13 +332,13 @@ class SQLiteLog(Index):
         """Delete entries in `(begin, through]` in one transaction; stops and markers of tables stay."""
         span = (begin, through)
         with self._db.transaction() as db:
-            known = 'SELECT rows, bytes, ? FROM stops WHERE "offset" = ?'
-            former = db.execute(known, (begin in pinned, begin)).fetchone()
+            known = 'SELECT rows, bytes FROM stops WHERE "offset" = ?'
+            former = None if begin in pinned else db.execute(known, (begin,)).fetchone()
             ends = db.execute(_ENDS, span).fetchall()
             stops, absorbed = thinned(ends, former, pinned)
             if absorbed:
                 db.execute('DELETE FROM stops WHERE "offset" = ?', (begin,))
-            db.executemany(f"INSERT INTO stops VALUES ({', '.join('?' * 9)})", stops)
+            db.executemany(f"INSERT INTO stops VALUES ({', '.join('?' * 8)})", stops)
             db.execute(
                 'DELETE FROM entries WHERE "offset" > ? AND "offset" <= ? AND NOT '
                 "(kind IN ('schema', 'marker') AND table_name IS NOT NULL)",
