@@ -82,7 +82,7 @@ def streamed(server: PostgresServer, slot: str, publication: str) -> list[tuple[
             decoder.push(message)
         db.execute(f"SELECT pg_drop_replication_slot('{slot}')".encode())
     batches = [event.batch for event in decoder.take()[1] if isinstance(event, Rows)]
-    return [row[3:] for row in rows_of(batches)]
+    return [row[4:] for row in rows_of(batches)]
 
 
 def test_every_value_is_what_the_stream_sends(
