@@ -130,6 +130,7 @@ def test_kills_at_random_moments_of_a_busy_workload(
 
 POINTS = {
     "source.copy.batch": "copy",
+    "log.segment.sync": "once",
     "log.append.commit": "once",
     "log.append.committed": "once",
     "staging.data_synced": "once",
@@ -141,11 +142,12 @@ POINTS = {
     "destination.apply.commit": "once",
     "destination.apply.committed": "once",
     "destination.redrive.commit": "redrive",
+    "log.trim.committed": "trim",
 }
-"""Every failpoint of the code, and what passes it."""
+"""Every failpoint of the code, and what passes it; `trim` is passed in the log's own conformance suite."""
 
 ONCE = [name for name, kind in POINTS.items() if kind == "once"]
-COPY = [name for name, kind in POINTS.items() if kind != "redrive"]
+COPY = [name for name, kind in POINTS.items() if kind in ("copy", "once")]
 
 
 def test_every_failpoint_is_in_the_table() -> None:
@@ -240,10 +242,11 @@ def marks_of(project: Project, table: str) -> list[CopyMark]:
 def test_goes_on_after_an_error_at_every_failpoint(
     server: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An I/O error at the second passage of each; the running pipeline tries again by itself."""
+    """An I/O error at the second passage of each; the running pipeline tries again by itself. Not where it is
+    the log that could not be synced: that stops capture, see test_log.py."""
     url = database(server, "raise")
     project = make_project(tmp_path, url, slot="raise", model=MODEL)
-    armed = failpoints._parse(";".join(f"{point}=raise@2" for point in COPY))
+    armed = failpoints._parse(";".join(f"{point}=raise@2" for point in COPY if point != "log.segment.sync"))
     monkeypatch.setattr(failpoints, "_armed", armed)
     pipeline = Pipeline(load_project(project.root))
     thread = threading.Thread(target=pipeline.run)
