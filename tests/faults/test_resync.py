@@ -181,7 +181,7 @@ def test_wherever_it_dies_the_next_start_goes_on(
 
 
 def test_after_the_server_was_restored_to_an_earlier_state(tmp_path: Path) -> None:
-    """Its positions are lower than the log's, none of which may be confirmed to it. Dies twice meanwhile."""
+    """Its positions are lower than the log's, none of which may be confirmed to it. Dies thrice meanwhile."""
     server = PostgresServer(tmp_path / "pg")
     with server:
         server.psql(SCHEMA)
@@ -203,10 +203,14 @@ def test_after_the_server_was_restored_to_an_earlier_state(tmp_path: Path) -> No
         server.start()
 
         resync(project)
-        for dies_at in ("log.append.commit=kill@1", "log.append.committed=kill@3"):
+        for dies_at, begun in (
+            ("log.append.commit=kill@1", (0, "requested")),
+            ("log.append.commit=kill@2", (1, "")),
+            ("log.append.committed=kill@3", (1, "")),
+        ):
             assert start(project, failpoints=dies_at).wait(30) == -9
             with log_of(project) as log:
-                assert (epoch_of(log), log.note("resync")) == (1, "")
+                assert (epoch_of(log), log.note("resync")) == begun
         with running(project):
             until(lambda: is_live(project), 30, "all is copied")
             assert max(stands(server)) < lost.commit

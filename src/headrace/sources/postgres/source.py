@@ -11,7 +11,7 @@ import logging
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -185,14 +185,18 @@ class PostgresSource:
     def _start_anew(self, log: LogIndex) -> None:
         """Forget the slot and the server; positions from here on belong to a new epoch."""
         if log.note(POINT):
-            epoch = epoch_of(log) + 1
-            log.set_note("epoch", str(epoch))
-            log.set_note(POINT, "")
-            at = Position(epoch, 0, 0)
-            reason = f"epoch {epoch} begins: every table is copied again"
-            log.append([source_marker(at, SourceMark("resync", reason))])
+            log.append(self._new_epoch(log))
         forget_server(log)
         log.set_note(_RESYNC, "")
+
+    @staticmethod
+    def _new_epoch(log: LogIndex) -> Iterator[Entry]:
+        """Yield the marker of a new beginning; the notes that make it one are of its transaction."""
+        epoch = epoch_of(log) + 1
+        log.set_note("epoch", str(epoch))
+        log.set_note(POINT, "")
+        reason = f"epoch {epoch} begins: every table is copied again"
+        yield source_marker(Position(epoch, 0, 0), SourceMark("resync", reason))
 
     def _take_requests(self, log: LogIndex, copier: Copier) -> None:
         """Carry out what `change_tables` and `request_resync` have made durable."""
