@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 
@@ -254,19 +254,18 @@ class Lane:
         states = self.destination.models(self.config.name)
         return {name: state.reason for name, state in states.items() if state.state == "suspended"}
 
-    def stands(self) -> dict[str, Offset] | None:
-        """Return the offset at which each model stands, or None where the destination has not been asked."""
+    def stands(self) -> dict[str, tuple[Offset, bool]] | None:
+        """Return where each model stands and whether it runs: is in sync or joining, and not paused. None
+        where the destination has not been asked. May be called from any thread."""
         stands = self._stands
         if stands is None:
             return None
-        return {name: state.offset for name, state in list(stands.items())}
-
-    def running(self, stands: Mapping[str, Offset]) -> list[Offset]:
-        """Return the offsets of those models, as `stands` gave them, that are in sync or joining."""
-        states = self._stands or {}
-        return [
-            offset for name, offset in stands.items() if name in states and states[name].state in _RUNNING
-        ]
+        paused = {table for table, state in self._tables.items() if state.paused}
+        resting = {name for name, (shape, _) in list(self._bound.items()) if shape.table in paused}
+        return {
+            name: (state.offset, state.state in _RUNNING and name not in resting)
+            for name, state in list(stands.items())
+        }
 
     def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:
         """Fold the whole raw history of some source keys under the model as it is now, and apply it.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 
 from headrace.change import Mark, Offset
 from headrace.config import LogConfig
@@ -60,7 +60,8 @@ class Upkeep:
         old = self._old()
         if stands is None or old <= begin:
             return
-        used = min(self._used(stands), self._unfinished())
+        running = [offset for offset, runs in stands.values() if runs]
+        used = min([self._lane.staging.through(), self._unfinished(), *running])
         consumers = {cursor.name: cursor.offset for cursor in self._cursors.all() if not cursor.lost}
         held = {
             name: self._log.bytes_between(max(offset, begin), min(old, used))
@@ -69,7 +70,8 @@ class Upkeep:
         trim = decide(Kept(old, used, consumers, held, self._config.hold_max))
         self._tell(trim, held)
         if trim.through > begin:
-            freed = self._log.trim(trim.through, [*stands.values(), *consumers.values()])
+            pinned = [offset for offset, _ in stands.values()]
+            freed = self._log.trim(trim.through, [*pinned, *consumers.values()])
             if freed:
                 through = self._log.begin().offset
                 logger.info("%s: entries through offset %d have gone, %d bytes are free again",
@@ -86,10 +88,6 @@ class Upkeep:
         if config.keep_bytes:
             old = max(old, self._log.beyond(config.keep_bytes))
         return old
-
-    def _used(self, stands: Mapping[str, Offset]) -> Offset:
-        """Return what staging and every model that runs are through with."""
-        return min([self._lane.staging.through(), *self._lane.running(stands)])
 
     def _unfinished(self) -> Offset:
         """Return the offset behind which copies that are under way look things up in the log."""
@@ -126,7 +124,7 @@ class Upkeep:
             key = self._config.anchor_key.reveal() if self._config.anchor_key else ""
             try:
                 self._deliver(anchor(self._log, key))
-            except (OSError, urllib.error.URLError, HeadraceError) as error:
+            except (OSError, HTTPException, ValueError, HeadraceError) as error:
                 # The address may hold a token: it is not told.
                 alerts.error(
                     "ANCHOR of %s could not be delivered: %s", self._log.source, type(error).__name__

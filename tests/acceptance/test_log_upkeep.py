@@ -178,6 +178,20 @@ def test_without_staging_a_trimmed_log_says_what_is_missing(
 
 
 @pytest.mark.usefixtures("often")
+def test_a_paused_table_does_not_hold_the_log_and_goes_on_from_staging(
+    project: Project, db: psycopg.Connection[object]
+) -> None:
+    with running(project) as pipeline:
+        until(lambda: pipeline.lanes[0].stands() and pipeline.lanes[0].idle())
+        assert main(["tables", "pause", "t", "--project", str(project.root)]) == 0
+        stood = pipeline.lanes[0].destination.models("shop")["shop.t"].offset
+        insert_and_trim(project, db, 1001, 20)
+        assert begins(project) > stood
+        assert main(["tables", "resume", "t", "--project", str(project.root)]) == 0
+    assert_verified(project)
+
+
+@pytest.mark.usefixtures("often")
 def test_a_consumer_holds_the_log_is_told_of_and_at_last_lost(
     project: Project, db: psycopg.Connection[object], caplog: pytest.LogCaptureFixture
 ) -> None:
