@@ -268,7 +268,10 @@ class Pipeline:
                 pass
         if self.stop.is_set():
             return faults
-        self._upkeep[lane.config.name].step()
+        try:
+            self._upkeep[lane.config.name].step()
+        except HeadraceError as error:
+            faults.append(error)
         for model, reason in lane.suspended().items():
             faults.append(UserError(f"Model {model} is suspended: {reason}", "Mend it and run again."))
         return faults

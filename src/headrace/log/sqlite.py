@@ -50,6 +50,7 @@ _INSERT = (
 )
 _LARGE = 128 << 10  # bytes of a payload that is hashed while it is written and synced
 _TRIM_STEP = 5000  # entries that one transaction deletes
+_VACUUM_PAGES = 5000  # 20 MB that one trim gives back of the database at the most: appends wait meanwhile
 _ENDS = """
 SELECT "offset", hash, high_epoch, high_commit, high_ordinal, high_at, sum_rows, sum_bytes FROM (
   SELECT *, sum(rows) OVER so_far AS sum_rows, sum(bytes) OVER so_far AS sum_bytes FROM entries
@@ -325,7 +326,7 @@ class SQLiteLog(Index):
             row = self._db.row(first)
             kept = int(row[0]) if row else self._end.offset + 1
             freed = self._writer.remove_before(kept)
-            self._db.rows("PRAGMA incremental_vacuum")
+            self._db.rows(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
             return freed
 
     def _trim_to(self, begin: Offset, through: Offset, pinned: set[Offset]) -> None:
