@@ -83,7 +83,7 @@ def _entry(number: int, batch: pa.RecordBatch) -> Entry:
     at = 1_700_000_000_000_000 + number
     txids = (number + 700, number + 700)
     return Entry(
-        "rows", TABLE, first, last, at, BATCH, 1, encode_rows(batch), txids, key_filter(batch, ("id",))
+        "rows", TABLE, first, last, at, BATCH, 1, encode_rows(batch), txids, filter=key_filter(batch, ("id",))
     )
 
 

@@ -51,8 +51,8 @@ SETTINGS = (
 )
 HEADER = (
     "offset", "kind", "table_schema", "table_name", "first_epoch", "first_commit", "first_ordinal",
-    "last_epoch", "last_commit", "last_ordinal", "min_txid", "max_txid", "committed_at", "rows",
-    "schema_version", "appended_at", "ends_group",
+    "last_epoch", "last_commit", "last_ordinal", "min_txid", "max_txid", "committed_at",
+    "latest_at", "rows", "schema_version", "appended_at", "ends_group",
 )  # fmt: skip
 
 

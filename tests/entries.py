@@ -51,7 +51,7 @@ def rows(of: TableSchema, changes: Sequence[tuple[object, ...]], kind: str = "ro
     txids = (0, 0) if kind == "copy" else (min(commits) + 700, max(commits) + 700)
     return Entry(
         kind, of.table, first, last, commits[-1] * SECOND, len(filled), of.version, encode_rows(batch), txids,
-        key_filter(batch, of.key),
+        filter=key_filter(batch, of.key),
     )  # fmt: skip
 
 

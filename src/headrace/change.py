@@ -225,6 +225,8 @@ class Entry:
     payload: bytes
     txids: tuple[int, int] = (0, 0)
     """The least and the greatest id of the source transactions in it; zeros where it is of none."""
+    latest_at: int = 0
+    """The greatest commit time in it, where that is not the last change's: times are not in commit order."""
     filter: bytes = b""
     """Which keys its rows may have, see `headrace.keyfilter`; empty where the table has no key."""
 

@@ -174,7 +174,8 @@ def flip_a_page_byte(project: Project) -> None:
 
 HEADER = (
     '"offset", kind, table_schema, table_name, first_epoch, first_commit, first_ordinal, last_epoch, '
-    "last_commit, last_ordinal, min_txid, max_txid, committed_at, rows, schema_version, appended_at, ends_group"
+    "last_commit, last_ordinal, min_txid, max_txid, committed_at, latest_at, rows, "
+    "schema_version, appended_at, ends_group"
 )
 
 
@@ -206,7 +207,7 @@ OF_MIRROR, OF_SALES = ({"model shop.accounts"}, {"mirror shop.accounts"}), ({"mo
 OF_LEDGER = ({"ledger of sales"}, {"ledger of sales"})
 COPY_ENTRY = (
     f'INSERT INTO entries SELECT (SELECT max("offset") + 1 FROM entries), {HEADER.partition(", ")[2]}, previous, '
-    "hash, bytes, segment, start, payload, high_epoch, high_commit, high_ordinal, high_at FROM entries "
+    "hash, bytes, segment, start, payload, high_epoch, high_commit, high_ordinal, high_at, high_committed_at FROM entries "
     'WHERE "offset" = '
 )
 

@@ -173,8 +173,8 @@ def altered(log: SQLiteLog, sql: str, *values: object) -> None:
 
 HEADER = (
     "kind", "table_schema", "table_name", "first_epoch", "first_commit", "first_ordinal", "last_epoch",
-    "last_commit", "last_ordinal", "min_txid", "max_txid", "committed_at", "rows", "schema_version",
-    "appended_at", "ends_group",
+    "last_commit", "last_ordinal", "min_txid", "max_txid", "committed_at", "latest_at", "rows",
+    "schema_version", "appended_at", "ends_group",
 )  # fmt: skip
 
 
@@ -219,7 +219,9 @@ def test_an_altered_filter_is_seen(log: SQLiteLog, change: str) -> None:
     is_seen(log, f"the hash of offset {offset} does not hold")
 
 
-@pytest.mark.parametrize("column", ["high_epoch", "high_commit", "high_ordinal", "high_at"])
+@pytest.mark.parametrize(
+    "column", ["high_epoch", "high_commit", "high_ordinal", "high_at", "high_committed_at"]
+)
 def test_an_altered_place_in_the_stream_is_seen(log: SQLiteLog, column: str) -> None:
     """No hash covers it, but it is made of what they cover."""
     for offset in some(log):

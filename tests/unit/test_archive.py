@@ -64,7 +64,9 @@ def into(tmp_path: Path) -> Path:
 
 def rows(commit: int, ordinal: int = 1, size: int = 500, table: TableId = TABLE) -> Entry:
     at = Position(0, commit, ordinal)
-    return Entry("rows", table, at, at, 1_000 + commit, 3, 1, os.urandom(size), (5, 9), b"filter %d" % commit)
+    return Entry(
+        "rows", table, at, at, 1_000 + commit, 3, 1, os.urandom(size), (5, 9), filter=b"filter %d" % commit
+    )
 
 
 def other(kind: str, commit: int, payload: str, table: TableId | None = TABLE) -> Entry:

@@ -321,7 +321,7 @@ def test_a_missing_log_is_not_created_by_a_reader(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [(4, "has format 4, this Headrace knows 3"), (2, "has format 2, of a Headrace before its first release")],
+    [(5, "has format 5, this Headrace knows 4"), (3, "has format 3, of a Headrace before its first release")],
 )
 def test_another_format_is_refused(log: SQLiteLog, version: int, words: str) -> None:
     log._db.connection().pragma("user_version", version)

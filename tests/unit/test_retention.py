@@ -51,7 +51,7 @@ def test_stops_lose_no_row_and_are_no_further_apart_than_a_slice(
 ) -> None:
     rows = list(accumulate(rows for rows, _, _ in groups))
     sizes = list(accumulate(size for _, size, _ in groups))
-    ends = [(at, b"", 0, 0, 0, 0, *sums) for at, sums in enumerate(zip(rows, sizes, strict=True), 1)]
+    ends = [(at, b"", 0, 0, 0, 0, 0, *sums) for at, sums in enumerate(zip(rows, sizes, strict=True), 1)]
     pinned = {at for at, (_, _, pin) in enumerate(groups, 1) if pin}
     stops, absorbed = thinned(ends, former, pinned)
     offsets = [int(stop[0]) for stop in stops]  # type: ignore[call-overload]
@@ -59,8 +59,8 @@ def test_stops_lose_no_row_and_are_no_further_apart_than_a_slice(
     assert offsets[-1] == len(groups)
     assert pinned <= set(offsets)
     before = former if former and absorbed else (0, 0)
-    assert sum(int(stop[6]) for stop in stops) == rows[-1] + before[0]  # type: ignore[call-overload]
-    assert sum(int(stop[7]) for stop in stops) == sizes[-1] + before[1]  # type: ignore[call-overload]
+    assert sum(int(stop[-2]) for stop in stops) == rows[-1] + before[0]  # type: ignore[call-overload]
+    assert sum(int(stop[-1]) for stop in stops) == sizes[-1] + before[1]  # type: ignore[call-overload]
     assert former or not absorbed, "one that has to stay is not absorbed"
     for after, stop in pairwise([0, *offsets]):
         span = groups[after:stop]

@@ -21,9 +21,9 @@ import apsw
 
 from headrace.change import Mark, Offset
 from headrace.errors import LogDamaged, LogFull, LogTrimmed, UserError
-from headrace.log.archive_file import HIGH, NOTHING, Part, PartWriter, Reached, Record, file_name, read_part
+from headrace.log.archive_file import BEFORE_ALL, Part, PartWriter, Reached, Record, file_name, read_part
 from headrace.log.database import Database, sync_folder
-from headrace.log.entries import COLUMNS, FORMAT, HEADER, INLINE, SCRIPT, row_of
+from headrace.log.entries import COLUMNS, FORMAT, HIGH, INLINE, INSERT, SCRIPT, High, row_of
 from headrace.log.proof import verify
 from headrace.log.segments import SegmentWriter
 from headrace.log.sqlite import SEGMENT_BYTES, SQLiteLog
@@ -33,14 +33,12 @@ _ATTEMPTS = 10
 _COMMIT_BYTES = 32 << 20  # of payload that one transaction imports
 
 _SELECT = (
-    f"SELECT {COLUMNS}, filter, {', '.join(HIGH)} "
+    f"SELECT {COLUMNS}, filter, {HIGH} "
     'FROM entries LEFT JOIN filters USING ("offset") WHERE "offset" > ? AND "offset" <= ?'
 )
 _KEPT = " AND kind IN ('schema', 'marker') AND table_name IS NOT NULL"
-_STOP = 'SELECT "offset", lower(hex(hash)), epoch, "commit", ordinal, at, rows, bytes FROM stops'
-_INSERT = (
-    f"INSERT INTO entries ({HEADER}, {', '.join(HIGH)}, hash, previous, bytes, segment, start, payload) "
-    f"VALUES ({', '.join('?' * 27)})"
+_STOP = (
+    'SELECT "offset", lower(hex(hash)), epoch, "commit", ordinal, at, committed_at, rows, bytes FROM stops'
 )
 
 
@@ -121,7 +119,7 @@ class _Days:
                     file, day = self._file(own, reached), own
                 reached = self._follow(reached, record)
                 file.add(record)
-                ended = bool(record.header[-1])
+                ended = bool(record.header.ends_group)
             if file is not None:
                 self._finish(file, reached, self._notes if reached.offset == self._end.offset else {})
         except BaseException:
@@ -132,7 +130,7 @@ class _Days:
 
     def _follow(self, reached: Reached, record: Record) -> Reached:
         self.entries += 1
-        self.rows += int(record.header[13])
+        self.rows += record.header.rows
         self.bytes += len(record.payload)
         try:
             return reached.then(record)
@@ -212,16 +210,16 @@ def _beginning(log: SQLiteLog, after: Offset | None) -> Reached:
         raise UserError(f"The log of {log.source} begins behind offset {begin}.", "Leave --after out.")
     at = begin if after is None else log.group_end(after)
     if at == 0:
-        return NOTHING
+        return BEFORE_ALL
     found = log.raw_rows(
-        f'SELECT lower(hex(hash)), {", ".join(HIGH)} FROM entries WHERE "offset" = ? UNION ALL '
-        'SELECT lower(hex(hash)), epoch, "commit", ordinal, at FROM stops WHERE "offset" = ?',
+        f'SELECT lower(hex(hash)), {HIGH} FROM entries WHERE "offset" = ? UNION ALL '
+        'SELECT lower(hex(hash)), epoch, "commit", ordinal, at, committed_at FROM stops WHERE "offset" = ?',
         (at, at),
     )
     if not found:
         raise _trimmed(log, at)
     # An entry that retention has kept stands beside the stop of its offset, which comes last.
-    return Reached(at, found[-1][0], tuple(found[-1][1:]))
+    return Reached(at, found[-1][0], High(*found[-1][1:]))
 
 
 def _stops(log: SQLiteLog, before: Reached) -> list[list[Any]]:
@@ -243,7 +241,7 @@ def _from_log(log: SQLiteLog, after: Offset, through: Offset, *, kept: bool = Fa
             f'{_SELECT}{_KEPT if kept else ""} ORDER BY "offset" LIMIT {_PAGE}', (after, through)
         )
         for found in page:
-            row, key_filter, high = row_of(found[:-5]), found[-5] or b"", found[-4:]
+            row, key_filter, high = row_of(found[:-6]), found[-6] or b"", High(*found[-5:])
             after = row.offset
             body = log.payload(row, key_filter)
             yield Record(row.header, high, row.hash, row.previous, key_filter, body, kept)
@@ -268,7 +266,7 @@ def _trimmed(log: SQLiteLog, after: Offset) -> LogTrimmed:
 
 def _day(record: Record, day: str) -> str:
     """Return the UTC day of an append, but none before `day`."""
-    return max(day, datetime.fromtimestamp(record.header[15] // 1_000_000, UTC).strftime("%Y-%m-%d"))
+    return max(day, datetime.fromtimestamp(record.header.appended_at // 1_000_000, UTC).strftime("%Y-%m-%d"))
 
 
 @contextmanager
@@ -386,7 +384,7 @@ def _begin(database: Database, parts: Sequence[Part]) -> None:
         db.executemany("INSERT INTO facts VALUES (?, ?)", list(facts.items()))
         for offset, digest, *rest in parts[0].stops:
             values = (offset, bytes.fromhex(digest), *rest)
-            db.execute("INSERT INTO stops VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+            db.execute("INSERT INTO stops VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
 
 
 def _write_some(database: Database, segments: SegmentWriter, records: Iterator[Record]) -> bool:
@@ -405,10 +403,10 @@ def _write_some(database: Database, segments: SegmentWriter, records: Iterator[R
 
 
 def _insert(db: apsw.Connection, segments: SegmentWriter, record: Record) -> None:
-    inline = record.header[1] in INLINE
+    inline = record.header.kind in INLINE
     place = (None, None) if inline else segments.write(record.offset, record.payload)
     facts = (*record.header, *record.high, record.hash, record.previous, len(record.payload))
-    db.execute(_INSERT, (*facts, *place, record.payload if inline else None))
+    db.execute(INSERT, (*facts, *place, record.payload if inline else None))
     if record.filter:
         db.execute("INSERT INTO filters VALUES (?, ?)", (record.offset, record.filter))
 

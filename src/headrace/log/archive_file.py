@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrace.change import START, STREAMED, Offset, Position
+from headrace.change import Offset
 from headrace.errors import LogDamaged, LogError
 from headrace.log.database import sync_folder
-from headrace.log.entries import HEADER, NO_HASH, entry_hash
+from headrace.log.entries import HIGH, NO_HASH, NOTHING, Header, High, entry_hash
 
 ARCHIVE_FORMAT = 1
 ROW_GROUP_BYTES = 32 << 20
@@ -35,14 +35,14 @@ _RESTORE = "Restore the archive from another copy, or export anew if the log sti
 
 _INT, _TEXT, _TIME = pa.int64(), pa.string(), pa.timestamp("us", "UTC")
 _TEXTS = ("kind", "table_schema", "table_name")
-_TIMES = ("committed_at", "appended_at")
-_NAMES = tuple(name.strip().strip('"') for name in HEADER.split(","))
-HIGH = ("high_epoch", "high_commit", "high_ordinal", "high_at")
+_TIMES = ("committed_at", "latest_at", "appended_at")
+_NAMES = Header._fields
+_HIGH = tuple(HIGH.split(", "))
 _WIDTH = len(_NAMES)
 SCHEMA = pa.schema(
     [
         *((name, _TEXT if name in _TEXTS else _TIME if name in _TIMES else _INT) for name in _NAMES),
-        *((name, _INT) for name in HIGH),
+        *((name, _INT) for name in _HIGH),
         ("hash", pa.binary()),
         ("previous", pa.binary()),
         ("filter", pa.large_binary()),
@@ -54,10 +54,10 @@ SCHEMA = pa.schema(
 
 
 class Record(NamedTuple):
-    """An entry as a file holds it: `header` as `HEADER` names it, `high` as the log's database has it."""
+    """An entry as a file holds it; `high` as the log's database has it."""
 
-    header: tuple[Any, ...]
-    high: tuple[int, int, int, int]
+    header: Header
+    high: High
     hash: bytes
     previous: bytes
     filter: bytes
@@ -67,7 +67,7 @@ class Record(NamedTuple):
     @property
     def offset(self) -> Offset:
         """The entry's offset."""
-        return int(self.header[0])
+        return self.header.offset
 
 
 class Reached(NamedTuple):
@@ -75,7 +75,7 @@ class Reached(NamedTuple):
 
     offset: Offset
     hash: str
-    high: tuple[int, int, int, int]
+    high: High
 
     def then(self, record: Record) -> Reached:
         """Return what an entry makes of it. Raises ValueError, with words, where it does not follow."""
@@ -84,16 +84,13 @@ class Reached(NamedTuple):
             raise ValueError(f"offset {at} is missing")
         if record.previous.hex() != self.hash:
             raise ValueError(f"offset {at} does not follow the entry before it")
-        high = self.high
-        if record.header[1] in STREAMED:
-            last = max(Position(*high[:3]), Position(*record.header[7:10]))
-            high = (*last, max(high[3], record.header[12]))
+        high = self.high.through(record.header)
         if record.high != high:
             raise ValueError(f"offset {at} has another place in the stream than its entries give")
         return Reached(at, record.hash.hex(), high)
 
 
-NOTHING = Reached(0, NO_HASH, (*START, 0))
+BEFORE_ALL = Reached(0, NO_HASH, NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +235,7 @@ def read_part(path: Path) -> Part:
             "Use the Headrace that wrote it.",
         )
     ends = (told["before"], told["reached"])
-    before, reached = (Reached(at, digest, tuple(high)) for at, digest, high in ends)
+    before, reached = (Reached(at, digest, High(*high)) for at, digest, high in ends)
     known = {name: told[name] for name in ("log_id", "source", "day", "kept", "stops", "notes")}
     part = Part(path=path, before=before, reached=reached, **known)
     if path.name != (name := file_name(part.source, part.day)):
@@ -270,7 +267,7 @@ def _rows(part: Part, file: pq.ParquetFile, group: int, offset: Offset) -> Itera
             (column.cast(_INT) if column.type == _TIME else column).to_pylist() for column in table.columns
         ]
     for row in zip(*columns, strict=True):
-        yield Record(row[:_WIDTH], row[_WIDTH : _WIDTH + 4], *row[_WIDTH + 4 :])
+        yield Record(Header(*row[:_WIDTH]), High(*row[_WIDTH : _WIDTH + 5]), *row[_WIDTH + 5 :])
 
 
 @contextmanager

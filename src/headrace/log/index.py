@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from headrace.change import (
-    START,
     CopyMark,
     Kind,
     LoggedEntry,
@@ -23,7 +22,7 @@ from headrace.change import (
     shape_in,
 )
 from headrace.log.database import Database
-from headrace.log.entries import COLUMNS, NO_HASH, row_of
+from headrace.log.entries import COLUMNS, HIGH, NO_HASH, NOTHING, High, row_of
 
 MAX_SLICE_ROWS = 100_000
 _MAX_SLICE_BYTES = 16 << 20
@@ -60,8 +59,8 @@ class Index:
     def place(self, offset: Offset) -> tuple[Position, int]:
         """See `Log.place`."""
         row = self._db.row(
-            'SELECT epoch, "commit", ordinal, at, epoch FROM stops WHERE "offset" = ? UNION ALL '
-            "SELECT high_epoch, high_commit, high_ordinal, high_at, last_epoch FROM entries "
+            'SELECT epoch, "commit", ordinal, committed_at, epoch FROM stops WHERE "offset" = ? UNION ALL '
+            "SELECT high_epoch, high_commit, high_ordinal, high_committed_at, last_epoch FROM entries "
             'WHERE "offset" = ?',
             (offset, offset),
         )
@@ -76,16 +75,16 @@ class Index:
     def last_commit(self) -> tuple[Position, int] | None:
         """See `Log.last_commit`."""
         high = self._read_high()
-        return high if high[1] else None
+        return (high.position, high.committed_at) if high.at else None
 
-    def _read_high(self) -> tuple[Position, int]:
+    def _read_high(self) -> High:
         """Return how far the stream has come through the whole log."""
         row = self._db.row(
-            'SELECT * FROM (SELECT high_epoch, high_commit, high_ordinal, high_at, "offset" FROM entries '
-            'UNION ALL SELECT epoch, "commit", ordinal, at, "offset" FROM stops) '
+            f'SELECT * FROM (SELECT {HIGH}, "offset" FROM entries UNION ALL '
+            'SELECT epoch, "commit", ordinal, at, committed_at, "offset" FROM stops) '
             'ORDER BY "offset" DESC LIMIT 1'
         )
-        return (Position(*row[:3]), int(row[3])) if row else (START, 0)
+        return High(*row[:5]) if row else NOTHING
 
     def position(self) -> Position | None:
         """See `Log.position`."""

@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from headrace.change import START, STREAMED, Mark, Offset, Position
+from headrace.change import STREAMED, Mark, Offset, Position
 from headrace.errors import LogDamaged, LogError, LogTrimmed, UserError
 from headrace.log.database import RESTORE
-from headrace.log.entries import COLUMNS, Row, row_of
+from headrace.log.entries import COLUMNS, HIGH, NOTHING, High, Row, row_of
 from headrace.log.segments import Place, segment_path
-from headrace.log.sqlite import SQLiteLog, higher
+from headrace.log.sqlite import SQLiteLog
 
 _PAGE = 200
 
@@ -213,10 +213,10 @@ class _Walk:
         self._log = log
         self._previous = bytes.fromhex(begin.hash)
         stop = log.raw_rows(
-            'SELECT epoch, "commit", ordinal, at FROM stops WHERE "offset" = ?', (begin.offset,)
+            'SELECT epoch, "commit", ordinal, at, committed_at FROM stops WHERE "offset" = ?', (begin.offset,)
         )
-        self._high = (Position(*stop[0][:3]), stop[0][3]) if stop else (START, 0)
-        self._last: Position = self._high[0]
+        self._high = High(*stop[0]) if stop else NOTHING
+        self._last = self._high.position
         # What retention has deleted may have begun the first segment.
         self._place = None if begin.offset else Place(0, 0)
         self.expected = begin.offset + 1
@@ -238,12 +238,12 @@ class _Walk:
             if self.ended and entry.last < self._last:
                 raise _damaged(self._log, f"offset {row.offset} goes back in the source")
             self._last = max(self._last, entry.last)
-        self._high = higher(self._high, entry)
-        if (*self._high[0], self._high[1]) != high:
+        self._high = self._high.through(row.header)
+        if self._high != high:
             raise _damaged(
                 self._log, f"offset {row.offset} has another place in the stream than its entries say"
             )
-        self._previous, self.ended = row.hash, bool(row.header[-1])
+        self._previous, self.ended = row.hash, bool(row.header.ends_group)
         self.expected += 1
         self.rows += entry.rows
         self.bytes += row.size
@@ -262,15 +262,15 @@ class _Walk:
 def _rows(log: SQLiteLog, after: Offset, through: Offset) -> Iterator[tuple[Row, bytes, tuple[int, ...]]]:
     while True:
         page = log.raw_rows(
-            f"SELECT {COLUMNS}, filter, high_epoch, high_commit, high_ordinal, high_at "
+            f"SELECT {COLUMNS}, filter, {HIGH} "
             'FROM entries LEFT JOIN filters USING ("offset") '
             f'WHERE "offset" > ? AND "offset" <= ? ORDER BY "offset" LIMIT {_PAGE}',
             (after, through),
         )
         for found in page:
-            row = row_of(found[:-5])
+            row = row_of(found[:-6])
             after = row.offset
-            yield row, found[-5] or b"", found[-4:]
+            yield row, found[-6] or b"", found[-5:]
         if len(page) < _PAGE:
             return
 

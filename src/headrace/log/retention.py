@@ -65,7 +65,7 @@ def thinned(
 ) -> tuple[list[Stop], bool]:
     """Choose which ends of groups stay behind as stops.
 
-    `ends` are offset, hash, position (three), commit time, and rows and bytes since the former stop, which
+    `ends` are offset, hash, place in the stream (`High`), and rows and bytes since the former stop, which
     has `former` of rows and bytes itself, or None where it has to stay. Stays what is pinned, the last one,
     and as many in between that no two are further apart than STOP_ROWS and STOP_BYTES. Returns the rows of
     `stops`, and whether the former stop is absorbed by the first of them.
@@ -76,7 +76,7 @@ def thinned(
     for i, (offset, *rest, rows, size) in enumerate(ends):
         following = ends[i + 1] if i + 1 < len(ends) else None
         far = following is not None and (
-            following[6] - base_rows > STOP_ROWS or following[7] - base_bytes > STOP_BYTES
+            following[-2] - base_rows > STOP_ROWS or following[-1] - base_bytes > STOP_BYTES
         )
         if following is not None and offset not in pinned and not far:
             continue

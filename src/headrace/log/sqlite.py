@@ -24,16 +24,18 @@ from typing import Any
 
 import apsw
 
-from headrace.change import STREAMED, Entry, LoggedEntry, Mark, Offset, Position, TableId
+from headrace.change import Entry, LoggedEntry, Mark, Offset, TableId
 from headrace.errors import LogDamaged, LogFull, LogNotDurable, LogTrimmed
 from headrace.failpoints import failpoint
 from headrace.log.database import RESTORE, Database
 from headrace.log.entries import (
     COLUMNS,
     FORMAT,
-    HEADER,
+    HIGH,
     INLINE,
+    INSERT,
     SCRIPT,
+    High,
     Row,
     entry_hash,
     header_of,
@@ -44,15 +46,11 @@ from headrace.log.retention import thinned
 from headrace.log.segments import Place, SegmentReader, SegmentWriter, segment_path, segments_in
 
 SEGMENT_BYTES = 128 << 20
-_INSERT = (
-    f"INSERT INTO entries ({HEADER}, previous, hash, bytes, segment, start, payload, "
-    f"high_epoch, high_commit, high_ordinal, high_at) VALUES ({', '.join('?' * 27)})"
-)
 _LARGE = 128 << 10  # bytes of a payload that is hashed while it is written and synced
 _TRIM_STEP = 5000  # entries that one transaction deletes
 _VACUUM_PAGES = 5000  # 20 MB that one trim gives back of the database at the most: appends wait meanwhile
-_ENDS = """
-SELECT "offset", hash, high_epoch, high_commit, high_ordinal, high_at, sum_rows, sum_bytes FROM (
+_ENDS = f"""
+SELECT "offset", hash, {HIGH}, sum_rows, sum_bytes FROM (
   SELECT *, sum(rows) OVER so_far AS sum_rows, sum(bytes) OVER so_far AS sum_bytes FROM entries
   WHERE "offset" > ? AND "offset" <= ? WINDOW so_far AS (ORDER BY "offset")
 ) WHERE ends_group ORDER BY "offset"
@@ -110,8 +108,7 @@ class SQLiteLog(Index):
         try:
             with self._db.transaction() as db:
                 for entry, is_last in _with_last(entries):
-                    high = higher(high, entry)
-                    end = self._insert(db, end, entry, (now, is_last), high)
+                    end, high = self._insert(db, end, high, entry, (now, is_last))
                 failpoint("log.append.commit")
         except BaseException as error:
             self._recover(error)
@@ -127,14 +124,15 @@ class SQLiteLog(Index):
         self,
         db: apsw.Connection,
         end: Mark,
+        high: High,
         entry: Entry,
         fate: tuple[int, bool],
-        high: tuple[Position, int],
-    ) -> Mark:
+    ) -> tuple[Mark, High]:
         """Write one entry; `fate` is the time of its append and whether it ends its group."""
         assert self._writer is not None
         offset, previous = end.offset + 1, bytes.fromhex(end.hash)
         header = header_of(offset, entry, *fate)
+        high = high.through(header)
         facts = (previous, self.source, header, entry.filter, entry.payload)
         hashed = self._hasher.submit(entry_hash, *facts) if len(entry.payload) >= _LARGE else None
         inline = entry.kind in INLINE
@@ -143,11 +141,10 @@ class SQLiteLog(Index):
             self._writer.sync()
         digest = hashed.result() if hashed else entry_hash(*facts)
         body = entry.payload if inline else None
-        values = (*header, previous, digest, len(entry.payload), *place, body, *high[0], high[1])
-        db.execute(_INSERT, values)
+        db.execute(INSERT, (*header, *high, digest, previous, len(entry.payload), *place, body))
         if entry.filter:
             db.execute("INSERT INTO filters VALUES (?, ?)", (offset, entry.filter))
-        return Mark(self.id, offset, digest.hex())
+        return Mark(self.id, offset, digest.hex()), high
 
     def _recover(self, error: BaseException) -> None:
         """Come back to what is committed; a failed commit may have been one all the same."""
@@ -339,7 +336,7 @@ class SQLiteLog(Index):
             stops, absorbed = thinned(ends, former, pinned)
             if absorbed:
                 db.execute('DELETE FROM stops WHERE "offset" = ?', (begin,))
-            db.executemany(f"INSERT INTO stops VALUES ({', '.join('?' * 8)})", stops)
+            db.executemany(f"INSERT INTO stops VALUES ({', '.join('?' * 9)})", stops)
             db.execute(
                 'DELETE FROM entries WHERE "offset" > ? AND "offset" <= ? AND NOT '
                 "(kind IN ('schema', 'marker') AND table_name IS NOT NULL)",
@@ -360,13 +357,6 @@ class SQLiteLog(Index):
         begin = self.begin()
         # Markers that retention has kept stand before the beginning.
         return Mark(self.id, int(row[0]), row[1].hex()) if row and row[0] > begin.offset else begin
-
-
-def higher(high: tuple[Position, int], entry: Entry) -> tuple[Position, int]:
-    """Return how far the stream has come through an entry."""
-    if entry.kind not in STREAMED:
-        return high
-    return max(high[0], entry.last), max(high[1], entry.committed_at)
 
 
 def _with_last(entries: Iterable[Entry]) -> Iterator[tuple[Entry, bool]]:

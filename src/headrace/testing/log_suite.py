@@ -174,6 +174,18 @@ class OrderSuite:
         assert (log.position(), log.place(6)) == (Position(0, 35, 1), (Position(1, 5, 1), 0))
         logs.verify(log)
 
+    def test_commit_times_that_go_back_are_those_of_their_own_transactions(self, logs: Logs) -> None:
+        """A source takes the time before it gives the place; a clock may be set back."""
+        log = logs.make()
+        log.append([change(20, committed_at=1_000, latest_at=1_500), change(30, committed_at=900)])
+        log.append([change(25, kind="copy", committed_at=5_000)])
+        for trimmed in (False, True):
+            assert log.last_commit() == (Position(0, 30, 1), 900)
+            assert log.place(2) == log.place(3) == (Position(0, 30, 1), 900) or trimmed
+            log.trim(3)
+        log.append([change(10, epoch=1, committed_at=700)])
+        assert logs.reopen(log).last_commit() == (Position(1, 10, 1), 700)
+
     def test_a_stream_that_has_no_times_yet_keeps_its_place(self, logs: Logs) -> None:
         log = logs.make()
         log.append([change(50, committed_at=0)])

@@ -79,7 +79,9 @@ class ProcessLogs(Logs, Protocol):
 def change(commit: int, ordinal: int = 1, payload: bytes = b"payload", **others: Any) -> Entry:
     """Return one entry of rows."""
     at = Position(others.pop("epoch", 0), commit, ordinal)
-    made = Entry("rows", TABLE, at, at, 1_000 + commit, 1, 1, payload, (commit, commit), b"\0filter\xff")
+    made = Entry(
+        "rows", TABLE, at, at, 1_000 + commit, 1, 1, payload, (commit, commit), filter=b"\0filter\xff"
+    )
     return replace(made, **others)
 
 

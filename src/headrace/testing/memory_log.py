@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from headrace.change import (
     START,
-    STREAMED,
     CopyMark,
     Entry,
     Kind,
@@ -29,7 +28,7 @@ from headrace.change import (
 )
 from headrace.errors import LogDamaged, LogNotDurable, LogTrimmed
 from headrace.failpoints import failpoint
-from headrace.log.entries import NO_HASH, entry_hash, header_of
+from headrace.log.entries import NO_HASH, NOTHING, High, entry_hash, header_of
 
 MAX_SLICE_ROWS = 100_000
 _MAX_SLICE_BYTES = 16 << 20
@@ -200,22 +199,24 @@ class MemoryLog:
         if not 0 < offset <= len(self._items):
             return START, 0
         own = self._items[offset - 1].entry
-        return high if high[1] and high[0].epoch == own.last.epoch else (own.last, own.committed_at)
+        is_of_its_epoch = high.committed_at and high.epoch == own.last.epoch
+        return (high.position, high.committed_at) if is_of_its_epoch else (own.last, own.committed_at)
 
     def last_commit(self) -> tuple[Position, int] | None:
         """See `Log.last_commit`."""
         high = self._high(len(self._items))
-        return high if high[1] else None
+        return (high.position, high.committed_at) if high.at else None
 
     def position(self) -> Position | None:
         """See `Log.position`."""
         last = self.last_commit()
         return last[0] if last else None
 
-    def _high(self, through: Offset) -> tuple[Position, int]:
-        streamed = [item.entry for item in self._items[:through] if item.entry.kind in STREAMED]
-        at = max((entry.committed_at for entry in streamed), default=0)
-        return max((entry.last for entry in streamed), default=START), at
+    def _high(self, through: Offset) -> High:
+        high = NOTHING
+        for item in self._items[:through]:
+            high = high.through(header_of(item.offset, item.entry, item.appended_at, item.ends_group))
+        return high
 
     def group_end(self, offset: Offset) -> Offset:
         """See `Log.group_end`."""

@@ -187,8 +187,9 @@ class GroupBuilder:
         version = self._version(rows.relation, int(serials[0]), first.ordinal, times, entries)
         txids = int(pc.min(xids).as_py()), int(pc.max(xids).as_py())
         held = key_filter(whole, self._shapes[table].key)
-        at, count = moments[-1].as_py(), batch.num_rows
-        entries.append(Entry("rows", table, first, last, at, count, version, payload, txids, held))
+        at, count, latest = moments[-1].as_py(), batch.num_rows, pc.max(moments).as_py()
+        latest = latest if latest > at else 0
+        entries.append(Entry("rows", table, first, last, at, count, version, payload, txids, latest, held))
 
     def _seen(self, event: RelationSeen, times: _Times) -> list[Entry]:
         """Compare a relation with the shape that the log knows; log it only if it differs.
