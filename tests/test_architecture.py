@@ -15,7 +15,7 @@ PACKAGE = SOURCE / "headrace"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys"},
+    {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns"},
     {"protocols", "payload", "keyfilter", "cells", "debezium"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep"},

@@ -71,6 +71,10 @@ class Joiner:
         """Return the offset at which a model joined last."""
         return self._all()[model.name].target
 
+    def targets(self) -> list[Offset]:
+        """Return the offsets at which models join, or have joined last."""
+        return [join.target for join in self._all().values()]
+
     def history(self, model: RowModel, through: Offset, keys: pa.Array | None = None) -> pa.Table:
         """Return all that made a model's table what it is as of an offset, in source order, unchanged cells
         filled: the rows of the copy that it stands on, and every change that they do not contain.

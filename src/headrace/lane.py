@@ -25,16 +25,18 @@ from headrace.destinations.duckdb import DuckDBDestination, foreign
 from headrace.destinations.joins import Joins
 from headrace.errors import ForeignDestination, HeadraceError, LogTrimmed, ModelBroken, SourceGap
 from headrace.joining import Joiner
+from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Part, Prepared, Slice
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
-from headrace.sources.postgres.tables import UNFINISHED, read_states
+from headrace.sources.postgres.tables import UNFINISHED, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, bind, mirror, preparing, refuse_twins
 from headrace.transform.sql import ModelText
+from headrace.turns import Turns
 
 logger = logging.getLogger("headrace.lane")
 alerts = logging.getLogger("headrace.alert")
@@ -82,7 +84,7 @@ class Lane:
         self._tables = read_states(self.log)
         self._read_only = read_only
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
-        self.applying = threading.Lock()
+        self.applying = Turns()
 
     def capture(self, stop: threading.Event, until: int | None = None) -> None:
         """Copy from the source to the log until `stop`, or until the log is past LSN `until`."""
@@ -254,18 +256,18 @@ class Lane:
         states = self.destination.models(self.config.name)
         return {name: state.reason for name, state in states.items() if state.state == "suspended"}
 
-    def stands(self) -> dict[str, tuple[Offset, bool]] | None:
-        """Return where each model stands and whether it runs: is in sync or joining, and not paused. None
-        where the destination has not been asked. May be called from any thread."""
-        stands = self._stands
-        if stands is None:
+    def needs(self) -> Needs | None:
+        """Return what must stay of the log; None where the destination has not been asked.
+
+        Holds as long as the caller has `applying`. Raises what the destination raises.
+        """
+        staged = self.staging.through()
+        running = [self._offset(model) for model in self._runnable(staged)] if self._stands else []
+        if self._stands is None:
             return None
-        paused = {table for table, state in self._tables.items() if state.paused}
-        resting = {name for name, (shape, _) in list(self._bound.items()) if shape.table in paused}
-        return {
-            name: (state.offset, state.state in _RUNNING and name not in resting)
-            for name, state in list(stands.items())
-        }
+        stands = [state.offset for state in self._stands.values()]
+        stops = {*stands, *self.joiner.targets(), self._reached}
+        return Needs(min([staged, held_by_copies(self.log), *running]), frozenset(stops))
 
     def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:
         """Fold the whole raw history of some source keys under the model as it is now, and apply it.

@@ -72,7 +72,7 @@ class Pipeline:
         self._lock = take_state(project.state)
         try:
             self.lanes = open_lanes(project)
-            self._upkeep = {lane.config.name: Upkeep(lane, project.log) for lane in self.lanes}
+            self._upkeep = {lane.config.name: Upkeep(lane, project.log, self.stop) for lane in self.lanes}
             self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
             self._wait_for_destination()
         except BaseException:

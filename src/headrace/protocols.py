@@ -98,6 +98,7 @@ class Log(Protocol):
     def trim(self, through: Offset, pinned: Iterable[Offset] = ()) -> int:
         """Delete entries through the last end of a group up to an offset; return the bytes given back.
 
+        Of many it deletes the first ones only, so that nobody waits for long: at least one group.
         Shapes and markers of copies stay, and so do stops: ends of groups at which a reader of staging can
         still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -15,7 +16,6 @@ from headrace.lane import Lane
 from headrace.log.consumers import Cursors
 from headrace.log.proof import Anchor, anchor, append_anchor
 from headrace.log.retention import Kept, Trim, decide
-from headrace.sources.postgres.tables import UNFINISHED, read_states
 
 logger = logging.getLogger("headrace.upkeep")
 alerts = logging.getLogger("headrace.alert")
@@ -30,10 +30,11 @@ _ROLLS = 8  # a segment is closed after this part of the retention, so that it c
 class Upkeep:
     """Looks after the log of one lane."""
 
-    def __init__(self, lane: Lane, config: LogConfig) -> None:
+    def __init__(self, lane: Lane, config: LogConfig, stop: threading.Event) -> None:
         self._lane = lane
         self._log = lane.log
         self._config = config
+        self._stop = stop
         self._cursors = Cursors(lane.log.path.with_suffix(".cursors"))
         self._slow: frozenset[str] = frozenset()
         self._anchored: Mark | None = None
@@ -55,27 +56,39 @@ class Upkeep:
         self._cursors.close()
 
     def _trim(self) -> None:
-        begin = self._log.begin().offset
-        stands = self._lane.stands()
-        old = self._old()
-        if stands is None or old <= begin:
+        begin, old = self._log.begin().offset, self._old()
+        if old <= begin:
             return
-        running = [offset for offset, runs in stands.values() if runs]
-        used = min([self._lane.staging.through(), self._unfinished(), *running])
-        consumers = {cursor.name: cursor.offset for cursor in self._cursors.all() if not cursor.lost}
+        freed, consumers = (
+            0,
+            {cursor.name: cursor.offset for cursor in self._cursors.all() if not cursor.lost},
+        )
+        through: Offset | None = None
+        while not self._stop.is_set():
+            # While no slice is in flight: where it began and where it will end must stay.
+            with self._lane.applying:
+                needs = self._lane.needs()
+                if needs is None:
+                    return
+                if through is None:
+                    through = self._decide(old, needs.used, consumers)
+                if self._log.begin().offset >= self._log.group_end(min(through, needs.used)):
+                    break
+                freed += self._log.trim(min(through, needs.used), needs.stops.union(consumers.values()))
+        if freed:
+            logger.info("%s: entries through offset %d have gone, %d bytes are free again",
+                        self._log.source, self._log.begin().offset, freed)  # fmt: skip
+
+    def _decide(self, old: Offset, used: Offset, consumers: Mapping[str, Offset]) -> Offset:
+        """Return through which offset to trim, and tell of the consumers that this leaves behind."""
+        begin = self._log.begin().offset
         held = {
             name: self._log.bytes_between(max(offset, begin), min(old, used))
             for name, offset in consumers.items()
         }
         trim = decide(Kept(old, used, consumers, held, self._config.hold_max))
         self._tell(trim, held)
-        if trim.through > begin:
-            pinned = [offset for offset, _ in stands.values()]
-            freed = self._log.trim(trim.through, [*pinned, *consumers.values()])
-            if freed:
-                through = self._log.begin().offset
-                logger.info("%s: entries through offset %d have gone, %d bytes are free again",
-                            self._log.source, through, freed)  # fmt: skip
+        return trim.through
 
     def _old(self) -> Offset:
         """Return the last offset that is older than `keep`, or beyond `keep_bytes`."""
@@ -88,18 +101,6 @@ class Upkeep:
         if config.keep_bytes:
             old = max(old, self._log.beyond(config.keep_bytes))
         return old
-
-    def _unfinished(self) -> Offset:
-        """Return the offset behind which copies that are under way look things up in the log."""
-        states = read_states(self._log)
-        begun: dict[object, Offset] = {}
-        for offset, table, _, _, mark in self._log.copy_marks():
-            if mark.kind == "begin":
-                begun[table] = min(offset - 1, mark.after)
-        under_way = [
-            begun[table] for table, state in states.items() if state.stage in UNFINISHED and table in begun
-        ]
-        return min(under_way, default=self._log.end().offset)
 
     def _tell(self, trim: Trim, held: Mapping[str, int]) -> None:
         for name in trim.lost:

@@ -6,16 +6,18 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Literal
 
 import apsw
 import psycopg
 import pytest
 
-from headrace.change import SourceMark, TableId
+from headrace.change import Offset, SourceMark, TableId
 from headrace.cli import main
 from headrace.config import Project, load_project
 from headrace.errors import ForeignDestination, LogTrimmed, SourceGap
@@ -24,6 +26,7 @@ from headrace.log.proof import check_anchor, read_anchors
 from headrace.log.proof import verify as verify_log
 from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
+from headrace.sources.postgres.tables import TableStates
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
 from pipelines import running, until
@@ -134,7 +137,7 @@ def test_a_suspended_model_does_not_hold_the_log_and_goes_on_from_staging(
     model = project.models / "strict.sql"
     model.write_text(STRICT)
     with running(project) as pipeline:
-        until(lambda: pipeline.lanes[0].stands() and pipeline.lanes[0].idle())
+        until(lambda: pipeline.lanes[0].models() and pipeline.lanes[0].idle())
         model.write_text(STRICT.replace("note AS note", "nothing AS note"))
         until(lambda: "strict" in pipeline.lanes[0].suspended(), what="not suspended")
         stood = pipeline.lanes[0].destination.models("shop")["strict"].offset
@@ -182,13 +185,160 @@ def test_a_paused_table_does_not_hold_the_log_and_goes_on_from_staging(
     project: Project, db: psycopg.Connection[object]
 ) -> None:
     with running(project) as pipeline:
-        until(lambda: pipeline.lanes[0].stands() and pipeline.lanes[0].idle())
+        until(lambda: pipeline.lanes[0].models() and pipeline.lanes[0].idle())
         assert main(["tables", "pause", "t", "--project", str(project.root)]) == 0
         stood = pipeline.lanes[0].destination.models("shop")["shop.t"].offset
         insert_and_trim(project, db, 1001, 20)
         assert begins(project) > stood
         assert main(["tables", "resume", "t", "--project", str(project.root)]) == 0
     assert_verified(project)
+
+
+@pytest.fixture
+def pipeline(project: Project) -> Iterator[Pipeline]:
+    """One whose steps a test takes itself."""
+    made = Pipeline(project)
+    yield made
+    made.close()
+
+
+def bring(pipeline: Pipeline, verb: str = "apply") -> None:
+    """Take every step there is to take, up to a verb."""
+    (lane,) = pipeline.lanes
+    lane.capture(pipeline.stop, until=lane.source.head())
+    for step in (lane.load, lane.apply)[: 1 + (verb == "apply")]:
+        while step():
+            pass
+
+
+def trim(pipeline: Pipeline) -> int:
+    """Let all get old that the log holds, and take a step of its upkeep; returns where it begins then."""
+    time.sleep(1.1)
+    pipeline._upkeep["shop"].step()
+    return pipeline.lanes[0].log.begin().offset
+
+
+def pause(pipeline: Pipeline, what: Literal["pause", "resume"]) -> None:
+    (lane,) = pipeline.lanes
+    lane.source.change_tables(lane.log, [TableId("public", "t")], what)
+
+
+def put(pipeline: Pipeline, text: str) -> None:
+    """Have the pipeline know a model."""
+    (pipeline.project.models / "strict.sql").write_text(text)
+    pipeline.lanes[0].reload_models(now=True)
+
+
+def suspend(pipeline: Pipeline, db: psycopg.Connection[object]) -> None:
+    """Break the model, and let the source move on."""
+    insert(db, 1001, 1)
+    bring(pipeline)
+    put(pipeline, STRICT.replace("note AS note", "nothing AS note"))
+    insert(db, 1002, 1)
+    bring(pipeline)
+    assert "strict" in pipeline.lanes[0].suspended()
+
+
+def renewed(pipeline: Pipeline) -> Pipeline:
+    pipeline.close()
+    return Pipeline(load_project(pipeline.project.root))
+
+
+def test_a_model_that_joins_finds_where_it_joins_however_long_that_takes(
+    pipeline: Pipeline, db: psycopg.Connection[object]
+) -> None:
+    db.execute("CREATE TABLE u (id int PRIMARY KEY, note text)")
+    moves_on = "INSERT INTO u SELECT coalesce(max(id), 0) + 1, 'moves on' FROM u"
+    bring(pipeline)
+    (lane,) = pipeline.lanes
+    pause(pipeline, "pause")
+    db.execute(moves_on)
+    bring(pipeline)
+    put(pipeline, STRICT)
+    pause(pipeline, "resume")
+    assert lane.apply(), "its join has not begun"
+    pause(pipeline, "pause")
+    target = max(lane.joiner.targets())
+    for _ in range(2):
+        db.execute(moves_on)
+        bring(pipeline)
+        begin = trim(pipeline)
+    assert begin > target
+    pause(pipeline, "resume")
+    bring(pipeline)
+    assert lane.idle()
+    assert not lane.suspended()
+
+
+def test_a_model_that_is_mended_while_the_log_is_trimmed_goes_on(
+    pipeline: Pipeline, db: psycopg.Connection[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was decided while it was suspended must not take from it where its first slice has ended."""
+    put(pipeline, STRICT)
+    bring(pipeline)
+    (lane,) = pipeline.lanes
+    suspend(pipeline, db)
+    trim(pipeline)
+    insert(db, 1003, 1)
+    bring(pipeline)
+    delete, others = lane.log.trim, []
+
+    def apply_now() -> None:
+        lane._folder.current(now=True)
+        lane.apply()
+
+    def meanwhile(through: Offset, pinned: Iterable[Offset]) -> int:
+        if not others:
+            (pipeline.project.models / "strict.sql").write_text(STRICT)
+            others.append(threading.Thread(target=apply_now))
+            others[0].start()
+            others[0].join(3)
+        return delete(through, pinned)
+
+    monkeypatch.setattr(lane.log, "trim", meanwhile)
+    trim(pipeline)
+    others[0].join(30)
+    assert not others[0].is_alive()
+    bring(pipeline)
+    assert lane.idle()
+    assert not lane.suspended()
+
+
+def test_a_destination_is_known_again_when_no_model_stands_where_it_was(
+    pipeline: Pipeline, db: psycopg.Connection[object]
+) -> None:
+    put(pipeline, STRICT)
+    bring(pipeline)
+    insert(db, 1000, 1)
+    bring(pipeline)
+    pause(pipeline, "pause")
+    put(pipeline, STRICT.replace("note AS note", "note AS remark"))
+    reached = pipeline.lanes[0].destination.progress("shop")
+    for at in (1001, 1002):
+        insert(db, at, 1)
+        bring(pipeline)
+        begin = trim(pipeline)
+    assert reached is not None
+    assert begin > reached.offset
+    again = renewed(pipeline)
+    pause(again, "resume")
+    bring(again)
+    assert again.lanes[0].idle()
+    again.close()
+
+
+def test_a_copy_that_waits_its_turn_finds_what_it_will_look_for(
+    pipeline: Pipeline, db: psycopg.Connection[object]
+) -> None:
+    bring(pipeline)
+    begin = trim(pipeline)
+    states = TableStates(pipeline.lanes[0].log)
+    insert(db, 1001, 3)
+    bring(pipeline)
+    states.move([TableId("public", "u")], "requested")
+    assert trim(pipeline) == begin
+    states.move([TableId("public", "u")], "removed")
+    assert trim(pipeline) > begin
 
 
 @pytest.mark.usefixtures("often")

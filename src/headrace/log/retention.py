@@ -18,11 +18,23 @@ STOP_ROWS, STOP_BYTES = 300_000, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class Needs:
+    """What must stay of a log for those who work with staging.
+
+    `used` is the last offset that staging, the copies that are under way and every model that runs are
+    through with; at `stops` somebody stands, or will.
+    """
+
+    used: Offset
+    stops: frozenset[Offset]
+
+
+@dataclass(frozen=True, slots=True)
 class Kept:
     """What there is to decide on; offsets are ends of groups, sizes bytes.
 
-    `old` is the last offset that is older than the retention or beyond its size, `used` the last one that
-    staging and every model that runs are through with, `consumers` the offset through which each has read,
+    `old` is the last offset that is older than the retention or beyond its size, `used` as `Needs` has it,
+    `consumers` the offset through which each has read,
     `held` how many bytes it would hold that are old and used.
     """
 

@@ -310,15 +310,14 @@ class SQLiteLog(Index):
         return last
 
     def trim(self, through: Offset, pinned: Iterable[Offset] = ()) -> int:
-        """See `Log.trim`. Returns how many bytes of segments were given back."""
+        """See `Log.trim`."""
         assert self._writer is not None
         through = self.group_end(through)
-        while (begin := self.begin().offset) < through:
-            with self._writing:
+        with self._writing:
+            if (begin := self.begin().offset) < through:
                 step = min(through, self._ending(min(begin + _TRIM_STEP, through)) or through)
                 self._trim_to(begin, step, set(pinned))
                 failpoint("log.trim.committed")
-        with self._writing:
             first = 'SELECT segment FROM entries WHERE segment IS NOT NULL ORDER BY "offset" LIMIT 1'
             row = self._db.row(first)
             kept = int(row[0]) if row else self._end.offset + 1

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from headrace.change import TableId
+from headrace.change import Offset, TableId
 from headrace.protocols import LogIndex
 
 Stage = Literal["requested", "copying", "catching_up", "live", "failed", "removed"]
@@ -42,6 +42,19 @@ def read_states(log: LogIndex) -> dict[TableId, TableState]:
 def captured_tables(log: LogIndex) -> list[TableId]:
     """Return the tables that are captured, or will be as soon as the source can be asked."""
     return [table for table, state in read_states(log).items() if state.stage != "removed"]
+
+
+def held_by_copies(log: LogIndex) -> Offset:
+    """Return the offset behind which copies look things up in the log; its end where none is to come."""
+    waiting = {table for table, state in read_states(log).items() if state.stage in UNFINISHED}
+    if not waiting:
+        return log.end().offset
+    # One that has not begun yet will look from where the log ended when it was requested.
+    begun = dict.fromkeys(waiting, log.begin().offset)
+    for offset, table, _, _, mark in log.copy_marks():
+        if mark.kind == "begin" and table in waiting:
+            begun[table] = min(offset - 1, mark.after)
+    return min(begun.values())
 
 
 class TableStates:
