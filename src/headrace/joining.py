@@ -23,8 +23,7 @@ import pyarrow.compute as pc
 from headrace.change import Copy, Kind, Offset
 from headrace.destinations.joins import Join, Joins
 from headrace.keys import identity, key_before, key_of_row, literal, quoted
-from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import ModelState, Prepared
+from headrace.protocols import LogIndex, ModelState, Prepared
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
@@ -39,7 +38,7 @@ Step = Literal["wait", "begin", "slice", "attach"]
 class Joiner:
     """Takes models of one source through their joins, one slice at a time."""
 
-    def __init__(self, source: str, log: SQLiteLog, staging: DeltaStaging, joins: Joins) -> None:
+    def __init__(self, source: str, log: LogIndex, staging: DeltaStaging, joins: Joins) -> None:
         self._source = source
         self._log = log
         self._staging = staging
