@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.change import Copy, Kind, Offset
-from headrace.destinations.joins import Join, Joins
+from headrace.destinations.joins import Join, Joins, Why
+from headrace.errors import UserError
 from headrace.keys import identity, key_before, key_of_row, literal, quoted
 from headrace.protocols import LogIndex, ModelState, Prepared
 from headrace.staging.copies import beyond, in_source_order
@@ -55,12 +56,12 @@ class Joiner:
         return self._staging.copy(model.table, join.stands) if join else None
 
     def runs(self, model: RowModel, staged: Offset) -> bool:
-        """Whether a model takes slices like the others: it has joined, or what it joins is not yet
+        """Whether a model takes slices like the others: it has joined, or what grows beside it is not yet
         where it stands itself."""
         join = self._all().get(model.name)
         if join is None or self._is_void(join, model, staged):
             return False
-        return join.phase == "done" or (join.beside and join.phase == "copy")
+        return join.phase == "done" or (join.beside and not _is_there(join))
 
     def _is_void(self, join: Join, model: RowModel, staged: Offset) -> bool:
         """Whether the model's table was not captured for a while after the copy that it is made of."""
@@ -95,6 +96,20 @@ class Joiner:
         stands = join is not None and copy is not None and join.phase == "done" and join.end == copy.end
         return None if stands else copy
 
+    def rebuild(self, model: RowModel, stand: Offset, *, dry_run: bool) -> None:
+        """Have a model that stands at an offset made once more from all of its history, beside itself.
+
+        One that is being rebuilt so already goes on. Raises UserError while it still takes in a copy.
+        """
+        why: Why = "dry run" if dry_run else "rebuild"
+        join, copy = self._all().get(model.name), self.stands_on(model)
+        if join is None or copy is None or (join.phase != "done" and join.why == "copy"):
+            raise UserError(
+                f"Model {model.name} still takes in its table's copy.", "Wait; `headrace status` tells."
+            )
+        if join.phase == "done" or join.why != why:
+            self._begin(model, copy, copy.end, stand, why)
+
     def step(
         self,
         model: RowModel,
@@ -115,9 +130,10 @@ class Joiner:
                 return "wait"
             beside = join and model.name in stands and not self._is_void(join, model, copy.end)
             live = join.stands if join and beside else 0
-            self._begin(model, copy, live, max(copy.end, reached))
+            why = join.why if join and beside and join.end == copy.end else "copy"
+            self._begin(model, copy, live, max(copy.end, reached), why)
             return "begin"
-        if join.phase == "stream" and join.offset >= join.target:
+        if _is_there(join):
             alert(self._attach(join, model, reached))
             return "attach"
         if join.beside and join.phase == "copy" and stands[model.name].offset < join.target:
@@ -125,30 +141,32 @@ class Joiner:
         alert(self._advance(join, model, copy, stands))
         return "slice"
 
-    def _begin(self, model: RowModel, copy: Copy, stands: Offset, target: Offset) -> None:
+    def _begin(self, model: RowModel, copy: Copy, stands: Offset, target: Offset, why: Why) -> None:
         span = (copy.begin, copy.end)
-        join = Join(model.name, self._source, model.version, *span, stands, "copy", copy.begin, target)
+        join = Join(model.name, self._source, model.version, *span, stands, "copy", copy.begin, target, why)
         self._destination.start(join, model)
         self._keep(join)
-        logger.info("model %s joins the copy of %s", model.name, model.table)
+        what = f"joins the copy of {model.table}" if why == "copy" else f"is built once more: {why}"
+        logger.info("model %s %s", model.name, what)
 
     def _advance(
         self, join: Join, model: RowModel, copy: Copy, stands: Mapping[str, ModelState]
     ) -> Sequence[str]:
+        # The live table goes on meanwhile, until what grows beside it is where it stands.
+        target = stands[model.name].offset if join.beside else join.target
         if join.phase == "copy":
             through = self._log.table_slice_end(model.table, join.offset, copy.end, ("copy",))
             with preparing(model.name):
                 rows = self._staging.read_copied(model.table, copy, join.offset, through)
                 prepared = model.prepare(rows)
-            following = replace(join, offset=through)
+            following = replace(join, offset=through, target=target)
             if through >= copy.end:
-                target = stands[model.name].offset if join.beside else join.target
-                following = replace(join, phase="stream", offset=min(copy.after, target), target=target)
+                following = replace(following, phase="stream", offset=min(copy.after, target))
         else:
-            through = self._log.table_slice_end(model.table, join.offset, join.target, _STREAMED)
+            through = self._log.table_slice_end(model.table, join.offset, target, _STREAMED)
             with preparing(model.name):
                 prepared = self._missing(model, copy, join.offset, through)
-            following = replace(join, offset=through)
+            following = replace(join, offset=through, target=target)
         issues = self._destination.step(join, following, model, prepared)
         self._keep(following)
         return issues
@@ -213,10 +231,13 @@ class Joiner:
         assert mark is not None, f"offset {join.target} is not in the log"
         position, committed_at = self._log.place(join.target)
         in_sync = join.target >= reached
-        written, issues = self._destination.attach(join, model, mark, position, committed_at, in_sync=in_sync)
+        found, issues = self._destination.attach(join, model, mark, position, committed_at, in_sync=in_sync)
         self._keep(replace(join, phase="done", stands=join.end))
-        how = f": {written} rows written" if join.beside else ""
-        logger.info("model %s has joined at offset %d%s", model.name, join.target, how)
+        what = "has joined" if join.why == "copy" else f"is built ({join.why})"
+        how = (
+            f": {found.added} added, {found.removed} removed, {found.changed} changed" if join.beside else ""
+        )
+        logger.info("model %s %s at offset %d%s", model.name, what, join.target, how)
         return issues
 
     def _all(self) -> dict[str, Join]:
@@ -226,6 +247,11 @@ class Joiner:
 
     def _keep(self, join: Join) -> None:
         self._all()[join.model] = join
+
+
+def _is_there(join: Join) -> bool:
+    """Whether what a join builds is where it will be attached."""
+    return join.phase == "stream" and join.offset >= join.target
 
 
 def _of(keys: pa.Array | None, model: RowModel, changes: pa.Table) -> pa.Table:

@@ -12,18 +12,26 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.ahead import ahead
 from headrace.change import START, Mark, Offset, Position, SourceMark, TableSchema, source_marker
 from headrace.config import Project, SourceConfig
 from headrace.destinations.duckdb import DuckDBDestination, foreign
 from headrace.destinations.joins import Joins
-from headrace.errors import ForeignDestination, HeadraceError, LogTrimmed, ModelBroken, SourceGap
+from headrace.errors import (
+    ForeignDestination,
+    HeadraceError,
+    LogTrimmed,
+    ModelBroken,
+    SourceGap,
+    UserError,
+)
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
@@ -44,7 +52,6 @@ alerts = logging.getLogger("headrace.alert")
 _LOAD_BYTES = 32 << 20
 _SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
 """What one transaction of the destination takes; it is in memory piece by piece only."""
-_LARGE_PART = 64 << 20
 _RUNNING = ("in_sync", "joining")
 _NO_VERSION = ""
 """The version that a model is suspended with for what its table is: any runs once the table fits."""
@@ -176,9 +183,7 @@ class Lane:
             if copy is None:
                 continue
             try:
-                step = self.joiner.step(
-                    model, copy, self._stands or {}, running, self._reached, self._alert_all
-                )
+                step = self.joiner.step(model, copy, self._stands or {}, running, self._reached, self._alert)
             except ModelBroken as error:
                 self._suspend(model.name, model.version, error)
                 return True
@@ -295,6 +300,23 @@ class Lane:
             prepared = _only(model.prepare(self.joiner.history(model, stands.offset, wanted)), wanted)
             return self.destination.redrive(model, prepared, dry_run=dry_run)
 
+    def rebuild(self, model_name: str, *, dry_run: bool = False) -> None:
+        """Begin to make a model's table once more from all of its history, beside the live one; `apply` does
+        it. One that is being rebuilt so goes on. Raises UserError where the model does not run.
+        """
+        with self.applying:
+            self.reload_models(now=True)
+            self._reload_tables()
+            staged = self.staging.through()
+            list(self._models(staged))
+            self._ask_where_models_stand()
+            model = next((m for m in self._active(staged) if m.name == model_name), None)
+            if model is None or self._stands is None or model_name not in self._stands:
+                known = ", ".join(sorted(m.name for m in self._models(staged)))
+                words = f"Model {model_name} does not run now, or there is none. Models: {known}."
+                raise UserError(words, "`headrace status` says why.")
+            self.joiner.rebuild(model, self._stands[model_name].offset, dry_run=dry_run)
+
     def close(self) -> None:
         """Close source and log."""
         self._preparer.shutdown()
@@ -337,11 +359,7 @@ class Lane:
             self._stands = None
             raise
         self._moved(models, through, in_sync)
-        self._alert_all(issues)
-
-    def _alert_all(self, issues: Sequence[str]) -> None:
-        for issue in issues:
-            self._alert(issue)
+        self._alert(issues)
 
     def _parts(
         self, models: Sequence[RowModel], after: Offset, through: Offset, in_sync: Collection[str]
@@ -463,33 +481,14 @@ class Lane:
         assert mark is not None, f"offset {offset} is not in the log"
         return mark
 
-    def _alert(self, issue: str) -> None:
-        model, reason, columns, message, count = self.destination.issue(issue)
-        alerts.warning(
-            "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
-            "`headrace quarantine redrive --issue %s`.",
-            issue, model, reason, columns, message, count, issue,
-        )  # fmt: skip
-
-
-def ahead(preparer: Executor, parts: Iterator[Part]) -> Generator[Part]:
-    """Yield parts, each of which is prepared while the one before is taken, unless that is a large one.
-
-    Nothing is prepared any more once this is closed.
-    """
-    following: Future[Part | None] | None = None
-    try:
-        while True:
-            following = following or preparer.submit(next, parts, None)
-            if (part := following.result()) is None:
-                return
-            small = part.prepared.rows.nbytes <= _LARGE_PART
-            following = preparer.submit(next, parts, None) if small else None
-            yield part
-            del part
-    finally:
-        if following is not None:
-            following.exception()
+    def _alert(self, issues: Sequence[str]) -> None:
+        for issue in issues:
+            model, reason, columns, message, count = self.destination.issue(issue)
+            alerts.warning(
+                "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
+                "`headrace quarantine redrive --issue %s`.",
+                issue, model, reason, columns, message, count, issue,
+            )  # fmt: skip
 
 
 def _only(prepared: Prepared, keys: pa.Array) -> Prepared:

@@ -146,6 +146,7 @@ class Pipeline:
         handlers = {
             "status": lambda _: self.status(),
             "redrive": self._redrive,
+            "rebuild": self._rebuild,
             "tables": self._change_tables,
             "resync": self._resync,
         }
@@ -154,6 +155,10 @@ class Pipeline:
     def _redrive(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
         return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"])
+
+    def _rebuild(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._lane(request["source"]).rebuild(request["model"], dry_run=request["dry_run"])
+        return {}
 
     def _change_tables(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])

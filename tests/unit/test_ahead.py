@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from headrace import lane
+from headrace.ahead import ahead
 from headrace.change import Column, TableId, TableSchema
-from headrace.lane import ahead
 from headrace.protocols import Part
 from headrace.transform.fold import NOTHING
 from headrace.transform.model import mirror

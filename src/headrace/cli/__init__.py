@@ -36,6 +36,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "headrace.cli.captured:resync_source",
         "Begin anew with a source after a gap, and repair what differs.",
     ),
+    "rebuild": (
+        "headrace.cli.rebuild:rebuild",
+        "Make a model's table once more from staging, beside the live one, and swap.",
+    ),
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),

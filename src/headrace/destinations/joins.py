@@ -30,8 +30,10 @@ BESIDE = "headrace_joining"
 _EXCHANGE_MEMORY = 256 << 20  # two hashes of every key, on both sides
 
 Phase = Literal["copy", "stream", "done"]
+Why = Literal["copy", "rebuild", "dry run"]
 
-_COLUMNS = 'model, source, version, "begin", "end", stands, phase, "offset", target'
+_EXAMPLES = 10  # source keys of each kind of difference that a rebuild keeps
+_COLUMNS = 'model, source, version, "begin", "end", stands, phase, "offset", target, why'
 
 
 def joins_of(source: str) -> str:
@@ -45,7 +47,8 @@ class Join:
 
     The phase `copy` reads the copied rows, `stream` the changes that they do not contain, through
     `target`; `offset` is how far the phase is. `stands` is the end of the copy that the live table is
-    made of, 0 if it is filled in place.
+    made of, 0 if it is filled in place. `why`: a new copy, or all of history once more under the model as
+    it is now, which a dry run only compares with the live table.
     """
 
     model: str
@@ -57,6 +60,7 @@ class Join:
     phase: Phase
     offset: Offset
     target: Offset
+    why: Why = "copy"
 
     @property
     def beside(self) -> bool:
@@ -112,8 +116,8 @@ class Joins:
             healed += take_off(db, join.source, model.name, target, prepared, join.end, records)
             self._destination.change_rows(db, join.source, target, prepared)
             issues = record(db, model, prepared.records, records)
-            # The live table has accounted for the changes already.
-            if join.phase == "copy" or not join.beside:
+            # The live table has accounted for the changes already, and for the rows of its own copy.
+            if join.why == "copy" and (join.phase == "copy" or not join.beside):
                 kind = "copy" if join.phase == "copy" else "apply"
                 rows = [(*head, kind, join.offset, through, *numbers(prepared.counts), model.version)]
                 if healed:
@@ -127,28 +131,46 @@ class Joins:
 
     def attach(
         self, join: Join, model: Model, at: Mark, position: Position, committed_at: int, *, in_sync: bool
-    ) -> tuple[int, Sequence[str]]:
+    ) -> tuple[Difference, Sequence[str]]:
         """End a join: what grew beside replaces what differs, and the model stands at `at`.
 
-        Returns the number of rows that were deleted and inserted for that in the live table, and the ids
-        of issues that are new.
+        Returns in how many source keys the two differed, and the ids of issues that are new. A dry run
+        leaves the live table as it is. Of a rebuild, headrace.rebuilds tells the same with examples.
         """
-        written, issues = 0, list[str]()
+        difference, issues = NO_DIFFERENCE, list[str]()
         with self._destination.open(memory=_EXCHANGE_MEMORY if join.beside else 0) as db:
             db.execute("BEGIN")
             _check(db, join)
             if join.beside:
                 self._destination.make_table(db, model)
-                written = _exchange(db, join, model)
+                difference = _compare(db, join, model)
+                if join.why != "copy":
+                    _tell(db, join, model, at, difference)
+                if join.why != "dry run":
+                    _exchange(db, join, model)
+                    issues = _exchange_records(db, join, model)
+                db.execute(f"DELETE FROM {JOINING} WHERE model = ?", [model.name])
                 self._destination.drop_table(db, _target(join, model))
-                issues = _exchange_records(db, model)
-            stand(db, model, at.offset, position, committed_at, in_sync=in_sync)
-            _balance(db, model)
-            move_progress(db, join.source, at, position, committed_at)
+            if join.why != "dry run":
+                stand(db, model, at.offset, position, committed_at, in_sync=in_sync)
+                _balance(db, join, model)
+                move_progress(db, join.source, at, position, committed_at)
             _save(db, replace(join, phase="done", stands=join.end))
             failpoint("destination.join.attach")
             db.execute("COMMIT")
-        return written, issues
+        return difference, issues
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """In how many source keys what grew beside a live table differs from it."""
+
+    added: int
+    removed: int
+    changed: int
+
+
+NO_DIFFERENCE = Difference(0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +194,13 @@ def _beside(model: Model) -> str:
 
 def _save(db: duckdb.DuckDBPyConnection, join: Join) -> None:
     db.execute("DELETE FROM headrace.joins WHERE model = ?", [join.model])
-    db.execute("INSERT INTO headrace.joins VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", list(astuple(join)))
+    db.execute("INSERT INTO headrace.joins VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", list(astuple(join)))
 
 
 def _void(db: duckdb.DuckDBPyConnection, join: Join) -> None:
     """Take back what the ledger says of what is now emptied."""
+    if join.why != "copy":
+        return
     since = f"AND kind = 'copy' AND \"after\" >= {join.stands}" if join.beside else ""
     db.execute(f"UPDATE headrace.ledger SET kind = 'void' WHERE model = ? {since}", [join.model])
     if not join.beside:
@@ -195,47 +219,81 @@ def _check(db: duckdb.DuckDBPyConnection, join: Join) -> None:
         )
 
 
-def _exchange(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> int:
-    """Write to the live table what differs from the one beside it, key by key."""
+def _compare(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> Difference:
+    """Find the source keys in which the live table and the one beside it differ: `_hr_differs`."""
     live, beside = target_of(model.name), target_of(_target(join, model).name)
-    mine = f"_source = {literal(join.source)}"
     names = [quoted(name) for name in model.types()]
     # Two hashes: one of 64 bits may meet by chance, both do not.
     hashes = (f"hash({', '.join(cells)})::HUGEINT" for cells in (names, [*names[::-1], "'again'"]))
     sums = ", ".join(f"sum({each}) AS h{i}" for i, each in enumerate(hashes))
-    state = f"SELECT _source_key AS k, count(*) AS n, {sums} FROM {{}} WHERE {mine} GROUP BY k"
+    state = (
+        f"SELECT _source_key AS k, count(*) AS n, {sums} FROM {{}} "
+        f"WHERE _source = {literal(join.source)} GROUP BY k"
+    )
     db.execute(
-        f"""CREATE OR REPLACE TEMP TABLE _hr_differs AS SELECT coalesce(a.k, b.k) AS k
+        f"""CREATE OR REPLACE TEMP TABLE _hr_differs AS SELECT coalesce(a.k, b.k) AS k,
+        CASE WHEN a.n IS NULL THEN 'added' WHEN b.n IS NULL THEN 'removed' ELSE 'changed' END AS how
         FROM ({state.format(live)}) a FULL JOIN ({state.format(beside)}) b ON a.k = b.k
         WHERE a.n IS DISTINCT FROM b.n OR a.h0 IS DISTINCT FROM b.h0 OR a.h1 IS DISTINCT FROM b.h1"""
     )
-    written = 0
-    chosen = f"{mine} AND _source_key IN (SELECT k FROM _hr_differs)"
-    for statement in (
-        f"DELETE FROM {live} WHERE {chosen}",
-        f"INSERT INTO {live} BY NAME SELECT * FROM {beside} WHERE {chosen}",
-    ):
-        written += int(db.execute(statement).fetchall()[0][0])
-    return written
+    counts = db.execute(
+        "SELECT count(*) FILTER (how = 'added'), count(*) FILTER (how = 'removed'), "
+        "count(*) FILTER (how = 'changed') FROM _hr_differs"
+    ).fetchall()
+    return Difference(*counts[0])
 
 
-def _exchange_records(db: duckdb.DuckDBPyConnection, model: Model) -> list[str]:
+def _exchange(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> None:
+    """Write to the live table what differs from the one beside it, key by key."""
+    live, beside = target_of(model.name), target_of(_target(join, model).name)
+    chosen = f"_source = {literal(join.source)} AND _source_key IN (SELECT k FROM _hr_differs)"
+    db.execute(f"DELETE FROM {live} WHERE {chosen}")
+    db.execute(f"INSERT INTO {live} BY NAME SELECT * FROM {beside} WHERE {chosen}")
+
+
+def _exchange_records(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> list[str]:
     """Put the open records from beside in the place of the live table's; return new issues."""
     name = literal(model.name)
+    resolution = "resync" if join.why == "copy" else "rebuilt"
     db.execute(
-        f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = 'resync', resolved_at = now() "
+        f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = '{resolution}', resolved_at = now() "
         f"WHERE model = {name} AND {OPEN}"
     )
     records = db.sql(
         f"SELECT * REPLACE (epoch_us(committed_at) AS committed_at) FROM {JOINING} "
         f"WHERE model = {name} AND {OPEN}"
     ).to_arrow_table()
-    db.execute(f"DELETE FROM {JOINING} WHERE model = {name}")
     return record(db, model, records)
 
 
-def _balance(db: duckdb.DuckDBPyConnection, model: Model) -> None:
-    """Let the ledger say how many records are open, where taking in a copy has changed that."""
+def _tell(db: duckdb.DuckDBPyConnection, join: Join, model: Model, at: Mark, difference: Difference) -> None:
+    """Write what a rebuild came to: rows, records, differences, and some of these with both rows."""
+    live, beside = target_of(model.name), target_of(_target(join, model).name)
+    cells = ", ".join(f"{literal(name)}: {quoted(name)}" for name in model.types())
+    some = f"(FROM _hr_differs QUALIFY row_number() OVER (PARTITION BY how ORDER BY k) <= {_EXAMPLES})"
+
+    def rows(table: str) -> str:
+        return (
+            f"(SELECT _source_key AS k, to_json(list({{{cells}}})) AS rows FROM {table} WHERE _source = "
+            f"{literal(join.source)} AND _source_key IN (SELECT k FROM {some}) GROUP BY k)"
+        )
+
+    ((examples,),) = db.execute(
+        f"""SELECT to_json(coalesce(list({{'how': how, 'key': d.k, 'before': a.rows, 'after': b.rows}}
+        ORDER BY how, d.k), [])) FROM {some} d
+        LEFT JOIN {rows(live)} a USING (k) LEFT JOIN {rows(beside)} b USING (k)"""
+    ).fetchall()
+    ((count, opened),) = db.execute(
+        f"SELECT (SELECT count(*) FROM {beside}), "
+        f"(SELECT count(*) FROM {JOINING} WHERE model = {literal(model.name)} AND {OPEN})"
+    ).fetchall()
+    counts = (count, opened, *astuple(difference))
+    facts = (model.name, join.source, model.version, join.why == "dry run", at.offset, *counts, examples)
+    insert(db, "rebuilds", [facts])
+
+
+def _balance(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> None:
+    """Let the ledger say how many records are open, where a join has changed that."""
     name = literal(model.name)
     records = f"SELECT count(*) FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
     known = (
@@ -243,5 +301,6 @@ def _balance(db: duckdb.DuckDBPyConnection, model: Model) -> None:
     )
     ((difference,),) = db.execute(f"SELECT (({records}) - ({known}))::BIGINT").fetchall()
     if difference:
+        kind = "resync" if join.why == "copy" else "rebuild"
         moved = numbers(Counts(superseded=-difference, quarantined=difference))
-        insert(db, "ledger", [(model.source, model.name, "resync", 0, 0, *moved, model.version)])
+        insert(db, "ledger", [(model.source, model.name, kind, 0, 0, *moved, model.version)])

@@ -44,7 +44,11 @@ CREATE TABLE IF NOT EXISTS headrace.ledger (
 );
 CREATE TABLE IF NOT EXISTS headrace.joins (
   model VARCHAR, source VARCHAR, version VARCHAR, "begin" BIGINT, "end" BIGINT, stands BIGINT,
-  phase VARCHAR, "offset" BIGINT, target BIGINT
+  phase VARCHAR, "offset" BIGINT, target BIGINT, why VARCHAR
+);
+CREATE TABLE IF NOT EXISTS headrace.rebuilds (
+  model VARCHAR, source VARCHAR, version VARCHAR, dry_run BOOLEAN, "offset" BIGINT, rows BIGINT,
+  open_records BIGINT, added BIGINT, removed BIGINT, changed BIGINT, examples JSON, rebuilt_at TIMESTAMPTZ
 );
 """
 

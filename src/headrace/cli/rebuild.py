@@ -1,0 +1,154 @@
+"""`headrace rebuild`: a model's table made once more from staging, in the running pipeline or without one."""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from headrace.cells import json_of
+from headrace.cli.tables import text_of
+from headrace.config import Project, load_project
+from headrace.errors import UserError
+from headrace.keys import literal
+from headrace.server import ask, is_running, read_rows
+
+_POLL = 0.3
+_TELL_EVERY = 5.0
+
+
+def rebuild(
+    model: str,
+    *,
+    dry_run: Annotated[bool, Parameter(help="Only show the difference.", negative="")] = False,
+    project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
+    json: Annotated[bool, Parameter(help="Print the outcome as JSON.", negative="")] = False,
+) -> None:
+    """Make a model's table once more, of all of its history and under the model as it is now.
+
+    The new table grows beside the live one, which goes on meanwhile. When it has come to where the live
+    one stands, one transaction writes what differs, with quarantine and progress. The source is not
+    asked. Interrupted, it goes on with the same command, or with the pipeline's next start.
+
+    Parameters
+    ----------
+    model
+        The model's name, or that of a mirrored table: shop.orders.
+    """
+    settings = load_project(project)
+    source = _source_of(settings, model)
+    begun = time.monotonic()
+    before = _rebuilds(settings, model)
+    if is_running(settings):
+        ask(settings, {"op": "rebuild", "source": source, "model": model, "dry_run": dry_run})
+        _wait(settings, model, before)
+    else:
+        _run(settings, source, model, dry_run=dry_run)
+    outcome = _outcome(settings, model)
+    outcome["seconds"] = round(time.monotonic() - begun, 1)
+    if json:
+        print(json_of(outcome))
+    else:
+        _print(outcome)
+
+
+def _source_of(settings: Project, model: str) -> str:
+    _, rows = read_rows(settings, "SELECT model, source, state FROM headrace.models ORDER BY model")
+    known = {str(name): (str(source), str(state)) for name, source, state in rows}
+    if model not in known:
+        words = f"The destination has no table of a model {model}."
+        raise UserError(words, f"Models: {', '.join(known) or 'none yet'}.")
+    return known[model][0]
+
+
+def _rebuilds(settings: Project, model: str) -> int:
+    query = f"SELECT count(*) FROM headrace.rebuilds WHERE model = {literal(model)}"
+    _, rows = read_rows(settings, query)
+    return int(next(iter(rows))[0])
+
+
+def _wait(settings: Project, model: str, before: int) -> None:
+    """Wait for the running pipeline, telling how far it is. Raises UserError when the model is suspended."""
+    name, told = literal(model), time.monotonic()
+    query = (
+        f"SELECT (SELECT count(*) FROM headrace.rebuilds WHERE model = {name}), m.state, m.reason, j.phase, "
+        f'j."offset", j.target FROM headrace.models m JOIN headrace.joins j USING (model) '
+        f"WHERE model = {name}"
+    )
+    while True:
+        _, rows = read_rows(settings, query)
+        for done, state, reason, phase, offset, target in rows:
+            if done > before:
+                return
+            if state == "suspended":
+                raise UserError(f"Model {model} is suspended: {reason}", "Mend it: the rebuild then goes on.")
+            if time.monotonic() - told > _TELL_EVERY:
+                told = time.monotonic()
+                print(f"{phase}: at offset {offset} of {target}", file=sys.stderr)
+        time.sleep(_POLL)
+
+
+def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> None:
+    from headrace.pipeline import Pipeline
+
+    pipeline = Pipeline(settings)
+    try:
+        lane = next((lane for lane in pipeline.lanes if lane.config.name == source), None)
+        if lane is None:
+            raise UserError(f"There is no [source.{source}] any more.", "Its models cannot be rebuilt.")
+        lane.rebuild(model, dry_run=dry_run)
+        while lane.apply():
+            pass
+        if reason := lane.suspended().get(model):
+            raise UserError(f"Model {model} is suspended: {reason}", "Mend it: the rebuild then goes on.")
+    finally:
+        pipeline.close()
+
+
+def _outcome(settings: Project, model: str) -> dict[str, Any]:
+    names, rows = read_rows(
+        settings,
+        'SELECT model, version, dry_run, "offset", rows, open_records, added, removed, changed, '
+        f"examples::VARCHAR AS examples FROM headrace.rebuilds WHERE model = {literal(model)} "
+        "ORDER BY rebuilt_at DESC LIMIT 1",
+    )
+    outcome = dict(zip(names, next(iter(rows)), strict=True))
+    outcome["examples"] = json_text.loads(outcome["examples"])
+    return outcome
+
+
+def _print(outcome: dict[str, Any]) -> None:
+    what = "would have" if outcome["dry_run"] else "has"
+    print(
+        f"{outcome['model']} {what} {outcome['rows']:,} rows and {outcome['open_records']:,} open records in "
+        f"quarantine, as of offset {outcome['offset']} ({outcome['seconds']} s)"
+    )
+    for how in ("added", "removed", "changed"):
+        print(f"{how:>9}  {outcome[how]:,}")
+        for example in outcome["examples"]:
+            if example["how"] == how:
+                print(f"           {_visible(example['key'])}: {_told(example)}")
+
+
+def _told(example: dict[str, Any]) -> str:
+    """Say what is different: of a single row in its place the cells, else the rows."""
+    before, after = example["before"] or [], example["after"] or []
+    if len(before) == len(after) == 1:
+        cells = [
+            f"{name} {_visible(value)} → {_visible(after[0][name])}"
+            for name, value in before[0].items()
+            if value != after[0][name]
+        ]
+        return ", ".join(cells)
+    return "; ".join(
+        ", ".join(f"{name} {_visible(value)}" for name, value in row.items()) for row in after or before
+    )
+
+
+def _visible(value: object) -> str:
+    text = text_of(value)
+    return text if text.isprintable() else text.encode("unicode_escape").decode()

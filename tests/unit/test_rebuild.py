@@ -1,0 +1,239 @@
+"""Rebuilding a model beside its live table, on a lane whose log a test writes itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from entries import rows as entry
+from headrace import failpoints
+from headrace.change import Column, CopyMark, Entry, Position, TableId, TableSchema
+from headrace.cli import main
+from headrace.config import load_project
+from headrace.errors import UserError
+from headrace.lane import Lane
+from headrace.pipeline import open_lanes
+
+TABLE = TableId("public", "t")
+SHAPE = TableSchema(TABLE, (Column("id", "bigint"), Column("v", "text")), ("id",), 1)
+MODEL = """/* headrace
+key = ["id"]
+[contract]
+id = "BIGINT NOT NULL"
+n = "INTEGER"
+*/
+SELECT id::BIGINT AS id, {} AS n FROM raw.shop.t {}"""
+TEXTS = [MODEL.format("replace(v, '3', 'x')::INTEGER", ""), MODEL.format("v::INTEGER * 10", "WHERE v <> '7'")]
+
+
+class Shop:
+    """A source's log, its staging, its model and its destination; no source."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "models").mkdir()
+        (folder / "headrace.toml").write_text('[source.shop]\nurl = "postgresql://nobody@127.0.0.1:1/x"\n')
+        (folder / ".headrace" / "log").mkdir(parents=True)
+        self.shape = SHAPE
+        self.state: dict[str, str] = {}
+        self.commit = 10
+        self.put(TEXTS[0])
+        self.lane = self._open()
+        for mark in (CopyMark("begin", self.shape), CopyMark("chunk"), CopyMark("end", floor=1, ceiling=1)):
+            at = Position(0, 1, 0)
+            self.lane.log.append([Entry("marker", TABLE, at, at, 1, 0, 1, mark.to_json().encode())])
+        self.bring()
+
+    def _open(self) -> Lane:
+        (lane,) = open_lanes(load_project(self.folder))
+        return lane
+
+    def put(self, text: str) -> None:
+        (self.folder / "models" / "m.sql").write_text(text)
+
+    def reopen(self) -> None:
+        self.lane.close()
+        self.lane = self._open()
+
+    def change(self, chance: random.Random, count: int = 1) -> None:
+        """Commit a transaction of some changes at the source, and capture it."""
+        self.commit += 1
+        made: list[tuple[Any, ...]] = []
+        for ordinal in range(1, count + 1):
+            key, value = str(chance.randint(1, 12)), str(chance.randint(0, 9))
+            if key not in self.state:
+                made.append(("c", self.commit, ordinal, (key, value)))
+            elif chance.random() < 0.2:
+                made.append(("d", self.commit, ordinal, (key, None)))
+                del self.state[key]
+                continue
+            elif (new := str(chance.randint(1, 12))) not in self.state and chance.random() < 0.3:
+                made.append(("u", self.commit, ordinal, (new, value), None, {"id": key}))
+                del self.state[key]
+                key = new
+            else:
+                made.append(("u", self.commit, ordinal, (key, value)))
+            self.state[key] = value
+        self.lane.log.append([entry(self.shape, made)])
+
+    def load(self) -> None:
+        while self.lane.load():
+            pass
+
+    def bring(self) -> None:
+        self.load()
+        while self.lane.apply():
+            pass
+
+    def ask(self, query: str) -> list[tuple[Any, ...]]:
+        (table,) = self.lane.destination.read([query])
+        return sorted(tuple(row.values()) for row in table.to_pylist())
+
+    def rebuilds(self) -> int:
+        ((count,),) = self.ask("SELECT count(*) FROM headrace.rebuilds WHERE NOT dry_run")
+        return int(count)
+
+    def assert_is_all_of_history(self) -> None:
+        """Where it stands, the model holds what the fold of its whole history under it is."""
+        ((offset,),) = self.ask("SELECT \"offset\" FROM headrace.models WHERE model = 'm'")
+        (model,) = self.lane.models()
+        folded = model.prepare(self.lane.joiner.history(model, offset))
+        wanted = sorted((row["id"], row["n"]) for row in folded.rows.to_pylist())
+        assert self.ask("SELECT id, n FROM m") == wanted
+        opened = "SELECT commit, ordinal, key FROM headrace.quarantine WHERE status = 'quarantined'"
+        records = folded.records.select(["commit", "ordinal", "key"]).to_pylist()
+        assert self.ask(opened) == sorted(tuple(record.values()) for record in records)
+        assert self.ask("SELECT sum(quarantined)::INT FROM headrace.ledger WHERE kind <> 'void'") == [
+            (len(records),)
+        ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_slices() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headrace.log.index.MAX_SLICE_ROWS", 5)
+        yield
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    made = Shop(tmp_path)
+    yield made
+    made.lane.close()
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 1 << 32))
+def test_whatever_happens_meanwhile_a_rebuild_ends_as_the_fold_of_all_history(
+    tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> None:
+    chance = random.Random(seed)
+    shop = Shop(tmp_path_factory.mktemp("shop"))
+    known, text = 0, 0
+    for _ in range(30):
+        what = chance.choice(["change", "change", "load", "apply", "apply", "rebuild", "reopen", "edit"])
+        if what == "change":
+            shop.change(chance, chance.randint(1, 3))
+        elif what == "load":
+            shop.load()
+        elif what == "apply":
+            shop.lane.apply()
+        elif what == "reopen":
+            shop.reopen()
+        elif what == "edit":
+            text = 1 - text
+            shop.put(TEXTS[text])
+            shop.lane.reload_models(now=True)
+        elif what == "rebuild":
+            shop.lane.rebuild("m", dry_run=chance.random() < 0.3)
+        if (done := shop.rebuilds()) > known:
+            known = done
+            shop.assert_is_all_of_history()
+    shop.lane.rebuild("m")
+    shop.bring()
+    shop.assert_is_all_of_history()
+    assert shop.rebuilds() > known
+    assert shop.ask("FROM duckdb_tables() SELECT table_name WHERE schema_name = 'headrace_joining'") == []
+    shop.lane.close()
+
+
+def test_the_live_table_goes_on_while_it_is_rebuilt(shop: Shop) -> None:
+    chance = random.Random(1)
+    for _ in range(20):
+        shop.change(chance)
+    shop.bring()
+    shop.lane.rebuild("m")
+    stands = []
+    while not shop.rebuilds():
+        if len(stands) < 10:
+            shop.change(chance)
+            shop.load()
+        assert shop.lane.apply()
+        stands += shop.ask("SELECT \"offset\" FROM headrace.models WHERE model = 'm'")
+    assert len(set(stands)) > 3, "it stood still meanwhile"
+    shop.bring()
+    assert shop.rebuilds() == 1
+    shop.assert_is_all_of_history()
+
+
+@pytest.mark.parametrize("point", ["destination.join.commit", "destination.join.attach"])
+def test_a_rebuild_that_fails_at_any_step_goes_on(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    chance = random.Random(2)
+    for _ in range(20):
+        shop.change(chance)
+    shop.bring()
+    shop.put(TEXTS[1])
+    shop.lane.rebuild("m")
+    monkeypatch.setattr(failpoints, "_armed", failpoints._parse(f"{point}=raise@1"))
+    with pytest.raises(OSError, match=point):
+        shop.bring()
+    shop.reopen()
+    shop.bring()
+    assert shop.rebuilds() == 1
+    shop.assert_is_all_of_history()
+
+
+def test_the_command_shows_the_difference_and_a_dry_run_changes_nothing(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop.lane.log.append(
+        [entry(shop.shape, [("c", 11, i, (str(i), v)) for i, v in ((1, "5"), (2, "7"), (3, "3"))])]
+    )
+    shop.bring()
+    held = [(1, 5), (2, 7)]
+    assert shop.ask("SELECT id, n FROM m") == held
+    shop.put(TEXTS[1])
+    shop.lane.close()
+    for dry_run in (True, False):
+        assert main(["rebuild", "m", "--project", str(shop.folder), *["--dry-run"][: int(dry_run)]]) == 0
+        told = capsys.readouterr().out
+        assert f"m {'would have' if dry_run else 'has'} 2 rows and 0 open records" in told
+        for line in ("added  1", "3: id 3, n 30", "removed  1", "2: id 2, n 7", "changed  1", "1: n 5 → 50"):
+            assert line in told
+        shop.lane = shop._open()
+        assert shop.ask("SELECT id, n FROM m") == (held if dry_run else [(1, 50), (3, 30)])
+        shop.lane.close()
+    shop.lane = shop._open()
+    shop.assert_is_all_of_history()
+
+
+def test_what_cannot_be_rebuilt_is_refused(shop: Shop) -> None:
+    with pytest.raises(UserError, match=r"Model x does not run now.* Models: m\."):
+        shop.lane.rebuild("x")
+    at = Position(0, 2, 0)
+    begin = CopyMark("begin", shop.shape, after=shop.lane.log.end().offset)
+    for mark in (begin, CopyMark("chunk"), CopyMark("end", floor=2, ceiling=2)):
+        shop.lane.log.append([Entry("marker", TABLE, at, at, 1, 0, 1, mark.to_json().encode())])
+    shop.load()
+    while shop.lane.apply() and not shop.ask("FROM headrace.joins SELECT 1 WHERE phase <> 'done'"):
+        pass
+    with pytest.raises(UserError, match="still takes in its table's copy"):
+        shop.lane.rebuild("m")
