@@ -257,11 +257,11 @@ class OpenLog:
         cursor = None if name is None else self._cursors.get(name)
         if cursor is not None:
             check(cursor, self._log)
-        start = self.begin if after is None else self._mark(after)
+        start = self._mark(after)
         if name is None:
             return start
         if cursor is None:
-            return self._cursors.commit(name, start).mark
+            return self._joined(name, after)
         if after is not None and start.offset < cursor.offset:
             raise UserError(
                 f"Consumer {name} has committed offset {cursor.offset}, and `after` is {start.offset}.",
@@ -269,7 +269,17 @@ class OpenLog:
             )
         return start if after is not None else cursor.mark
 
-    def _mark(self, after: Offset | Mark) -> Mark:
+    def _joined(self, name: str, after: Offset | Mark | None) -> Mark:
+        """Make a consumer's cursor. Retention may pass it before it is there; then it begins anew."""
+        while True:
+            cursor = self._cursors.commit(name, self._mark(after))
+            if self.begin.offset <= cursor.offset:
+                return cursor.mark
+            self._cursors.forget(name)
+
+    def _mark(self, after: Offset | Mark | None) -> Mark:
+        if after is None:
+            return self.begin
         offset = after.offset if isinstance(after, Mark) else after
         begin, end = self.begin.offset, self.head.offset
         if isinstance(after, Mark) and after.log_id != self.id:

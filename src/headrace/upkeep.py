@@ -62,14 +62,17 @@ class Upkeep:
             return
         running = [offset for offset, runs in stands.values() if runs]
         used = min([self._lane.staging.through(), self._unfinished(), *running])
-        consumers = {cursor.name: cursor.offset for cursor in self._cursors.all() if not cursor.lost}
+        consumers = {
+            cursor.name: cursor.offset
+            for cursor in self._cursors.all()
+            if not cursor.lost and cursor.log_id == self._log.id and cursor.offset >= begin
+        }
         held = {
             name: self._log.bytes_between(max(offset, begin), min(old, used))
             for name, offset in consumers.items()
         }
         trim = decide(Kept(old, used, consumers, held, self._config.hold_max))
-        self._tell(trim, held)
-        if trim.through > begin:
+        if self._tell(trim, consumers, held) and trim.through > begin:
             pinned = [offset for offset, _ in stands.values()]
             freed = self._log.trim(trim.through, [*pinned, *consumers.values()])
             if freed:
@@ -101,10 +104,14 @@ class Upkeep:
         ]
         return min(under_way, default=self._log.end().offset)
 
-    def _tell(self, trim: Trim, held: Mapping[str, int]) -> None:
+    def _tell(self, trim: Trim, consumers: Mapping[str, Offset], held: Mapping[str, int]) -> bool:
+        """Mark and alarm; say whether every consumer that is to be lost still stood where it did."""
+        stood = True
         for name in trim.lost:
             reason = f"it held {held[name]} bytes of the log, more than hold_max"
-            self._cursors.mark_lost(name, reason)
+            if not self._cursors.mark_lost(name, consumers[name], reason):
+                stood = False
+                continue
             alerts.error(
                 "LOST consumer %s of %s: %s. What it had not read is deleted; it goes on after "
                 "`headrace log consumers --reset %s --to OFFSET`.",
@@ -117,6 +124,7 @@ class Upkeep:
                 name, self._log.source, held[name], self._config.hold_max, name,
             )  # fmt: skip
         self._slow = frozenset(trim.slow)
+        return stood
 
     def _anchor(self) -> None:
         head = self._log.end()

@@ -325,7 +325,7 @@ def test_consumers_are_listed_moved_and_forgotten(project: Path, writer: SQLiteL
     with headrace.open_log(project) as opened:
         first, *_ = opened.read("reports", max_bytes=1)
         first.commit()
-        opened._cursors.mark_lost("reports", "it held 9 bytes")
+        assert opened._cursors.mark_lost("reports", 2, "it held 9 bytes")
     (one,) = told("consumers", "--json", cwd=project)
     assert (one["name"], one["offset"], one["state"], one["reason"]) == (
         "reports", 2, "lost", "it held 9 bytes",

@@ -26,7 +26,7 @@ from headrace.change import (
     source_marker,
 )
 from headrace.errors import CursorLost, LogError, LogTrimmed, UserError
-from headrace.log.consumers import Cursors
+from headrace.log.consumers import Cursor, Cursors
 from headrace.log.sqlite import SQLiteLog
 from headrace.reading import Batch, Changes, Event, Message, OpenLog, find_logs
 
@@ -91,8 +91,10 @@ def test_a_cursor_is_durable_and_only_goes_on(tmp_path: Path) -> None:
         (cursor,) = cursors.all()
         assert cursor.mark == Mark("L", 9, "nine")
         assert cursors.get("other") is None
-        cursors.mark_lost("reports", "it held 12 bytes")
-        cursors.mark_lost("other", "there is none")
+        assert not cursors.mark_lost("reports", 5, "it held 12 bytes"), "it has committed since"
+        assert not cursors.mark_lost("other", 9, "there is none")
+        cursors.commit("reports", Mark("L", 9, "nine"))
+        assert cursors.mark_lost("reports", 9, "it held 12 bytes")
         with pytest.raises(CursorLost, match="it held 12 bytes"):
             cursors.commit("reports", Mark("L", 10, "ten"))
         assert cursors.reset("reports", Mark("M", 2, "two")).lost is False
@@ -336,11 +338,34 @@ def test_a_new_name_holds_the_log_from_its_first_read(log: OpenLog) -> None:
     assert len(log.consumers()) == 1
 
 
+def test_a_new_name_begins_where_the_log_does_however_that_moves_meanwhile(
+    writer: SQLiteLog, log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trims = [5, 12]
+    commit = Cursors.commit
+
+    def late(self: Cursors, name: str, mark: Mark) -> Cursor:
+        if trims:
+            writer.trim(trims.pop(0))
+        return commit(self, name, mark)
+
+    monkeypatch.setattr(Cursors, "commit", late)
+    batches = log.read("reports")
+    assert not trims
+    (cursor,) = log.consumers()
+    assert cursor.mark == log.begin
+    assert statuses(batches)[-1] == "at 90"
+    trims = [14]
+    with pytest.raises(LogTrimmed):
+        log.read("others", after=log.begin)
+    assert [one.name for one in log.consumers()] == ["reports"]
+
+
 def test_a_lost_consumer_is_told_what_is_deleted(writer: SQLiteLog, log: OpenLog) -> None:
     first, second, *_ = log.read("reports", max_bytes=1)
     first.commit()
     writer.trim(12)
-    log._cursors.mark_lost("reports", "it held 4096 bytes, more than hold_max")
+    assert log._cursors.mark_lost("reports", 2, "it held 4096 bytes, more than hold_max")
     begin = log.begin.offset
     with pytest.raises(CursorLost) as told:
         log.read("reports")
