@@ -2,7 +2,7 @@
 
 A consumer reads batches, each of whole source transactions, and commits each when it is done with it. What
 it did not commit comes again: at least once. For exactly once it stores `Batch.through` in the transaction
-of its data, and reads from there with `after`.
+of its data, and reads from there with `after`, or from `OpenLog.begin` while it has stored nothing.
 """
 
 from __future__ import annotations

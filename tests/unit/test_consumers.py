@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -293,7 +294,7 @@ def test_whatever_dies_nothing_is_lost_and_with_the_recipe_nothing_doubled(
     seen: list[str] = []
     for crash in [*crashes, ""]:
         with contextlib.suppress(_Crash), headrace.open_log(folder / "s.db") as log:
-            for batch in log.read("c", after=stored, max_bytes=max_bytes, torn=torn):
+            for batch in log.read("c", after=stored or log.begin, max_bytes=max_bytes, torn=torn):
                 ids = batch.table("orders")["id"].to_pylist()
                 seen += ids
                 if crash == "before":
@@ -306,6 +307,66 @@ def test_whatever_dies_nothing_is_lost_and_with_the_recipe_nothing_doubled(
                     raise _Crash
     assert once == written
     assert set(seen) == set(written)
+
+
+class Target:
+    """A consumer's own database, which holds the mark with the data."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect(":memory:", isolation_level=None)
+        self._db.execute("CREATE TABLE data (id TEXT, status TEXT)")
+        self._db.execute("CREATE TABLE mark (log_id TEXT, at INTEGER, hash TEXT)")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN")
+        with self._db:
+            yield
+
+    def last_mark(self) -> Mark | None:
+        row = self._db.execute("SELECT * FROM mark").fetchone()
+        return Mark(*row) if row else None
+
+    def store_mark(self, *mark: object) -> None:
+        self._db.execute("DELETE FROM mark")
+        self._db.execute("INSERT INTO mark VALUES (?, ?, ?)", mark)
+
+    def write(self, batch: Batch) -> None:
+        rows = batch.table("orders").select(["id", "status"]).to_pylist()
+        self._db.executemany("INSERT INTO data VALUES (:id, :status)", rows)
+
+    def held(self) -> list[tuple[str, str]]:
+        return self._db.execute("SELECT * FROM data ORDER BY rowid").fetchall()
+
+
+def follow_the_recipe(log: OpenLog, target: Target) -> None:
+    """Run the code that docs/log.md has under "Exactly once"."""
+    page = Path(__file__).parents[2] / "docs" / "log.md"
+    code = page.read_text().partition("### Exactly once")[2].partition("```python\n")[2].partition("```")[0]
+    exec(code, {"db": target, "log": log, "write": Target.write})
+
+
+def test_the_recipe_begins_where_a_trimmed_log_does_and_never_behind_what_it_lacks(
+    writer: SQLiteLog, log: OpenLog
+) -> None:
+    writer.trim(12)
+    (batch,) = log.read(None)
+    expected = [(row["id"], row["status"]) for row in batch.table("orders").to_pylist()]
+    assert 0 < len(expected) < 17
+    target = Target()
+    for _ in range(2):
+        follow_the_recipe(log, target)
+        assert target.held() == expected
+    writer.append([rows(SHAPE, [("c", 500, 1, ("500", "late"))])])
+    follow_the_recipe(log, target)
+    assert target.held() == [*expected, ("500", "late")]
+
+    fresh = Target()
+    with pytest.raises(UserError, match="Consumer reports has committed offset"):
+        follow_the_recipe(log, fresh)
+    log.reset("reports", log.begin.offset)
+    follow_the_recipe(log, fresh)
+    assert fresh.held() == target.held()
 
 
 # -- where reading begins, and what is refused
