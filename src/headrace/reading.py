@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from headrace.change import (
     CopyMark,
-    Kind,
     LoggedEntry,
     Mark,
     Offset,
@@ -40,7 +39,6 @@ _ALL_ROWS = 1 << 62
 _POLL = 0.1
 _PAGE = 1000
 _LEADING = ("_op", "_epoch", "_commit", "_ordinal", "_offset", "_committed_at", "_txid", "_lsn")
-_ROWS: tuple[Kind, ...] = ("rows", "copy")
 
 
 @dataclass(frozen=True, slots=True)
