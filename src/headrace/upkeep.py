@@ -56,14 +56,10 @@ class Upkeep:
         self._cursors.close()
 
     def _trim(self) -> None:
-        begin, old = self._log.begin().offset, self._old()
-        if old <= begin:
+        old = self._old()
+        if old <= self._log.begin().offset:
             return
-        freed, consumers = (
-            0,
-            {cursor.name: cursor.offset for cursor in self._cursors.all() if not cursor.lost},
-        )
-        through: Offset | None = None
+        freed, through = 0, None
         while not self._stop.is_set():
             # While no slice is in flight: where it began and where it will end must stay.
             with self._lane.applying:
@@ -71,23 +67,31 @@ class Upkeep:
                 if needs is None:
                     return
                 if through is None:
-                    through = self._decide(old, needs.used, consumers)
-                if self._log.begin().offset >= self._log.group_end(min(through, needs.used)):
+                    through = self._decide(old, needs.used)
+                consumers = self._consumers().values()
+                through = min([through, needs.used, *consumers])
+                if self._log.group_end(through) <= self._log.begin().offset:
                     break
-                freed += self._log.trim(min(through, needs.used), needs.stops.union(consumers.values()))
+                freed += self._log.trim(through, needs.stops.union(consumers))
         if freed:
             logger.info("%s: entries through offset %d have gone, %d bytes are free again",
                         self._log.source, self._log.begin().offset, freed)  # fmt: skip
 
-    def _decide(self, old: Offset, used: Offset, consumers: Mapping[str, Offset]) -> Offset:
-        """Return through which offset to trim, and tell of the consumers that this leaves behind."""
-        begin = self._log.begin().offset
-        held = {
-            name: self._log.bytes_between(max(offset, begin), min(old, used))
-            for name, offset in consumers.items()
+    def _consumers(self) -> dict[str, Offset]:
+        """Return through where each consumer has read that the log still holds everything for."""
+        begin = self._log.begin()
+        return {
+            cursor.name: cursor.offset
+            for cursor in self._cursors.all()
+            if not cursor.lost and cursor.log_id == begin.log_id and cursor.offset >= begin.offset
         }
+
+    def _decide(self, old: Offset, used: Offset) -> Offset:
+        """Return through which offset to trim, and tell of the consumers that this leaves behind."""
+        consumers = self._consumers()
+        held = {name: self._log.bytes_between(offset, min(old, used)) for name, offset in consumers.items()}
         trim = decide(Kept(old, used, consumers, held, self._config.hold_max))
-        self._tell(trim, held)
+        self._tell(trim, consumers, held)
         return trim.through
 
     def _old(self) -> Offset:
@@ -102,10 +106,11 @@ class Upkeep:
             old = max(old, self._log.beyond(config.keep_bytes))
         return old
 
-    def _tell(self, trim: Trim, held: Mapping[str, int]) -> None:
+    def _tell(self, trim: Trim, consumers: Mapping[str, Offset], held: Mapping[str, int]) -> None:
         for name in trim.lost:
             reason = f"it held {held[name]} bytes of the log, more than hold_max"
-            self._cursors.mark_lost(name, reason)
+            if not self._cursors.mark_lost(name, consumers[name], reason):
+                continue  # it has moved meanwhile
             alerts.error(
                 "LOST consumer %s of %s: %s. What it had not read is deleted; it goes on after "
                 "`headrace log consumers --reset %s --to OFFSET`.",

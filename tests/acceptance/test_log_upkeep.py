@@ -17,7 +17,8 @@ import apsw
 import psycopg
 import pytest
 
-from headrace.change import Offset, SourceMark, TableId
+import headrace
+from headrace.change import Mark, Offset, SourceMark, TableId
 from headrace.cli import main
 from headrace.config import Project, load_project
 from headrace.errors import ForeignDestination, LogTrimmed, SourceGap
@@ -363,6 +364,53 @@ def test_a_consumer_holds_the_log_is_told_of_and_at_last_lost(
             until(lambda: begins(project) > mark.offset)
     words = [record.getMessage() for record in caplog.records]
     assert any(word.startswith("LOST consumer reports of shop") for word in words)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_consumer_that_commits_while_it_is_judged_is_not_lost(
+    project: Project,
+    db: psycopg.Connection[object],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    judged: list[int] = []
+    mark_lost = Cursors.mark_lost
+
+    def late(self: Cursors, name: str, offset: int, reason: str) -> bool:
+        with log_of(project) as log:
+            mark = log.mark(log.slice_end(offset, log.end().offset, 1, 1))
+            assert mark is not None
+            self.commit(name, mark)
+            judged.append(offset)
+            return mark_lost(self, name, offset, reason)
+
+    monkeypatch.setattr(Cursors, "mark_lost", late)
+    Pipeline(project).run_once()
+    with headrace.open_log(project.root) as log:
+        log.read("reports")
+        for at in range(1001, 1011):
+            insert(db, at, 1)
+            Pipeline(project).run_once()
+        project = configure(project.root, db, project.sources[0].slot, 'keep = "1s"\nhold_max = "1B"')
+        with running(project):
+            until(lambda: len(judged) > 5, what="never judged")
+        (cursor,) = log.consumers()
+        assert not cursor.lost
+        assert log.begin.offset <= cursor.offset
+    assert not any("LOST" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_cursor_from_before_the_log_begins_or_of_another_log_holds_nothing(
+    project: Project, db: psycopg.Connection[object]
+) -> None:
+    with running(project):
+        insert_and_trim(project, db, 1001, 10)
+        with closing(Cursors(project.log_path("shop").with_suffix(".cursors"))) as cursors:
+            with log_of(project) as log:
+                cursors.commit("old", Mark(log.id, 1, "00"))
+                cursors.commit("foreign", Mark("another", log.end().offset, "00"))
+            insert_and_trim(project, db, 1011, 10)
 
 
 def test_heads_are_anchored_in_a_file_and_by_a_webhook(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from headrace.change import (
     source_marker,
 )
 from headrace.errors import CursorLost, LogError, LogTrimmed, UserError
-from headrace.log.consumers import Cursors
+from headrace.log.consumers import Cursor, Cursors
 from headrace.log.sqlite import SQLiteLog
 from headrace.reading import Batch, Changes, Event, Message, OpenLog, find_logs
 
@@ -91,8 +92,10 @@ def test_a_cursor_is_durable_and_only_goes_on(tmp_path: Path) -> None:
         (cursor,) = cursors.all()
         assert cursor.mark == Mark("L", 9, "nine")
         assert cursors.get("other") is None
-        cursors.mark_lost("reports", "it held 12 bytes")
-        cursors.mark_lost("other", "there is none")
+        assert not cursors.mark_lost("reports", 5, "it held 12 bytes"), "it has committed since"
+        assert not cursors.mark_lost("other", 9, "there is none")
+        cursors.commit("reports", Mark("L", 9, "nine"))
+        assert cursors.mark_lost("reports", 9, "it held 12 bytes")
         with pytest.raises(CursorLost, match="it held 12 bytes"):
             cursors.commit("reports", Mark("L", 10, "ten"))
         assert cursors.reset("reports", Mark("M", 2, "two")).lost is False
@@ -291,7 +294,7 @@ def test_whatever_dies_nothing_is_lost_and_with_the_recipe_nothing_doubled(
     seen: list[str] = []
     for crash in [*crashes, ""]:
         with contextlib.suppress(_Crash), headrace.open_log(folder / "s.db") as log:
-            for batch in log.read("c", after=stored, max_bytes=max_bytes, torn=torn):
+            for batch in log.read("c", after=stored or log.begin, max_bytes=max_bytes, torn=torn):
                 ids = batch.table("orders")["id"].to_pylist()
                 seen += ids
                 if crash == "before":
@@ -304,6 +307,66 @@ def test_whatever_dies_nothing_is_lost_and_with_the_recipe_nothing_doubled(
                     raise _Crash
     assert once == written
     assert set(seen) == set(written)
+
+
+class Target:
+    """A consumer's own database, which holds the mark with the data."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect(":memory:", isolation_level=None)
+        self._db.execute("CREATE TABLE data (id TEXT, status TEXT)")
+        self._db.execute("CREATE TABLE mark (log_id TEXT, at INTEGER, hash TEXT)")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN")
+        with self._db:
+            yield
+
+    def last_mark(self) -> Mark | None:
+        row = self._db.execute("SELECT * FROM mark").fetchone()
+        return Mark(*row) if row else None
+
+    def store_mark(self, *mark: object) -> None:
+        self._db.execute("DELETE FROM mark")
+        self._db.execute("INSERT INTO mark VALUES (?, ?, ?)", mark)
+
+    def write(self, batch: Batch) -> None:
+        rows = batch.table("orders").select(["id", "status"]).to_pylist()
+        self._db.executemany("INSERT INTO data VALUES (:id, :status)", rows)
+
+    def held(self) -> list[tuple[str, str]]:
+        return self._db.execute("SELECT * FROM data ORDER BY rowid").fetchall()
+
+
+def follow_the_recipe(log: OpenLog, target: Target) -> None:
+    """Run the code that docs/log.md has under "Exactly once"."""
+    page = Path(__file__).parents[2] / "docs" / "log.md"
+    code = page.read_text().partition("### Exactly once")[2].partition("```python\n")[2].partition("```")[0]
+    exec(code, {"db": target, "log": log, "write": Target.write})
+
+
+def test_the_recipe_begins_where_a_trimmed_log_does_and_never_behind_what_it_lacks(
+    writer: SQLiteLog, log: OpenLog
+) -> None:
+    writer.trim(12)
+    (batch,) = log.read(None)
+    expected = [(row["id"], row["status"]) for row in batch.table("orders").to_pylist()]
+    assert 0 < len(expected) < 17
+    target = Target()
+    for _ in range(2):
+        follow_the_recipe(log, target)
+        assert target.held() == expected
+    writer.append([rows(SHAPE, [("c", 500, 1, ("500", "late"))])])
+    follow_the_recipe(log, target)
+    assert target.held() == [*expected, ("500", "late")]
+
+    fresh = Target()
+    with pytest.raises(UserError, match="Consumer reports has committed offset"):
+        follow_the_recipe(log, fresh)
+    log.reset("reports", log.begin.offset)
+    follow_the_recipe(log, fresh)
+    assert fresh.held() == target.held()
 
 
 # -- where reading begins, and what is refused
@@ -336,11 +399,34 @@ def test_a_new_name_holds_the_log_from_its_first_read(log: OpenLog) -> None:
     assert len(log.consumers()) == 1
 
 
+def test_a_new_name_begins_where_the_log_does_however_that_moves_meanwhile(
+    writer: SQLiteLog, log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trims = [5, 12]
+    commit = Cursors.commit
+
+    def late(self: Cursors, name: str, mark: Mark) -> Cursor:
+        if trims:
+            writer.trim(trims.pop(0))
+        return commit(self, name, mark)
+
+    monkeypatch.setattr(Cursors, "commit", late)
+    batches = log.read("reports")
+    assert not trims
+    (cursor,) = log.consumers()
+    assert cursor.mark == log.begin
+    assert statuses(batches)[-1] == "at 90"
+    trims = [14]
+    with pytest.raises(LogTrimmed):
+        log.read("others", after=log.begin)
+    assert [one.name for one in log.consumers()] == ["reports"]
+
+
 def test_a_lost_consumer_is_told_what_is_deleted(writer: SQLiteLog, log: OpenLog) -> None:
     first, second, *_ = log.read("reports", max_bytes=1)
     first.commit()
     writer.trim(12)
-    log._cursors.mark_lost("reports", "it held 4096 bytes, more than hold_max")
+    assert log._cursors.mark_lost("reports", 2, "it held 4096 bytes, more than hold_max")
     begin = log.begin.offset
     with pytest.raises(CursorLost) as told:
         log.read("reports")

@@ -132,12 +132,16 @@ class Cursors:
         with self._made().transaction() as db:
             db.execute("DELETE FROM cursors WHERE name = ?", (name,))
 
-    def mark_lost(self, name: str, reason: str) -> None:
-        """Record that the log is deleted beyond a consumer, which does not hold it any more."""
+    def mark_lost(self, name: str, offset: Offset, reason: str) -> bool:
+        """Record that the log will be deleted beyond a consumer that has read through `offset`.
+
+        It does not hold the log any more. One that has moved meanwhile is not lost: returns whether it is.
+        """
         if self.get(name) is None:
-            return
+            return False
+        sql = 'UPDATE cursors SET lost = 1, reason = ? WHERE name = ? AND "offset" = ? RETURNING name'
         with self._made().transaction() as db:
-            db.execute("UPDATE cursors SET lost = 1, reason = ? WHERE name = ?", (reason, name))
+            return db.execute(sql, (reason, name, offset)).fetchone() is not None
 
     def close(self) -> None:
         """Close the file."""
