@@ -251,7 +251,7 @@ def test_heads_are_anchored_in_a_file_and_by_a_webhook(
             until(lambda: len(posted) >= 3, what="no anchors")
         receiver.shutdown()
     text = (project.root / "anchors.jsonl").read_text()
-    anchors = read_anchors(text)
+    anchors = read_anchors(text, "anchors.jsonl")
     assert {made["offset"] for made in posted[1:]} <= {made.offset for made in anchors}
     with log_of(project) as log:
         for made in anchors:

@@ -32,7 +32,9 @@ def verify(
     *,
     project: Annotated[Path, _FOLDER] = Path(),
     source: Annotated[str, _SOURCE] = "",
-    against: Annotated[Path | None, Parameter(help="A file of anchors, - for stdin.")] = None,
+    against: Annotated[
+        Path | None, Parameter(help="A file of anchors, - for stdin.", allow_leading_hyphen=True)
+    ] = None,
     json: Annotated[bool, Parameter(help="Print one JSON object a log.", negative="")] = False,
 ) -> None:
     """Walk a log from end to end, also while it is written to: checksums, hashes, dense offsets, ordered
@@ -42,8 +44,7 @@ def verify(
     HEADRACE_ANCHOR_KEY, each must be signed with it. Exit code 0 when all holds, 1 with the first bad
     offset when not.
     """
-    text = None if against is None else _text(against)
-    anchors = [] if text is None else read_anchors(text)
+    anchors = [] if against is None else _anchors(against)
     logs = find_logs(project, source)
     if len(logs) > 1 and anchors:
         names = {path.stem for path in logs}
@@ -95,15 +96,16 @@ def _told(report: dict[str, object]) -> str:
     )
 
 
-def _text(path: Path) -> str:
-    if str(path) == "-":
-        return sys.stdin.read()
+def _anchors(path: Path) -> list[Anchor]:
+    is_stdin = str(path) == "-"
+    name = "stdin" if is_stdin else str(path)
     try:
-        return path.read_text()
+        text = sys.stdin.read() if is_stdin else path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} cannot be read: {type(error).__name__}.", "Name a file of anchors."
+            f"{name} cannot be read: {type(error).__name__}.", "Name a file of anchors."
         ) from error
+    return read_anchors(text, name)
 
 
 def anchor(

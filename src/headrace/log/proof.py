@@ -10,8 +10,9 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from headrace.log.segments import Place, segment_path
 from headrace.log.sqlite import SQLiteLog
 
 _PAGE = 200
+_YEAR_10000 = 253_402_300_800_000_000  # microseconds: what follows is no time that can be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +63,20 @@ class Anchor:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> Anchor:
-        """Read back what `to_json` wrote. Raises UserError for anything else."""
+    def from_json(cls, text: str, what: str = "This") -> Anchor:
+        """Read back what `to_json` wrote. Raises UserError for anything else, which it calls `what`."""
         try:
             raw = json.loads(text)
-            anchor = cls(**raw)
-            bytes.fromhex(anchor.hash)
-        except (ValueError, TypeError):
+        except (ValueError, RecursionError):
+            fault = "it is not JSON"
+        else:
+            fault = _fault(raw)
+        if fault:
             raise UserError(
-                "This is no anchor.", "An anchor is a line that `headrace log anchor` printed."
-            ) from None
-        return anchor
+                f"{what} is no anchor: {fault}.",
+                "An anchor is a line that `headrace log anchor` printed, or a running pipeline wrote.",
+            )
+        return cls(**raw)
 
     def signed(self, key: str) -> Anchor:
         """Return the anchor with its signature under `key`."""
@@ -85,6 +90,42 @@ class Anchor:
         told = {name: value for name, value in asdict(self).items() if name != "signature"}
         body = json.dumps(told, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         return hmac.new(key.encode(), body.encode(), hashlib.sha256).hexdigest()
+
+
+def _text(pattern: str) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, str) and value.isprintable() and bool(re.fullmatch(pattern, value))
+
+
+def _integer(least: int, most: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+_HEX = "[0-9a-f]{64}"
+_FIELDS = {
+    "log_id": (_text(".+"), "text"),
+    "source": (_text(".+"), "text"),
+    "offset": (_integer(0, 2**63 - 1), "an integer, 0 or more"),
+    "hash": (_text(_HEX), "64 hex digits"),
+    "position": (_text("[0-9]+/[0-9]+/[0-9]+"), "epoch/commit/ordinal"),
+    "committed_at": (_integer(-(2**63), 2**63 - 1), "microseconds since 1970"),
+    "anchored_at": (_integer(0, _YEAR_10000 - 1), "microseconds since 1970"),
+    "signature": (_text(f"({_HEX})?"), "64 hex digits, or empty"),
+}
+"""What each field of an anchor must be, in words too."""
+
+
+def _fault(raw: object) -> str:
+    """Say why a value of JSON is no anchor, without quoting it; '' if it is one."""
+    if not isinstance(raw, dict):
+        return "it is not a JSON object"
+    if raw.keys() - _FIELDS.keys():
+        return "it has a field that no anchor has"
+    for name, (fits, shape) in _FIELDS.items():
+        if name in raw and not fits(raw[name]):
+            return f"{name} must be {shape}"
+        if name not in raw and name != "signature":
+            return f"it lacks {name}"
+    return ""
 
 
 class Chained(Protocol):
@@ -127,11 +168,18 @@ def append_anchor(path: Path, made: Anchor) -> None:
         os.fsync(file.fileno())
 
 
-def read_anchors(text: str) -> list[Anchor]:
-    """Return the anchors of a text, one a line. Raises UserError where there is none, or something else."""
-    anchors = [Anchor.from_json(line) for line in text.splitlines() if line.strip()]
+def read_anchors(text: str, name: str) -> list[Anchor]:
+    """Return the anchors of the text of file `name`, one a line.
+
+    Raises UserError where there is none, or something else.
+    """
+    anchors = [
+        Anchor.from_json(line, f"Line {number} of {name}")
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    ]
     if not anchors:
-        raise UserError("There is no anchor in it.", "Make one with `headrace log anchor`.")
+        raise UserError(f"There is no anchor in {name}.", "Make one with `headrace log anchor`.")
     return anchors
 
 
