@@ -255,7 +255,7 @@ def test_heads_are_anchored_in_a_file_and_by_a_webhook(
     assert {made["offset"] for made in posted[1:]} <= {made.offset for made in anchors}
     with log_of(project) as log:
         for made in anchors:
-            check_anchor(log, made, KEY)
+            assert check_anchor(log, made, KEY)
     command = [
         "log",
         "verify",

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from headrace.change import STREAMED, Mark, Offset, Position
-from headrace.errors import LogDamaged, LogError, LogTrimmed, UserError
+from headrace.errors import LogDamaged, LogTrimmed, UserError
 from headrace.log.database import RESTORE
 from headrace.log.entries import COLUMNS, HIGH, NOTHING, High, Row, row_of
 from headrace.log.segments import Place, segment_path
@@ -183,12 +183,12 @@ def read_anchors(text: str, name: str) -> list[Anchor]:
     return anchors
 
 
-def check_anchor(log: Chained, noted: Anchor, key: str = "") -> None:
-    """Compare a log with an anchor.
+def check_anchor(log: Chained, noted: Anchor, key: str = "") -> bool:
+    """Compare a log with an anchor; False if it cannot be compared, since the log no longer reaches back
+    to it.
 
     Raises LogDamaged when the log is another than the one that was anchored, has been cut off before it
-    or computed anew, or when the signature is not that of `key`; LogError when the log no longer reaches
-    back to it.
+    or computed anew, lacks its entry, or when the signature is not that of `key`.
     """
     if key and not noted.is_signed_with(key):
         raise LogDamaged(
@@ -209,17 +209,16 @@ def check_anchor(log: Chained, noted: Anchor, key: str = "") -> None:
         )
     mark = log.mark(noted.offset)
     if mark is None:
-        raise LogError(
-            f"The log begins behind offset {log.begin().offset}: the anchor of offset {noted.offset} "
-            "cannot be compared any more.",
-            "Compare a newer anchor, or an export of that time.",
-        )
+        if noted.offset < log.begin().offset:  # asked after the mark, which may have been trimmed
+            return False
+        raise LogDamaged(f"The log of {log.source}: offset {noted.offset} is missing.", RESTORE)
     if mark.hash != noted.hash:
         raise LogDamaged(
             f"The log of {log.source}: offset {noted.offset} has another hash than at {when}: the chain was "
             "computed anew.",
             RESTORE,
         )
+    return True
 
 
 def verify(log: SQLiteLog) -> Verified:
