@@ -20,7 +20,7 @@ from headrace.cli import main
 from headrace.config import Project, load_project
 from headrace.errors import ForeignDestination, LogTrimmed, SourceGap
 from headrace.log.consumers import Cursors
-from headrace.log.proof import check_anchor, read_anchors
+from headrace.log.proof import Anchor, check_anchor, read_anchors
 from headrace.log.proof import verify as verify_log
 from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
@@ -220,14 +220,16 @@ def test_heads_are_anchored_in_a_file_and_by_a_webhook(
     db: psycopg.Connection[object],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     posted: list[dict[str, object]] = []
+    refused: list[int] = []
 
     class Receiver(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            if not posted:
-                posted.append({})
+            if len(refused) < 4:
+                refused.append(503)
                 self.send_error(503)
                 return
             posted.append(json.loads(body))
@@ -239,6 +241,8 @@ def test_heads_are_anchored_in_a_file_and_by_a_webhook(
 
     monkeypatch.setenv("HEADRACE_ANCHOR_KEY", KEY)
     monkeypatch.setattr("headrace.pipeline.EVERY", 0.1)
+    monkeypatch.setattr("headrace.log.anchoring._FIRST_PAUSE", 0.2)
+    caplog.set_level(logging.WARNING, "headrace.alert")
     with HTTPServer(("127.0.0.1", 0), Receiver) as receiver:
         threading.Thread(target=receiver.serve_forever, daemon=True).start()
         settings = (
@@ -252,10 +256,15 @@ def test_heads_are_anchored_in_a_file_and_by_a_webhook(
         receiver.shutdown()
     text = (project.root / "anchors.jsonl").read_text()
     anchors = read_anchors(text, "anchors.jsonl")
-    assert {made["offset"] for made in posted[1:]} <= {made.offset for made in anchors}
+    assert len({made.offset for made in anchors}) == len(anchors), "none is written twice"
     with log_of(project) as log:
-        for made in anchors:
+        for made in [*anchors, *(Anchor.from_json(json.dumps(raw)) for raw in posted)]:
             assert check_anchor(log, made, KEY)
+    words = [record.getMessage() for record in caplog.records if "ANCHOR" in record.getMessage()]
+    assert len(words) == 2
+    assert words[0].startswith("ANCHOR of shop could not be delivered to anchor_url")
+    assert words[1].startswith("RESOLVED ANCHOR of shop")
+    assert "token" not in caplog.text
     command = [
         "log",
         "verify",

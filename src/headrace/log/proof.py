@@ -6,6 +6,7 @@ that all of it was computed anew, shows only by comparison with a head that was 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -13,6 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -161,11 +163,23 @@ def anchor(log: Chained, key: str = "") -> Anchor:
 
 
 def append_anchor(path: Path, made: Anchor) -> None:
-    """Append an anchor to a file of anchors, a line each, and make it durable."""
-    with path.open("a") as file:
-        file.write(made.to_json() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append an anchor to a file of anchors, a line each, and make it durable.
+
+    Raises OSError, and then takes back what it wrote: a line that is not whole would spoil the file.
+    """
+    line = made.to_json().encode() + b"\n"
+    with path.open("ab", buffering=0) as file:
+        with suppress(OSError):  # some network disks have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # other sources may have the same file
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def read_anchors(text: str, name: str) -> list[Anchor]:
