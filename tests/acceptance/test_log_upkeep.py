@@ -302,3 +302,33 @@ def test_a_gap_and_the_new_beginning_after_it_stand_in_the_log(
     assert [mark.kind for mark in marks] == ["gap", "resync"], "said once, while it lasts"
     assert slot in marks[0].reason
     assert_verified(project)
+
+
+@pytest.mark.usefixtures("often")
+def test_consumers_that_cannot_be_read_hold_the_log_until_they_can_be(
+    project: Project, db: psycopg.Connection[object], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = 'keep = "1s"\nanchor_every = "1s"\nanchor_file = "anchors.jsonl"'
+    project = configure(project.root, db, project.sources[0].slot, settings)
+    caplog.set_level(logging.WARNING)
+    cursors = project.log_path("shop").with_suffix(".cursors")
+    anchors = project.root / "anchors.jsonl"
+    with running(project) as pipeline:
+        insert_and_trim(project, db, 1001, 5)
+        cursors.mkdir()  # as little of a database as one that only another user may read
+        until(lambda: "shop.upkeep" in pipeline.status()["waiting"], what="not told")
+        begin, anchored = begins(project), len(anchors.read_text().splitlines())
+        insert(db, 2001, 5)
+        until(lambda: len(anchors.read_text().splitlines()) > anchored + 2, what="anchors wait too")
+        until(pipeline.lanes[0].idle, what="capture, load or apply wait too")
+        assert begins(project) == begin, "deleted what a consumer may need"
+        assert pipeline.status()["stopped"] == {}
+        until(lambda: "alerted" in pipeline.status()["waiting"]["shop.upkeep"], what="never alarmed")
+        cursors.rmdir()
+        until(lambda: begins(project) > begin, what="does not go on")
+        until(lambda: not pipeline.status()["waiting"], what="still told")
+    words = [record.getMessage() for record in caplog.records if "upkeep" in record.getMessage()]
+    assert len(words) == 2, "once when it waits, once when that lasts"
+    for word in words:
+        assert f"It is not known who reads the log: {cursors} cannot be opened" in word
+        assert "Nothing of the log is deleted meanwhile" in word
