@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException
 
-from headrace.change import Mark, Offset
+from headrace.change import Offset
 from headrace.config import LogConfig
-from headrace.errors import HeadraceError
 from headrace.lane import Lane
+from headrace.log.anchoring import Anchoring
 from headrace.log.consumers import Cursors
-from headrace.log.proof import Anchor, anchor, append_anchor
 from headrace.log.retention import Kept, Trim, decide
 
 logger = logging.getLogger("headrace.upkeep")
@@ -23,7 +20,6 @@ alerts = logging.getLogger("headrace.alert")
 EVERY = 10.0
 """Seconds between two steps."""
 
-_POST_TIMEOUT = 10.0
 _ROLLS = 8  # a segment is closed after this part of the retention, so that it can go as a whole
 
 
@@ -37,19 +33,17 @@ class Upkeep:
         self._stop = stop
         self._cursors = Cursors(lane.log.path.with_suffix(".cursors"))
         self._slow: frozenset[str] = frozenset()
-        self._anchored: Mark | None = None
-        self._anchor_due = 0.0
+        self._anchoring = Anchoring(lane.log, config)
         self._rolled = time.monotonic()
 
     def step(self) -> None:
-        """Trim what may go, and anchor the head when it is time.
+        """Anchor the head when it is time, and trim what may go.
 
-        Raises what log and destination raise; an anchor that cannot be delivered is alarmed and tried
-        again.
+        Raises what log and destination raise. The anchor is first: it does not wait for what holds
+        retention.
         """
+        self._anchoring.step(time.monotonic())
         self._trim()
-        if self._config.anchor_every and time.monotonic() >= self._anchor_due:
-            self._anchor()
 
     def close(self) -> None:
         """Close the file of the consumers."""
@@ -123,30 +117,3 @@ class Upkeep:
                 name, self._log.source, held[name], self._config.hold_max, name,
             )  # fmt: skip
         self._slow = frozenset(trim.slow)
-
-    def _anchor(self) -> None:
-        head = self._log.end()
-        if head != self._anchored and head.offset:
-            key = self._config.anchor_key.reveal() if self._config.anchor_key else ""
-            try:
-                self._deliver(anchor(self._log, key))
-            except (OSError, HTTPException, ValueError, HeadraceError) as error:
-                # The address may hold a token: it is not told.
-                alerts.error(
-                    "ANCHOR of %s could not be delivered: %s", self._log.source, type(error).__name__
-                )
-                return
-            self._anchored = head
-        self._anchor_due = time.monotonic() + self._config.anchor_every
-
-    def _deliver(self, made: Anchor) -> None:
-        if self._config.anchor_file is not None:
-            append_anchor(self._config.anchor_file, made)
-        if self._config.anchor_url is not None:
-            request = urllib.request.Request(
-                self._config.anchor_url.reveal(),
-                data=made.to_json().encode(),
-                headers={"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=_POST_TIMEOUT):
-                pass

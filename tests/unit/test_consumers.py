@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -26,7 +28,15 @@ from headrace.change import (
     TableId,
     source_marker,
 )
-from headrace.errors import CursorLost, LogError, LogTrimmed, UserError
+from headrace.errors import (
+    ConsumersUnknown,
+    CursorLost,
+    LogError,
+    LogTrimmed,
+    UserError,
+    Verdict,
+    verdict_of,
+)
 from headrace.log.consumers import Cursor, Cursors
 from headrace.log.sqlite import SQLiteLog
 from headrace.reading import Batch, Changes, Event, Message, OpenLog, find_logs
@@ -69,6 +79,54 @@ def statuses(batches: Iterator[Batch] | list[Batch]) -> list[str]:
 
 
 # -- cursors
+
+
+@contextlib.contextmanager
+def as_another_user() -> Iterator[None]:
+    """Be nobody for a while where this is root, whom no mode keeps out."""
+    user, group, groups = os.geteuid(), os.getegid(), os.getgroups()
+    if user == 0:
+        os.setgroups([])
+        os.setegid(65534)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(user)
+            os.setegid(group)
+            os.setgroups(groups)
+
+
+@pytest.mark.parametrize("spoilt", ["s.cursors", "s.cursors-wal"])
+def test_consumers_whose_file_is_of_another_user_are_unknown_for_a_while(spoilt: str) -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,  # pytest's own are closed to other users
+        closing(Cursors(path := Path(folder) / "s.cursors")) as theirs,
+        closing(Cursors(path)) as cursors,
+    ):
+        path.parent.chmod(0o777)
+        theirs.commit("reports", Mark("L", 5, "five"))
+        for file in path.parent.iterdir():
+            file.chmod(0o000 if file.name == spoilt else 0o666)
+        with as_another_user(), pytest.raises(ConsumersUnknown) as caught:
+            cursors.all()
+        assert str(caught.value).startswith(f"It is not known who reads the log: {path}")
+        assert "Let the user that Headrace runs as read and write that file" in caught.value.remedy
+        (path.parent / spoilt).chmod(0o666)
+        with as_another_user():
+            assert [cursor.name for cursor in cursors.all()] == ["reports"]
+
+
+def test_consumers_whose_file_is_damaged_are_unknown_for_a_while(tmp_path: Path) -> None:
+    path = tmp_path / "s.cursors"
+    path.write_bytes(b"no database " * 1000)
+    with closing(Cursors(path)) as cursors:
+        with pytest.raises(ConsumersUnknown, match="is not what was written") as caught:
+            cursors.all()
+        assert verdict_of(caught.value) is Verdict.RETRY
+        path.unlink()
+        assert cursors.all() == []
 
 
 def test_a_cursor_is_durable_and_only_goes_on(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import apsw
 
 from headrace.change import Mark, Offset
-from headrace.errors import CursorLost, LogError, UserError
+from headrace.errors import ConsumersUnknown, CursorLost, LogError, UserError
 from headrace.log.database import Database
 
 _FORMAT = 1
@@ -86,12 +86,12 @@ class Cursors:
         self._opening = threading.Lock()
 
     def get(self, name: str) -> Cursor | None:
-        """Return a consumer's cursor, or None if there is no such one."""
+        """Return a consumer's cursor, or None if there is no such one. Raises ConsumersUnknown."""
         found = self._rows("WHERE name = ?", (name,))
         return found[0] if found else None
 
     def all(self) -> list[Cursor]:
-        """Return every cursor, by name."""
+        """Return every cursor, by name. Raises ConsumersUnknown when the file cannot be read."""
         return self._rows("ORDER BY name")
 
     def commit(self, name: str, mark: Mark) -> Cursor:
@@ -158,9 +158,18 @@ class Cursors:
         return known
 
     def _rows(self, where: str, values: Sequence[object] = ()) -> list[Cursor]:
-        if self._opened is None and not self._path.exists():
-            return []
-        return [_cursor(row) for row in self._made().rows(f"SELECT {_COLUMNS} FROM cursors {where}", values)]
+        try:
+            if self._opened is None and not self._path.exists():
+                return []
+            rows = self._made().rows(f"SELECT {_COLUMNS} FROM cursors {where}", values)
+        except (LogError, OSError, apsw.Error) as error:
+            why = str(error).rstrip(".") if isinstance(error, LogError) else f"{self._path}: {error}"
+            raise ConsumersUnknown(
+                f"It is not known who reads the log: {why}. Nothing of the log is deleted meanwhile.",
+                "Let the user that Headrace runs as read and write that file and those beside it, or restore "
+                "it from a backup; retention then goes on by itself.",
+            ) from error
+        return [_cursor(row) for row in rows]
 
     def _made(self) -> Database:
         with self._opening:
