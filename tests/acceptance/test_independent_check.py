@@ -158,7 +158,7 @@ def flip_a_payload_byte(project: Project) -> None:
 
 
 def remove_a_segment(project: Project) -> None:
-    min((project.state / "log" / "shop.segments").iterdir()).unlink()
+    min((project.state / "log" / "shop.segments").glob("*.segment")).unlink()
 
 
 def flip_a_page_byte(project: Project) -> None:

@@ -128,7 +128,7 @@ def unseen(
 
 
 def test_every_flipped_byte_is_found(copy: Path) -> None:
-    segments = sorted(copy.with_suffix(".segments").iterdir())
+    segments = sorted(copy.with_suffix(".segments").glob("*.segment"))
     assert len(segments) >= 4
     log = SQLiteLog(copy, read_only=True)
     owner = owners(log)
@@ -338,7 +338,7 @@ def test_an_index_that_misses_an_entry_is_seen(log: SQLiteLog) -> None:
 
 
 def sealed(log: SQLiteLog) -> Path:
-    return sorted(log.segments.iterdir())[1]
+    return sorted(log.segments.glob("*.segment"))[1]
 
 
 def test_a_removed_segment_is_seen(log: SQLiteLog) -> None:
@@ -365,7 +365,7 @@ def test_extra_bytes_in_a_sealed_segment_are_seen(log: SQLiteLog, more: int) -> 
 
 
 def test_swapped_segments_are_seen(log: SQLiteLog) -> None:
-    one, other = sorted(log.segments.iterdir())[1:3]
+    one, other = sorted(log.segments.glob("*.segment"))[1:3]
     aside = one.with_suffix(".aside")
     one.rename(aside)
     other.rename(one)

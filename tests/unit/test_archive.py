@@ -573,7 +573,7 @@ def test_a_backup_begins_again_when_a_segment_goes(
     done = backup(log, tmp_path / "copy")
     assert read(tmp_path / "copy" / "shop.db") == content(log)
     assert done.entries == log.end().offset - 30
-    kept = [p.name for p in log.segments.iterdir()]
+    kept = [p.name for p in log.segments.glob("*.segment")]
     assert sorted(kept) == names(tmp_path / "copy" / "shop.segments"), "no segment that nothing refers to"
 
 
@@ -593,7 +593,7 @@ def test_a_backup_that_never_holds_is_given_up(
 
 def test_a_backup_of_a_damaged_log_is_none(log: SQLiteLog, tmp_path: Path, clock: Clock) -> None:
     fill(log, clock)
-    segment = sorted(log.segments.iterdir())[1]
+    segment = sorted(log.segments.glob("*.segment"))[1]
     data = bytearray(segment.read_bytes())
     data[100] ^= 1
     segment.write_bytes(data)

@@ -26,8 +26,8 @@ def log(tmp_path: Path) -> Iterator[SQLiteLog]:
     made.close()
 
 
-def filled(log: SQLiteLog, groups: int = 4, size: int = 1_000) -> SQLiteLog:
-    for commit in range(1, groups + 1):
+def filled(log: SQLiteLog, groups: int = 4, size: int = 1_000, first: int = 1) -> SQLiteLog:
+    for commit in range(first, first + groups):
         log.append([change(commit, i, os.urandom(size)) for i in range(2)])
     return log
 
@@ -39,7 +39,7 @@ def reopened(log: SQLiteLog) -> SQLiteLog:
 
 def segments(log: SQLiteLog) -> dict[int, int]:
     """First offset and size of each segment."""
-    return {int(path.stem): path.stat().st_size for path in sorted(log.segments.iterdir())}
+    return {int(path.stem): path.stat().st_size for path in log.segments.glob("*.segment")}
 
 
 # -- segments ------------------------------------------------------------------------------------------
@@ -84,15 +84,20 @@ def test_a_payload_that_is_hashed_while_it_is_written_is_as_any_other(
 
 
 @pytest.mark.parametrize("torn", [1, 5_000])
-def test_what_an_append_left_behind_is_removed_at_the_start(log: SQLiteLog, torn: int) -> None:
+def test_what_an_append_left_behind_is_removed_by_the_next_one(log: SQLiteLog, torn: int) -> None:
     before = segments(filled(log))
     with (log.segments / f"{7:020d}.segment").open("ab") as file:
         file.write(os.urandom(torn))
-    (log.segments / f"{9:020d}.segment").write_bytes(os.urandom(torn))
+    for segment in (9, 11):
+        (log.segments / f"{segment:020d}.segment").write_bytes(os.urandom(torn))
     log = reopened(log)
-    assert segments(log) == before == {1: 3_000, 4: 3_000, 7: 2_000}
+    assert segments(log) == {**before, 7: 2_000 + torn, 9: torn, 11: torn}, "opening it removes nothing"
+    database = sum(path.stat().st_size for path in log.path.parent.glob("log.db*"))
+    size = database + sum(before.values()) + torn
+    assert (log.size(), log.beyond(size)) == (size, 0), "nothing is deleted for what is no part of the log"
     assert verify(log).end == log.end()
     log.append(group(9, 2))
+    assert segments(log) == {**before, 7: 2_006}
     assert [item.offset for item in everything(log)] == list(range(1, 11))
     assert verify(log).entries == 10
     log.close()
@@ -103,8 +108,83 @@ def test_a_log_that_never_came_to_its_first_commit_is_empty(log: SQLiteLog) -> N
         log.append(group(1, 3))
     (log.segments / f"{1:020d}.segment").write_bytes(b"torn")
     log = reopened(log)
-    assert (segments(log), log.end().offset) == ({}, 0)
+    assert log.end().offset == 0
+    log.append(group(1, 1))
+    assert segments(log) == {1: 3}
     log.close()
+
+
+# -- databases that do not belong to their segments ------------------------------------------------------
+
+
+def files(log: SQLiteLog) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in log.segments.iterdir()}
+
+
+def test_segments_without_their_database_are_refused_and_stay(log: SQLiteLog) -> None:
+    filled(log).close()
+    before = files(log)
+    for left in ("nothing", "an empty file"):
+        log.path.unlink()
+        if left != "nothing":
+            log.path.touch()
+        with pytest.raises(LogDamaged, match=r"log.db is missing, and .*log.segments holds 3") as caught:
+            SQLiteLog(log.path)
+        assert "Put log.db back" in caught.value.remedy
+        assert (files(log), log.path.exists()) == (before, left != "nothing")
+        log.path.touch()
+    log.path.unlink()
+    for path in log.segments.glob("*.segment"):
+        path.unlink()
+    SQLiteLog(log.path).close()
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_an_older_database_than_its_segments_is_refused(
+    log: SQLiteLog, tmp_path: Path, trimmed: bool
+) -> None:
+    """Whole segments that a newer database has committed are no leftovers."""
+    filled(log, groups=2)
+    if trimmed:
+        log.trim(4)
+    log.close()
+    older = log.path.read_bytes()
+    log = filled(SQLiteLog(log.path, segment_bytes=2_500), first=3)
+    log.close()
+    before = files(log)
+    newer = log.path.rename(tmp_path / "newer")
+    log.path.write_bytes(older)
+    with pytest.raises(
+        LogDamaged, match=r"ends at offset 4, and a newer one .*[57].segment beyond"
+    ) as caught:
+        SQLiteLog(log.path)
+    assert "the newest log.db" in caught.value.remedy
+    assert files(log) == before
+    newer.rename(log.path)
+    log = reopened(log)
+    assert verify(log).end.offset == 12
+    log.close()
+
+
+def test_what_a_killed_append_of_many_segments_left_is_never_refused(log: SQLiteLog) -> None:
+    filled(log)
+    with pytest.raises(RuntimeError, match="killed"):
+        log.append(killed(log))
+    before = segments(log)
+    assert max(before) > 20
+    again = SQLiteLog(log.path, segment_bytes=2_500)
+    assert (again.end().offset, segments(again)) == (8, before)
+    assert again.append(group(9, 1)).offset == 9
+    assert segments(again) == {1: 3_000, 4: 3_000, 7: 2_003}
+    assert verify(again).entries == 9
+    again.close()
+
+
+def killed(log: SQLiteLog) -> Iterator[Entry]:
+    """Make the entries of a large group, and leave its segments as a kill does."""
+    yield from (change(9, i, os.urandom(1_000)) for i in range(20))
+    log._writer.undo = lambda: None  # type: ignore[method-assign,union-attr]
+    raise RuntimeError("killed")
 
 
 def test_a_group_that_fails_leaves_no_bytes(log: SQLiteLog) -> None:

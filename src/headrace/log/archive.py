@@ -389,16 +389,17 @@ def _begin(database: Database, parts: Sequence[Part]) -> None:
 
 def _write_some(database: Database, segments: SegmentWriter, records: Iterator[Record]) -> bool:
     """Write entries in one transaction; False when there are none any more."""
-    size = 0
+    size = through = 0
     more = False
     with database.transaction() as db:
         for record in records:
             _insert(db, segments, record)
             size += len(record.payload)
+            through = record.offset
             if more := size >= _COMMIT_BYTES:
                 break
         segments.sync()
-    segments.commit()
+    segments.commit(through)
     return more
 
 

@@ -43,7 +43,14 @@ from headrace.log.entries import (
 )
 from headrace.log.index import MAX_SLICE_ROWS, Index
 from headrace.log.retention import thinned
-from headrace.log.segments import Place, SegmentReader, SegmentWriter, segment_path, segments_in
+from headrace.log.segments import (
+    Place,
+    SegmentReader,
+    SegmentWriter,
+    committed_behind,
+    segment_path,
+    segments_in,
+)
 
 SEGMENT_BYTES = 128 << 20
 _LARGE = 128 << 10  # bytes of a payload that is hashed while it is written and synced
@@ -68,7 +75,8 @@ class SQLiteLog(Index):
         """Open the log at `path`, creating it unless `read_only`; its source is the file's name.
 
         A segment is closed when it has `segment_bytes`. What an append left behind that did not come to
-        its end is removed. Raises LogError when the file is missing, unreadable or of a newer format.
+        its end is removed by the next one. Raises LogError when the file is missing, unreadable or of a newer
+        format, LogDamaged where the database is missing or older than its segments.
         """
         self.source = path.stem
         self.path = path
@@ -76,6 +84,8 @@ class SQLiteLog(Index):
         self._read_only = read_only
         self._writing = threading.RLock()
         self._appended = threading.Condition()
+        if not read_only:
+            self._check_not_lost()
         self._db = Database(path, script=SCRIPT, version=FORMAT, read_only=read_only)
         if not read_only and self.note("log.id") is None:
             self.set_note("log.id", uuid.uuid4().hex)
@@ -87,6 +97,7 @@ class SQLiteLog(Index):
         self._end = self._read_end()
         self._high = self._read_high()
         if not read_only:
+            self._check_newest()
             self._writer = SegmentWriter(self.segments, segment_bytes, self._behind_payloads())
             with suppress(LogFull):  # it can be read, and trimmed, all the same
                 self._db.rows("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -113,7 +124,7 @@ class SQLiteLog(Index):
         except BaseException as error:
             self._recover(error)
             raise
-        self._writer.commit()
+        self._writer.commit(end.offset)
         with self._appended:
             self._end, self._high = end, high
             self._appended.notify_all()
@@ -156,10 +167,29 @@ class SQLiteLog(Index):
         if found == self._end:
             self._writer.undo()
             return
-        self._writer.commit()
+        self._writer.commit(found.offset)
         with self._appended:
             self._end, self._high = found, self._read_high()
             self._appended.notify_all()
+
+    def _check_not_lost(self) -> None:
+        """See that no database is made for the segments of another. Raises LogDamaged."""
+        is_there = self.path.exists() and self.path.stat().st_size
+        if not is_there and (segments := segments_in(self.segments)):
+            raise LogDamaged(
+                f"{self.path} is missing, and {self.segments} holds {len(segments)} segments of it.",
+                f"Put {self.path.name} back, or restore a backup; to begin anew, move {self.segments} away.",
+            )
+
+    def _check_newest(self) -> None:
+        """See that no newer database has been at the segments. Raises LogDamaged."""
+        found = committed_behind(self.segments, self._end.offset)
+        if found is not None:
+            raise LogDamaged(
+                f"{self.path} ends at offset {self._end.offset}, and a newer one committed {found} beyond.",
+                f"Put the newest {self.path.name} back; to go on from this one, restore a backup as a whole, "
+                f"after moving {self.path.name} and {self.segments.name} away.",
+            )
 
     def _behind_payloads(self) -> Place | None:
         row = self._db.row(
@@ -286,9 +316,10 @@ class SQLiteLog(Index):
             yield item.entry.payload
 
     def size(self) -> int:
-        """Return the bytes that the log takes on its disk."""
+        """Return the bytes that the log takes on its disk, without those of unfinished appends."""
         total = 0
-        for file in [*self.path.parent.glob(f"{self.path.name}*"), *self.segments.glob("*.segment")]:
+        segments = [segment_path(self.segments, segment) for segment in self._own_segments()]
+        for file in [*self.path.parent.glob(f"{self.path.name}*"), *segments]:
             with suppress(FileNotFoundError):  # retention may remove it meanwhile
                 total += file.stat().st_size
         return total
@@ -302,12 +333,16 @@ class SQLiteLog(Index):
     def beyond(self, limit: int) -> Offset:
         """Return the last offset that would have to go for the log to take no more than `limit` bytes."""
         excess, last = self.size() - limit, 0
-        for segment, following in pairwise(segments_in(self.segments)):
+        for segment, following in pairwise(self._own_segments()):
             if excess <= 0:
                 break
             excess -= segment_path(self.segments, segment).stat().st_size
             last = following - 1
         return last
+
+    def _own_segments(self) -> list[int]:
+        end = self.end().offset
+        return [segment for segment in segments_in(self.segments) if segment <= end]
 
     def trim(self, through: Offset, pinned: Iterable[Offset] = ()) -> int:
         """See `Log.trim`. Returns how many bytes of segments were given back."""
