@@ -114,6 +114,29 @@ def test_a_log_that_never_came_to_its_first_commit_is_empty(log: SQLiteLog) -> N
     log.close()
 
 
+def held_open(log: SQLiteLog) -> list[str]:
+    """Return the segments that this process has open to read them."""
+    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return [link for link in links if str(log.segments) in link]
+
+
+def test_a_segment_that_was_trimmed_is_closed_so_that_its_room_is_free(log: SQLiteLog) -> None:
+    filled(log)
+    assert len(everything(log)) == 8
+    log.trim(6)
+    assert segments(log) == {7: 2_000}
+    assert not [path for path in held_open(log) if path.endswith("(deleted)")]
+
+
+def test_a_reader_beside_holds_few_segments_open(log: SQLiteLog) -> None:
+    filled(log, groups=20)
+    own = len(held_open(log))
+    reader = SQLiteLog(log.path, read_only=True)
+    assert len(everything(reader)) == 40
+    assert len(held_open(log)) - own <= 2
+    reader.close()
+
+
 # -- databases that do not belong to their segments ------------------------------------------------------
 
 

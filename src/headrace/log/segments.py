@@ -22,7 +22,7 @@ from typing import NamedTuple
 from headrace.failpoints import failpoint
 from headrace.log.database import no_room, not_durable, sync_folder
 
-_OPEN_FILES = 32
+_OPEN_FILES = 2  # of one reader: the room of one that was removed is free only when it is closed
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -199,12 +199,11 @@ class SegmentReader:
         with self._lock:
             return self._read(place, size)
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, before: int | None = None) -> None:
+        """Close the files, or those of the segments before one."""
         with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+            for segment in [s for s in self._files if before is None or s < before]:
+                os.close(self._files.pop(segment))
 
     def _read(self, place: Place, size: int) -> bytes:
         file = self._files.get(place.segment)

@@ -358,6 +358,7 @@ class SQLiteLog(Index):
             row = self._db.row(first)
             kept = int(row[0]) if row else self._end.offset + 1
             freed = self._writer.remove_before(kept)
+            self._reader.close(before=kept)
             self._db.rows(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
             return freed
 
