@@ -3,6 +3,7 @@
     log_survival.py write LOG SEED           append, note and trim until the end, telling each on a line
     log_survival.py power FOLDER CUTS SEED   cut the power of such writers; needs root and a mount namespace
     log_survival.py full FOLDER              fill a small file system, make room, go on
+    log_survival.py open FOLDER              open a log where there is no room for what SQLite has beside it
 
 A power cut is the EXT4 shutdown ioctl without a flush of its journal: what was not synced is gone. A sync
 that was under way at that moment may return as if it had come to its end, and the writer, which a real cut
@@ -25,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from headrace.change import Entry, Kind
-from headrace.errors import LogFull
+from headrace.errors import LogError, LogFull
 from headrace.log import database
 from headrace.log.proof import verify
 from headrace.log.sqlite import SQLiteLog
@@ -215,6 +216,39 @@ def full(folder: Path) -> dict[str, int]:
     return held
 
 
+def opened(folder: Path) -> list[str]:
+    """Open a log on a disk without any room, to write it and to read it, and once there is some."""
+    image, at = made(folder, 24)
+    said: list[str] = []
+    with mounted(image, at):
+        log = SQLiteLog(at / "log.db", segment_bytes=SEGMENT)
+        log.append([change(1)])
+        log.close()
+        ballast = filled_up(at)
+        for read_only in (False, True):
+            try:
+                SQLiteLog(at / "log.db", read_only=read_only).close()
+            except LogError as error:
+                said.append(type(error).__name__)
+        ballast.unlink()
+        again = SQLiteLog(at / "log.db", segment_bytes=SEGMENT)
+        said.append(str(again.append([change(2)]).offset))
+        again.close()
+    return said
+
+
+def filled_up(at: Path) -> Path:
+    """Take all the room of a file system, to the last block."""
+    ballast = at / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for piece in (1 << 20, 1 << 12):
+            with suppress(OSError):
+                while True:
+                    file.write(b"x" * piece)
+                    os.fsync(file.fileno())
+    return ballast
+
+
 def _fill(log: SQLiteLog, kind: Kind, size: int) -> None:
     """Append until there has been no room three times, which leaves nothing behind each time."""
     refused = 0
@@ -234,6 +268,8 @@ def main() -> None:
         write(Path(folder), int(numbers[0]))
     elif verb == "power":
         print(json.dumps({**asdict(power(Path(folder), *map(int, numbers))), "hashes": None}))
+    elif verb == "open":
+        print(json.dumps(opened(Path(folder))))
     else:
         print(json.dumps(full(Path(folder))))
 

@@ -472,9 +472,33 @@ def test_errors_of_other_databases_are_told_in_our_words(tmp_path: Path) -> None
         (apsw.SQLITE_IOERR_DATA, LogDamaged),
         (apsw.SQLITE_IOERR_FSYNC, LogNotDurable),
         (apsw.SQLITE_IOERR_DIR_FSYNC, LogNotDurable),
+        (apsw.SQLITE_IOERR_SHMSIZE, LogFull),
+        (apsw.SQLITE_IOERR_WRITE, LogError),
     ):
         failure = apsw.IOError("disk I/O error")
         failure.extendedresult = extended
-        with pytest.raises(told), db.told():
+        with pytest.raises(LogError) as caught, db.told():
             raise failure
+        assert type(caught.value) is told
+    db.close()
+
+
+@pytest.mark.parametrize("cause", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("kind", [apsw.IOError, apsw.CantOpenError])
+def test_an_error_whose_cause_is_no_room_is_waited_for(
+    tmp_path: Path, kind: type[apsw.Error], cause: int
+) -> None:
+    class ConnectionDouble:
+        """SQLite's connection after a system call has failed, which no quota of a test can bring about."""
+
+        system_errno = cause
+
+    db = Database(tmp_path / "x.db", script="CREATE TABLE t (a)", version=1)
+    db._local.connection = ConnectionDouble()
+    failure = kind("a failed call")
+    with pytest.raises(LogFull), db.told():
+        raise failure
+    failure.extendedresult = apsw.SQLITE_IOERR_FSYNC
+    with pytest.raises(LogNotDurable), db.told():
+        raise failure
     db.close()

@@ -22,7 +22,7 @@ import apsw
 from headrace.change import Mark, Offset
 from headrace.errors import LogDamaged, LogFull, LogTrimmed, UserError
 from headrace.log.archive_file import BEFORE_ALL, Part, PartWriter, Reached, Record, file_name, read_part
-from headrace.log.database import Database, sync_folder
+from headrace.log.database import FULL, Database, sync_folder
 from headrace.log.entries import COLUMNS, FORMAT, HIGH, INLINE, INSERT, SCRIPT, High, row_of
 from headrace.log.proof import verify
 from headrace.log.segments import SegmentWriter
@@ -276,7 +276,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield
     except (OSError, LogFull) as error:
-        if isinstance(error, LogFull) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, LogFull) or error.errno in FULL:
             words = f"There is no room for more on the disk of {folder}."
             raise LogFull(words, "Make room, and run the command again.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):

@@ -7,6 +7,7 @@ apsw: every flipped bit of the file is found when its page is read, whether it h
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,9 @@ from headrace.errors import LogDamaged, LogError, LogFull, LogNotDurable
 _CHECKPOINT_PAGES = 4096  # 16 MB of WAL before it is copied into the file
 _CHECKSUM_BYTES = 8
 _BUSY_MS = 10_000
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where there is no room."""
 
 RESTORE = "Stop the pipeline, keep the files, and restore the state folder from a backup."
 
@@ -102,10 +106,9 @@ class Database:
             raise LogDamaged(f"{self.path} is not what was written: {error}.", RESTORE) from error
         except apsw.FullError as error:
             raise no_room(self.path) from error
-        except apsw.CantOpenError as error:
-            raise LogError(f"{self.path} cannot be opened: {error}.", "Check the folder's rights.") from error
-        except apsw.IOError as error:
-            raise _io_error(self.path, error) from error
+        except (apsw.CantOpenError, apsw.IOError) as error:
+            connection = getattr(self._local, "connection", None)
+            raise _io_error(self.path, error, connection.system_errno if connection else 0) from error
 
     def _connect(self) -> apsw.Connection:
         flags = apsw.SQLITE_OPEN_READONLY
@@ -159,12 +162,17 @@ def _with_checksums() -> str:
     return "cksmvfs"
 
 
-def _io_error(path: Path, error: apsw.IOError) -> LogError:
+def _io_error(path: Path, error: apsw.CantOpenError | apsw.IOError, cause: int) -> LogError:
+    """Judge an error by SQLite's code, and by the system's number that was its `cause`."""
     code = getattr(error, "extendedresult", 0)  # which its type stub does not know
     if code == apsw.SQLITE_IOERR_DATA:
         return LogDamaged(f"{path}: the checksum of a page does not hold.", RESTORE)
     if code in (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC):
         return not_durable(path, error)
+    if code == apsw.SQLITE_IOERR_SHMSIZE or cause in FULL:
+        return no_room(path)
+    if isinstance(error, apsw.CantOpenError):
+        return LogError(f"{path} cannot be opened: {error}.", "Check the folder's rights.")
     return LogError(f"{path} cannot be read or written: {error}.", "Mend its disk, then start again.")
 
 

@@ -11,7 +11,6 @@ that offset. It is not synced: where it is missing or old nothing is refused.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections import OrderedDict
@@ -20,10 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from headrace.failpoints import failpoint
-from headrace.log.database import no_room, not_durable, sync_folder
+from headrace.log.database import FULL, no_room, not_durable, sync_folder
 
 _OPEN_FILES = 2  # of one reader: the room of one that was removed is free only when it is closed
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Place(NamedTuple):
@@ -86,7 +84,7 @@ class SegmentWriter:
             while rest:
                 rest = rest[os.pwrite(self._file, rest, place.start + len(payload) - len(rest)) :]
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise no_room(self._folder) from error
             raise
         self._end = Place(place.segment, place.start + len(payload))
@@ -149,7 +147,7 @@ class SegmentWriter:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise no_room(self._folder) from error
             raise
         if self._file is not None and self._file not in self._unsynced:
