@@ -131,7 +131,8 @@ def warehouse(sql: str) -> Callable[[Project], None]:
 def opened_log(project: Project) -> Iterator[apsw.Connection]:
     """Write to the log's database as Headrace does, so that its pages' checksums are right."""
     log = SQLiteLog(project.state / "log" / "shop.db")
-    with log._db.transaction() as db:
+    with log._db.transaction():
+        db = log._db.connection()
         yield db
     log.close()
 

@@ -166,7 +166,8 @@ def is_seen(log: SQLiteLog, words: str) -> None:
 
 
 def altered(log: SQLiteLog, sql: str, *values: object) -> None:
-    with log._db.transaction() as db:
+    with log._db.transaction():
+        db = log._db.connection()
         db.execute(sql, values)
         assert db.changes() == 1, "nothing was altered"
 
@@ -324,7 +325,8 @@ def test_a_source_that_went_back_is_seen(log: SQLiteLog) -> None:
 
 
 def test_an_index_that_misses_an_entry_is_seen(log: SQLiteLog) -> None:
-    with log._db.transaction() as db:
+    with log._db.transaction():
+        db = log._db.connection()
         # Without the index's knowledge: SQLite is told that there is none.
         db.execute("PRAGMA writable_schema = ON")
         db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'WHERE kind IN', 'WHERE kind NOT IN') "
@@ -381,7 +383,8 @@ def test_bytes_between_payloads_are_seen(log: SQLiteLog, is_first: bool) -> None
     offset, start = rows[0 if is_first else len(rows) // 2]
     content = path.read_bytes()
     path.write_bytes(content[:start] + b"hidden" + content[start:])
-    with log._db.transaction() as db:
+    with log._db.transaction():
+        db = log._db.connection()
         moved = 'UPDATE entries SET start = start + 6 WHERE segment = ? AND "offset" >= ?'
         db.execute(moved, (int(path.stem), offset))
     is_seen(log, f"offset {offset} stands elsewhere than behind the one before")

@@ -228,6 +228,21 @@ def test_a_group_that_fails_leaves_no_bytes(log: SQLiteLog) -> None:
     assert open_after < open_before + 10, "files of segments that were undone are closed"
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), OSError("no route"), apsw.CorruptError("spool")],
+)
+def test_a_fault_of_the_source_is_not_told_as_one_of_the_log(log: SQLiteLog, fault: Exception) -> None:
+    def making() -> Iterator[Entry]:
+        yield from group(1, 2)
+        raise fault
+
+    with pytest.raises(type(fault)) as caught:
+        log.append(making())
+    assert caught.value is fault
+    assert log.append(group(1, 2)).offset == 2
+
+
 def test_a_missing_or_short_segment_is_named(log: SQLiteLog) -> None:
     filled(log)
     first, last = (log.segments / f"{n:020d}.segment" for n in (1, 7))

@@ -17,13 +17,11 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import apsw
-
 from headrace.change import Mark, Offset
 from headrace.errors import LogDamaged, LogFull, LogTrimmed, UserError
 from headrace.log.archive_file import BEFORE_ALL, Part, PartWriter, Reached, Record, file_name, read_part
 from headrace.log.database import FULL, Database, sync_folder
-from headrace.log.entries import COLUMNS, FORMAT, HIGH, INLINE, INSERT, SCRIPT, High, row_of
+from headrace.log.entries import COLUMNS, FORMAT, HIGH, INLINE, INSERT, INSERT_STOP, SCRIPT, High, row_of
 from headrace.log.proof import verify
 from headrace.log.segments import SegmentWriter
 from headrace.log.sqlite import SEGMENT_BYTES, SQLiteLog
@@ -380,20 +378,20 @@ def _made(path: Path, parts: Sequence[Part]) -> Archived:
 
 def _begin(database: Database, parts: Sequence[Part]) -> None:
     facts = {**parts[-1].notes, "log.id": parts[0].log_id}
-    with database.transaction() as db:
-        db.executemany("INSERT INTO facts VALUES (?, ?)", list(facts.items()))
+    with database.transaction():
+        for fact in facts.items():
+            database.rows("INSERT INTO facts VALUES (?, ?)", fact)
         for offset, digest, *rest in parts[0].stops:
-            values = (offset, bytes.fromhex(digest), *rest)
-            db.execute("INSERT INTO stops VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            database.rows(INSERT_STOP, (offset, bytes.fromhex(digest), *rest))
 
 
 def _write_some(database: Database, segments: SegmentWriter, records: Iterator[Record]) -> bool:
     """Write entries in one transaction; False when there are none any more."""
     size = through = 0
     more = False
-    with database.transaction() as db:
+    with database.transaction():
         for record in records:
-            _insert(db, segments, record)
+            _insert(database, segments, record)
             size += len(record.payload)
             through = record.offset
             if more := size >= _COMMIT_BYTES:
@@ -403,13 +401,13 @@ def _write_some(database: Database, segments: SegmentWriter, records: Iterator[R
     return more
 
 
-def _insert(db: apsw.Connection, segments: SegmentWriter, record: Record) -> None:
+def _insert(database: Database, segments: SegmentWriter, record: Record) -> None:
     inline = record.header.kind in INLINE
     place = (None, None) if inline else segments.write(record.offset, record.payload)
     facts = (*record.header, *record.high, record.hash, record.previous, len(record.payload))
-    db.execute(INSERT, (*facts, *place, record.payload if inline else None))
+    database.rows(INSERT, (*facts, *place, record.payload if inline else None))
     if record.filter:
-        db.execute("INSERT INTO filters VALUES (?, ?)", (record.offset, record.filter))
+        database.rows("INSERT INTO filters VALUES (?, ?)", (record.offset, record.filter))
 
 
 def settle(path: Path) -> None:

@@ -101,14 +101,15 @@ class Cursors:
         """
         _check_name(name)
         now = time.time_ns() // 1000
-        with self._made().transaction() as db:
-            row = db.execute(f"SELECT {_COLUMNS} FROM cursors WHERE name = ?", (name,)).fetchone()
+        db = self._made()
+        with db.transaction():
+            row = db.row(f"SELECT {_COLUMNS} FROM cursors WHERE name = ?", (name,))
             known = _cursor(row) if row else None
             if known is not None:
                 _check_next(known, mark)
             since = known.created_at if known else now
             values = (name, mark.log_id, mark.offset, mark.hash, since, now, 0, "")
-            db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+            db.rows("INSERT OR REPLACE INTO cursors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
         return Cursor(name, *mark, since, now, lost=False, reason="")
 
     def reset(self, name: str, mark: Mark) -> Cursor:
@@ -122,22 +123,19 @@ class Cursors:
             "UPDATE cursors SET log_id = ?, \"offset\" = ?, hash = ?, updated_at = ?, lost = 0, reason = '' "
             "WHERE name = ?"
         )
-        with self._made().transaction() as db:
-            db.execute(sql, (*mark, now, name))
+        self._made().rows(sql, (*mark, now, name))
         return Cursor(name, *mark, known.created_at, now, lost=False, reason="")
 
     def forget(self, name: str) -> None:
         """Remove a consumer: it holds nothing of the log any more. Raises UserError for an unknown one."""
         self._known(name)
-        with self._made().transaction() as db:
-            db.execute("DELETE FROM cursors WHERE name = ?", (name,))
+        self._made().rows("DELETE FROM cursors WHERE name = ?", (name,))
 
     def mark_lost(self, name: str, reason: str) -> None:
         """Record that the log is deleted beyond a consumer, which does not hold it any more."""
         if self.get(name) is None:
             return
-        with self._made().transaction() as db:
-            db.execute("UPDATE cursors SET lost = 1, reason = ? WHERE name = ?", (reason, name))
+        self._made().rows("UPDATE cursors SET lost = 1, reason = ? WHERE name = ?", (reason, name))
 
     def close(self) -> None:
         """Close the file."""

@@ -55,9 +55,12 @@ class Database:
 
         Raises LogError with what is wrong.
         """
-        with self.told():
-            found: list[tuple[Any, ...]] = self.connection().execute(sql, values).fetchall()
-            return found
+        try:
+            with self.told():
+                found: list[tuple[Any, ...]] = self.connection().execute(sql, values).fetchall()
+                return found
+        except UnicodeDecodeError as error:
+            raise _damaged(self.path, error) from error
 
     def row(self, sql: str, values: Sequence[object] = ()) -> tuple[Any, ...] | None:
         """Return the first row of a statement, or None."""
@@ -65,21 +68,20 @@ class Database:
         return found[0] if found else None
 
     @contextmanager
-    def transaction(self) -> Iterator[apsw.Connection]:
-        """Write in one transaction: committed and synced at the end of the block, undone if it raises.
+    def transaction(self) -> Iterator[None]:
+        """Write, with `rows`, in one transaction: committed and synced at the end of the block, undone if it
+        raises. What the block raises of its own comes out as it is.
 
         Raises LogFull, LogNotDurable, or another LogError.
         """
-        db = self.connection()
-        with self.told():
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+        self.rows("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.rows("COMMIT")
+        except BaseException:
+            if self.connection().in_transaction:
+                self.rows("ROLLBACK")
+            raise
 
     def connection(self) -> apsw.Connection:
         """Return this thread's connection."""
@@ -99,11 +101,11 @@ class Database:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Raise SQLite's and the system's errors as ours, by what they mean for the log."""
+        """Raise SQLite's errors as ours, by what they mean for the log."""
         try:
             yield
-        except (apsw.NotADBError, apsw.CorruptError, UnicodeDecodeError) as error:
-            raise LogDamaged(f"{self.path} is not what was written: {error}.", RESTORE) from error
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            raise _damaged(self.path, error) from error
         except apsw.FullError as error:
             raise no_room(self.path) from error
         except (apsw.CantOpenError, apsw.IOError) as error:
@@ -160,6 +162,10 @@ def _with_checksums() -> str:
     finally:
         loader.close()
     return "cksmvfs"
+
+
+def _damaged(path: Path, error: Exception) -> LogDamaged:
+    return LogDamaged(f"{path} is not what was written: {error}.", RESTORE)
 
 
 def _io_error(path: Path, error: apsw.CantOpenError | apsw.IOError, cause: int) -> LogError:

@@ -22,8 +22,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import apsw
-
 from headrace.change import Entry, LoggedEntry, Mark, Offset, TableId
 from headrace.errors import LogDamaged, LogFull, LogNotDurable, LogTrimmed
 from headrace.failpoints import failpoint
@@ -34,6 +32,7 @@ from headrace.log.entries import (
     HIGH,
     INLINE,
     INSERT,
+    INSERT_STOP,
     SCRIPT,
     High,
     Row,
@@ -117,9 +116,9 @@ class SQLiteLog(Index):
         end, high = self._end, self._high
         now = time.time_ns() // 1000
         try:
-            with self._db.transaction() as db:
+            with self._db.transaction():
                 for entry, is_last in _with_last(entries):
-                    end, high = self._insert(db, end, high, entry, (now, is_last))
+                    end, high = self._insert(end, high, entry, (now, is_last))
                 failpoint("log.append.commit")
         except BaseException as error:
             self._recover(error)
@@ -131,14 +130,7 @@ class SQLiteLog(Index):
         failpoint("log.append.committed")
         return end
 
-    def _insert(
-        self,
-        db: apsw.Connection,
-        end: Mark,
-        high: High,
-        entry: Entry,
-        fate: tuple[int, bool],
-    ) -> tuple[Mark, High]:
+    def _insert(self, end: Mark, high: High, entry: Entry, fate: tuple[int, bool]) -> tuple[Mark, High]:
         """Write one entry; `fate` is the time of its append and whether it ends its group."""
         assert self._writer is not None
         offset, previous = end.offset + 1, bytes.fromhex(end.hash)
@@ -152,9 +144,9 @@ class SQLiteLog(Index):
             self._writer.sync()
         digest = hashed.result() if hashed else entry_hash(*facts)
         body = entry.payload if inline else None
-        db.execute(INSERT, (*header, *high, digest, previous, len(entry.payload), *place, body))
+        self._db.rows(INSERT, (*header, *high, digest, previous, len(entry.payload), *place, body))
         if entry.filter:
-            db.execute("INSERT INTO filters VALUES (?, ?)", (offset, entry.filter))
+            self._db.rows("INSERT INTO filters VALUES (?, ?)", (offset, entry.filter))
         return Mark(self.id, offset, digest.hex()), high
 
     def _recover(self, error: BaseException) -> None:
@@ -365,20 +357,20 @@ class SQLiteLog(Index):
     def _trim_to(self, begin: Offset, through: Offset, pinned: set[Offset]) -> None:
         """Delete entries in `(begin, through]` in one transaction; stops and markers of tables stay."""
         span = (begin, through)
-        with self._db.transaction() as db:
+        with self._db.transaction():
             known = 'SELECT rows, bytes FROM stops WHERE "offset" = ?'
-            former = None if begin in pinned else db.execute(known, (begin,)).fetchone()
-            ends = db.execute(_ENDS, span).fetchall()
-            stops, absorbed = thinned(ends, former, pinned)
+            former = None if begin in pinned else self._db.row(known, (begin,))
+            stops, absorbed = thinned(self._db.rows(_ENDS, span), former, pinned)
             if absorbed:
-                db.execute('DELETE FROM stops WHERE "offset" = ?', (begin,))
-            db.executemany(f"INSERT INTO stops VALUES ({', '.join('?' * 9)})", stops)
-            db.execute(
+                self._db.rows('DELETE FROM stops WHERE "offset" = ?', (begin,))
+            for stop in stops:
+                self._db.rows(INSERT_STOP, stop)
+            self._db.rows(
                 'DELETE FROM entries WHERE "offset" > ? AND "offset" <= ? AND NOT '
                 "(kind IN ('schema', 'marker') AND table_name IS NOT NULL)",
                 span,
             )
-            db.execute('DELETE FROM filters WHERE "offset" <= ?', (through,))
+            self._db.rows('DELETE FROM filters WHERE "offset" <= ?', (through,))
 
     def close(self) -> None:
         """Close every file of this object, whichever thread opened it."""
