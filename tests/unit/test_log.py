@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
@@ -364,6 +365,46 @@ def test_after_a_failed_sync_nothing_is_appended_any_more(
     log = reopened(log)
     assert (verify(log).end, log.append(group(9, 2)).offset) == (end, 10)
     log.close()
+
+
+class FailingDouble:
+    """The database's `rows`, of which one kind of statement raises: SQLite fails at no test's wish."""
+
+    def __init__(self, log: SQLiteLog, monkeypatch: pytest.MonkeyPatch, verb: str, error: LogError) -> None:
+        self._rows, self._verb, self._error = log._db.rows, verb, error
+        self.failed: list[str] = []
+        self.written: list[str] = []
+        monkeypatch.setattr(log._db, "rows", self)
+
+    def __call__(self, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        if sql.startswith(self._verb):
+            self.failed.append(sql)
+            raise self._error
+        if not sql.lstrip().startswith(("SELECT", "ROLLBACK")):
+            self.written.append(sql)
+        return self._rows(sql, values)
+
+
+@pytest.mark.parametrize("verb", ["INSERT OR REPLACE", "COMMIT", "PRAGMA incremental_vacuum"])
+def test_after_a_failed_sync_of_the_database_nothing_is_written_any_more(
+    log: SQLiteLog, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    filled(log)
+    error = LogNotDurable("could not be synced")
+    writes = {
+        "note": lambda: log.set_note("n", "1"),
+        "trim": lambda: log.trim(6),
+        "append": lambda: log.append(group(9, 1)),
+    }
+    failing = FailingDouble(log, monkeypatch, verb, error)
+    with pytest.raises(LogNotDurable):
+        writes["note" if verb.startswith("INSERT") else "trim"]()
+    failing._verb = "nothing"
+    failing.written.clear()
+    for write in writes.values():
+        with pytest.raises(LogNotDurable):
+            write()
+    assert (failing.written, log.note("n"), log.end().offset) == ([], None, 8)
 
 
 def test_a_failed_sync_of_the_folder_counts_as_one(log: SQLiteLog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class SQLiteLog(Index):
         self._appended = threading.Condition()
         if not read_only:
             self._check_not_lost()
+        self._broken: LogNotDurable | None = None
         self._db = Database(path, script=SCRIPT, version=FORMAT, read_only=read_only)
         if not read_only and self.note("log.id") is None:
             self.set_note("log.id", uuid.uuid4().hex)
@@ -92,7 +93,6 @@ class SQLiteLog(Index):
         self._reader = SegmentReader(self.segments)
         self._writer: SegmentWriter | None = None
         self._hasher = ThreadPoolExecutor(1, f"{self.source}.hash")
-        self._broken: BaseException | None = None
         self._end = self._read_end()
         self._high = self._read_high()
         if not read_only:
@@ -106,10 +106,21 @@ class SQLiteLog(Index):
 
         Raises LogFull while there is no room, and LogNotDurable once a sync has failed, from then on.
         """
+        with self._sound():
+            return self._append(entries)
+
+    @contextmanager
+    def _sound(self) -> Iterator[None]:
+        """Keep every other thread from writing, and everyone once a sync has failed: what it would stand on
+        may not be on the disk."""
         with self._writing:
             if self._broken is not None:
                 raise self._broken
-            return self._append(entries)
+            try:
+                yield
+            except LogNotDurable as error:
+                self._broken = error
+                raise
 
     def _append(self, entries: Iterable[Entry]) -> Mark:
         assert self._writer is not None, "the log is open to read only"
@@ -153,7 +164,6 @@ class SQLiteLog(Index):
         """Come back to what is committed; a failed commit may have been one all the same."""
         assert self._writer is not None
         if isinstance(error, LogNotDurable):
-            self._broken = error
             return
         found = self._read_end()
         if found == self._end:
@@ -285,7 +295,7 @@ class SQLiteLog(Index):
 
     def set_note(self, key: str, value: str) -> None:
         """See `Log.set_note`."""
-        with self._writing:
+        with self._sound():
             self._db.rows("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
     def writing(self) -> AbstractContextManager[object]:
@@ -341,11 +351,11 @@ class SQLiteLog(Index):
         assert self._writer is not None
         through = self.group_end(through)
         while (begin := self.begin().offset) < through:
-            with self._writing:
+            with self._sound():
                 step = min(through, self._ending(min(begin + _TRIM_STEP, through)) or through)
                 self._trim_to(begin, step, set(pinned))
                 failpoint("log.trim.committed")
-        with self._writing:
+        with self._sound():
             first = 'SELECT segment FROM entries WHERE segment IS NOT NULL ORDER BY "offset" LIMIT 1'
             row = self._db.row(first)
             kept = int(row[0]) if row else self._end.offset + 1
