@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +406,44 @@ def test_after_a_failed_sync_of_the_database_nothing_is_written_any_more(
         with pytest.raises(LogNotDurable):
             write()
     assert (failing.written, log.note("n"), log.end().offset) == ([], None, 8)
+
+
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_nothing_is_written_from_a_state_that_is_not_known(
+    log: SQLiteLog, monkeypatch: pytest.MonkeyPatch, is_committed: bool
+) -> None:
+    """An append fails, and so does what would tell how far it came; that is asked again before the next."""
+    filled(log)
+    error = LogFull("no room for the index of the WAL")
+    failing = FailingDouble(log, monkeypatch, 'SELECT "offset", hash FROM entries', error)
+    if is_committed:
+        monkeypatch.setattr(log._db, "transaction", told_as_failed(log))
+    with armed(f"log.append.commit={'sleep:0' if is_committed else 'raise'}"), pytest.raises(LogFull):
+        log.append([change(9, i, os.urandom(1_000)) for i in range(4)])
+    monkeypatch.undo()
+    monkeypatch.setattr(log._db, "rows", failing)
+    failing.written.clear()
+    for write in (lambda: log.append(group(10, 1)), lambda: log.set_note("n", "1"), lambda: log.trim(6)):
+        with pytest.raises(LogFull):
+            write()
+    assert failing.written == []
+    monkeypatch.undo()
+    end = 12 if is_committed else 8
+    assert log.append(group(10, 1)).offset == end + 1
+    assert verify(log).entries == end + 1
+
+
+def told_as_failed(log: SQLiteLog) -> Callable[[], AbstractContextManager[None]]:
+    """Return a double of the database's `transaction`, which commits and says that it could not."""
+    transaction = log._db.transaction
+
+    @contextmanager
+    def double() -> Iterator[None]:
+        with transaction():
+            yield
+        raise LogError("could not be read or written")
+
+    return double
 
 
 def test_a_failed_sync_of_the_folder_counts_as_one(log: SQLiteLog, monkeypatch: pytest.MonkeyPatch) -> None:

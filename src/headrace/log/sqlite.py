@@ -86,6 +86,7 @@ class SQLiteLog(Index):
         if not read_only:
             self._check_not_lost()
         self._broken: LogNotDurable | None = None
+        self._is_known = True
         self._db = Database(path, script=SCRIPT, version=FORMAT, read_only=read_only)
         if not read_only and self.note("log.id") is None:
             self.set_note("log.id", uuid.uuid4().hex)
@@ -112,11 +113,13 @@ class SQLiteLog(Index):
     @contextmanager
     def _sound(self) -> Iterator[None]:
         """Keep every other thread from writing, and everyone once a sync has failed: what it would stand on
-        may not be on the disk."""
+        may not be on the disk. Where an append left open what is committed, that is found out before."""
         with self._writing:
             if self._broken is not None:
                 raise self._broken
             try:
+                if not self._is_known:
+                    self._recover()
                 yield
             except LogNotDurable as error:
                 self._broken = error
@@ -131,13 +134,12 @@ class SQLiteLog(Index):
                 for entry, is_last in _with_last(entries):
                     end, high = self._insert(end, high, entry, (now, is_last))
                 failpoint("log.append.commit")
-        except BaseException as error:
-            self._recover(error)
+        except LogNotDurable:
             raise
-        self._writer.commit(end.offset)
-        with self._appended:
-            self._end, self._high = end, high
-            self._appended.notify_all()
+        except BaseException:
+            self._recover()
+            raise
+        self._advance(end, high)
         failpoint("log.append.committed")
         return end
 
@@ -160,18 +162,23 @@ class SQLiteLog(Index):
             self._db.rows("INSERT INTO filters VALUES (?, ?)", (offset, entry.filter))
         return Mark(self.id, offset, digest.hex()), high
 
-    def _recover(self, error: BaseException) -> None:
+    def _recover(self) -> None:
         """Come back to what is committed; a failed commit may have been one all the same."""
         assert self._writer is not None
-        if isinstance(error, LogNotDurable):
-            return
-        found = self._read_end()
-        if found == self._end:
+        self._is_known = False
+        end, high = self._read_end(), self._read_high()
+        if end == self._end:
             self._writer.undo()
-            return
-        self._writer.commit(found.offset)
+        else:
+            self._advance(end, high)
+        self._is_known = True
+
+    def _advance(self, end: Mark, high: High) -> None:
+        """Take over what has been committed."""
+        assert self._writer is not None
+        self._writer.commit(end.offset)
         with self._appended:
-            self._end, self._high = found, self._read_high()
+            self._end, self._high = end, high
             self._appended.notify_all()
 
     def _check_not_lost(self) -> None:
