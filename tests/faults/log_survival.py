@@ -3,6 +3,7 @@
     log_survival.py write LOG SEED           append, note and trim until the end, telling each on a line
     log_survival.py power FOLDER CUTS SEED   cut the power of such writers; needs root and a mount namespace
     log_survival.py full FOLDER              fill a small file system, make room, go on
+    log_survival.py trim FOLDER              trim a log that has filled its disk to the last block
     log_survival.py open FOLDER              open a log where there is no room for what SQLite has beside it
 
 A power cut is the EXT4 shutdown ioctl without a flush of its journal: what was not synced is gone. A sync
@@ -237,6 +238,35 @@ def opened(folder: Path) -> list[str]:
     return said
 
 
+def trimmed(folder: Path) -> dict[str, int]:
+    """Fill a disk with a log that was just opened, and whose WAL is small, to the last block; trim, go on."""
+    image, at = made(folder, 160)
+    with mounted(image, at):
+        log = SQLiteLog(at / "log.db", segment_bytes=32 << 20)
+        for commit in range(1, 501):
+            log.append([change(commit, i, os.urandom(9_000), filter=os.urandom(900)) for i in range(20)])
+        log.close()
+        log = SQLiteLog(at / "log.db", segment_bytes=32 << 20)
+        told = {"reserve": _reserved(at), "size": log.size()}
+        filled_up(at)
+        end = log.end()
+        try:
+            log.append([change(501, i, os.urandom(9_000)) for i in range(20)])
+            raise AssertionError("there was room")
+        except LogFull:
+            assert log.end() == end
+        told |= {"freed": log.trim(end.offset // 2), "reserve_after": _reserved(at)}
+        assert log.append([change(501)]).offset == end.offset + 1
+        told["entries"] = verify(log).entries - (end.offset - log.begin().offset)
+        log.close()
+    return told
+
+
+def _reserved(at: Path) -> int:
+    reserve = at / "log.reserve"
+    return reserve.stat().st_blocks * 512 if reserve.exists() else 0
+
+
 def filled_up(at: Path) -> Path:
     """Take all the room of a file system, to the last block."""
     ballast = at / "ballast"
@@ -268,6 +298,8 @@ def main() -> None:
         write(Path(folder), int(numbers[0]))
     elif verb == "power":
         print(json.dumps({**asdict(power(Path(folder), *map(int, numbers))), "hashes": None}))
+    elif verb == "trim":
+        print(json.dumps(trimmed(Path(folder))))
     elif verb == "open":
         print(json.dumps(opened(Path(folder))))
     else:

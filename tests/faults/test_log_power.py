@@ -56,3 +56,11 @@ def test_a_log_whose_disk_is_full_says_so_and_goes_on(tmp_path: Path) -> None:
 
 def test_a_log_that_is_opened_on_a_full_disk_waits_for_room(tmp_path: Path) -> None:
     assert apart("open", tmp_path, timeout=120) == ["LogFull", "LogFull", "2"]
+
+
+def test_a_log_that_has_filled_its_disk_can_be_trimmed(tmp_path: Path) -> None:
+    told = apart("trim", tmp_path, timeout=120)
+    assert told["freed"] >= 32 << 20
+    assert told["reserve"] == told["reserve_after"] == 8 << 20
+    assert told["size"] < 140 << 20, "the reserve is no part of the log"
+    assert told["entries"] == 1

@@ -345,6 +345,29 @@ def test_no_room_for_the_database_is_told_as_that(log: SQLiteLog) -> None:
     assert verify(log).entries == 9
 
 
+def test_the_reserve_is_made_with_the_second_segment_and_is_no_part_of_the_log(
+    log: SQLiteLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve = log.path.with_suffix(".reserve")
+    log.append([change(1, 1, os.urandom(2_600))])
+    assert not reserve.exists(), "a single segment is never given back"
+    log.append([change(2, 1, os.urandom(2_600))])
+    assert reserve.stat().st_size == 2_500 // 4
+    size = log.size()
+    reserve.unlink()
+    assert log.size() == size
+
+    def full(file: int, at: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    log.append([change(3, 1, os.urandom(2_600))])
+    assert not reserve.exists(), "one that is not whole is none"
+    monkeypatch.undo()
+    log.trim(1)
+    assert reserve.exists()
+
+
 def test_after_a_failed_sync_nothing_is_appended_any_more(
     log: SQLiteLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,7 +571,7 @@ def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_files_are_for_their_owner_alone(log: SQLiteLog) -> None:
     filled(log)
-    names = {"log.db", "log.db-wal", "log.db-shm", "log.segments"}
+    names = {"log.db", "log.db-wal", "log.db-shm", "log.segments", "log.reserve"}
     assert {path.name for path in log.path.parent.iterdir()} == names
     modes = {path.stat().st_mode & 0o777 for path in log.path.parent.rglob("*") if path.is_file()}
     assert (modes, log.segments.stat().st_mode & 0o777) == ({0o600}, 0o700)

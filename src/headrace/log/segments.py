@@ -103,13 +103,17 @@ class SegmentWriter:
         except OSError as error:
             raise not_durable(self._folder, error) from error
 
-    def commit(self, through: int) -> None:
-        """Keep what was written: its places are durable, and the log is, through an offset."""
+    def commit(self, through: int) -> bool:
+        """Keep what was written: its places are durable, and the log is, through an offset.
+
+        Says whether a segment has begun with it.
+        """
         self._close_all_but_current()
         self._committed = self._end
-        if self._made:
-            self._made = False
+        made, self._made = self._made, False
+        if made:
             self._note_committed(through)
+        return made
 
     def undo(self) -> None:
         """Forget what was written since the last `commit`."""

@@ -41,6 +41,7 @@ from headrace.log.entries import (
     row_of,
 )
 from headrace.log.index import MAX_SLICE_ROWS, Index
+from headrace.log.reserve import RESERVE_BYTES, Reserve
 from headrace.log.retention import thinned
 from headrace.log.segments import (
     Place,
@@ -93,12 +94,14 @@ class SQLiteLog(Index):
         self.id = self.note("log.id") or ""
         self._reader = SegmentReader(self.segments)
         self._writer: SegmentWriter | None = None
+        self._reserve = Reserve(path.with_suffix(".reserve"), min(RESERVE_BYTES, segment_bytes // 4))
         self._hasher = ThreadPoolExecutor(1, f"{self.source}.hash")
         self._end = self._read_end()
         self._high = self._read_high()
         if not read_only:
             self._check_newest()
             self._writer = SegmentWriter(self.segments, segment_bytes, self._behind_payloads())
+            self._keep_reserve()
             with suppress(LogFull):  # it can be read, and trimmed, all the same
                 self._db.rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -176,7 +179,8 @@ class SQLiteLog(Index):
     def _advance(self, end: Mark, high: High) -> None:
         """Take over what has been committed."""
         assert self._writer is not None
-        self._writer.commit(end.offset)
+        if self._writer.commit(end.offset):
+            self._keep_reserve()
         with self._appended:
             self._end, self._high = end, high
             self._appended.notify_all()
@@ -354,22 +358,50 @@ class SQLiteLog(Index):
         return [segment for segment in segments_in(self.segments) if segment <= end]
 
     def trim(self, through: Offset, pinned: Iterable[Offset] = ()) -> int:
-        """See `Log.trim`. Returns how many bytes of segments were given back."""
-        assert self._writer is not None
-        through = self.group_end(through)
+        """See `Log.trim`. Returns how many bytes of segments were given back.
+
+        On a full disk it takes the room of the reserve, and keeps every append from it meanwhile.
+        """
+        through, pins = self.group_end(through), set(pinned)
+        try:
+            freed = self._trim(through, pins)
+        except LogFull:
+            with self._writing:
+                if not self._reserve.give_up():
+                    raise
+                try:
+                    return self._trim(through, pins)
+                finally:
+                    self._keep_reserve()
+        self._keep_reserve()
+        return freed
+
+    def _trim(self, through: Offset, pinned: set[Offset]) -> int:
+        freed = 0
         while (begin := self.begin().offset) < through:
             with self._sound():
                 step = min(through, self._ending(min(begin + _TRIM_STEP, through)) or through)
-                self._trim_to(begin, step, set(pinned))
+                self._trim_to(begin, step, pinned)
                 failpoint("log.trim.committed")
+                freed += self._remove_segments()
         with self._sound():
-            first = 'SELECT segment FROM entries WHERE segment IS NOT NULL ORDER BY "offset" LIMIT 1'
-            row = self._db.row(first)
-            kept = int(row[0]) if row else self._end.offset + 1
-            freed = self._writer.remove_before(kept)
-            self._reader.close(before=kept)
+            freed += self._remove_segments()  # those that a killed trim has left
             self._db.rows(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
-            return freed
+        return freed
+
+    def _remove_segments(self) -> int:
+        """Remove the segments that no entry refers to any more; returns their bytes."""
+        assert self._writer is not None
+        row = self._db.row('SELECT segment FROM entries WHERE segment IS NOT NULL ORDER BY "offset" LIMIT 1')
+        kept = int(row[0]) if row else self._end.offset + 1
+        freed = self._writer.remove_before(kept)
+        self._reader.close(before=kept)
+        return freed
+
+    def _keep_reserve(self) -> None:
+        """Keep room for a trim, once there is a segment that one could give back."""
+        if len(segments_in(self.segments)) > 1:
+            self._reserve.keep()
 
     def _trim_to(self, begin: Offset, through: Offset, pinned: set[Offset]) -> None:
         """Delete entries in `(begin, through]` in one transaction; stops and markers of tables stay."""
