@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.change import Mark, Offset
-from headrace.errors import LogDamaged, LogFull, LogTrimmed, UserError
+from headrace.errors import LogDamaged, LogError, LogFull, LogTrimmed, UserError
 from headrace.log.archive_file import BEFORE_ALL, Part, PartWriter, Reached, Record, file_name, read_part
 from headrace.log.database import FULL, Database, sync_folder
 from headrace.log.entries import COLUMNS, FORMAT, HIGH, INLINE, INSERT, INSERT_STOP, SCRIPT, High, row_of
@@ -315,22 +315,55 @@ def restore(files: Iterable[Path], into: Path) -> Archived:
         )
     if not into.parent.is_dir():
         raise UserError(f"There is no folder {into.parent}.", "Make it first.")
-    segments = into.with_suffix(".segments")
-    for path in (into, segments):
-        if path.exists():
-            raise UserError(f"{path} is there already.", "Name another file with --into, or move it away.")
     making = into.parent / f".{into.stem}.importing"
     with writing_to(making), _alone(making):
         try:
-            for left in making.iterdir():  # of an import that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            made = _made(making / into.name, parts)
-            (making / segments.name).rename(segments)
-            (making / into.name).rename(into)  # from here on it is a log
-            sync_folder(into.parent)
+            return _finished(making, into, parts) or _begun(making, into, parts)
         finally:
             shutil.rmtree(making)
+
+
+def _begun(making: Path, into: Path, parts: Sequence[Part]) -> Archived:
+    """Make a log in a folder of its own, and put it in place: the database first, so that segments without
+    one are never an import's, and what waits for its segments is told from a log."""
+    segments = into.with_suffix(".segments")
+    for path in (into, segments):
+        if path.exists():
+            raise _taken(f"{path} is there already.")
+    for left in making.iterdir():  # of an import that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    made = _made(making / into.name, parts)
+    (making / into.name).rename(into)
+    sync_folder(into.parent)
+    (making / segments.name).rename(segments)  # from here on it is a log
+    sync_folder(into.parent)
     return made
+
+
+def _finished(making: Path, into: Path, parts: Sequence[Part]) -> Archived | None:
+    """Finish an import that was killed with its database in place and its segments not; None if there is no
+    such one. Nothing is removed that is not in `making`."""
+    segments, waiting = into.with_suffix(".segments"), making / f"{into.stem}.segments"
+    if not into.exists() or segments.exists() or not waiting.exists() or (making / into.name).exists():
+        return None
+    waiting.rename(segments)
+    try:
+        made = _proven(into, parts)
+    except LogFull:
+        raise
+    except LogError:
+        segments.rename(waiting)  # they are not those of this database
+        raise _taken(f"{into} is there already.") from None
+    sync_folder(into.parent)
+    last = parts[-1].reached
+    if made.head != (parts[0].log_id, last.offset, last.hash):
+        words = f"{into} is there already: an import that was killed is finished now"
+        raise _taken(f"{words}: it ends at offset {made.head.offset}.")
+    return made
+
+
+def _taken(words: str) -> UserError:
+    return UserError(words, "Name another file with --into, or move it away.")
 
 
 def _in_order(files: Iterable[Path]) -> list[Part]:
@@ -365,14 +398,22 @@ def _made(path: Path, parts: Sequence[Part]) -> Archived:
         while _write_some(database, segments, records):
             pass
     last = parts[-1].reached
-    with closing(SQLiteLog(path, read_only=True)) as log:
-        try:
+    try:
+        made = _proven(path, parts)
+    except LogDamaged as error:
+        raise parts[-1].damaged(f"with those before it it makes no whole log: {error}") from error
+    if made.head != (parts[0].log_id, last.offset, last.hash):
+        raise parts[-1].damaged(f"offset {last.offset} is not the end of what was made of it")
+    return made
+
+
+def _proven(path: Path, parts: Sequence[Part]) -> Archived:
+    """Verify the log that was made of files. Raises LogDamaged."""
+    try:
+        with closing(SQLiteLog(path, read_only=True)) as log:
             proven = verify(log)
-        except LogDamaged as error:
-            raise parts[-1].damaged(f"with those before it it makes no whole log: {error}") from error
-        if proven.end != (log.id, last.offset, last.hash):
-            raise parts[-1].damaged(f"offset {last.offset} is not the end of what was made of it")
-    settle(path)
+    finally:
+        settle(path)
     return Archived(len(parts), proven.entries, proven.rows, proven.bytes, proven.end)
 
 
