@@ -18,6 +18,7 @@ from headrace.errors import LogDamaged, LogError, LogFull, LogNotDurable, Verdic
 from headrace.log.database import Database
 from headrace.log.proof import verify
 from headrace.log.sqlite import SQLiteLog
+from headrace.pipeline import _forget_empty_logs
 from headrace.testing.logs import armed, change, everything, group
 
 
@@ -575,6 +576,22 @@ def test_files_are_for_their_owner_alone(log: SQLiteLog) -> None:
     assert {path.name for path in log.path.parent.iterdir()} == names
     modes = {path.stat().st_mode & 0o777 for path in log.path.parent.rglob("*") if path.is_file()}
     assert (modes, log.segments.stat().st_mode & 0o777) == ({0o600}, 0o700)
+
+
+def test_a_log_that_a_refused_start_has_made_goes_as_a_whole_and_no_other_does(tmp_path: Path) -> None:
+    """So that the right state folder can come back."""
+    (tmp_path / "log").mkdir()
+    logs = [SQLiteLog(tmp_path / "log" / f"{name}.db") for name in ("made", "known", "torn", "used")]
+    logs[1].set_note("system", "7")
+    (logs[2].segments / f"{1:020d}.segment").write_bytes(b"torn")
+    logs[3].append(group(1, 1))
+    for log in logs:
+        log.close()
+    _forget_empty_logs(tmp_path)
+    left = {path.name for path in (tmp_path / "log").iterdir() if path.suffix in (".db", ".segments")}
+    assert left == {
+        f"{name}{suffix}" for name in ("known", "torn", "used") for suffix in (".db", ".segments")
+    }
 
 
 def test_errors_of_other_databases_are_told_in_our_words(tmp_path: Path) -> None:
