@@ -117,6 +117,27 @@ def test_a_log_that_never_came_to_its_first_commit_is_empty(log: SQLiteLog) -> N
     log.close()
 
 
+@pytest.mark.parametrize("large", [0, 30])
+def test_a_log_that_is_trimmed_to_a_size_has_no_more_than_that(log: SQLiteLog, large: int) -> None:
+    """Groups go as a whole: also one larger than many segments, or that begins in one and ends in another."""
+    log.append([change(1, i, os.urandom(1_000)) for i in range(large or 2)])
+    filled(log, groups=12, first=2)
+    for limit in (30_000, 20_000, 10_000):
+        rest = log.size() - sum(segments(log).values())
+        log.trim(log.beyond(rest + limit))
+        assert 0 < sum(segments(log).values()) <= limit
+        assert verify(log).end == log.end()
+    assert log.beyond(log.size()) == 0
+
+
+def test_a_size_that_the_newest_segment_alone_exceeds_takes_no_group_twice(log: SQLiteLog) -> None:
+    filled(log, groups=3)
+    log.trim(log.beyond(0))
+    begin = log.begin().offset
+    assert log.trim(log.beyond(0)) == 0
+    assert log.begin().offset == begin
+
+
 def held_open(log: SQLiteLog) -> list[str]:
     """Return the segments that this process has open to read them."""
     links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]

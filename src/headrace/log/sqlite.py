@@ -344,14 +344,17 @@ class SQLiteLog(Index):
             self._writer.roll()
 
     def beyond(self, limit: int) -> Offset:
-        """Return the last offset that would have to go for the log to take no more than `limit` bytes."""
+        """Return the last offset that would have to go for the log to take no more than `limit` bytes.
+
+        A group that has to go in part goes as a whole.
+        """
         excess, last = self.size() - limit, 0
         for segment, following in pairwise(self._own_segments()):
             if excess <= 0:
                 break
             excess -= segment_path(self.segments, segment).stat().st_size
             last = following - 1
-        return last
+        return last if last <= self.begin().offset else self._ending(last) or last
 
     def _own_segments(self) -> list[int]:
         end = self.end().offset
