@@ -108,6 +108,12 @@ class LogFull(LogError):
     verdict = Verdict.RETRY
 
 
+class LogBusy(LogError):
+    """Another process holds a file of the log for longer than it is waited for."""
+
+    verdict = Verdict.RETRY
+
+
 class LogNotDurable(LogError):
     """An fsync failed: what was written may not be on the disk, and trying again proves nothing."""
 

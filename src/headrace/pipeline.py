@@ -318,9 +318,11 @@ def _forget_empty_logs(state: Path) -> None:
             log = SQLiteLog(path, read_only=True)
             empty = log.end().offset == 0 and log.note("system") is None
             log.close()
-            if empty:
+            if empty and not any(log.segments.glob("*")):
                 for file in path.parent.glob(f"{path.name}*"):
                     file.unlink()
+                with suppress(FileNotFoundError):
+                    log.segments.rmdir()
 
 
 def take_state(state: Path) -> IO[str]:

@@ -188,7 +188,8 @@ def test_consumers_may_come_at_once(tmp_path: Path) -> None:
 
 def test_a_commit_does_not_wait_for_the_logs_writer(writer: SQLiteLog, log: OpenLog) -> None:
     (batch,) = log.read("reports")
-    with writer._db.transaction() as db:
+    with writer._db.transaction():
+        db = writer._db.connection()
         db.execute("UPDATE facts SET value = value")
         batch.commit()
     assert log.consumers()[0].offset == batch.through.offset

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import apsw
 
 from headrace.change import Mark, Offset
-from headrace.errors import ConsumersUnknown, CursorLost, LogError, UserError
+from headrace.errors import ConsumersUnknown, CursorLost, LogBusy, LogError, UserError
 from headrace.log.database import Database
 
 _FORMAT = 1
@@ -101,14 +101,15 @@ class Cursors:
         """
         _check_name(name)
         now = time.time_ns() // 1000
-        with self._made().transaction() as db:
-            row = db.execute(f"SELECT {_COLUMNS} FROM cursors WHERE name = ?", (name,)).fetchone()
+        db = self._made()
+        with db.transaction():
+            row = db.row(f"SELECT {_COLUMNS} FROM cursors WHERE name = ?", (name,))
             known = _cursor(row) if row else None
             if known is not None:
                 _check_next(known, mark)
             since = known.created_at if known else now
             values = (name, mark.log_id, mark.offset, mark.hash, since, now, 0, "")
-            db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+            db.rows("INSERT OR REPLACE INTO cursors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
         return Cursor(name, *mark, since, now, lost=False, reason="")
 
     def reset(self, name: str, mark: Mark) -> Cursor:
@@ -122,15 +123,13 @@ class Cursors:
             "UPDATE cursors SET log_id = ?, \"offset\" = ?, hash = ?, updated_at = ?, lost = 0, reason = '' "
             "WHERE name = ?"
         )
-        with self._made().transaction() as db:
-            db.execute(sql, (*mark, now, name))
+        self._made().rows(sql, (*mark, now, name))
         return Cursor(name, *mark, known.created_at, now, lost=False, reason="")
 
     def forget(self, name: str) -> None:
         """Remove a consumer: it holds nothing of the log any more. Raises UserError for an unknown one."""
         self._known(name)
-        with self._made().transaction() as db:
-            db.execute("DELETE FROM cursors WHERE name = ?", (name,))
+        self._made().rows("DELETE FROM cursors WHERE name = ?", (name,))
 
     def mark_lost(self, name: str, offset: Offset, reason: str) -> bool:
         """Record that the log will be deleted beyond a consumer that has read through `offset`.
@@ -140,8 +139,7 @@ class Cursors:
         if self.get(name) is None:
             return False
         sql = 'UPDATE cursors SET lost = 1, reason = ? WHERE name = ? AND "offset" = ? RETURNING name'
-        with self._made().transaction() as db:
-            return db.execute(sql, (reason, name, offset)).fetchone() is not None
+        return bool(self._made().rows(sql, (reason, name, offset)))
 
     def close(self) -> None:
         """Close the file."""
@@ -250,7 +248,7 @@ def _opened(path: Path) -> Database:
     for left in reversed(range(_CREATE_TRIES)):
         try:
             return Database(path, script=_SCRIPT, version=_FORMAT)
-        except (apsw.BusyError, apsw.LockedError):
+        except LogBusy:
             if not left:
                 raise
             time.sleep(0.02)
