@@ -325,7 +325,7 @@ def test_a_proof_beside_a_trim_is_begun_again(log: SQLiteLog, monkeypatch: pytes
 # -- the disk ------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_waited_for(log: SQLiteLog) -> None:
+def test_a_full_disk_is_waited_for(log: SQLiteLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of a payload came to the segment: its bytes go, also if the segment ends before they did."""
     filled(log)
     before = segments(log)
