@@ -58,8 +58,8 @@ MAX_SECRET_FILE_BYTES = 64 << 10
 MAX_SOURCE_NAME = 40
 """Characters; `headrace_<source>` then fits the 63 bytes that Postgres allows a slot's name."""
 
-MIN_SALT = 16
-"""Characters of a salt."""
+MIN_SECRET = 16
+"""Characters of a salt or a key."""
 
 _URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
@@ -176,7 +176,7 @@ class Project:
 
 
 def load_project(folder: Path) -> Project:
-    """Read `folder/headrace.toml`, with `${env:NAME}` and `${file:PATH}` in a source's secrets filled in.
+    """Read `folder/headrace.toml`, with `${env:NAME}` and `${file:PATH}` in secrets filled in.
 
     Raises `ConfigError` that lists every mistake, a line `headrace.toml:LINE: …` for each; none of
     them quotes a secret or what an environment variable or secret file holds.
@@ -259,7 +259,7 @@ def _log(document: Document, root: Path) -> dict[str, Any]:
         "anchor_every": values.duration("0s", "365d"),
         "anchor_file": values.path_in(root, "file"),
         "anchor_url": lambda value: Secret(values.web_address(_filled(values.string(value), root))),
-        "anchor_key": lambda value: _salt(value, root),
+        "anchor_key": lambda value: _secret(value, root),
     }
     log = document.section("log", parsers)
     if log.get("anchor_every") and not ("anchor_file" in log or "anchor_url" in log):
@@ -282,7 +282,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "on_rewrite": values.only("copy", "alert"),
         "exclude": values.columns,
         "hash": values.columns,
-        "hash_salt": lambda value: _salt(value, root),
+        "hash_salt": lambda value: _secret(value, root),
         "where": lambda value: value,
         "origin": values.only("any", "none"),
         "spool_max": values.size("1MiB", "65536GiB"),
@@ -331,11 +331,11 @@ def _conditions(document: Document, path: tuple[str, ...], raw: object) -> tuple
     return tuple(document.table(path, raw, parsers).items())
 
 
-def _salt(value: object, root: Path) -> Secret:
-    salt = _filled(values.string(value), root)
-    if len(salt) < MIN_SALT:
-        raise Invalid(f"must have at least {MIN_SALT} characters, or what it hides can be guessed")
-    return Secret(salt)
+def _secret(value: object, root: Path) -> Secret:
+    text = _filled(values.string(value), root)
+    if len(text) < MIN_SECRET:
+        raise Invalid(f"must have at least {MIN_SECRET} characters; a shorter secret can be guessed")
+    return Secret(text)
 
 
 def _url(value: object, root: Path) -> Secret:

@@ -12,6 +12,7 @@
     │   ├── LogDamaged         a hash, an offset, an order or a page's checksum that does not hold
     │   ├── LogFull            no room on its disk: RETRY, and the source is not confirmed meanwhile
     │   ├── LogNotDurable      the system could not write it to the disk: capture stops
+    │   ├── ConsumersUnknown   their file cannot be read: RETRY, and nothing is deleted meanwhile
     │   ├── LogTrimmed         entries that are asked for have been deleted by retention
     │   └── CursorLost         a consumer was too far behind, and the log was trimmed beyond it
     ├── DestinationError
@@ -107,8 +108,20 @@ class LogFull(LogError):
     verdict = Verdict.RETRY
 
 
+class LogBusy(LogError):
+    """Another process holds a file of the log for longer than it is waited for."""
+
+    verdict = Verdict.RETRY
+
+
 class LogNotDurable(LogError):
     """An fsync failed: what was written may not be on the disk, and trying again proves nothing."""
+
+
+class ConsumersUnknown(LogError):
+    """The file of the log's consumers cannot be read; what they may need is kept until it can be."""
+
+    verdict = Verdict.RETRY
 
 
 class LogTrimmed(LogError):

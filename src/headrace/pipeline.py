@@ -1,9 +1,10 @@
 """The pipeline: the only place that wires, and what keeps it running.
 
-For each source three threads, each repeating one verb of its lane: capture, load, apply, which has a part
-prepared while it takes the one before; and one that watches the source and does nothing but ring. A thread
-that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
-when it lasts; anything else stops that thread alone, with its reason, while the others go on.
+For each source four threads: three repeat one verb of its lane each, capture, load, and apply, which has a
+part prepared while it takes the one before; the fourth is the upkeep of its log. And one that watches the
+source and does nothing but ring. A thread that fails is judged by its error's verdict: RETRY backs off and
+tries again for ever, alerting once when it lasts; anything else stops that thread alone, with its reason,
+while the others go on.
 """
 
 from __future__ import annotations
@@ -322,9 +323,11 @@ def _forget_empty_logs(state: Path) -> None:
             log = SQLiteLog(path, read_only=True)
             empty = log.end().offset == 0 and log.note("system") is None
             log.close()
-            if empty:
+            if empty and not any(log.segments.glob("*")):
                 for file in path.parent.glob(f"{path.name}*"):
                     file.unlink()
+                with suppress(FileNotFoundError):
+                    log.segments.rmdir()
 
 
 def take_state(state: Path) -> IO[str]:

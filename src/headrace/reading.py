@@ -2,7 +2,7 @@
 
 A consumer reads batches, each of whole source transactions, and commits each when it is done with it. What
 it did not commit comes again: at least once. For exactly once it stores `Batch.through` in the transaction
-of its data, and reads from there with `after`.
+of its data, and reads from there with `after`, or from `OpenLog.begin` while it has stored nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import pyarrow as pa
 
 from headrace.change import (
     CopyMark,
-    Kind,
     LoggedEntry,
     Mark,
     Offset,
@@ -40,7 +39,6 @@ _ALL_ROWS = 1 << 62
 _POLL = 0.1
 _PAGE = 1000
 _LEADING = ("_op", "_epoch", "_commit", "_ordinal", "_offset", "_committed_at", "_txid", "_lsn")
-_ROWS: tuple[Kind, ...] = ("rows", "copy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,11 +255,11 @@ class OpenLog:
         cursor = None if name is None else self._cursors.get(name)
         if cursor is not None:
             check(cursor, self._log)
-        start = self.begin if after is None else self._mark(after)
+        start = self._mark(after)
         if name is None:
             return start
         if cursor is None:
-            return self._cursors.commit(name, start).mark
+            return self._joined(name, after)
         if after is not None and start.offset < cursor.offset:
             raise UserError(
                 f"Consumer {name} has committed offset {cursor.offset}, and `after` is {start.offset}.",
@@ -269,7 +267,17 @@ class OpenLog:
             )
         return start if after is not None else cursor.mark
 
-    def _mark(self, after: Offset | Mark) -> Mark:
+    def _joined(self, name: str, after: Offset | Mark | None) -> Mark:
+        """Make a consumer's cursor. Retention may pass it before it is there; then it begins anew."""
+        while True:
+            cursor = self._cursors.commit(name, self._mark(after))
+            if self.begin.offset <= cursor.offset:
+                return cursor.mark
+            self._cursors.forget(name)
+
+    def _mark(self, after: Offset | Mark | None) -> Mark:
+        if after is None:
+            return self.begin
         offset = after.offset if isinstance(after, Mark) else after
         begin, end = self.begin.offset, self.head.offset
         if isinstance(after, Mark) and after.log_id != self.id:

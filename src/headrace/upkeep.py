@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import urllib.request
 from collections.abc import Mapping
-from http.client import HTTPException
 
-from headrace.change import Mark, Offset
+from headrace.change import Offset
 from headrace.config import LogConfig
-from headrace.errors import HeadraceError
 from headrace.lane import Lane
+from headrace.log.anchoring import Anchoring
 from headrace.log.consumers import Cursors
-from headrace.log.proof import Anchor, anchor, append_anchor
 from headrace.log.retention import Kept, Trim, decide
 
 logger = logging.getLogger("headrace.upkeep")
@@ -23,7 +20,6 @@ alerts = logging.getLogger("headrace.alert")
 EVERY = 10.0
 """Seconds between two steps."""
 
-_POST_TIMEOUT = 10.0
 _ROLLS = 8  # a segment is closed after this part of the retention, so that it can go as a whole
 
 
@@ -37,33 +33,27 @@ class Upkeep:
         self._stop = stop
         self._cursors = Cursors(lane.log.path.with_suffix(".cursors"))
         self._slow: frozenset[str] = frozenset()
-        self._anchored: Mark | None = None
-        self._anchor_due = 0.0
+        self._anchoring = Anchoring(lane.log, config)
         self._rolled = time.monotonic()
 
     def step(self) -> None:
-        """Trim what may go, and anchor the head when it is time.
+        """Anchor the head when it is time, and trim what may go.
 
-        Raises what log and destination raise; an anchor that cannot be delivered is alarmed and tried
-        again.
+        Raises what log and destination raise. The anchor is first: it does not wait for what holds
+        retention.
         """
+        self._anchoring.step(time.monotonic())
         self._trim()
-        if self._config.anchor_every and time.monotonic() >= self._anchor_due:
-            self._anchor()
 
     def close(self) -> None:
         """Close the file of the consumers."""
         self._cursors.close()
 
     def _trim(self) -> None:
-        begin, old = self._log.begin().offset, self._old()
-        if old <= begin:
+        old = self._old()
+        if old <= self._log.begin().offset:
             return
-        freed, consumers = (
-            0,
-            {cursor.name: cursor.offset for cursor in self._cursors.all() if not cursor.lost},
-        )
-        through: Offset | None = None
+        freed, through = 0, None
         while not self._stop.is_set():
             # While no slice is in flight: where it began and where it will end must stay.
             with self._lane.applying:
@@ -71,23 +61,31 @@ class Upkeep:
                 if needs is None:
                     return
                 if through is None:
-                    through = self._decide(old, needs.used, consumers)
-                if self._log.begin().offset >= self._log.group_end(min(through, needs.used)):
+                    through = self._decide(old, needs.used)
+                consumers = self._consumers().values()
+                through = min([through, needs.used, *consumers])
+                if self._log.group_end(through) <= self._log.begin().offset:
                     break
-                freed += self._log.trim(min(through, needs.used), needs.stops.union(consumers.values()))
+                freed += self._log.trim(through, needs.stops.union(consumers))
         if freed:
             logger.info("%s: entries through offset %d have gone, %d bytes are free again",
                         self._log.source, self._log.begin().offset, freed)  # fmt: skip
 
-    def _decide(self, old: Offset, used: Offset, consumers: Mapping[str, Offset]) -> Offset:
-        """Return through which offset to trim, and tell of the consumers that this leaves behind."""
-        begin = self._log.begin().offset
-        held = {
-            name: self._log.bytes_between(max(offset, begin), min(old, used))
-            for name, offset in consumers.items()
+    def _consumers(self) -> dict[str, Offset]:
+        """Return through where each consumer has read that the log still holds everything for."""
+        begin = self._log.begin()
+        return {
+            cursor.name: cursor.offset
+            for cursor in self._cursors.all()
+            if not cursor.lost and cursor.log_id == begin.log_id and cursor.offset >= begin.offset
         }
+
+    def _decide(self, old: Offset, used: Offset) -> Offset:
+        """Return through which offset to trim, and tell of the consumers that this leaves behind."""
+        consumers = self._consumers()
+        held = {name: self._log.bytes_between(offset, min(old, used)) for name, offset in consumers.items()}
         trim = decide(Kept(old, used, consumers, held, self._config.hold_max))
-        self._tell(trim, held)
+        self._tell(trim, consumers, held)
         return trim.through
 
     def _old(self) -> Offset:
@@ -102,10 +100,11 @@ class Upkeep:
             old = max(old, self._log.beyond(config.keep_bytes))
         return old
 
-    def _tell(self, trim: Trim, held: Mapping[str, int]) -> None:
+    def _tell(self, trim: Trim, consumers: Mapping[str, Offset], held: Mapping[str, int]) -> None:
         for name in trim.lost:
             reason = f"it held {held[name]} bytes of the log, more than hold_max"
-            self._cursors.mark_lost(name, reason)
+            if not self._cursors.mark_lost(name, consumers[name], reason):
+                continue  # it has moved meanwhile
             alerts.error(
                 "LOST consumer %s of %s: %s. What it had not read is deleted; it goes on after "
                 "`headrace log consumers --reset %s --to OFFSET`.",
@@ -118,30 +117,3 @@ class Upkeep:
                 name, self._log.source, held[name], self._config.hold_max, name,
             )  # fmt: skip
         self._slow = frozenset(trim.slow)
-
-    def _anchor(self) -> None:
-        head = self._log.end()
-        if head != self._anchored and head.offset:
-            key = self._config.anchor_key.reveal() if self._config.anchor_key else ""
-            try:
-                self._deliver(anchor(self._log, key))
-            except (OSError, HTTPException, ValueError, HeadraceError) as error:
-                # The address may hold a token: it is not told.
-                alerts.error(
-                    "ANCHOR of %s could not be delivered: %s", self._log.source, type(error).__name__
-                )
-                return
-            self._anchored = head
-        self._anchor_due = time.monotonic() + self._config.anchor_every
-
-    def _deliver(self, made: Anchor) -> None:
-        if self._config.anchor_file is not None:
-            append_anchor(self._config.anchor_file, made)
-        if self._config.anchor_url is not None:
-            request = urllib.request.Request(
-                self._config.anchor_url.reveal(),
-                data=made.to_json().encode(),
-                headers={"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=_POST_TIMEOUT):
-                pass

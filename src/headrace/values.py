@@ -113,7 +113,10 @@ def path_in(root: Path, what: str) -> Parser:
     def parse(value: object) -> Path:
         text = string(value)
         if "${" in text:
-            raise Invalid("${…} is filled in only in url, standby_url and hash_salt of a source")
+            raise Invalid(
+                "${…} is filled in only in url, standby_url and hash_salt of a source, and in anchor_url and "
+                "anchor_key of [log]"
+            )
         if not text.strip() or not text.isprintable() or "://" in text:
             raise Invalid(f"must be the path of a local {what}; addresses are not supported")
         return Path(os.path.normpath(root / home(text)))

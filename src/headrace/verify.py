@@ -169,6 +169,7 @@ def _compare_source(lane: Lane, snapshot: SourceSnapshot, schema: TableSchema) -
 def _destination(project: Project, source: str) -> list[Finding]:
     """Compare the destination with the fold of staging at the position that it says it stands at."""
     lane = _lane(project, source)
+    begun = lane.log.begin().offset
     models = lane.models()
     queries = [
         f'SELECT model, state, version, "offset" FROM headrace.models WHERE source = {literal(source)}',
@@ -188,7 +189,7 @@ def _destination(project: Project, source: str) -> list[Finding]:
     lane.close()
     lane = _lane(project, source)
     lane.joiner.know({row["model"]: Join(**row) for row in joins.to_pylist()})
-    findings = [_check_progress(lane, progress.to_pylist())]
+    findings = [_check_progress(lane, progress.to_pylist(), begun)]
     for model, table in zip(models, tables, strict=True):
         state = next((row for row in states.to_pylist() if row["model"] == model.name), None)
         if state is None or state["state"] == "suspended" or not state["offset"]:
@@ -203,16 +204,23 @@ def _destination(project: Project, source: str) -> list[Finding]:
     return findings
 
 
-def _check_progress(lane: Lane, rows: Sequence[dict[str, Any]]) -> Finding:
-    """Compare the place that the destination remembers with the log: a chain that was made anew shows."""
+def _check_progress(lane: Lane, rows: Sequence[dict[str, Any]], begun: Offset) -> Finding:
+    """Compare the place that the destination remembers with the log: a chain that was made anew shows.
+
+    `begun` is where the log began before the destination was read.
+    """
     what = f"progress of {lane.config.name}"
-    marks = [Mark(**row) for row in rows]
-    held = [mark for mark in marks if mark == lane.log.mark(mark.offset)]
-    if len(marks) == len(held) == 1:
-        return Finding(what, True, f"the log holds offset {held[0].offset} with the same hash")
-    if len(marks) != 1:
-        return Finding(what, False, f"{len(marks)} rows instead of one")
-    return Finding(what, False, f"offset {marks[0].offset} has another hash or is not in the log")
+    if len(rows) != 1:
+        return Finding(what, False, f"{len(rows)} rows instead of one")
+    stands = Mark(**rows[0])
+    held = lane.log.mark(stands.offset)
+    if held == stands:
+        return Finding(what, True, f"the log holds offset {stands.offset} with the same hash")
+    if held is None and begun <= stands.offset < lane.log.begin().offset:
+        return Finding(
+            what, True, f"the log was trimmed meanwhile beyond offset {stands.offset}: not compared"
+        )
+    return Finding(what, False, f"offset {stands.offset} has another hash or is not in the log")
 
 
 def _columns(model: RowModel) -> str:
@@ -259,12 +267,13 @@ def _check_ledger(
     open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
     if open_rows:
         return Finding(what, False, f"{len(open_rows)} rows do not close", len(rows))
-    begin = lane.log.begin().offset
     held = [
         (item.offset, item.entry.kind, item.entry.rows)
-        for item in lane.log.headers(begin, lane.log.end().offset)
+        for item in lane.log.headers(0, lane.log.end().offset)
         if item.entry.table == model.table
     ]
+    # After what is held: of that, what lies behind the beginning was not trimmed while it was read.
+    begin = lane.log.begin().offset
     streamed = [(at, count) for at, kind, count in held if kind in ("rows", "truncate")]
     copied = [(at, count) for at, kind, count in held if kind == "copy"]
     for kind, entries in (("copy", copied), ("apply", streamed)):

@@ -140,7 +140,7 @@ class Captured:
             elif entry.kind == "message":
                 told = json.loads(entry.payload)
                 commits.add(entry.last.commit if told["txid"] else told["lsn"])
-        envelope.see(commits)
+        envelope.see(0, sorted(commits))
         return [event for entry in entries for event in self._made(envelope, entry) if entry.kind in kinds]
 
     def _made(self, envelope: Envelope, entry: Entry) -> list[Event]:

@@ -131,7 +131,8 @@ def warehouse(sql: str) -> Callable[[Project], None]:
 def opened_log(project: Project) -> Iterator[apsw.Connection]:
     """Write to the log's database as Headrace does, so that its pages' checksums are right."""
     log = SQLiteLog(project.state / "log" / "shop.db")
-    with log._db.transaction() as db:
+    with log._db.transaction():
+        db = log._db.connection()
         yield db
     log.close()
 
@@ -158,7 +159,7 @@ def flip_a_payload_byte(project: Project) -> None:
 
 
 def remove_a_segment(project: Project) -> None:
-    min((project.state / "log" / "shop.segments").iterdir()).unlink()
+    min((project.state / "log" / "shop.segments").glob("*.segment")).unlink()
 
 
 def flip_a_page_byte(project: Project) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import pytest
 
 import headrace
 from entries import SECOND, message, rows, schema, shape, truncate
-from headrace.change import Position, SourceMark, TableId, source_marker
+from headrace.change import Entry, Position, SourceMark, TableId, source_marker
 from headrace.cli import main
 from headrace.config import load_project
 from headrace.log.sqlite import SQLiteLog
@@ -206,6 +207,26 @@ def test_debeziums_records_are_the_same_wherever_one_begins(project: Path, write
         assert found == later, at
 
 
+def test_debeziums_sequences_begin_anew_with_an_epoch(project: Path, writer: SQLiteLog) -> None:
+    def sequences(*where: str) -> list[str]:
+        found = map(json.loads, lines("replay", "--format", "debezium", *where, cwd=project))
+        return [one["value"]["source"]["sequence"] for one in found if one["value"]]
+
+    wider = shape(ORDERS, "id", "note", version=2)
+    heard = {"prefix": "headrace", "content": "heard", "lsn": 425, "txid": 0}
+    at = Position(0, 425, 0)
+    writer.append([Entry("message", None, at, at, 0, 0, 0, json.dumps(heard).encode())])
+    writer.append([rows(wider, [("c", 430, 1, ("0", ""))])])
+    assert sequences("--from", "0/1A4")[-1] == '["420","381"]', "what a standby says is no commit"
+    writer.append([source_marker(Position(1, 0, 0), SourceMark("resync", "epoch 1 begins"))])
+    first = writer.end().offset
+    for commit in (220, 230):
+        entry = rows(wider, [("c", commit, 1, (str(commit), ""))])
+        writer.append([replace(entry, first=Position(1, commit, 1), last=Position(1, commit, 1))])
+    for where in ("start", str(first), str(first + 1)):
+        assert sequences("--from", where)[-2:] == ['[null,"171"]', '["220","181"]'], where
+
+
 def test_parquet_has_a_file_per_table_with_all_shapes(project: Path, writer: SQLiteLog) -> None:
     folder = project / "out"
     writer.append([source_marker(Position(0, 420, 9), SourceMark("gap", "the slot is gone"))])
@@ -304,7 +325,7 @@ def test_consumers_are_listed_moved_and_forgotten(project: Path, writer: SQLiteL
     with headrace.open_log(project) as opened:
         first, *_ = opened.read("reports", max_bytes=1)
         first.commit()
-        opened._cursors.mark_lost("reports", "it held 9 bytes")
+        assert opened._cursors.mark_lost("reports", 2, "it held 9 bytes")
     (one,) = told("consumers", "--json", cwd=project)
     assert (one["name"], one["offset"], one["state"], one["reason"]) == (
         "reports", 2, "lost", "it held 9 bytes",

@@ -17,12 +17,13 @@ import apsw
 import psycopg
 import pytest
 
-from headrace.change import Offset, SourceMark, TableId
+import headrace
+from headrace.change import Mark, Offset, SourceMark, TableId
 from headrace.cli import main
 from headrace.config import Project, load_project
 from headrace.errors import ForeignDestination, LogTrimmed, SourceGap
 from headrace.log.consumers import Cursors
-from headrace.log.proof import check_anchor, read_anchors
+from headrace.log.proof import Anchor, check_anchor, read_anchors
 from headrace.log.proof import verify as verify_log
 from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
@@ -365,19 +366,68 @@ def test_a_consumer_holds_the_log_is_told_of_and_at_last_lost(
     assert any(word.startswith("LOST consumer reports of shop") for word in words)
 
 
+@pytest.mark.usefixtures("often")
+def test_a_consumer_that_commits_while_it_is_judged_is_not_lost(
+    project: Project,
+    db: psycopg.Connection[object],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    judged: list[int] = []
+    mark_lost = Cursors.mark_lost
+
+    def late(self: Cursors, name: str, offset: int, reason: str) -> bool:
+        with log_of(project) as log:
+            mark = log.mark(log.slice_end(offset, log.end().offset, 1, 1))
+            assert mark is not None
+            self.commit(name, mark)
+            judged.append(offset)
+            return mark_lost(self, name, offset, reason)
+
+    monkeypatch.setattr(Cursors, "mark_lost", late)
+    Pipeline(project).run_once()
+    with headrace.open_log(project.root) as log:
+        log.read("reports")
+        for at in range(1001, 1011):
+            insert(db, at, 1)
+            Pipeline(project).run_once()
+        project = configure(project.root, db, project.sources[0].slot, 'keep = "1s"\nhold_max = "1B"')
+        with running(project):
+            until(lambda: len(judged) > 5, what="never judged")
+        (cursor,) = log.consumers()
+        assert not cursor.lost
+        assert log.begin.offset <= cursor.offset
+    assert not any("LOST" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_cursor_from_before_the_log_begins_or_of_another_log_holds_nothing(
+    project: Project, db: psycopg.Connection[object]
+) -> None:
+    with running(project):
+        insert_and_trim(project, db, 1001, 10)
+        with closing(Cursors(project.log_path("shop").with_suffix(".cursors"))) as cursors:
+            with log_of(project) as log:
+                cursors.commit("old", Mark(log.id, 1, "00"))
+                cursors.commit("foreign", Mark("another", log.end().offset, "00"))
+            insert_and_trim(project, db, 1011, 10)
+
+
 def test_heads_are_anchored_in_a_file_and_by_a_webhook(
     project: Project,
     db: psycopg.Connection[object],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     posted: list[dict[str, object]] = []
+    refused: list[int] = []
 
     class Receiver(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            if not posted:
-                posted.append({})
+            if len(refused) < 4:
+                refused.append(503)
                 self.send_error(503)
                 return
             posted.append(json.loads(body))
@@ -389,6 +439,8 @@ def test_heads_are_anchored_in_a_file_and_by_a_webhook(
 
     monkeypatch.setenv("HEADRACE_ANCHOR_KEY", KEY)
     monkeypatch.setattr("headrace.pipeline.EVERY", 0.1)
+    monkeypatch.setattr("headrace.log.anchoring._FIRST_PAUSE", 0.2)
+    caplog.set_level(logging.WARNING, "headrace.alert")
     with HTTPServer(("127.0.0.1", 0), Receiver) as receiver:
         threading.Thread(target=receiver.serve_forever, daemon=True).start()
         settings = (
@@ -401,11 +453,16 @@ def test_heads_are_anchored_in_a_file_and_by_a_webhook(
             until(lambda: len(posted) >= 3, what="no anchors")
         receiver.shutdown()
     text = (project.root / "anchors.jsonl").read_text()
-    anchors = read_anchors(text)
-    assert {made["offset"] for made in posted[1:]} <= {made.offset for made in anchors}
+    anchors = read_anchors(text, "anchors.jsonl")
+    assert len({made.offset for made in anchors}) == len(anchors), "none is written twice"
     with log_of(project) as log:
-        for made in anchors:
-            check_anchor(log, made, KEY)
+        for made in [*anchors, *(Anchor.from_json(json.dumps(raw)) for raw in posted)]:
+            assert check_anchor(log, made, KEY)
+    words = [record.getMessage() for record in caplog.records if "ANCHOR" in record.getMessage()]
+    assert len(words) == 2
+    assert words[0].startswith("ANCHOR of shop could not be delivered to anchor_url")
+    assert words[1].startswith("RESOLVED ANCHOR of shop")
+    assert "token" not in caplog.text
     command = [
         "log",
         "verify",
@@ -443,3 +500,33 @@ def test_a_gap_and_the_new_beginning_after_it_stand_in_the_log(
     assert [mark.kind for mark in marks] == ["gap", "resync"], "said once, while it lasts"
     assert slot in marks[0].reason
     assert_verified(project)
+
+
+@pytest.mark.usefixtures("often")
+def test_consumers_that_cannot_be_read_hold_the_log_until_they_can_be(
+    project: Project, db: psycopg.Connection[object], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = 'keep = "1s"\nanchor_every = "1s"\nanchor_file = "anchors.jsonl"'
+    project = configure(project.root, db, project.sources[0].slot, settings)
+    caplog.set_level(logging.WARNING)
+    cursors = project.log_path("shop").with_suffix(".cursors")
+    anchors = project.root / "anchors.jsonl"
+    with running(project) as pipeline:
+        insert_and_trim(project, db, 1001, 5)
+        cursors.mkdir()  # as little of a database as one that only another user may read
+        until(lambda: "shop.upkeep" in pipeline.status()["waiting"], what="not told")
+        begin, anchored = begins(project), len(anchors.read_text().splitlines())
+        insert(db, 2001, 5)
+        until(lambda: len(anchors.read_text().splitlines()) > anchored + 2, what="anchors wait too")
+        until(pipeline.lanes[0].idle, what="capture, load or apply wait too")
+        assert begins(project) == begin, "deleted what a consumer may need"
+        assert pipeline.status()["stopped"] == {}
+        until(lambda: "alerted" in pipeline.status()["waiting"]["shop.upkeep"], what="never alarmed")
+        cursors.rmdir()
+        until(lambda: begins(project) > begin, what="does not go on")
+        until(lambda: not pipeline.status()["waiting"], what="still told")
+    words = [record.getMessage() for record in caplog.records if "upkeep" in record.getMessage()]
+    assert len(words) == 2, "once when it waits, once when that lasts"
+    for word in words:
+        assert f"It is not known who reads the log: {cursors} cannot be opened" in word
+        assert "Nothing of the log is deleted meanwhile" in word

@@ -40,7 +40,8 @@ class SQLiteLogs:
         assert (verified.begin, verified.end) == (log.begin(), log.end())
 
     def cut_off(self, log: SQLiteLog, through: Offset) -> SQLiteLog:
-        with log._db.transaction() as db:
+        with log._db.transaction():
+            db = log._db.connection()
             db.execute('DELETE FROM entries WHERE "offset" > ?', (through,))
             db.execute('DELETE FROM filters WHERE "offset" > ?', (through,))
         return self.reopen(log)

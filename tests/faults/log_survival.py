@@ -3,6 +3,8 @@
     log_survival.py write LOG SEED           append, note and trim until the end, telling each on a line
     log_survival.py power FOLDER CUTS SEED   cut the power of such writers; needs root and a mount namespace
     log_survival.py full FOLDER              fill a small file system, make room, go on
+    log_survival.py trim FOLDER              trim a log that has filled its disk to the last block
+    log_survival.py open FOLDER              open a log where there is no room for what SQLite has beside it
 
 A power cut is the EXT4 shutdown ioctl without a flush of its journal: what was not synced is gone. A sync
 that was under way at that moment may return as if it had come to its end, and the writer, which a real cut
@@ -25,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from headrace.change import Entry, Kind
-from headrace.errors import LogFull
+from headrace.errors import LogError, LogFull
 from headrace.log import database
 from headrace.log.proof import verify
 from headrace.log.sqlite import SQLiteLog
@@ -215,6 +217,68 @@ def full(folder: Path) -> dict[str, int]:
     return held
 
 
+def opened(folder: Path) -> list[str]:
+    """Open a log on a disk without any room, to write it and to read it, and once there is some."""
+    image, at = made(folder, 24)
+    said: list[str] = []
+    with mounted(image, at):
+        log = SQLiteLog(at / "log.db", segment_bytes=SEGMENT)
+        log.append([change(1)])
+        log.close()
+        ballast = filled_up(at)
+        for read_only in (False, True):
+            try:
+                SQLiteLog(at / "log.db", read_only=read_only).close()
+            except LogError as error:
+                said.append(type(error).__name__)
+        ballast.unlink()
+        again = SQLiteLog(at / "log.db", segment_bytes=SEGMENT)
+        said.append(str(again.append([change(2)]).offset))
+        again.close()
+    return said
+
+
+def trimmed(folder: Path) -> dict[str, int]:
+    """Fill a disk with a log that was just opened, and whose WAL is small, to the last block; trim, go on."""
+    image, at = made(folder, 160)
+    with mounted(image, at):
+        log = SQLiteLog(at / "log.db", segment_bytes=32 << 20)
+        for commit in range(1, 501):
+            log.append([change(commit, i, os.urandom(9_000), filter=os.urandom(900)) for i in range(20)])
+        log.close()
+        log = SQLiteLog(at / "log.db", segment_bytes=32 << 20)
+        told = {"reserve": _reserved(at), "size": log.size()}
+        filled_up(at)
+        end = log.end()
+        try:
+            log.append([change(501, i, os.urandom(9_000)) for i in range(20)])
+            raise AssertionError("there was room")
+        except LogFull:
+            assert log.end() == end
+        told |= {"freed": log.trim(end.offset // 2), "reserve_after": _reserved(at)}
+        assert log.append([change(501)]).offset == end.offset + 1
+        told["entries"] = verify(log).entries - (end.offset - log.begin().offset)
+        log.close()
+    return told
+
+
+def _reserved(at: Path) -> int:
+    reserve = at / "log.reserve"
+    return reserve.stat().st_blocks * 512 if reserve.exists() else 0
+
+
+def filled_up(at: Path) -> Path:
+    """Take all the room of a file system, to the last block."""
+    ballast = at / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for piece in (1 << 20, 1 << 12):
+            with suppress(OSError):
+                while True:
+                    file.write(b"x" * piece)
+                    os.fsync(file.fileno())
+    return ballast
+
+
 def _fill(log: SQLiteLog, kind: Kind, size: int) -> None:
     """Append until there has been no room three times, which leaves nothing behind each time."""
     refused = 0
@@ -234,6 +298,10 @@ def main() -> None:
         write(Path(folder), int(numbers[0]))
     elif verb == "power":
         print(json.dumps({**asdict(power(Path(folder), *map(int, numbers))), "hashes": None}))
+    elif verb == "trim":
+        print(json.dumps(trimmed(Path(folder))))
+    elif verb == "open":
+        print(json.dumps(opened(Path(folder))))
     else:
         print(json.dumps(full(Path(folder))))
 

@@ -128,7 +128,7 @@ def unseen(
 
 
 def test_every_flipped_byte_is_found(copy: Path) -> None:
-    segments = sorted(copy.with_suffix(".segments").iterdir())
+    segments = sorted(copy.with_suffix(".segments").glob("*.segment"))
     assert len(segments) >= 4
     log = SQLiteLog(copy, read_only=True)
     owner = owners(log)
@@ -166,7 +166,8 @@ def is_seen(log: SQLiteLog, words: str) -> None:
 
 
 def altered(log: SQLiteLog, sql: str, *values: object) -> None:
-    with log._db.transaction() as db:
+    with log._db.transaction():
+        db = log._db.connection()
         db.execute(sql, values)
         assert db.changes() == 1, "nothing was altered"
 
@@ -324,7 +325,8 @@ def test_a_source_that_went_back_is_seen(log: SQLiteLog) -> None:
 
 
 def test_an_index_that_misses_an_entry_is_seen(log: SQLiteLog) -> None:
-    with log._db.transaction() as db:
+    with log._db.transaction():
+        db = log._db.connection()
         # Without the index's knowledge: SQLite is told that there is none.
         db.execute("PRAGMA writable_schema = ON")
         db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'WHERE kind IN', 'WHERE kind NOT IN') "
@@ -338,7 +340,7 @@ def test_an_index_that_misses_an_entry_is_seen(log: SQLiteLog) -> None:
 
 
 def sealed(log: SQLiteLog) -> Path:
-    return sorted(log.segments.iterdir())[1]
+    return sorted(log.segments.glob("*.segment"))[1]
 
 
 def test_a_removed_segment_is_seen(log: SQLiteLog) -> None:
@@ -365,7 +367,7 @@ def test_extra_bytes_in_a_sealed_segment_are_seen(log: SQLiteLog, more: int) -> 
 
 
 def test_swapped_segments_are_seen(log: SQLiteLog) -> None:
-    one, other = sorted(log.segments.iterdir())[1:3]
+    one, other = sorted(log.segments.glob("*.segment"))[1:3]
     aside = one.with_suffix(".aside")
     one.rename(aside)
     other.rename(one)
@@ -381,7 +383,8 @@ def test_bytes_between_payloads_are_seen(log: SQLiteLog, is_first: bool) -> None
     offset, start = rows[0 if is_first else len(rows) // 2]
     content = path.read_bytes()
     path.write_bytes(content[:start] + b"hidden" + content[start:])
-    with log._db.transaction() as db:
+    with log._db.transaction():
+        db = log._db.connection()
         moved = 'UPDATE entries SET start = start + 6 WHERE segment = ? AND "offset" >= ?'
         db.execute(moved, (int(path.stem), offset))
     is_seen(log, f"offset {offset} stands elsewhere than behind the one before")

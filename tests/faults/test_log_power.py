@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ SCRIPT = Path(__file__).with_name("log_survival.py")
 CUTS = int(os.environ.get("HEADRACE_CUTS", "20"))
 
 
-def apart(verb: str, folder: Path, *numbers: int, timeout: float) -> dict[str, int]:
+def apart(verb: str, folder: Path, *numbers: int, timeout: float) -> Any:
     """Run a verb of log_survival.py in a mount namespace of its own."""
     isolated = ["unshare", "--mount", "--propagation", "private", "--"]
     if os.geteuid() != 0 or subprocess.run([*isolated, "true"], check=False, capture_output=True).returncode:
@@ -34,8 +35,7 @@ def apart(verb: str, folder: Path, *numbers: int, timeout: float) -> dict[str, i
     if re.search("^mount: ", done.stderr, re.MULTILINE):
         pytest.fail(f"This test needs loop devices to mount a file system in a file: {done.stderr}")
     assert done.returncode == 0, done.stderr
-    told: dict[str, int] = json.loads(done.stdout)
-    return told
+    return json.loads(done.stdout)
 
 
 @pytest.mark.timeout(120 + 5 * CUTS)
@@ -52,3 +52,15 @@ def test_a_log_whose_disk_is_full_says_so_and_goes_on(tmp_path: Path) -> None:
     held = apart("full", tmp_path, timeout=120)
     assert 0 < held["begin"] <= held["rows"] < held["message"] < held["end"]
     assert held["freed"] > 1_000_000
+
+
+def test_a_log_that_is_opened_on_a_full_disk_waits_for_room(tmp_path: Path) -> None:
+    assert apart("open", tmp_path, timeout=120) == ["LogFull", "LogFull", "2"]
+
+
+def test_a_log_that_has_filled_its_disk_can_be_trimmed(tmp_path: Path) -> None:
+    told = apart("trim", tmp_path, timeout=120)
+    assert told["freed"] >= 32 << 20
+    assert told["reserve"] == told["reserve_after"] == 8 << 20
+    assert told["size"] < 140 << 20, "the reserve is no part of the log"
+    assert told["entries"] == 1

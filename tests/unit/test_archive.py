@@ -500,6 +500,80 @@ def test_an_import_that_was_killed_is_begun_anew(log: SQLiteLog, out: Path, into
     assert read(into) == content(log)
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from headrace.log.archive import files_in, restore
+rename = Path.rename
+def once(path, to):
+    rename(path, to)
+    if path.parent.name == ".shop.importing":
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = once
+restore(files_in(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def killed_between_its_renames(out: Path, into: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, out, into], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert ".shop.importing" in names(into.parent)
+
+
+def test_an_import_that_was_killed_between_its_renames_is_finished(
+    log: SQLiteLog, out: Path, into: Path, clock: Clock
+) -> None:
+    fill(log, clock)
+    export(log, out)
+    killed_between_its_renames(out, into)
+    with pytest.raises(LogDamaged):  # a pipeline that is started now
+        SQLiteLog(into)
+    done = restore(files_in(out), into)
+    assert (done.head, done.entries) == (log.end(), log.end().offset)
+    assert names(into.parent) == ["shop.db", "shop.segments"]
+    assert read(into) == content(log)
+
+
+def test_an_import_of_more_than_the_one_that_was_killed_says_what_is_there(
+    log: SQLiteLog, out: Path, into: Path, clock: Clock
+) -> None:
+    fill(log, clock)
+    export(log, out)
+    killed_between_its_renames(out, into)
+    before = content(log)
+    log.append([rows(1 << 40)])
+    export(log, out)
+    with pytest.raises(UserError, match="finished now: it ends at offset 47"):
+        restore(files_in(out), into)
+    assert names(into.parent) == ["shop.db", "shop.segments"]
+    assert read(into) == before
+
+
+def test_segments_and_databases_of_others_are_left_alone(
+    log: SQLiteLog, out: Path, into: Path, clock: Clock
+) -> None:
+    """What a killed import left is beside a log whose database, or whose segments, were lost."""
+    fill(log, clock)
+    export(log, out)
+    for lost in ("shop.db", "shop.segments"):
+        restore(files_in(out), into)
+        for path in into.parent.iterdir():
+            if path.name == lost:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        left = into.parent / ".shop.importing"
+        (left / "shop.segments").mkdir(parents=True)
+        (left / "shop.segments" / f"{1:020}.segment").write_bytes(b"half")
+        before = {path: path.read_bytes() for path in into.parent.glob("shop*/*")} | {
+            path: path.read_bytes() for path in into.parent.glob("shop.db")
+        }
+        with pytest.raises(UserError, match="is there already"):
+            restore(files_in(out), into)
+        assert {path: path.read_bytes() for path in before} == before
+        assert len(names(into.parent)) == 1
+        shutil.rmtree(into.parent)
+        into.parent.mkdir()
+
+
 # -- backup --------------------------------------------------------------------------------------------
 
 WRITER = """
@@ -573,7 +647,7 @@ def test_a_backup_begins_again_when_a_segment_goes(
     done = backup(log, tmp_path / "copy")
     assert read(tmp_path / "copy" / "shop.db") == content(log)
     assert done.entries == log.end().offset - 30
-    kept = [p.name for p in log.segments.iterdir()]
+    kept = [p.name for p in log.segments.glob("*.segment")]
     assert sorted(kept) == names(tmp_path / "copy" / "shop.segments"), "no segment that nothing refers to"
 
 
@@ -593,7 +667,7 @@ def test_a_backup_that_never_holds_is_given_up(
 
 def test_a_backup_of_a_damaged_log_is_none(log: SQLiteLog, tmp_path: Path, clock: Clock) -> None:
     fill(log, clock)
-    segment = sorted(log.segments.iterdir())[1]
+    segment = sorted(log.segments.glob("*.segment"))[1]
     data = bytearray(segment.read_bytes())
     data[100] ^= 1
     segment.write_bytes(data)

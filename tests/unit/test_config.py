@@ -353,13 +353,31 @@ def test_bad_sizes(tmp_path: Path, value: str, message: str) -> None:
     [
         ("1", "must be a string, not an integer"),
         ('"s3://bucket/prefix"', "addresses are not supported"),
-        ('"${env:HOME}/x"', "${…} is filled in only in url, standby_url and hash_salt of a source"),
+        (
+            '"${env:HOME}/x"',
+            "${…} is filled in only in url, standby_url and hash_salt of a source, and in anchor_url and "
+            "anchor_key of [log]",
+        ),
         ('"a\\u0000b"', "must be the path of a local folder"),
         ('"~nosuchuser_/x"', "no such home folder"),
     ],
 )
 def test_bad_paths(tmp_path: Path, value: str, message: str) -> None:
     assert message in refusal(tmp_path, SOURCE + f"[staging]\npath = {value}\n")
+
+
+def test_where_anchors_go_is_filled_in_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANCHOR_URL", "https://anchors.example/hunter2")
+    monkeypatch.setenv("ANCHOR_KEY", "hunter2 hunter2 hunter2")
+    log = '[log]\nanchor_every = "1h"\nanchor_url = "${env:ANCHOR_URL}"\nanchor_key = "${env:ANCHOR_KEY}"\n'
+    (tmp_path / "headrace.toml").write_text(SOURCE + log)
+    config = load_project(tmp_path).log
+    assert config.anchor_url == Secret("https://anchors.example/hunter2")
+    assert config.anchor_key == Secret("hunter2 hunter2 hunter2")
+    assert "hunter2" not in repr(config)
+    found = refusal(tmp_path, SOURCE + '[log]\nanchor_key = "hunter2"\n')
+    assert "anchor_key: must have at least 16 characters; a shorter secret can be guessed" in found
+    assert "hunter2" not in found
 
 
 # ------------------------------------------------------------------------------- the file itself

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,8 +28,16 @@ from headrace.change import (
     TableId,
     source_marker,
 )
-from headrace.errors import CursorLost, LogError, LogTrimmed, UserError
-from headrace.log.consumers import Cursors
+from headrace.errors import (
+    ConsumersUnknown,
+    CursorLost,
+    LogError,
+    LogTrimmed,
+    UserError,
+    Verdict,
+    verdict_of,
+)
+from headrace.log.consumers import Cursor, Cursors
 from headrace.log.sqlite import SQLiteLog
 from headrace.reading import Batch, Changes, Event, Message, OpenLog, find_logs
 
@@ -70,6 +81,54 @@ def statuses(batches: Iterator[Batch] | list[Batch]) -> list[str]:
 # -- cursors
 
 
+@contextlib.contextmanager
+def as_another_user() -> Iterator[None]:
+    """Be nobody for a while where this is root, whom no mode keeps out."""
+    user, group, groups = os.geteuid(), os.getegid(), os.getgroups()
+    if user == 0:
+        os.setgroups([])
+        os.setegid(65534)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(user)
+            os.setegid(group)
+            os.setgroups(groups)
+
+
+@pytest.mark.parametrize("spoilt", ["s.cursors", "s.cursors-wal"])
+def test_consumers_whose_file_is_of_another_user_are_unknown_for_a_while(spoilt: str) -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,  # pytest's own are closed to other users
+        closing(Cursors(path := Path(folder) / "s.cursors")) as theirs,
+        closing(Cursors(path)) as cursors,
+    ):
+        path.parent.chmod(0o777)
+        theirs.commit("reports", Mark("L", 5, "five"))
+        for file in path.parent.iterdir():
+            file.chmod(0o000 if file.name == spoilt else 0o666)
+        with as_another_user(), pytest.raises(ConsumersUnknown) as caught:
+            cursors.all()
+        assert str(caught.value).startswith(f"It is not known who reads the log: {path}")
+        assert "Let the user that Headrace runs as read and write that file" in caught.value.remedy
+        (path.parent / spoilt).chmod(0o666)
+        with as_another_user():
+            assert [cursor.name for cursor in cursors.all()] == ["reports"]
+
+
+def test_consumers_whose_file_is_damaged_are_unknown_for_a_while(tmp_path: Path) -> None:
+    path = tmp_path / "s.cursors"
+    path.write_bytes(b"no database " * 1000)
+    with closing(Cursors(path)) as cursors:
+        with pytest.raises(ConsumersUnknown, match="is not what was written") as caught:
+            cursors.all()
+        assert verdict_of(caught.value) is Verdict.RETRY
+        path.unlink()
+        assert cursors.all() == []
+
+
 def test_a_cursor_is_durable_and_only_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "s.cursors"
     with closing(Cursors(path)) as cursors:
@@ -91,8 +150,10 @@ def test_a_cursor_is_durable_and_only_goes_on(tmp_path: Path) -> None:
         (cursor,) = cursors.all()
         assert cursor.mark == Mark("L", 9, "nine")
         assert cursors.get("other") is None
-        cursors.mark_lost("reports", "it held 12 bytes")
-        cursors.mark_lost("other", "there is none")
+        assert not cursors.mark_lost("reports", 5, "it held 12 bytes"), "it has committed since"
+        assert not cursors.mark_lost("other", 9, "there is none")
+        cursors.commit("reports", Mark("L", 9, "nine"))
+        assert cursors.mark_lost("reports", 9, "it held 12 bytes")
         with pytest.raises(CursorLost, match="it held 12 bytes"):
             cursors.commit("reports", Mark("L", 10, "ten"))
         assert cursors.reset("reports", Mark("M", 2, "two")).lost is False
@@ -127,7 +188,8 @@ def test_consumers_may_come_at_once(tmp_path: Path) -> None:
 
 def test_a_commit_does_not_wait_for_the_logs_writer(writer: SQLiteLog, log: OpenLog) -> None:
     (batch,) = log.read("reports")
-    with writer._db.transaction() as db:
+    with writer._db.transaction():
+        db = writer._db.connection()
         db.execute("UPDATE facts SET value = value")
         batch.commit()
     assert log.consumers()[0].offset == batch.through.offset
@@ -291,7 +353,7 @@ def test_whatever_dies_nothing_is_lost_and_with_the_recipe_nothing_doubled(
     seen: list[str] = []
     for crash in [*crashes, ""]:
         with contextlib.suppress(_Crash), headrace.open_log(folder / "s.db") as log:
-            for batch in log.read("c", after=stored, max_bytes=max_bytes, torn=torn):
+            for batch in log.read("c", after=stored or log.begin, max_bytes=max_bytes, torn=torn):
                 ids = batch.table("orders")["id"].to_pylist()
                 seen += ids
                 if crash == "before":
@@ -304,6 +366,66 @@ def test_whatever_dies_nothing_is_lost_and_with_the_recipe_nothing_doubled(
                     raise _Crash
     assert once == written
     assert set(seen) == set(written)
+
+
+class Target:
+    """A consumer's own database, which holds the mark with the data."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect(":memory:", isolation_level=None)
+        self._db.execute("CREATE TABLE data (id TEXT, status TEXT)")
+        self._db.execute("CREATE TABLE mark (log_id TEXT, at INTEGER, hash TEXT)")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN")
+        with self._db:
+            yield
+
+    def last_mark(self) -> Mark | None:
+        row = self._db.execute("SELECT * FROM mark").fetchone()
+        return Mark(*row) if row else None
+
+    def store_mark(self, *mark: object) -> None:
+        self._db.execute("DELETE FROM mark")
+        self._db.execute("INSERT INTO mark VALUES (?, ?, ?)", mark)
+
+    def write(self, batch: Batch) -> None:
+        rows = batch.table("orders").select(["id", "status"]).to_pylist()
+        self._db.executemany("INSERT INTO data VALUES (:id, :status)", rows)
+
+    def held(self) -> list[tuple[str, str]]:
+        return self._db.execute("SELECT * FROM data ORDER BY rowid").fetchall()
+
+
+def follow_the_recipe(log: OpenLog, target: Target) -> None:
+    """Run the code that docs/log.md has under "Exactly once"."""
+    page = Path(__file__).parents[2] / "docs" / "log.md"
+    code = page.read_text().partition("### Exactly once")[2].partition("```python\n")[2].partition("```")[0]
+    exec(code, {"db": target, "log": log, "write": Target.write})
+
+
+def test_the_recipe_begins_where_a_trimmed_log_does_and_never_behind_what_it_lacks(
+    writer: SQLiteLog, log: OpenLog
+) -> None:
+    writer.trim(12)
+    (batch,) = log.read(None)
+    expected = [(row["id"], row["status"]) for row in batch.table("orders").to_pylist()]
+    assert 0 < len(expected) < 17
+    target = Target()
+    for _ in range(2):
+        follow_the_recipe(log, target)
+        assert target.held() == expected
+    writer.append([rows(SHAPE, [("c", 500, 1, ("500", "late"))])])
+    follow_the_recipe(log, target)
+    assert target.held() == [*expected, ("500", "late")]
+
+    fresh = Target()
+    with pytest.raises(UserError, match="Consumer reports has committed offset"):
+        follow_the_recipe(log, fresh)
+    log.reset("reports", log.begin.offset)
+    follow_the_recipe(log, fresh)
+    assert fresh.held() == target.held()
 
 
 # -- where reading begins, and what is refused
@@ -336,11 +458,34 @@ def test_a_new_name_holds_the_log_from_its_first_read(log: OpenLog) -> None:
     assert len(log.consumers()) == 1
 
 
+def test_a_new_name_begins_where_the_log_does_however_that_moves_meanwhile(
+    writer: SQLiteLog, log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trims = [5, 12]
+    commit = Cursors.commit
+
+    def late(self: Cursors, name: str, mark: Mark) -> Cursor:
+        if trims:
+            writer.trim(trims.pop(0))
+        return commit(self, name, mark)
+
+    monkeypatch.setattr(Cursors, "commit", late)
+    batches = log.read("reports")
+    assert not trims
+    (cursor,) = log.consumers()
+    assert cursor.mark == log.begin
+    assert statuses(batches)[-1] == "at 90"
+    trims = [14]
+    with pytest.raises(LogTrimmed):
+        log.read("others", after=log.begin)
+    assert [one.name for one in log.consumers()] == ["reports"]
+
+
 def test_a_lost_consumer_is_told_what_is_deleted(writer: SQLiteLog, log: OpenLog) -> None:
     first, second, *_ = log.read("reports", max_bytes=1)
     first.commit()
     writer.trim(12)
-    log._cursors.mark_lost("reports", "it held 4096 bytes, more than hold_max")
+    assert log._cursors.mark_lost("reports", 2, "it held 4096 bytes, more than hold_max")
     begin = log.begin.offset
     with pytest.raises(CursorLost) as told:
         log.read("reports")

@@ -8,6 +8,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -76,14 +77,39 @@ def sequences(envelope: Envelope, commits: list[int]) -> list[int | None]:
 
 def test_a_sequence_begins_with_the_commit_before_whatever_comes_first() -> None:
     envelope = Envelope("p", "d")
-    envelope.see([20, 10, 30])
+    envelope.see(0, [20, 10, 30])
     assert sequences(envelope, [20, 20, 30]) == [10, 10, 20]
-    assert sequences(envelope, [10, 30, 40]) == [None, 20, 30]
-    assert sequences(Envelope("p", "d", last_commit=5), [10]) == [5]
+    assert sequences(envelope, [10, 30]) == [None, 20]
+    envelope.see(0, [50, 40])
+    assert sequences(envelope, [40, 50]) == [30, 40]
+    with pytest.raises(ValueError, match="`see`"):
+        sequences(envelope, [45])
+    envelope = Envelope("p", "d", last_commit=(0, 5))
+    envelope.see(0, [10])
+    assert sequences(envelope, [10]) == [5]
+
+
+def test_a_group_may_have_any_number_of_transactions() -> None:
+    envelope = Envelope("p", "d", last_commit=(0, 5))
+    envelope.see(0, np.arange(10, 2_000_010, 10)[::-1])
+    assert sequences(envelope, [10, 20, 30, 2_000_000]) == [5, 10, 20, 1_999_990]
+    envelope.see(0, [2_000_010])
+    assert sequences(envelope, [2_000_010]) == [2_000_000]
+
+
+def test_a_new_epoch_has_no_commit_before_its_first() -> None:
+    envelope = Envelope("p", "d", last_commit=(0, 5))
+    envelope.see(0, [10, 900])
+    envelope.see(1, [20, 30])
+    assert sequences(envelope, [20, 30]) == [None, 20]
+    envelope = Envelope("p", "d", last_commit=(0, 5))
+    envelope.see(1, [20])
+    assert sequences(envelope, [20]) == [None]
 
 
 def test_a_message_outside_of_a_transaction_counts_as_a_commit() -> None:
     envelope = Envelope("p", "d")
+    envelope.see(0, [15, 20])
     told = {"prefix": "a", "content": "b", "lsn": 15, "txid": 0}
     at = Position(0, 16, 0)
     made = envelope.message(Entry("message", None, at, at, 1, 0, 0, json.dumps(told).encode()))

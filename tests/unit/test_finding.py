@@ -167,6 +167,35 @@ def test_a_key_is_found_across_shapes(log: SQLiteLog) -> None:
     assert [change.new and change.new["status"] for change in of(log, "orders:1,p")] == ["two", "three"]
 
 
+def test_a_key_that_moved_to_another_column_is_looked_for_in_that_column(log: SQLiteLog) -> None:
+    by_note = shape(ORDERS, "id", "status", "note", key=("note",), version=2)
+    log.append(
+        [
+            schema(10, SHAPE),
+            rows(SHAPE, [("c", 10, 1, ("7", "no", "9"))]),
+            rows(SHAPE, [("c", 10, 2, ("8", "yes", "7"))]),
+            rows(SHAPE, [("d", 11, 1, ("7", None, None), ["status", "note"])]),
+        ]
+    )
+    log.append([schema(20, by_note), rows(by_note, [("u", 20, 1, ("8", "paid", "7"))])])
+    made, paid = of(log, "orders:7")
+    assert (made.op, made.new) == ("c", {"id": "8", "status": "yes", "note": "7"})
+    assert (made.key_after, paid.changed) == (("7",), {"status": ("yes", "paid")})
+    added = shape(ORDERS, "id", "status", "note", "uuid", key=("uuid",), version=3)
+    log.append([schema(30, added), rows(added, [("u", 30, 1, ("8", "sent", "7", "7"))])])
+    (sent,) = of(log, "orders:7")
+    assert sent.op == "u", "no older entry has the column, and none of their keys is another name of it"
+
+
+def test_a_key_is_found_where_one_of_its_columns_was_renamed(log: SQLiteLog) -> None:
+    renamed = shape(ITEMS, "of", "line", "note", key=("line", "of"), version=2)
+    both = [("c", 10, 1, ("7", "3", "one")), ("c", 10, 2, ("3", "7", ""))]
+    log.append([schema(10, ITEM), rows(ITEM, both)])
+    log.append([schema(20, renamed), rows(renamed, [("u", 20, 1, ("7", "3", "two"))])])
+    made, changed = of(log, "sales.items:3,7")
+    assert (made.op, changed.changed) == ("c", {"note": ("one", "two")})
+
+
 def test_a_key_whose_columns_come_in_another_order_is_found(log: SQLiteLog) -> None:
     turned = shape(ITEMS, "order_id", "line", "note", key=("line", "order_id"), version=2)
     both = [("c", 10, 1, ("7", "3", "one")), ("c", 10, 2, ("3", "7", "no"))]

@@ -13,7 +13,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from headrace.errors import HeadraceError, UserError
+from headrace.errors import HeadraceError, LogError, UserError
 from headrace.log.proof import Anchor, append_anchor, check_anchor, read_anchors
 from headrace.log.proof import anchor as anchor_of
 from headrace.log.proof import verify as verify_log
@@ -32,28 +32,31 @@ def verify(
     *,
     project: Annotated[Path, _FOLDER] = Path(),
     source: Annotated[str, _SOURCE] = "",
-    against: Annotated[Path | None, Parameter(help="A file of anchors, - for stdin.")] = None,
+    against: Annotated[
+        Path | None, Parameter(help="A file of anchors, - for stdin.", allow_leading_hyphen=True)
+    ] = None,
     json: Annotated[bool, Parameter(help="Print one JSON object a log.", negative="")] = False,
 ) -> None:
     """Walk a log from end to end, also while it is written to: checksums, hashes, dense offsets, ordered
     positions, whole transactions, indexes, segments.
 
-    With --against it must also hold what each anchor has noted, under its hash; where the environment has
+    With --against it must also hold what each anchor has noted, under its hash; those from before its
+    beginning are left out and counted, but one at least must be left. Where the environment has
     HEADRACE_ANCHOR_KEY, each must be signed with it. Exit code 0 when all holds, 1 with the first bad
     offset when not.
     """
-    text = None if against is None else _text(against)
-    anchors = [] if text is None else read_anchors(text)
     logs = find_logs(project, source)
-    if len(logs) > 1 and anchors:
-        names = {path.stem for path in logs}
-        if strange := sorted({noted.source for noted in anchors} - names):
-            raise UserError(f"There is no log of {', '.join(strange)}.", "Is it the right project?")
+    anchors = [] if against is None else _anchors(against)
+    noted_of = {noted.source for noted in anchors}
+    if strange := sorted(noted_of - {path.stem for path in find_logs(project)}):
+        raise UserError(f"There is no log of {', '.join(strange)}.", "Is it the right project?")
+    if anchors and noted_of.isdisjoint(path.stem for path in logs):
+        raise UserError(f"There is no anchor of {source} in {against}.", "Name another file of anchors.")
     faults = 0
     for path in logs:
         try:
             with closing(SQLiteLog(path, read_only=True)) as log:
-                mine = [noted for noted in anchors if len(logs) == 1 or noted.source == path.stem]
+                mine = [noted for noted in anchors if noted.source == path.stem]
                 report = _verify(log, mine)
         except HeadraceError as error:
             faults += 1
@@ -65,9 +68,15 @@ def verify(
 
 def _verify(log: SQLiteLog, anchors: Sequence[Anchor]) -> dict[str, object]:
     began = time.monotonic()
-    for noted in anchors:
-        check_anchor(log, noted, os.environ.get(KEY, ""))
+    compared = [noted for noted in anchors if check_anchor(log, noted, os.environ.get(KEY, ""))]
     found = verify_log(log)
+    if anchors and not compared:
+        newest = max(noted.offset for noted in anchors)
+        raise LogError(
+            f"The chain holds, but it begins behind offset {found.begin.offset}: none of {len(anchors)} "
+            f"anchors can be compared any more, the newest is of offset {newest}.",
+            "Compare a newer anchor, or an export of that time.",
+        )
     return {
         "source": log.source,
         "verified": True,
@@ -77,7 +86,8 @@ def _verify(log: SQLiteLog, anchors: Sequence[Anchor]) -> dict[str, object]:
         "entries": found.entries,
         "rows": found.rows,
         "bytes": found.bytes,
-        "anchors": len(anchors),
+        "anchors": len(compared),
+        "skipped": len(anchors) - len(compared),
         "seconds": round(time.monotonic() - began, 3),
     }
 
@@ -88,6 +98,7 @@ def _told(report: dict[str, object]) -> str:
     since = f" behind {report['begin']}" if report["begin"] else ""
     anchors = "an anchor" if report["anchors"] == 1 else f"{report['anchors']} anchors"
     held = f", and what {anchors} noted" if report["anchors"] else ""
+    held += f" ({report['skipped']} more are from before its beginning)" if report["skipped"] else ""
     return (
         f"✔ log {report['source']}: the chain holds{since} to offset {report['end']}, hash "
         f"{str(report['hash'])[:12]}…{held}; {report['entries']} entries, {report['rows']} rows, "
@@ -95,15 +106,16 @@ def _told(report: dict[str, object]) -> str:
     )
 
 
-def _text(path: Path) -> str:
-    if str(path) == "-":
-        return sys.stdin.read()
+def _anchors(path: Path) -> list[Anchor]:
+    is_stdin = str(path) == "-"
+    name = "stdin" if is_stdin else str(path)
     try:
-        return path.read_text()
+        text = sys.stdin.read() if is_stdin else path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} cannot be read: {type(error).__name__}.", "Name a file of anchors."
+            f"{name} cannot be read: {type(error).__name__}.", "Name a file of anchors."
         ) from error
+    return read_anchors(text, name)
 
 
 def anchor(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from cyclopts import Parameter
@@ -114,21 +115,25 @@ class Stretch:
         assert item.entry.table is not None
         return self.shapes.of(item.entry.table, item.entry.schema_version)
 
-    def commits(self, group: Group) -> set[int]:
+    def commits(self, group: Group) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Return the commits of a group, in the stretch or not; of messages outside of one their LSN."""
-        found: set[int] = set()
+        found = [np.empty(0, np.int64)]
         for item in self.log.headers(*group):
-            kind = item.entry.kind
-            if kind not in STREAMED or kind == "schema":
+            entry = item.entry
+            if entry.kind not in STREAMED or entry.kind == "schema":
                 continue
-            if kind == "rows" and lone_commit(item) is None:
-                payload = next(self.log.entries(item.offset - 1, item.offset)).entry.payload
-                found |= set(pc.unique(decode_rows(payload)["_commit"]).to_pylist())
-            elif kind == "message" and not item.entry.txids[0]:
-                found.add(item.entry.last.commit - 1)  # where it stands: a byte behind its LSN
+            if entry.kind == "rows" and lone_commit(item) is None:
+                found.append(pc.unique(decode_rows(self._payload(item))["_commit"]).to_numpy())
+            elif entry.kind == "message" and not entry.txids[0]:
+                words = told(self._payload(item))
+                if words["prefix"] != OWN:  # ours may stand for what the server said, which is no commit
+                    found.append(np.array([words["lsn"]]))
             else:
-                found.add(item.entry.last.commit)
-        return found
+                found.append(np.array([entry.last.commit]))
+        return np.concatenate(found)
+
+    def _payload(self, item: LoggedEntry) -> bytes:
+        return next(self.log.entries(item.offset - 1, item.offset)).entry.payload
 
     def _holds(self, commit: tuple[int, ...]) -> bool:
         behind_begin = self.begin.commit is None or commit >= self.begin.commit
@@ -216,10 +221,12 @@ def _place(item: LoggedEntry, commit: int, ordinal: int, committed_at: int) -> d
 
 
 def _debezium(stretch: Stretch, out: TextIO, prefix: str, database: str) -> None:
-    before = stretch.log.place(stretch.begin.offset)[0].commit
-    envelope = Envelope(prefix, database, last_commit=before or None)
+    before = stretch.log.place(stretch.begin.offset)[0]
+    envelope = Envelope(prefix, database, last_commit=before[:2] if before.commit else None)
     for group in stretch.groups():
-        envelope.see(stretch.commits(group))
+        commits = stretch.commits(group)
+        if commits.size:
+            envelope.see(stretch.log.place(group.through)[0].epoch, commits)
         for item in stretch.entries(group):
             for event in _events(stretch, envelope, item):
                 record = {

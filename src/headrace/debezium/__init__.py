@@ -11,12 +11,13 @@ import base64
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import ArrayLike
 
 from headrace.change import Entry, TableId, TableSchema
 from headrace.debezium.values import PLACEHOLDER as PLACEHOLDER
@@ -27,8 +28,8 @@ VERSION = "headrace"
 NEW_KEY, OLD_KEY = "__debezium.newkey", "__debezium.oldkey"
 
 _NOT_IN_TOPICS = re.compile(r"[^a-zA-Z0-9._-]")  # each of its UTF-16 units becomes an underscore
-_KEPT = 65_536  # commits that are remembered: more than those whose changes come out of order
 _NO_COMMITS = np.empty(0, np.int64)
+_NO_LSN = np.zeros(1, np.int64)  # as Postgres has it
 
 Row = dict[str, Any]
 
@@ -53,8 +54,8 @@ class Envelope:
     delete and its tombstone; for a row whose key changed, the delete of the old key, its tombstone, and the
     creation of the new one.
 
-    It knows the commit before each transaction from what it has seen. Where rows of one table come before
-    those of another, of earlier transactions, `see` has to be told the commits of all of them first.
+    `sequence` has the commit before each transaction. As rows of one table may come before those of
+    another, of earlier transactions, `see` has to be told all commits of a group before its events.
 
     The source's entries do not say what the connector also knows, so here it is otherwise: in the old row
     of a table whose replica identity is its key, the columns beside the key are null, where the connector
@@ -67,32 +68,39 @@ class Envelope:
         topic_prefix: str,
         database: str,
         domains: Mapping[str, str] | None = None,
-        last_commit: int | None = None,
+        last_commit: tuple[int, int] | None = None,
     ) -> None:
         """`domains` gives the type underneath of each domain by its name, both as `Column.type` has them;
-        others are text. `last_commit` is the LSN at which the transaction before the first one ended."""
+        others are text. `last_commit` is the epoch, and the LSN at which the transaction before the first
+        one ended."""
         self._prefix = topic_prefix
         self._database = database
         self._domains = dict(domains or {})
-        self._commits = _NO_COMMITS if last_commit is None else np.array([last_commit], np.int64)
+        self._epoch, commit = last_commit or (0, None)
+        self._commits = _NO_COMMITS if commit is None else np.array([commit], np.int64)
 
-    def see(self, commits: Iterable[int]) -> None:
-        """Take note of the ends of transactions (of a message outside of one: its LSN), in any order."""
-        known = np.union1d(self._commits, np.fromiter(commits, np.int64))
-        self._commits = known[-_KEPT:]
+    def see(self, epoch: int, commits: ArrayLike) -> None:
+        """Take note of the ends of all transactions of the next group, in any order.
+
+        Of a message outside of one, that is its LSN. A new epoch has no commit before its first.
+        """
+        last = self._commits[-1:] if epoch == self._epoch else _NO_COMMITS
+        self._epoch = epoch
+        self._commits = np.union1d(last, np.asarray(commits, np.int64))
 
     def rows(self, schema: TableSchema, batch: pa.RecordBatch) -> Iterator[Event]:
-        """Yield the events of a batch as `payload.decode_rows` gives it, of the shape `schema`."""
+        """Yield the events of a batch as `payload.decode_rows` gives it, of the shape `schema`.
+
+        Raises ValueError for a commit that `see` was not told.
+        """
         topic = self._topic(schema.table)
         head = [batch.column(i).to_pylist() for i in range(len(HEAD))]
         after, before = _images(schema, batch, self._domains)
-        self.see({commit for op, commit in zip(head[0], head[1], strict=True) if op != "r"})
-        earlier = self._earlier(head[1])
+        copied = head[0][:1] == ["r"]  # then all are
+        earlier = [None] * batch.num_rows if copied else self._earlier(batch["_commit"])
         now = time.time_ns()
         for i, (op, _, _, committed_at, txid, lsn) in enumerate(zip(*head, strict=True)):
-            copied = op == "r"
-            after_commit = None if copied else earlier[i]
-            source = self._source(schema.table, committed_at, txid, after_commit, lsn, copied=copied)
+            source = self._source(schema.table, committed_at, txid, earlier[i], lsn, copied=copied)
             key, old = _key(schema, after[i]), before[i]
             if op == "d":
                 yield Event(topic, key, _value("d", after[i], None, source, now))
@@ -111,7 +119,6 @@ class Envelope:
         """Return the event of a truncate entry."""
         assert entry.table is not None
         told = json.loads(entry.payload)
-        self.see([entry.last.commit])
         (earlier,) = self._earlier([entry.last.commit])
         source = self._source(entry.table, entry.committed_at, told["txid"], earlier, told["lsn"])
         return Event(self._topic(entry.table), None, _value("t", None, None, source, time.time_ns()))
@@ -120,7 +127,6 @@ class Envelope:
         """Return the event of a message entry."""
         told = json.loads(entry.payload)
         inside = bool(told["txid"])
-        self.see([entry.last.commit if inside else told["lsn"]])
         earlier = self._earlier([entry.last.commit])[0] if inside else told["lsn"]
         source = self._source(TableId("", ""), entry.committed_at, told["txid"], earlier, told["lsn"])
         content = base64.b64encode(bytes_of(told["content"])).decode()
@@ -137,11 +143,13 @@ class Envelope:
         name = f"{self._prefix}.{table.schema}.{table.name}"
         return _NOT_IN_TOPICS.sub(lambda found: "_" * (1 + (found[0] > "\uffff")), name)
 
-    def _earlier(self, commits: list[int]) -> list[int | None]:
-        """Return the last commit that is known before each."""
-        at = np.searchsorted(self._commits, np.asarray(commits, np.int64))
-        known = self._commits.tolist()
-        return [known[i - 1] if i else None for i in at.tolist()]
+    def _earlier(self, commits: ArrayLike) -> list[int | None]:
+        """Return the commit before each."""
+        at = np.searchsorted(self._commits, commits)
+        if (np.searchsorted(self._commits, commits, "right") == at).any():
+            raise ValueError("There are changes of a transaction whose commit `see` was not told.")
+        before = np.concatenate((_NO_LSN, self._commits))[at]
+        return [commit or None for commit in before.tolist()]
 
     def _source(
         self,

@@ -17,13 +17,11 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-import apsw
-
 from headrace.change import Mark, Offset
-from headrace.errors import LogDamaged, LogFull, LogTrimmed, UserError
+from headrace.errors import LogDamaged, LogError, LogFull, LogTrimmed, UserError
 from headrace.log.archive_file import BEFORE_ALL, Part, PartWriter, Reached, Record, file_name, read_part
-from headrace.log.database import Database, sync_folder
-from headrace.log.entries import COLUMNS, FORMAT, HIGH, INLINE, INSERT, SCRIPT, High, row_of
+from headrace.log.database import FULL, Database, sync_folder
+from headrace.log.entries import COLUMNS, FORMAT, HIGH, INLINE, INSERT, INSERT_STOP, SCRIPT, High, row_of
 from headrace.log.proof import verify
 from headrace.log.segments import SegmentWriter
 from headrace.log.sqlite import SEGMENT_BYTES, SQLiteLog
@@ -276,7 +274,7 @@ def writing_to(folder: Path) -> Iterator[None]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield
     except (OSError, LogFull) as error:
-        if isinstance(error, LogFull) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, LogFull) or error.errno in FULL:
             words = f"There is no room for more on the disk of {folder}."
             raise LogFull(words, "Make room, and run the command again.") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
@@ -317,22 +315,55 @@ def restore(files: Iterable[Path], into: Path) -> Archived:
         )
     if not into.parent.is_dir():
         raise UserError(f"There is no folder {into.parent}.", "Make it first.")
-    segments = into.with_suffix(".segments")
-    for path in (into, segments):
-        if path.exists():
-            raise UserError(f"{path} is there already.", "Name another file with --into, or move it away.")
     making = into.parent / f".{into.stem}.importing"
     with writing_to(making), _alone(making):
         try:
-            for left in making.iterdir():  # of an import that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            made = _made(making / into.name, parts)
-            (making / segments.name).rename(segments)
-            (making / into.name).rename(into)  # from here on it is a log
-            sync_folder(into.parent)
+            return _finished(making, into, parts) or _begun(making, into, parts)
         finally:
             shutil.rmtree(making)
+
+
+def _begun(making: Path, into: Path, parts: Sequence[Part]) -> Archived:
+    """Make a log in a folder of its own, and put it in place: the database first, so that segments without
+    one are never an import's, and what waits for its segments is told from a log."""
+    segments = into.with_suffix(".segments")
+    for path in (into, segments):
+        if path.exists():
+            raise _taken(f"{path} is there already.")
+    for left in making.iterdir():  # of an import that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    made = _made(making / into.name, parts)
+    (making / into.name).rename(into)
+    sync_folder(into.parent)
+    (making / segments.name).rename(segments)  # from here on it is a log
+    sync_folder(into.parent)
     return made
+
+
+def _finished(making: Path, into: Path, parts: Sequence[Part]) -> Archived | None:
+    """Finish an import that was killed with its database in place and its segments not; None if there is no
+    such one. Nothing is removed that is not in `making`."""
+    segments, waiting = into.with_suffix(".segments"), making / f"{into.stem}.segments"
+    if not into.exists() or segments.exists() or not waiting.exists() or (making / into.name).exists():
+        return None
+    waiting.rename(segments)
+    try:
+        made = _proven(into, parts)
+    except LogFull:
+        raise
+    except LogError:
+        segments.rename(waiting)  # they are not those of this database
+        raise _taken(f"{into} is there already.") from None
+    sync_folder(into.parent)
+    last = parts[-1].reached
+    if made.head != (parts[0].log_id, last.offset, last.hash):
+        words = f"{into} is there already: an import that was killed is finished now"
+        raise _taken(f"{words}: it ends at offset {made.head.offset}.")
+    return made
+
+
+def _taken(words: str) -> UserError:
+    return UserError(words, "Name another file with --into, or move it away.")
 
 
 def _in_order(files: Iterable[Path]) -> list[Part]:
@@ -367,48 +398,57 @@ def _made(path: Path, parts: Sequence[Part]) -> Archived:
         while _write_some(database, segments, records):
             pass
     last = parts[-1].reached
-    with closing(SQLiteLog(path, read_only=True)) as log:
-        try:
+    try:
+        made = _proven(path, parts)
+    except LogDamaged as error:
+        raise parts[-1].damaged(f"with those before it it makes no whole log: {error}") from error
+    if made.head != (parts[0].log_id, last.offset, last.hash):
+        raise parts[-1].damaged(f"offset {last.offset} is not the end of what was made of it")
+    return made
+
+
+def _proven(path: Path, parts: Sequence[Part]) -> Archived:
+    """Verify the log that was made of files. Raises LogDamaged."""
+    try:
+        with closing(SQLiteLog(path, read_only=True)) as log:
             proven = verify(log)
-        except LogDamaged as error:
-            raise parts[-1].damaged(f"with those before it it makes no whole log: {error}") from error
-        if proven.end != (log.id, last.offset, last.hash):
-            raise parts[-1].damaged(f"offset {last.offset} is not the end of what was made of it")
-    settle(path)
+    finally:
+        settle(path)
     return Archived(len(parts), proven.entries, proven.rows, proven.bytes, proven.end)
 
 
 def _begin(database: Database, parts: Sequence[Part]) -> None:
     facts = {**parts[-1].notes, "log.id": parts[0].log_id}
-    with database.transaction() as db:
-        db.executemany("INSERT INTO facts VALUES (?, ?)", list(facts.items()))
+    with database.transaction():
+        for fact in facts.items():
+            database.rows("INSERT INTO facts VALUES (?, ?)", fact)
         for offset, digest, *rest in parts[0].stops:
-            values = (offset, bytes.fromhex(digest), *rest)
-            db.execute("INSERT INTO stops VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            database.rows(INSERT_STOP, (offset, bytes.fromhex(digest), *rest))
 
 
 def _write_some(database: Database, segments: SegmentWriter, records: Iterator[Record]) -> bool:
     """Write entries in one transaction; False when there are none any more."""
-    size = 0
+    size = through = 0
     more = False
-    with database.transaction() as db:
+    with database.transaction():
         for record in records:
-            _insert(db, segments, record)
+            _insert(database, segments, record)
             size += len(record.payload)
+            through = record.offset
             if more := size >= _COMMIT_BYTES:
                 break
         segments.sync()
-    segments.commit()
+    segments.commit(through)
     return more
 
 
-def _insert(db: apsw.Connection, segments: SegmentWriter, record: Record) -> None:
+def _insert(database: Database, segments: SegmentWriter, record: Record) -> None:
     inline = record.header.kind in INLINE
     place = (None, None) if inline else segments.write(record.offset, record.payload)
     facts = (*record.header, *record.high, record.hash, record.previous, len(record.payload))
-    db.execute(INSERT, (*facts, *place, record.payload if inline else None))
+    database.rows(INSERT, (*facts, *place, record.payload if inline else None))
     if record.filter:
-        db.execute("INSERT INTO filters VALUES (?, ?)", (record.offset, record.filter))
+        database.rows("INSERT INTO filters VALUES (?, ?)", (record.offset, record.filter))
 
 
 def settle(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import apsw
 
 from headrace.change import Mark, Offset
-from headrace.errors import CursorLost, LogError, UserError
+from headrace.errors import ConsumersUnknown, CursorLost, LogBusy, LogError, UserError
 from headrace.log.database import Database
 
 _FORMAT = 1
@@ -86,12 +86,12 @@ class Cursors:
         self._opening = threading.Lock()
 
     def get(self, name: str) -> Cursor | None:
-        """Return a consumer's cursor, or None if there is no such one."""
+        """Return a consumer's cursor, or None if there is no such one. Raises ConsumersUnknown."""
         found = self._rows("WHERE name = ?", (name,))
         return found[0] if found else None
 
     def all(self) -> list[Cursor]:
-        """Return every cursor, by name."""
+        """Return every cursor, by name. Raises ConsumersUnknown when the file cannot be read."""
         return self._rows("ORDER BY name")
 
     def commit(self, name: str, mark: Mark) -> Cursor:
@@ -101,14 +101,15 @@ class Cursors:
         """
         _check_name(name)
         now = time.time_ns() // 1000
-        with self._made().transaction() as db:
-            row = db.execute(f"SELECT {_COLUMNS} FROM cursors WHERE name = ?", (name,)).fetchone()
+        db = self._made()
+        with db.transaction():
+            row = db.row(f"SELECT {_COLUMNS} FROM cursors WHERE name = ?", (name,))
             known = _cursor(row) if row else None
             if known is not None:
                 _check_next(known, mark)
             since = known.created_at if known else now
             values = (name, mark.log_id, mark.offset, mark.hash, since, now, 0, "")
-            db.execute("INSERT OR REPLACE INTO cursors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+            db.rows("INSERT OR REPLACE INTO cursors VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
         return Cursor(name, *mark, since, now, lost=False, reason="")
 
     def reset(self, name: str, mark: Mark) -> Cursor:
@@ -122,22 +123,23 @@ class Cursors:
             "UPDATE cursors SET log_id = ?, \"offset\" = ?, hash = ?, updated_at = ?, lost = 0, reason = '' "
             "WHERE name = ?"
         )
-        with self._made().transaction() as db:
-            db.execute(sql, (*mark, now, name))
+        self._made().rows(sql, (*mark, now, name))
         return Cursor(name, *mark, known.created_at, now, lost=False, reason="")
 
     def forget(self, name: str) -> None:
         """Remove a consumer: it holds nothing of the log any more. Raises UserError for an unknown one."""
         self._known(name)
-        with self._made().transaction() as db:
-            db.execute("DELETE FROM cursors WHERE name = ?", (name,))
+        self._made().rows("DELETE FROM cursors WHERE name = ?", (name,))
 
-    def mark_lost(self, name: str, reason: str) -> None:
-        """Record that the log is deleted beyond a consumer, which does not hold it any more."""
+    def mark_lost(self, name: str, offset: Offset, reason: str) -> bool:
+        """Record that the log will be deleted beyond a consumer that has read through `offset`.
+
+        It does not hold the log any more. One that has moved meanwhile is not lost: returns whether it is.
+        """
         if self.get(name) is None:
-            return
-        with self._made().transaction() as db:
-            db.execute("UPDATE cursors SET lost = 1, reason = ? WHERE name = ?", (reason, name))
+            return False
+        sql = 'UPDATE cursors SET lost = 1, reason = ? WHERE name = ? AND "offset" = ? RETURNING name'
+        return bool(self._made().rows(sql, (reason, name, offset)))
 
     def close(self) -> None:
         """Close the file."""
@@ -154,9 +156,18 @@ class Cursors:
         return known
 
     def _rows(self, where: str, values: Sequence[object] = ()) -> list[Cursor]:
-        if self._opened is None and not self._path.exists():
-            return []
-        return [_cursor(row) for row in self._made().rows(f"SELECT {_COLUMNS} FROM cursors {where}", values)]
+        try:
+            if self._opened is None and not self._path.exists():
+                return []
+            rows = self._made().rows(f"SELECT {_COLUMNS} FROM cursors {where}", values)
+        except (LogError, OSError, apsw.Error) as error:
+            why = str(error).rstrip(".") if isinstance(error, LogError) else f"{self._path}: {error}"
+            raise ConsumersUnknown(
+                f"It is not known who reads the log: {why}. Nothing of the log is deleted meanwhile.",
+                "Let the user that Headrace runs as read and write that file and those beside it, or restore "
+                "it from a backup; retention then goes on by itself.",
+            ) from error
+        return [_cursor(row) for row in rows]
 
     def _made(self) -> Database:
         with self._opening:
@@ -237,7 +248,7 @@ def _opened(path: Path) -> Database:
     for left in reversed(range(_CREATE_TRIES)):
         try:
             return Database(path, script=_SCRIPT, version=_FORMAT)
-        except (apsw.BusyError, apsw.LockedError):
+        except LogBusy:
             if not left:
                 raise
             time.sleep(0.02)

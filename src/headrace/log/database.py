@@ -7,6 +7,7 @@ apsw: every flipped bit of the file is found when its page is read, whether it h
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,11 +18,14 @@ from typing import Any
 
 import apsw
 
-from headrace.errors import LogDamaged, LogError, LogFull, LogNotDurable
+from headrace.errors import LogBusy, LogDamaged, LogError, LogFull, LogNotDurable
 
 _CHECKPOINT_PAGES = 4096  # 16 MB of WAL before it is copied into the file
 _CHECKSUM_BYTES = 8
 _BUSY_MS = 10_000
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where there is no room."""
 
 RESTORE = "Stop the pipeline, keep the files, and restore the state folder from a backup."
 
@@ -51,9 +55,12 @@ class Database:
 
         Raises LogError with what is wrong.
         """
-        with self.told():
-            found: list[tuple[Any, ...]] = self.connection().execute(sql, values).fetchall()
-            return found
+        try:
+            with self.told():
+                found: list[tuple[Any, ...]] = self.connection().execute(sql, values).fetchall()
+                return found
+        except UnicodeDecodeError as error:
+            raise _damaged(self.path, error) from error
 
     def row(self, sql: str, values: Sequence[object] = ()) -> tuple[Any, ...] | None:
         """Return the first row of a statement, or None."""
@@ -61,21 +68,20 @@ class Database:
         return found[0] if found else None
 
     @contextmanager
-    def transaction(self) -> Iterator[apsw.Connection]:
-        """Write in one transaction: committed and synced at the end of the block, undone if it raises.
+    def transaction(self) -> Iterator[None]:
+        """Write, with `rows`, in one transaction: committed and synced at the end of the block, undone if it
+        raises. What the block raises of its own comes out as it is.
 
         Raises LogFull, LogNotDurable, or another LogError.
         """
-        db = self.connection()
-        with self.told():
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
+        self.rows("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.rows("COMMIT")
+        except BaseException:
+            if self.connection().in_transaction:
+                self.rows("ROLLBACK")
+            raise
 
     def connection(self) -> apsw.Connection:
         """Return this thread's connection."""
@@ -95,17 +101,20 @@ class Database:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Raise SQLite's and the system's errors as ours, by what they mean for the log."""
+        """Raise SQLite's errors as ours, by what they mean for the log."""
         try:
             yield
-        except (apsw.NotADBError, apsw.CorruptError, UnicodeDecodeError) as error:
-            raise LogDamaged(f"{self.path} is not what was written: {error}.", RESTORE) from error
+        except (apsw.NotADBError, apsw.CorruptError) as error:
+            raise _damaged(self.path, error) from error
         except apsw.FullError as error:
             raise no_room(self.path) from error
-        except apsw.CantOpenError as error:
-            raise LogError(f"{self.path} cannot be opened: {error}.", "Check the folder's rights.") from error
-        except apsw.IOError as error:
-            raise _io_error(self.path, error) from error
+        except (apsw.BusyError, apsw.LockedError) as error:
+            raise LogBusy(
+                f"{self.path} is held by another process.", "Find and end it: it goes on by itself."
+            ) from error
+        except (apsw.CantOpenError, apsw.IOError) as error:
+            connection = getattr(self._local, "connection", None)
+            raise _io_error(self.path, error, connection.system_errno if connection else 0) from error
 
     def _connect(self) -> apsw.Connection:
         flags = apsw.SQLITE_OPEN_READONLY
@@ -159,12 +168,21 @@ def _with_checksums() -> str:
     return "cksmvfs"
 
 
-def _io_error(path: Path, error: apsw.IOError) -> LogError:
+def _damaged(path: Path, error: Exception) -> LogDamaged:
+    return LogDamaged(f"{path} is not what was written: {error}.", RESTORE)
+
+
+def _io_error(path: Path, error: apsw.CantOpenError | apsw.IOError, cause: int) -> LogError:
+    """Judge an error by SQLite's code, and by the system's number that was its `cause`."""
     code = getattr(error, "extendedresult", 0)  # which its type stub does not know
     if code == apsw.SQLITE_IOERR_DATA:
         return LogDamaged(f"{path}: the checksum of a page does not hold.", RESTORE)
     if code in (apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC):
         return not_durable(path, error)
+    if code == apsw.SQLITE_IOERR_SHMSIZE or cause in FULL:
+        return no_room(path)
+    if isinstance(error, apsw.CantOpenError):
+        return LogError(f"{path} cannot be opened: {error}.", "Check the folder's rights.")
     return LogError(f"{path} cannot be read or written: {error}.", "Mend its disk, then start again.")
 
 

@@ -88,6 +88,7 @@ INSERT = (
     f"INSERT INTO entries ({HEADER}, {HIGH}, hash, previous, bytes, segment, start, payload) "
     f"VALUES ({', '.join('?' * (_SIZE + 11))})"
 )
+INSERT_STOP = f"INSERT INTO stops VALUES ({', '.join('?' * 9)})"
 INLINE = ("schema", "marker", "message", "truncate")
 """Kinds whose payloads, all small, stand in the database, where retention can keep them."""
 

@@ -305,18 +305,23 @@ def _candidates(
 def _may_hold(held: bytes, own: TableSchema, newest: TableSchema, key: tuple[str, ...]) -> bool:
     cells = dict(zip(_key_names(own, newest), key, strict=True))
     if set(cells) != set(own.key):
-        return True  # the filter is of other columns
+        return True  # the filter is of other columns: of the key of then
     return may_hold(held, tuple(cells[name] for name in own.key))
 
 
 def _key_names(own: TableSchema, newest: TableSchema) -> tuple[str, ...]:
     """Return the columns of an entry that are the key which is looked for, in its order.
 
-    They are those of the newest shape; where the entry's own key has as many, but others, a column was
-    renamed, or another one is the key since.
+    They are those of the newest shape. One that the entry lacks has been renamed since, where its own key
+    has a column that the newest shape lacks: they are the same in the order of the keys.
     """
-    is_other = len(own.key) == len(newest.key) and set(own.key) != set(newest.key)
-    return own.key if is_other else newest.key
+    here, now = ({column.name for column in shape.columns} for shape in (own, newest))
+    later = [name for name in newest.key if name not in here]
+    former = [name for name in own.key if name not in now]
+    if len(own.key) != len(newest.key) or len(later) != len(former):
+        return newest.key
+    renamed = dict(zip(later, former, strict=True))
+    return tuple(renamed.get(name, name) for name in newest.key)
 
 
 def _holds(batch: pa.RecordBatch, names: Sequence[str], key: Sequence[str | None]) -> pa.Array:

@@ -6,25 +6,29 @@ that all of it was computed anew, shows only by comparison with a head that was 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 from headrace.change import STREAMED, Mark, Offset, Position
-from headrace.errors import LogDamaged, LogError, LogTrimmed, UserError
+from headrace.errors import LogDamaged, LogTrimmed, UserError
 from headrace.log.database import RESTORE
 from headrace.log.entries import COLUMNS, HIGH, NOTHING, High, Row, row_of
 from headrace.log.segments import Place, segment_path
 from headrace.log.sqlite import SQLiteLog
 
 _PAGE = 200
+_YEAR_10000 = 253_402_300_800_000_000  # microseconds: what follows is no time that can be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +65,20 @@ class Anchor:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> Anchor:
-        """Read back what `to_json` wrote. Raises UserError for anything else."""
+    def from_json(cls, text: str, what: str = "This") -> Anchor:
+        """Read back what `to_json` wrote. Raises UserError for anything else, which it calls `what`."""
         try:
             raw = json.loads(text)
-            anchor = cls(**raw)
-            bytes.fromhex(anchor.hash)
-        except (ValueError, TypeError):
+        except (ValueError, RecursionError):
+            fault = "it is not JSON"
+        else:
+            fault = _fault(raw)
+        if fault:
             raise UserError(
-                "This is no anchor.", "An anchor is a line that `headrace log anchor` printed."
-            ) from None
-        return anchor
+                f"{what} is no anchor: {fault}.",
+                "An anchor is a line that `headrace log anchor` printed, or a running pipeline wrote.",
+            )
+        return cls(**raw)
 
     def signed(self, key: str) -> Anchor:
         """Return the anchor with its signature under `key`."""
@@ -85,6 +92,42 @@ class Anchor:
         told = {name: value for name, value in asdict(self).items() if name != "signature"}
         body = json.dumps(told, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         return hmac.new(key.encode(), body.encode(), hashlib.sha256).hexdigest()
+
+
+def _text(pattern: str) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, str) and value.isprintable() and bool(re.fullmatch(pattern, value))
+
+
+def _integer(least: int, most: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+_HEX = "[0-9a-f]{64}"
+_FIELDS = {
+    "log_id": (_text(".+"), "text"),
+    "source": (_text(".+"), "text"),
+    "offset": (_integer(0, 2**63 - 1), "an integer, 0 or more"),
+    "hash": (_text(_HEX), "64 hex digits"),
+    "position": (_text("[0-9]+/[0-9]+/[0-9]+"), "epoch/commit/ordinal"),
+    "committed_at": (_integer(-(2**63), 2**63 - 1), "microseconds since 1970"),
+    "anchored_at": (_integer(0, _YEAR_10000 - 1), "microseconds since 1970"),
+    "signature": (_text(f"({_HEX})?"), "64 hex digits, or empty"),
+}
+"""What each field of an anchor must be, in words too."""
+
+
+def _fault(raw: object) -> str:
+    """Say why a value of JSON is no anchor, without quoting it; '' if it is one."""
+    if not isinstance(raw, dict):
+        return "it is not a JSON object"
+    if raw.keys() - _FIELDS.keys():
+        return "it has a field that no anchor has"
+    for name, (fits, shape) in _FIELDS.items():
+        if name in raw and not fits(raw[name]):
+            return f"{name} must be {shape}"
+        if name not in raw and name != "signature":
+            return f"it lacks {name}"
+    return ""
 
 
 class Chained(Protocol):
@@ -120,27 +163,46 @@ def anchor(log: Chained, key: str = "") -> Anchor:
 
 
 def append_anchor(path: Path, made: Anchor) -> None:
-    """Append an anchor to a file of anchors, a line each, and make it durable."""
-    with path.open("a") as file:
-        file.write(made.to_json() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append an anchor to a file of anchors, a line each, and make it durable.
+
+    Raises OSError, and then takes back what it wrote: a line that is not whole would spoil the file.
+    """
+    line = made.to_json().encode() + b"\n"
+    with path.open("ab", buffering=0) as file:
+        with suppress(OSError):  # some network disks have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)  # other sources may have the same file
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
-def read_anchors(text: str) -> list[Anchor]:
-    """Return the anchors of a text, one a line. Raises UserError where there is none, or something else."""
-    anchors = [Anchor.from_json(line) for line in text.splitlines() if line.strip()]
+def read_anchors(text: str, name: str) -> list[Anchor]:
+    """Return the anchors of the text of file `name`, one a line.
+
+    Raises UserError where there is none, or something else.
+    """
+    anchors = [
+        Anchor.from_json(line, f"Line {number} of {name}")
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    ]
     if not anchors:
-        raise UserError("There is no anchor in it.", "Make one with `headrace log anchor`.")
+        raise UserError(f"There is no anchor in {name}.", "Make one with `headrace log anchor`.")
     return anchors
 
 
-def check_anchor(log: Chained, noted: Anchor, key: str = "") -> None:
-    """Compare a log with an anchor.
+def check_anchor(log: Chained, noted: Anchor, key: str = "") -> bool:
+    """Compare a log with an anchor; False if it cannot be compared, since the log no longer reaches back
+    to it.
 
     Raises LogDamaged when the log is another than the one that was anchored, has been cut off before it
-    or computed anew, or when the signature is not that of `key`; LogError when the log no longer reaches
-    back to it.
+    or computed anew, lacks its entry, or when the signature is not that of `key`.
     """
     if key and not noted.is_signed_with(key):
         raise LogDamaged(
@@ -161,17 +223,16 @@ def check_anchor(log: Chained, noted: Anchor, key: str = "") -> None:
         )
     mark = log.mark(noted.offset)
     if mark is None:
-        raise LogError(
-            f"The log begins behind offset {log.begin().offset}: the anchor of offset {noted.offset} "
-            "cannot be compared any more.",
-            "Compare a newer anchor, or an export of that time.",
-        )
+        if noted.offset < log.begin().offset:  # asked after the mark, which may have been trimmed
+            return False
+        raise LogDamaged(f"The log of {log.source}: offset {noted.offset} is missing.", RESTORE)
     if mark.hash != noted.hash:
         raise LogDamaged(
             f"The log of {log.source}: offset {noted.offset} has another hash than at {when}: the chain was "
             "computed anew.",
             RESTORE,
         )
+    return True
 
 
 def verify(log: SQLiteLog) -> Verified:

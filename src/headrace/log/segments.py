@@ -3,22 +3,25 @@
 Where a payload stands is in the log's database, whose commit comes after the segment's sync; what is
 behind the last committed payload is torn, and is written over. So payloads are written once, retention
 is the removal of files, and a reader needs no lock.
+
+An append may be of any size, so that a killed one may leave any number of segments. They are told from those
+of a newer database by an empty file, `OFFSET.committed`: when it was named, a database was durable through
+that offset. It is not synced: where it is missing or old nothing is refused.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from headrace.failpoints import failpoint
-from headrace.log.database import no_room, not_durable, sync_folder
+from headrace.log.database import FULL, no_room, not_durable, sync_folder
 
-_OPEN_FILES = 32
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OPEN_FILES = 2  # of one reader: the room of one that was removed is free only when it is closed
 
 
 class Place(NamedTuple):
@@ -38,13 +41,20 @@ def segments_in(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("*.segment"))
 
 
+def committed_behind(folder: Path, offset: int) -> Path | None:
+    """Return a segment behind an offset that has been committed for certain, or None."""
+    through = max((int(path.stem) for path in folder.glob("*.committed")), default=0)
+    found = next((segment for segment in segments_in(folder) if offset < segment <= through), None)
+    return None if found is None else segment_path(folder, found)
+
+
 class SegmentWriter:
     """Appends payloads; one writer. Nothing counts before `sync` has returned and its place is committed."""
 
     def __init__(self, folder: Path, limit: int, end: Place | None) -> None:
         """`limit` is how large a segment grows (bytes), `end` the place behind the last committed payload.
 
-        What stands behind it is removed. Raises LogNotDurable, LogFull.
+        What stands behind it stays until the first `write`: whoever only opens a log destroys nothing.
         """
         self._folder = folder
         self._limit = limit
@@ -52,20 +62,17 @@ class SegmentWriter:
         self._file: int | None = None
         self._full = False
         self._unsynced: list[int] = []
-        self._made: list[int] = []
+        self._made = False
+        self._is_cut = False
         folder.mkdir(mode=0o700, exist_ok=True)
-        for segment in segments_in(folder):
-            if end is None or segment > end.segment:
-                segment_path(folder, segment).unlink()
-        if end is not None:
-            self._file = os.open(segment_path(folder, end.segment), os.O_RDWR | os.O_CLOEXEC)
-            os.ftruncate(self._file, end.start)
 
     def write(self, offset: int, payload: bytes) -> Place:
         """Write the payload of the entry that will have `offset`, and return its place.
 
         Raises LogFull where there is no room.
         """
+        if not self._is_cut:
+            self._cut()
         if self._end is None or self._file is None or self._full or self._end.start >= self._limit:
             self._roll(offset)
         assert self._file is not None
@@ -77,7 +84,7 @@ class SegmentWriter:
             while rest:
                 rest = rest[os.pwrite(self._file, rest, place.start + len(payload) - len(rest)) :]
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise no_room(self._folder) from error
             raise
         self._end = Place(place.segment, place.start + len(payload))
@@ -96,27 +103,26 @@ class SegmentWriter:
         except OSError as error:
             raise not_durable(self._folder, error) from error
 
-    def commit(self) -> None:
-        """Keep what was written: its places are durable."""
+    def commit(self, through: int) -> bool:
+        """Keep what was written: its places are durable, and the log is, through an offset.
+
+        Says whether a segment has begun with it.
+        """
         self._close_all_but_current()
-        self._made.clear()
         self._committed = self._end
+        made, self._made = self._made, False
+        if made:
+            self._note_committed(through)
+        return made
 
     def undo(self) -> None:
         """Forget what was written since the last `commit`."""
         if not self._unsynced and not self._made:
             return
-        self._close_all_but_current()
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-        for segment in self._made:
-            segment_path(self._folder, segment).unlink(missing_ok=True)
-        self._made.clear()
+        self.close()
+        self._made = self._is_cut = False
         self._end = self._committed
-        if self._end is not None:
-            self._file = os.open(segment_path(self._folder, self._end.segment), os.O_RDWR | os.O_CLOEXEC)
-            os.ftruncate(self._file, self._end.start)
+        self._cut()
 
     def roll(self) -> None:
         """Begin a new segment with the next payload."""
@@ -145,13 +151,30 @@ class SegmentWriter:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise no_room(self._folder) from error
             raise
         if self._file is not None and self._file not in self._unsynced:
             os.close(self._file)
-        self._made.append(offset)
+        self._made = True
         self._file, self._end, self._full = file, Place(offset, 0), False
+
+    def _cut(self) -> None:
+        """Remove what stands behind the end, and open the segment that it is in."""
+        for segment in segments_in(self._folder):
+            if self._end is None or segment > self._end.segment:
+                segment_path(self._folder, segment).unlink()
+        if self._end is not None:
+            path = segment_path(self._folder, self._end.segment)
+            os.truncate(path, self._end.start)
+            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._is_cut = True
+
+    def _note_committed(self, through: int) -> None:
+        path = self._folder / f"{through:020d}.committed"
+        with suppress(OSError):  # it only tells more
+            former = next(self._folder.glob("*.committed"), None)
+            former.rename(path) if former else path.touch(0o600)
 
     def _close_all_but_current(self) -> None:
         for file in self._unsynced:
@@ -178,12 +201,11 @@ class SegmentReader:
         with self._lock:
             return self._read(place, size)
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, before: int | None = None) -> None:
+        """Close the files, or those of the segments before one."""
         with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+            for segment in [s for s in self._files if before is None or s < before]:
+                os.close(self._files.pop(segment))
 
     def _read(self, place: Place, size: int) -> bytes:
         file = self._files.get(place.segment)

@@ -17,12 +17,10 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import apsw
 
 from headrace.change import Entry, LoggedEntry, Mark, Offset, TableId
 from headrace.errors import LogDamaged, LogFull, LogNotDurable, LogTrimmed
@@ -34,6 +32,7 @@ from headrace.log.entries import (
     HIGH,
     INLINE,
     INSERT,
+    INSERT_STOP,
     SCRIPT,
     High,
     Row,
@@ -42,8 +41,16 @@ from headrace.log.entries import (
     row_of,
 )
 from headrace.log.index import MAX_SLICE_ROWS, Index
+from headrace.log.reserve import RESERVE_BYTES, Reserve
 from headrace.log.retention import thinned
-from headrace.log.segments import Place, SegmentReader, SegmentWriter, segment_path, segments_in
+from headrace.log.segments import (
+    Place,
+    SegmentReader,
+    SegmentWriter,
+    committed_behind,
+    segment_path,
+    segments_in,
+)
 
 SEGMENT_BYTES = 128 << 20
 _LARGE = 128 << 10  # bytes of a payload that is hashed while it is written and synced
@@ -68,7 +75,8 @@ class SQLiteLog(Index):
         """Open the log at `path`, creating it unless `read_only`; its source is the file's name.
 
         A segment is closed when it has `segment_bytes`. What an append left behind that did not come to
-        its end is removed. Raises LogError when the file is missing, unreadable or of a newer format.
+        its end is removed by the next one. Raises LogError when the file is missing, unreadable or of a newer
+        format, LogDamaged where the database is missing or older than its segments.
         """
         self.source = path.stem
         self.path = path
@@ -76,18 +84,24 @@ class SQLiteLog(Index):
         self._read_only = read_only
         self._writing = threading.RLock()
         self._appended = threading.Condition()
+        if not read_only:
+            self._check_not_lost()
+        self._broken: LogNotDurable | None = None
+        self._is_known = True
         self._db = Database(path, script=SCRIPT, version=FORMAT, read_only=read_only)
         if not read_only and self.note("log.id") is None:
             self.set_note("log.id", uuid.uuid4().hex)
         self.id = self.note("log.id") or ""
         self._reader = SegmentReader(self.segments)
         self._writer: SegmentWriter | None = None
+        self._reserve = Reserve(path.with_suffix(".reserve"), min(RESERVE_BYTES, segment_bytes // 4))
         self._hasher = ThreadPoolExecutor(1, f"{self.source}.hash")
-        self._broken: BaseException | None = None
         self._end = self._read_end()
         self._high = self._read_high()
         if not read_only:
+            self._check_newest()
             self._writer = SegmentWriter(self.segments, segment_bytes, self._behind_payloads())
+            self._keep_reserve()
             with suppress(LogFull):  # it can be read, and trimmed, all the same
                 self._db.rows("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -96,38 +110,43 @@ class SQLiteLog(Index):
 
         Raises LogFull while there is no room, and LogNotDurable once a sync has failed, from then on.
         """
+        with self._sound():
+            return self._append(entries)
+
+    @contextmanager
+    def _sound(self) -> Iterator[None]:
+        """Keep every other thread from writing, and everyone once a sync has failed: what it would stand on
+        may not be on the disk. Where an append left open what is committed, that is found out before."""
         with self._writing:
             if self._broken is not None:
                 raise self._broken
-            return self._append(entries)
+            try:
+                if not self._is_known:
+                    self._recover()
+                yield
+            except LogNotDurable as error:
+                self._broken = error
+                raise
 
     def _append(self, entries: Iterable[Entry]) -> Mark:
         assert self._writer is not None, "the log is open to read only"
         end, high = self._end, self._high
         now = time.time_ns() // 1000
         try:
-            with self._db.transaction() as db:
+            with self._db.transaction():
                 for entry, is_last in _with_last(entries):
-                    end, high = self._insert(db, end, high, entry, (now, is_last))
+                    end, high = self._insert(end, high, entry, (now, is_last))
                 failpoint("log.append.commit")
-        except BaseException as error:
-            self._recover(error)
+        except LogNotDurable:
             raise
-        self._writer.commit()
-        with self._appended:
-            self._end, self._high = end, high
-            self._appended.notify_all()
+        except BaseException:
+            self._recover()
+            raise
+        self._advance(end, high)
         failpoint("log.append.committed")
         return end
 
-    def _insert(
-        self,
-        db: apsw.Connection,
-        end: Mark,
-        high: High,
-        entry: Entry,
-        fate: tuple[int, bool],
-    ) -> tuple[Mark, High]:
+    def _insert(self, end: Mark, high: High, entry: Entry, fate: tuple[int, bool]) -> tuple[Mark, High]:
         """Write one entry; `fate` is the time of its append and whether it ends its group."""
         assert self._writer is not None
         offset, previous = end.offset + 1, bytes.fromhex(end.hash)
@@ -141,25 +160,49 @@ class SQLiteLog(Index):
             self._writer.sync()
         digest = hashed.result() if hashed else entry_hash(*facts)
         body = entry.payload if inline else None
-        db.execute(INSERT, (*header, *high, digest, previous, len(entry.payload), *place, body))
+        self._db.rows(INSERT, (*header, *high, digest, previous, len(entry.payload), *place, body))
         if entry.filter:
-            db.execute("INSERT INTO filters VALUES (?, ?)", (offset, entry.filter))
+            self._db.rows("INSERT INTO filters VALUES (?, ?)", (offset, entry.filter))
         return Mark(self.id, offset, digest.hex()), high
 
-    def _recover(self, error: BaseException) -> None:
+    def _recover(self) -> None:
         """Come back to what is committed; a failed commit may have been one all the same."""
         assert self._writer is not None
-        if isinstance(error, LogNotDurable):
-            self._broken = error
-            return
-        found = self._read_end()
-        if found == self._end:
+        self._is_known = False
+        end, high = self._read_end(), self._read_high()
+        if end == self._end:
             self._writer.undo()
-            return
-        self._writer.commit()
+        else:
+            self._advance(end, high)
+        self._is_known = True
+
+    def _advance(self, end: Mark, high: High) -> None:
+        """Take over what has been committed."""
+        assert self._writer is not None
+        if self._writer.commit(end.offset):
+            self._keep_reserve()
         with self._appended:
-            self._end, self._high = found, self._read_high()
+            self._end, self._high = end, high
             self._appended.notify_all()
+
+    def _check_not_lost(self) -> None:
+        """See that no database is made for the segments of another. Raises LogDamaged."""
+        is_there = self.path.exists() and self.path.stat().st_size
+        if not is_there and (segments := segments_in(self.segments)):
+            raise LogDamaged(
+                f"{self.path} is missing, and {self.segments} holds {len(segments)} segments of it.",
+                f"Put {self.path.name} back, or restore a backup; to begin anew, move {self.segments} away.",
+            )
+
+    def _check_newest(self) -> None:
+        """See that no newer database has been at the segments. Raises LogDamaged."""
+        found = committed_behind(self.segments, self._end.offset)
+        if found is not None:
+            raise LogDamaged(
+                f"{self.path} ends at offset {self._end.offset}, and a newer one committed {found} beyond.",
+                f"Put the newest {self.path.name} back; to go on from this one, restore a backup as a whole, "
+                f"after moving {self.path.name} and {self.segments.name} away.",
+            )
 
     def _behind_payloads(self) -> Place | None:
         row = self._db.row(
@@ -263,7 +306,7 @@ class SQLiteLog(Index):
 
     def set_note(self, key: str, value: str) -> None:
         """See `Log.set_note`."""
-        with self._writing:
+        with self._sound():
             self._db.rows("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
     def writing(self) -> AbstractContextManager[object]:
@@ -286,9 +329,10 @@ class SQLiteLog(Index):
             yield item.entry.payload
 
     def size(self) -> int:
-        """Return the bytes that the log takes on its disk."""
+        """Return the bytes that the log takes on its disk, without those of unfinished appends."""
         total = 0
-        for file in [*self.path.parent.glob(f"{self.path.name}*"), *self.segments.glob("*.segment")]:
+        segments = [segment_path(self.segments, segment) for segment in self._own_segments()]
+        for file in [*self.path.parent.glob(f"{self.path.name}*"), *segments]:
             with suppress(FileNotFoundError):  # retention may remove it meanwhile
                 total += file.stat().st_size
         return total
@@ -300,48 +344,81 @@ class SQLiteLog(Index):
             self._writer.roll()
 
     def beyond(self, limit: int) -> Offset:
-        """Return the last offset that would have to go for the log to take no more than `limit` bytes."""
+        """Return the last offset that would have to go for the log to take no more than `limit` bytes.
+
+        A group that has to go in part goes as a whole.
+        """
         excess, last = self.size() - limit, 0
-        for segment, following in pairwise(segments_in(self.segments)):
+        for segment, following in pairwise(self._own_segments()):
             if excess <= 0:
                 break
             excess -= segment_path(self.segments, segment).stat().st_size
             last = following - 1
-        return last
+        return last if last <= self.begin().offset else self._ending(last) or last
+
+    def _own_segments(self) -> list[int]:
+        end = self.end().offset
+        return [segment for segment in segments_in(self.segments) if segment <= end]
 
     def trim(self, through: Offset, pinned: Iterable[Offset] = ()) -> int:
-        """See `Log.trim`."""
-        assert self._writer is not None
-        through = self.group_end(through)
-        with self._writing:
+        """See `Log.trim`. On a full disk it takes the room of the reserve, and keeps every append from it
+        meanwhile.
+        """
+        through, pins = self.group_end(through), set(pinned)
+        try:
+            freed = self._trim(through, pins)
+        except LogFull:
+            with self._writing:
+                if not self._reserve.give_up():
+                    raise
+                try:
+                    return self._trim(through, pins)
+                finally:
+                    self._keep_reserve()
+        self._keep_reserve()
+        return freed
+
+    def _trim(self, through: Offset, pinned: set[Offset]) -> int:
+        with self._sound():
             if (begin := self.begin().offset) < through:
                 step = min(through, self._ending(min(begin + _TRIM_STEP, through)) or through)
-                self._trim_to(begin, step, set(pinned))
+                self._trim_to(begin, step, pinned)
                 failpoint("log.trim.committed")
-            first = 'SELECT segment FROM entries WHERE segment IS NOT NULL ORDER BY "offset" LIMIT 1'
-            row = self._db.row(first)
-            kept = int(row[0]) if row else self._end.offset + 1
-            freed = self._writer.remove_before(kept)
+            freed = self._remove_segments()  # also those that a killed trim has left
             self._db.rows(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
-            return freed
+        return freed
+
+    def _remove_segments(self) -> int:
+        """Remove the segments that no entry refers to any more; returns their bytes."""
+        assert self._writer is not None
+        row = self._db.row('SELECT segment FROM entries WHERE segment IS NOT NULL ORDER BY "offset" LIMIT 1')
+        kept = int(row[0]) if row else self._end.offset + 1
+        freed = self._writer.remove_before(kept)
+        self._reader.close(before=kept)
+        return freed
+
+    def _keep_reserve(self) -> None:
+        """Keep room for a trim, once there is a segment that one could give back."""
+        if len(segments_in(self.segments)) > 1:
+            self._reserve.keep()
 
     def _trim_to(self, begin: Offset, through: Offset, pinned: set[Offset]) -> None:
         """Delete entries in `(begin, through]` in one transaction; stops and markers of tables stay."""
         span = (begin, through)
-        with self._db.transaction() as db:
+        with self._db.transaction():
             known = 'SELECT rows, bytes FROM stops WHERE "offset" = ?'
-            former = None if begin in pinned else db.execute(known, (begin,)).fetchone()
-            ends = db.execute(_ENDS, span).fetchall()
-            stops, absorbed = thinned(ends, former, pinned)
+            former = None if begin in pinned else self._db.row(known, (begin,))
+            stops, absorbed = thinned(self._db.rows(_ENDS, span), former, pinned)
             if absorbed:
-                db.execute('DELETE FROM stops WHERE "offset" = ?', (begin,))
-            db.executemany(f"INSERT INTO stops VALUES ({', '.join('?' * 9)})", stops)
-            db.execute(
+                self._db.rows('DELETE FROM stops WHERE "offset" = ?', (begin,))
+            for stop in stops:
+                self._db.rows(INSERT_STOP, stop)
+            self._db.rows(
                 'DELETE FROM entries WHERE "offset" > ? AND "offset" <= ? AND NOT '
                 "(kind IN ('schema', 'marker') AND table_name IS NOT NULL)",
                 span,
             )
-            db.execute('DELETE FROM filters WHERE "offset" <= ?', (through,))
+            self._db.rows('DELETE FROM filters WHERE "offset" <= ?', (through,))
 
     def close(self) -> None:
         """Close every file of this object, whichever thread opened it."""
