@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.change import Copy, Kind, Offset
-from headrace.destinations.joins import Join, Joins
+from headrace.join import Join, Joins
 from headrace.keys import identity, key_before, key_of_row, literal, quoted
 from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import ModelState, Prepared
