@@ -16,7 +16,9 @@
     │   ├── LogTrimmed         entries that are asked for have been deleted by retention
     │   └── CursorLost         a consumer was too far behind, and the log was trimmed beyond it
     ├── DestinationError
-    │   ├── DestinationBusy    another process holds it: RETRY
+    │   ├── DestinationUnavailable it cannot be reached, or does not answer in time: RETRY
+    │   │   ├── DestinationBusy    another process holds it
+    │   │   └── CommitUnknown      the connection broke in a commit: its progress tells
     │   └── ForeignDestination its progress belongs to another log: refused before anything is read
     ├── StateInUse             another process runs on this state folder
     └── ModelBroken            a model that cannot run at all: SUSPEND
@@ -136,10 +138,18 @@ class DestinationError(HeadraceError):
     """The destination refused."""
 
 
-class DestinationBusy(DestinationError):
-    """Another process holds the destination; it is waited for."""
+class DestinationUnavailable(DestinationError):
+    """The destination cannot be had now; it is waited for."""
 
     verdict = Verdict.RETRY
+
+
+class DestinationBusy(DestinationUnavailable):
+    """Another process holds the destination."""
+
+
+class CommitUnknown(DestinationUnavailable):
+    """The connection broke while a transaction was committed: it may or may not be."""
 
 
 class ForeignDestination(DestinationError):

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.change import Copy, Kind, Offset
-from headrace.destinations.joins import Join, Joins, Why
 from headrace.errors import UserError
+from headrace.join import Join, Joins, Why
 from headrace.keys import identity, key_before, key_of_row, literal, quoted
 from headrace.protocols import LogIndex, ModelState, Prepared
 from headrace.staging.copies import beyond, in_source_order

@@ -22,8 +22,6 @@ import pyarrow.compute as pc
 from headrace.ahead import ahead
 from headrace.change import START, Mark, Offset, Position, SourceMark, TableSchema, source_marker
 from headrace.config import Project, SourceConfig
-from headrace.destinations.duckdb import DuckDBDestination, foreign
-from headrace.destinations.joins import Joins
 from headrace.errors import (
     ForeignDestination,
     HeadraceError,
@@ -35,7 +33,7 @@ from headrace.errors import (
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import ModelState, Part, Prepared, Slice
+from headrace.protocols import Destination, ModelState, Part, Prepared, Slice
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, held_by_copies, read_states
@@ -64,7 +62,7 @@ class Lane:
         self,
         project: Project,
         config: SourceConfig,
-        destination: DuckDBDestination,
+        destination: Destination,
         folder: ModelFolder,
         *,
         read_only: bool = False,
@@ -81,7 +79,7 @@ class Lane:
         self.log = SQLiteLog(project.log_path(config.name), read_only=read_only)
         self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
         self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
-        self.joiner = Joiner(config.name, self.log, self.staging, Joins(destination))
+        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins)
         self._folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
@@ -146,20 +144,20 @@ class Lane:
         if progress is None:
             return
         if progress.log_id != self.log.id:
-            raise foreign(self.destination.path, self.config.name)
+            raise self.destination.foreign(self.config.name)
         mark = self.log.mark(progress.offset)
         begin = self.log.begin().offset
         if mark is None and progress.offset < begin:
             raise ForeignDestination(
-                f"{self.destination.path} holds offset {progress.offset} of this log, which begins behind "
+                f"{self.destination.name} holds offset {progress.offset} of this log, which begins behind "
                 f"offset {begin} by now: it is an older copy, and what it holds cannot be compared any more.",
-                "Name a new file in [destination] path: it is built from staging.",
+                f"To have it built from staging, {self.destination.fresh}.",
             )
         if mark is None or mark.hash != progress.hash:
             raise ForeignDestination(
-                f"{self.destination.path} holds offset {progress.offset} of this log, but the log here ends "
+                f"{self.destination.name} holds offset {progress.offset} of this log, but the log here ends "
                 f"at {self.log.end().offset} or differs there: the state folder is an older copy.",
-                "Restore the newest state folder, or name a new file in [destination] path.",
+                f"Restore the newest state folder, or {self.destination.fresh}.",
             )
 
     def apply(self) -> bool:
@@ -457,7 +455,7 @@ class Lane:
         for name, state in stands.items():
             if name not in named and state.state != "retired":
                 logger.info("%s is no longer a model of this project: its table stays as it is", name)
-                self.destination.retire(name)
+                self.destination.retire(name, self.config.name)
 
     def _bind(self, schema: TableSchema, text: ModelText | None, through: Offset) -> RowModel | HeadraceError:
         name = text.name if text else f"{self.config.name}.{schema.table.label}"

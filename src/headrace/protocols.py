@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from headrace.change import (
     Copy,
@@ -29,6 +29,9 @@ from headrace.change import (
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from headrace.errors import ForeignDestination
+    from headrace.join import Joins
 
 
 class Source(Protocol):
@@ -292,13 +295,21 @@ class Prepared:
     fewer: pa.Table | None = None
 
 
-class Model(Protocol):
-    """What a destination table is made of."""
+class Table(Protocol):
+    """What a table of the destination takes from its model."""
 
     @property
     def name(self) -> str:
-        """The destination table, `orders` or `shop.orders`."""
+        """`orders`, or `shop.orders`."""
         ...
+
+    def types(self) -> dict[str, str]:
+        """Return the columns, without hidden ones, with their types in DuckDB's words."""
+        ...
+
+
+class Model(Table, Protocol):
+    """What a destination table is made of."""
 
     @property
     def table(self) -> TableId:
@@ -313,10 +324,6 @@ class Model(Protocol):
     @property
     def version(self) -> str:
         """Hash of all that determines its output."""
-        ...
-
-    def types(self) -> dict[str, str]:
-        """Return the output columns, without hidden ones, with their types in DuckDB's words."""
         ...
 
     def prepare(self, changes: pa.Table) -> Prepared:
@@ -366,8 +373,61 @@ class Slice:
     parts: Iterable[Part]
 
 
+class DestinationFinding(NamedTuple):
+    """Something that `headrace check` says of a destination: `level` is ok, warn or fail."""
+
+    level: Literal["ok", "warn", "fail"]
+    what: str
+    remedy: str = ""
+
+
 class Destination(Protocol):
-    """Where rows arrive, with the progress, the quarantine and the ledger of their arrival."""
+    """Where rows arrive, with the progress, the quarantine and the ledger of their arrival.
+
+    Each method that changes something is one transaction. All of them raise DestinationUnavailable
+    (DestinationBusy: another process holds the destination) for what passes by itself, and
+    DestinationError for what does not.
+    """
+
+    name: str
+    """What and where it is, for people; no secret."""
+    fresh: str
+    """What a user does to have an empty one instead, such as `name a new file in [destination] path`."""
+
+    @property
+    def joins(self) -> Joins:
+        """How models take in copies."""
+        ...
+
+    def exists(self) -> bool:
+        """Whether anything was ever applied to it."""
+        ...
+
+    def inspect(self) -> Iterator[DestinationFinding]:
+        """Look for what would stop a pipeline; changes nothing."""
+        ...
+
+    def read(self, queries: Sequence[str], *, read_only: bool = False) -> list[pa.Table]:
+        """Run queries that only read, in one transaction.
+
+        `read_only`: no pipeline of this process uses the destination meanwhile. Raises UserError for
+        anything but a query, and for what the engine says of one.
+        """
+        ...
+
+    def table_of(self, model: str) -> str:
+        """Return a model's table as SQL names it."""
+        ...
+
+    def misnamed(self, model: str) -> str | None:
+        """Say why no table can have a model's name, None if one can."""
+        ...
+
+    def limits(self, model: Table) -> Sequence[tuple[str, str]]:
+        """Return what the columns of a model's table cannot hold though their types in DuckDB can: pairs of
+        a column and the condition, over output columns, of the values that it takes. A row that violates
+        one is bad."""
+        ...
 
     def progress(self, source: str) -> Mark | None:
         """Return how far this source was applied, or None before its first slice."""
@@ -383,6 +443,44 @@ class Destination(Protocol):
 
         The models named in `work` move from `work.after` to `work.through`; a model that does not
         stand at `work.after` is refused, and nothing changes: a second owner, or a repeated call,
-        can do no harm. Raises DestinationBusy while another process holds the destination.
+        can do no harm. Raises ModelBroken for a table that cannot take its model's columns or rows.
         """
+        ...
+
+    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
+        """Apply what the current model makes of the whole histories of some keys (`prepared.removed`),
+        in one transaction; with `dry_run` only find out what that would do.
+
+        Open records of these keys that are no longer bad become resolved; those still bad count one
+        more attempt; changes that the current model refuses and an earlier one took become records.
+        Returns how many records are `resolved` and how many are `still_quarantined`.
+        """
+        ...
+
+    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
+        """Mark a version of a model suspended with its reason; True if it was not already so."""
+        ...
+
+    def retire(self, model: str, source: str) -> None:
+        """Mark a model that the project no longer has; its table stays."""
+        ...
+
+    def forget_if_reshaped(self, model: Model) -> bool:
+        """Drop a model's table, and its place, where its columns are no longer the model's.
+
+        Its open records become superseded and its ledger rows void: it is built again from staging.
+        Raises ModelBroken where the table cannot be dropped.
+        """
+        ...
+
+    def issue(self, issue: str) -> tuple[str, str, str, str, int]:
+        """Return model, reason, columns, message and number of records of an issue."""
+        ...
+
+    def foreign(self, source: str) -> ForeignDestination:
+        """Build the refusal of a destination whose progress is another log's."""
+        ...
+
+    def close(self) -> None:
+        """Give connections back; the next use opens new ones."""
         ...

@@ -27,7 +27,7 @@ from headrace.errors import HeadraceError, UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from headrace.destinations.duckdb import DuckDBDestination
+    from headrace.protocols import Destination
 
 logger = logging.getLogger("headrace.server")
 
@@ -65,7 +65,7 @@ def _new_socket_path(state: Path) -> Path:
 class Server:
     """Answers requests while the pipeline runs, one thread per connection."""
 
-    def __init__(self, state: Path, destination: DuckDBDestination, handlers: dict[str, Handler]) -> None:
+    def __init__(self, state: Path, destination: Destination, handlers: dict[str, Handler]) -> None:
         """`handlers` answer every request but `query`, by its `op`."""
         self._path = _new_socket_path(state)
         self._destination = destination

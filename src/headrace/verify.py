@@ -26,9 +26,9 @@ import pyarrow.compute as pc
 
 from headrace.change import Mark, Offset, TableSchema
 from headrace.config import Project
-from headrace.destinations.joins import Join, joins_of
-from headrace.destinations.tables import target_of
+from headrace.destinations.joins import joins_of
 from headrace.errors import HeadraceError
+from headrace.join import Join
 from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
 from headrace.log.proof import verify as verify_log
@@ -180,7 +180,10 @@ def _destination(project: Project, source: str) -> list[Finding]:
         f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
         f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
         joins_of(source),
-        *(f"SELECT _source_key, {_columns(model)} FROM {target_of(model.name)}" for model in models),
+        *(
+            f"SELECT _source_key, {_columns(model)} FROM {lane.destination.table_of(model.name)}"
+            for model in models
+        ),
     ]
     try:
         states, records, ledger, progress, joins, *tables = read(project, queries)

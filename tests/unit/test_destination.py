@@ -180,7 +180,7 @@ def test_a_killed_apply_takes_effect_exactly_once(
 def test_an_apply_that_fails_in_the_middle_leaves_nothing(
     destination: DuckDBDestination, tmp_path: Path
 ) -> None:
-    with destination.open() as db:
+    with destination.connected() as db:
         db.execute("CREATE TABLE second AS SELECT 'x' AS _source, 'y' AS _source_key, 'no number' AS id")
     second = bound(tmp_path, "second", "SELECT id::BIGINT AS id, v FROM raw.shop.t")
     with pytest.raises(ModelBroken, match="Table second cannot take the model's columns") as caught:
@@ -321,11 +321,11 @@ def test_a_folder_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_a_query_beside_an_apply_that_has_spilled_disturbs_neither(tmp_path: Path) -> None:
     """Both are connections to one engine, whose folder for what does not fit cannot be moved once used."""
     destination = DuckDBDestination(tmp_path / "w.duckdb", spill=tmp_path / "spill")
-    with destination.open() as applying:
+    with destination.connected() as applying:
         applying.execute(
             "CREATE TABLE t AS SELECT i, md5(i::VARCHAR) AS k FROM range(2000000) r(i) ORDER BY k"
         )
         assert any((tmp_path / "spill").iterdir()), "it has spilled"
         assert destination.read(["SELECT 1 AS one"])[0].to_pylist() == [{"one": 1}]
-        with destination.open() as other:
+        with destination.connected() as other:
             assert other.execute("SELECT count(*) FROM t").fetchall() == [(2_000_000,)]

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from headrace.change import ADDED, Column, CopyMark, Entry, Position, TableId, TableSchema
 from headrace.destinations.duckdb import DuckDBDestination
-from headrace.destinations.joins import Joins
 from headrace.errors import DestinationError, ModelBroken
 from headrace.joining import Joiner
 from headrace.log.sqlite import SQLiteLog
@@ -167,7 +166,7 @@ class Bench:
         self.joiner = self.reopened()
 
     def reopened(self) -> Joiner:
-        return Joiner("shop", self.log, self.staging, Joins(self.destination))
+        return Joiner("shop", self.log, self.staging, self.destination.joins)
 
     def load(self) -> None:
         while entries := self.log.read(self.staging.through(), 1 << 20):

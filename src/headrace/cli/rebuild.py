@@ -113,7 +113,7 @@ def _outcome(settings: Project, model: str) -> dict[str, Any]:
     names, rows = read_rows(
         settings,
         'SELECT model, version, dry_run, "offset", rows, open_records, added, removed, changed, '
-        f"examples::VARCHAR AS examples FROM headrace.rebuilds WHERE model = {literal(model)} "
+        f"examples FROM headrace.rebuilds WHERE model = {literal(model)} "
         "ORDER BY rebuilt_at DESC LIMIT 1",
     )
     outcome = dict(zip(names, next(iter(rows)), strict=True))

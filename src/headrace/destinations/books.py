@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import duckdb
 import pyarrow as pa
 
 from headrace.change import Mark, Offset, Position
 from headrace.destinations.multiset import take_off
+from headrace.destinations.session import Session
 from headrace.destinations.tables import LEDGER_COUNTS, OPEN, QUARANTINE, RECORD_COLUMNS
 from headrace.errors import DestinationError
 from headrace.keys import literal
@@ -31,19 +31,20 @@ class _Account:
 class Books:
     """The accounts of one slice, kept while its parts are applied and written at the end."""
 
-    def __init__(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
+    def __init__(self, db: Session, work: Slice) -> None:
         self._db = db
         self._work = work
         self._accounts: dict[str, _Account] = {}
         rows = db.execute(
             'SELECT model, "offset", version, state, reason, open_records FROM headrace.models '
-            "WHERE source = ?",
+            "WHERE source = $1",
             [work.source],
         )
-        self._stands = {str(row[0]): row[1:] for row in rows.fetchall()}
+        self._stands = {str(row[0]): row[1:] for row in rows}
 
-    def admit(self, part: Part) -> None:
-        """Enter what a part overtakes, before its rows are applied: healed records, and rows taken off.
+    def admit(self, part: Part, target: str) -> None:
+        """Enter what a part overtakes, before its rows are applied to the table `target`: healed records, and
+        rows taken off.
 
         Raises DestinationError unless the model stands where the slice begins.
         """
@@ -56,7 +57,7 @@ class Books:
             self._accounts[name] = _Account(part.model, _state(part), known, Counts(), 0, opened)
         account = self._accounts[name]
         healed = heal(self._db, name, part.prepared, commit) if account.open_records else 0
-        healed += take_off(self._db, self._work.source, name, part.model, part.prepared, commit)
+        healed += take_off(self._db, self._work.source, name, target, part.prepared, commit)
         account.healed += healed
         account.open_records -= healed
 
@@ -94,7 +95,7 @@ class Books:
         moved = [name for name, account in self._accounts.items() if self._only_moves(name, account)]
         if moved:
             self._db.execute(
-                'UPDATE headrace.models SET "offset" = ?, epoch = ?, commit = ?, committed_at = ?, '
+                'UPDATE headrace.models SET "offset" = $1, epoch = $2, commit = $3, committed_at = $4, '
                 f"updated_at = now() WHERE model IN ({', '.join(map(literal, moved))})",
                 list(place),
             )
@@ -120,46 +121,36 @@ def _state(part: Part) -> str:
     return "in_sync" if part.in_sync else "joining"
 
 
-def heal(
-    db: duckdb.DuckDBPyConnection, model: str, prepared: Prepared, commit: int, records: str = QUARANTINE
-) -> int:
+def heal(db: Session, model: str, prepared: Prepared, commit: int, records: str = QUARANTINE) -> int:
     """Mark the open records, kept in the table `records`, that a later good change has overtaken; returns
     how many."""
     if not prepared.reset and not len(prepared.removed):
         return 0
-    _hr_settled = pa.table({"key": prepared.removed})
-    where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_settled)"
-    done = db.execute(
+    where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_given)"
+    return db.change(
         f"UPDATE {records} SET status = 'superseded', superseded_by = {commit}, "
-        f"resolved_at = now() WHERE model = {literal(model)} AND {OPEN} {where}"
+        f"resolved_at = now() WHERE model = {literal(model)} AND {OPEN} {where}",
+        given=None if prepared.reset else pa.table({"key": prepared.removed}),
     )
-    return int(done.fetchall()[0][0])
 
 
-def read_progress(db: duckdb.DuckDBPyConnection, source: str) -> Mark | None:
+def read_progress(db: Session, source: str) -> Mark | None:
     """Return how far a source is applied."""
-    rows = db.execute(
-        'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = ?', [source]
-    ).fetchall()
+    rows = db.execute('SELECT log_id, "offset", hash FROM headrace.progress WHERE source = $1', [source])
     return Mark(*rows[0]) if rows else None
 
 
-def move_progress(
-    db: duckdb.DuckDBPyConnection, source: str, at: Mark, position: Position, committed_at: int
-) -> None:
+def move_progress(db: Session, source: str, at: Mark, position: Position, committed_at: int) -> None:
     """Move how far a source is applied to `at`, unless it is there or beyond."""
     progress = read_progress(db, source)
     if progress is not None and progress.offset >= at.offset:
         return
-    db.execute("DELETE FROM headrace.progress WHERE source = ?", [source])
-    db.execute(
-        "INSERT INTO headrace.progress VALUES (?, ?, ?, ?, ?, ?, ?, now())",
-        [source, *at, position.epoch, position.commit, committed_at],
-    )
+    db.execute("DELETE FROM headrace.progress WHERE source = $1", [source])
+    insert(db, "progress", [(source, *at, position.epoch, position.commit, committed_at)])
 
 
 def stand(
-    db: duckdb.DuckDBPyConnection,
+    db: Session,
     model: Model,
     at: Offset,
     position: Position,
@@ -169,9 +160,9 @@ def stand(
 ) -> None:
     """Write where a model stands, with its open records counted anew."""
     ((records,),) = db.execute(
-        f"SELECT count(*) FROM headrace.quarantine WHERE model = ? AND {OPEN}", [model.name]
-    ).fetchall()
-    db.execute("DELETE FROM headrace.models WHERE model = ?", [model.name])
+        f"SELECT count(*) FROM headrace.quarantine WHERE model = $1 AND {OPEN}", [model.name]
+    )
+    db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
     state = "in_sync" if in_sync else "joining"
     where = (at, position.epoch, position.commit, committed_at)
     insert(db, "models", [(model.name, model.source, model.version, state, "", *where, records)])
@@ -182,41 +173,50 @@ def numbers(counts: Counts) -> list[int]:
     return [getattr(counts, name) for name in LEDGER_COUNTS]
 
 
-def insert(db: duckdb.DuckDBPyConnection, table: str, rows: Sequence[Sequence[object]]) -> None:
+def insert(db: Session, table: str, rows: Sequence[Sequence[object]]) -> None:
     """Insert a few rows into one of Headrace's tables, whose last column is the time now."""
     if rows:
-        marks = ", ".join(f"({', '.join('?' * len(rows[0]))}, now())" for _ in rows)
+        width = len(rows[0])
+        numbered = (range(i * width + 1, (i + 1) * width + 1) for i in range(len(rows)))
+        marks = ", ".join(f"({', '.join(f'${n}' for n in row)}, now())" for row in numbered)
         db.execute(f"INSERT INTO headrace.{table} VALUES {marks}", [cell for row in rows for cell in row])
 
 
-def record(
-    db: duckdb.DuckDBPyConnection, model: Model, records: pa.Table, into: str = QUARANTINE
-) -> list[str]:
+def record(db: Session, model: Model, records: pa.Table, into: str = QUARANTINE) -> list[str]:
     """Write records to the table `into`; return the ids of issues that no record had before.
 
     A record's id comes from its model and position, so a change has one record however often it fails:
     writing it again keeps when it was first seen and counts one more attempt.
     """
+    if not records.num_rows:
+        return []
+    at = records.schema.get_field_index("committed_at")
+    times = records["committed_at"].cast(pa.timestamp("us", "UTC"))
+    return record_from(db, model, "_hr_given", into, records.set_column(at, "committed_at", times))
+
+
+def record_from(
+    db: Session, model: Model, relation: str, into: str = QUARANTINE, given: pa.Table | None = None
+) -> list[str]:
+    """Write the records of a relation to the table `into`; see `record`."""
     source, name, table = literal(model.source), literal(model.name), literal(str(model.table))
-    _hr_records = records
-    _hr_incoming = db.sql(
+    db.keep(
+        "_hr_incoming",
         f"""SELECT r.*, coalesce(q.attempts, 0) + 1 AS attempts,
         coalesce(q.first_seen, now()) AS first_seen, now() AS last_attempt
         FROM (
-          SELECT md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal)) AS id,
+          SELECT md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
           'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
           {source} AS source, {name} AS model, {table} AS table_name,
           stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
-          make_timestamptz(committed_at) AS committed_at, "offset", preview,
-          {literal(model.version)} AS model_version, 'quarantined' AS status FROM _hr_records
-        ) r LEFT JOIN {into} q ON q.id = r.id::UUID"""
-    ).to_arrow_table()
+          committed_at, "offset", preview,
+          {literal(model.version)} AS model_version, 'quarantined' AS status FROM {relation} AS i
+        ) r LEFT JOIN {into} q ON q.id = r.id""",
+        given,
+    )
     issues = db.execute(
         "SELECT DISTINCT issue FROM _hr_incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
-    ).fetchall()
-    db.execute(f"DELETE FROM {into} WHERE id IN (SELECT id::UUID FROM _hr_incoming)")
-    db.execute(
-        f"INSERT INTO {into} ({RECORD_COLUMNS}) "
-        f"SELECT {RECORD_COLUMNS} FROM (SELECT * REPLACE (id::UUID AS id) FROM _hr_incoming)"
     )
+    db.execute(f"DELETE FROM {into} WHERE id IN (SELECT id FROM _hr_incoming)")
+    db.execute(f"INSERT INTO {into} ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM _hr_incoming")
     return [str(row[0]) for row in issues]

@@ -4,35 +4,29 @@ The file is opened for each apply and closed again: a process that holds it, eve
 up apply. Tables carry no index and no declared constraint (models check); rows are changed by
 `DELETE … USING` and `INSERT`, never MERGE or `INSERT OR REPLACE`.
 
-Arrow tables reach the engine as Python variables that a statement names (`_hr_…`), not by `register`:
-a transaction keeps every view that it ever had until it ends, and with it the table behind it, so
-that a slice of ten million rows would stay in memory whole.
+An Arrow table reaches the engine as the Python variable `_hr_given` that a statement names, not by
+`register`: a transaction keeps every view that it ever had until it ends, and with it the table behind
+it, so that a slice of ten million rows would stay in memory whole.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Mark
-from headrace.destinations.books import Books, insert, move_progress, numbers, read_progress, record
-from headrace.destinations.tables import CREATE, OPEN, Table, place_of, target_of
-from headrace.errors import (
-    DestinationBusy,
-    DestinationError,
-    ForeignDestination,
-    ModelBroken,
-    UserError,
-)
-from headrace.failpoints import failpoint
-from headrace.keys import literal, quoted
-from headrace.protocols import Counts, Model, ModelState, Prepared, Slice
+from headrace.destinations.database import Database
+from headrace.destinations.session import Session
+from headrace.destinations.tables import CREATE
+from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
+from headrace.keys import literal
+from headrace.protocols import DestinationFinding, Table
 
 _READING = {
     duckdb.StatementType.SELECT,
@@ -53,17 +47,27 @@ QUERY_MEMORY = 512 << 20
 _opening = threading.Lock()
 
 
-class DuckDBDestination:
+class DuckDBDestination(Database):
     """One DuckDB file."""
+
+    fresh = "name a new file in [destination] path"
+    main = "main"
 
     def __init__(self, path: Path, *, spill: Path | None = None) -> None:
         """What does not fit into memory goes to the folder `spill`, by default beside the file."""
+        super().__init__()
         self.path = path
+        self.name = str(path)
         self._spill = spill
-        self._shaped: dict[str, dict[str, str]] = {}
 
     @contextmanager
-    def open(self, *, read_only: bool = False, memory: int = 0) -> Iterator[duckdb.DuckDBPyConnection]:
+    def open(self, *, memory: int = 0) -> Iterator[Session]:
+        """See `Database.open`; makes the file if need be."""
+        with self.connected(memory=memory) as db:
+            yield _DuckDBSession(db)
+
+    @contextmanager
+    def connected(self, *, read_only: bool = False, memory: int = 0) -> Iterator[duckdb.DuckDBPyConnection]:
         """Open the file for a moment; `memory` (bytes) is for work that needs more than an apply does.
 
         Raises DestinationBusy, naming the holder, while another process has it, and
@@ -98,9 +102,6 @@ class DuckDBDestination:
             if self._spill is not None and _spills_to(connection) != str(self._spill):
                 connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
             yield connection
-        except BaseException:
-            self._shaped.clear()  # what was made in the transaction is not there
-            raise
         finally:
             with _opening:
                 connection.close()
@@ -124,257 +125,109 @@ class DuckDBDestination:
                     raise UserError(
                         "Only queries are answered: the destination is written by the pipeline alone."
                     )
-            with self.open(read_only=read_only, memory=QUERY_MEMORY) as db:
+            with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
                 db.execute("BEGIN TRANSACTION READ ONLY")
                 return [db.sql(query).to_arrow_table() for query in queries]
         except duckdb.Error as error:
             raise UserError(str(error).strip()) from error
 
-    def progress(self, source: str) -> Mark | None:
-        """See `Destination.progress`. Makes the file and Headrace's own tables in it if need be."""
-        with self.open() as db:
-            db.execute(CREATE)
-            return read_progress(db, source)
+    def set_up(self, db: Session) -> None:
+        """Make Headrace's own tables where they are missing, and the file before."""
+        db.execute(CREATE)
 
-    def models(self, source: str) -> dict[str, ModelState]:
-        """See `Destination.models`."""
-        with self.open() as db:
-            db.execute(CREATE)
-            rows = db.execute(
-                'SELECT model, source, version, state, reason, "offset", open_records '
-                "FROM headrace.models WHERE source = ?",
-                [source],
-            ).fetchall()
-        return {str(row[0]): ModelState(*row) for row in rows}
+    def exists(self) -> bool:
+        """See `Destination.exists`."""
+        return self.path.exists()
 
-    def apply(self, work: Slice) -> Sequence[str]:
-        """See `Destination.apply`. In this order, in one transaction:
-
-        1. progress is compared with what the slice says it starts from;
-        2. part by part: the model's table is made or widened, its rows are changed, its open records
-           that a later good change has healed become superseded, its new records are written;
-        3. the ledger has one row per model, the models' and the source's progress move; commit.
-        """
-        with self.open() as db:
-            if not self._shaped:
-                db.execute(CREATE)
-            db.execute("BEGIN")
-            self._check(db, work)
-            books = Books(db, work)
-            new_issues: list[str] = []
-            for part in work.parts:
-                self.make_table(db, part.model)
-                books.admit(part)
-                self.change_rows(db, work.source, part.model, part.prepared)
-                new_issues += books.take(part)
-                failpoint("destination.apply.part")
-                del part  # before the next one is made
-            books.close()
-            move_progress(db, work.source, work.through, work.position, work.committed_at)
-            failpoint("destination.apply.commit")
-            db.execute("COMMIT")
-        failpoint("destination.apply.committed")
-        return new_issues
-
-    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
-        """Apply what the current model makes of the whole histories of some keys (`prepared.removed`),
-        in one transaction; with `dry_run` only find out what that would do.
-
-        Open records of these keys that are no longer bad become resolved; those still bad count one
-        more attempt; changes that the current model refuses and an earlier one took become records.
-        Returns how many records are `resolved` and how many are `still_quarantined`.
-        """
-        name = literal(model.name)
-        mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM _hr_redriven r)"
-        same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
-        bad = int(prepared.records.num_rows)
-        with self.open() as db:
-            db.execute("BEGIN")
-            db.register("_hr_redriven", pa.table({"key": prepared.removed}))
-            db.register("_hr_still_bad", prepared.records)
-            before = _number(db, f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
-            self.make_table(db, model)
-            self.change_rows(db, model.source, model, prepared)
-            resolved = _number(
-                db,
-                f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
-                f"resolved_at = now(), attempts = attempts + 1, last_attempt = now(), "
-                f"model_version = {literal(model.version)} WHERE {mine} "
-                f"AND NOT EXISTS (SELECT 1 FROM _hr_still_bad b WHERE {same})",
-            )
-            record(db, model, prepared.records)
-            if moved := before - bad:
-                counts = numbers(Counts(applied=moved, quarantined=-moved))
-                insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
-            db.execute(
-                f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
-                f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
-            )
-            failpoint("destination.redrive.commit")
-            db.execute("ROLLBACK" if dry_run else "COMMIT")
-        if dry_run:
-            self._shaped.clear()
-        return {"resolved": resolved, "still_quarantined": bad}
-
-    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
-        """Mark a version of a model suspended with its reason; True if it was not already so."""
-        with self.open() as db:
-            db.execute(CREATE)
-            known = db.execute(
-                "SELECT state, version, reason FROM headrace.models WHERE model = ?", [model]
-            ).fetchall()
-            if known == [("suspended", version, reason)]:
-                return False
-            if known:
-                db.execute(
-                    "UPDATE headrace.models SET state = 'suspended', version = ?, reason = ?, "
-                    "updated_at = now() WHERE model = ?",
-                    [version, reason, model],
-                )
-            else:
-                db.execute(
-                    "INSERT INTO headrace.models VALUES (?, ?, ?, 'suspended', ?, 0, 0, 0, 0, 0, now())",
-                    [model, source, version, reason],
-                )
-            return True
-
-    def retire(self, model: str) -> None:
-        """Mark a model that the project no longer has; its table stays."""
-        with self.open() as db:
-            db.execute(
-                "UPDATE headrace.models SET state = 'retired', updated_at = now() WHERE model = ?", [model]
-            )
-
-    def forget_if_reshaped(self, model: Model) -> bool:
-        """Drop a model's table, and its place, where its columns are no longer the model's.
-
-        Its open records become superseded and its ledger rows void: it is built again from staging.
-        """
-        schema, table = place_of(model.name)
-        self._shaped.clear()
-        with self.open() as db:
-            known = _columns(db, schema, table)
-            if not known or known == model.types():
-                return False
-            db.execute("BEGIN")
-            db.execute(f"DROP TABLE {quoted(schema)}.{quoted(table)}")
-            db.execute(
-                f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
-                f"resolved_at = now() WHERE model = ? AND {OPEN}",
-                [model.name],
-            )
-            db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = ?", [model.name])
-            db.execute("DELETE FROM headrace.models WHERE model = ?", [model.name])
-            db.execute("DELETE FROM headrace.joins WHERE model = ?", [model.name])
-            db.execute("COMMIT")
-        return True
-
-    def issue(self, issue: str) -> tuple[str, str, str, str, int]:
-        """Return model, reason, columns, message and number of records of an issue."""
-        with self.open() as db:
-            rows: list[tuple[str, str, str, str, int]] = db.execute(
-                "SELECT any_value(model), any_value(reason), any_value(columns), any_value(message), "
-                "count(*) FROM headrace.quarantine WHERE issue = ?",
-                [issue],
-            ).fetchall()
-        return rows[0]
-
-    def _check(self, db: duckdb.DuckDBPyConnection, work: Slice) -> None:
-        progress = read_progress(db, work.source)
-        if progress is None and work.after.offset:
-            raise ForeignDestination(f"{self.path} has no progress for source {work.source}.")
-        if progress is not None and progress.log_id != work.after.log_id:
-            raise foreign(self.path, work.source)
-        if progress is not None and work.through.offset > progress.offset and progress != work.after:
-            raise ForeignDestination(
-                f"{self.path} stands at offset {progress.offset}, this pipeline at {work.after.offset}: "
-                "another pipeline writes to it.",
-                "Run one pipeline only.",
-            )
-
-    def make_table(self, db: duckdb.DuckDBPyConnection, model: Table) -> None:
-        """Make or widen a model's table; raises ModelBroken when it cannot take the columns."""
+    def inspect(self) -> Iterator[DestinationFinding]:
+        """See `Destination.inspect`. Of a file that is not there nothing is said."""
         try:
-            if self._shaped.get(model.name) != model.types():
-                _shape(db, model)
-                self._shaped[model.name] = model.types()
-        except duckdb.Error as error:
-            raise ModelBroken(
-                model.name,
-                f"Table {model.name} cannot take the model's columns: {str(error).splitlines()[0]}",
-                "Drop or mend the table.",
-            ) from error
+            with self.open():
+                yield DestinationFinding("ok", f"{self.path} opens")
+        except DestinationBusy as error:
+            yield DestinationFinding("warn", str(error), error.remedy)
+        except DestinationError as error:
+            yield DestinationFinding("fail", str(error), error.remedy)
 
-    def drop_table(self, db: duckdb.DuckDBPyConnection, model: Table) -> None:
-        """Drop a model's table, if there is one."""
-        self._shaped.pop(model.name, None)
-        db.execute(f"DROP TABLE IF EXISTS {target_of(model.name)}")
+    def misnamed(self, model: str) -> str | None:
+        """See `Destination.misnamed`."""
+        schema = self.place_of(model)[0]
+        if schema.casefold() != self.path.stem.casefold():
+            return None
+        return f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
 
-    def change_rows(
-        self, db: duckdb.DuckDBPyConnection, source: str, model: Table, prepared: Prepared
-    ) -> None:
-        """Write an outcome to a model's table."""
-        target = target_of(model.name)
-        if prepared.reset:
-            db.execute(f"DELETE FROM {target} WHERE _source = ?", [source])
-        if prepared.rows.nbytes > MEMORY // 2:  # one large value, say
-            db.execute(f"SET memory_limit = '{MEMORY + 8 * prepared.rows.nbytes}B'")
-        if len(prepared.removed):
-            _hr_removed = pa.table({"key": prepared.removed})
-            db.execute(
-                f"DELETE FROM {target} USING _hr_removed r WHERE _source = ? AND _source_key = r.key",
-                [source],
+    def fault_of(self, error: Exception) -> str | None:
+        """See `Database.fault_of`."""
+        if not isinstance(error, duckdb.Error) or verdict_of(error) is Verdict.RETRY:
+            return None
+        # What it says of data quotes it.
+        is_data = verdict_of(error) is Verdict.QUARANTINE
+        return type(error).__name__ if is_data else str(error).splitlines()[0]
+
+
+class _DuckDBSession:
+    """See `Session`."""
+
+    row_id = "rowid"
+
+    def __init__(self, db: duckdb.DuckDBPyConnection) -> None:
+        self._db = db
+
+    def begin(self, source: str) -> None:
+        del source  # the file has one writer
+        self._db.execute("BEGIN")
+
+    def commit(self) -> None:
+        self._db.execute("COMMIT")
+
+    def rollback(self) -> None:
+        self._db.execute("ROLLBACK")
+
+    def execute(
+        self, statement: str, parameters: Sequence[Any] = (), given: pa.Table | None = None
+    ) -> list[tuple[Any, ...]]:
+        _hr_given = given
+        return self._db.execute(statement, list(parameters)).fetchall()
+
+    def change(self, statement: str, parameters: Sequence[Any] = (), given: pa.Table | None = None) -> int:
+        return int(self.execute(statement, parameters, given)[0][0])
+
+    def keep(self, name: str, query: str, given: pa.Table | None = None) -> None:
+        self.execute(f"CREATE OR REPLACE TEMP TABLE {name} AS {query}", given=given)
+
+    def append(self, target: str, types: Mapping[str, str], source: str, rows: pa.Table) -> None:
+        del types
+        if rows.nbytes > MEMORY // 2:  # one large value, say
+            self._db.execute(f"SET memory_limit = '{MEMORY + 8 * rows.nbytes}B'")
+        self.execute(
+            f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_given", given=rows
+        )
+
+    def columns(self, schema: str, table: str) -> dict[str, str]:
+        return dict(
+            self.execute(
+                "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = $1 "
+                "AND table_name = $2 AND column_name NOT IN ('_source', '_source_key') "
+                "ORDER BY ordinal_position",
+                [schema, table],
             )
-        if prepared.rows.num_rows:
-            _hr_arrived = prepared.rows
-            db.execute(
-                f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_arrived"
-            )
+        )
+
+    def types(self, table: Table) -> dict[str, str]:
+        return table.types()
+
+    def same_key(self, left: str, right: str) -> str:
+        return f"{left} = {right}"
+
+    def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
+        # Two hashes: one of 64 bits may meet by chance, both do not.
+        return [f"hash({', '.join(cells)})::HUGEINT" for cells in (columns, [*columns[::-1], "'again'"])]
+
+    def prepare_table(self, target: str) -> None:
+        pass  # no index: a scan of one column costs less than an index that every change moves
 
 
 def _spills_to(db: duckdb.DuckDBPyConnection) -> str:
     """Return the folder of the engine, which other connections share: once it is used it cannot be set."""
     ((folder,),) = db.execute("SELECT current_setting('temp_directory')").fetchall()
     return str(folder)
-
-
-def foreign(path: Path, source: str) -> ForeignDestination:
-    """Build the refusal of a destination whose progress is another log's."""
-    return ForeignDestination(
-        f"{path} was filled from another log than the one in this state folder (source {source}): the "
-        "state folder was deleted, restored or copied.",
-        "Restore the state folder that belongs to it, or name a new file in [destination] path and "
-        "let it be filled again.",
-    )
-
-
-def _columns(db: duckdb.DuckDBPyConnection, schema: str, table: str) -> dict[str, str]:
-    """Return a table's columns with their types, without hidden ones; empty if there is none."""
-    rows = db.execute(
-        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = ? "
-        "AND table_name = ? AND column_name NOT IN ('_source', '_source_key') ORDER BY ordinal_position",
-        [schema, table],
-    )
-    return dict(rows.fetchall())
-
-
-def _shape(db: duckdb.DuckDBPyConnection, model: Table) -> None:
-    """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""
-    schema, table = place_of(model.name)
-    target = target_of(model.name)
-    known = _columns(db, schema, table)
-    wanted = model.types()
-    if not known:
-        db.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)}")
-        columns = ", ".join(f"{quoted(name)} {type_}" for name, type_ in wanted.items())
-        db.execute(f"CREATE TABLE {target} ({columns}, _source VARCHAR, _source_key VARCHAR)")
-    for name, type_ in wanted.items() if known else ():
-        if name not in known:
-            db.execute(f"ALTER TABLE {target} ADD COLUMN {quoted(name)} {type_}")
-        elif known[name] != type_:
-            db.execute(f"ALTER TABLE {target} ALTER COLUMN {quoted(name)} SET DATA TYPE {type_}")
-
-
-def _number(db: duckdb.DuckDBPyConnection, statement: str) -> int:
-    """Run a change and return how many rows it changed."""
-    return int(db.execute(statement).fetchall()[0][0])

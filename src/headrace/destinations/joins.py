@@ -10,27 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import Literal
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
 
-import duckdb
-
-from headrace.change import Mark, Offset, Position
-from headrace.destinations.books import heal, insert, move_progress, numbers, record, stand
-from headrace.destinations.duckdb import DuckDBDestination
+from headrace.cells import json_of
+from headrace.change import Mark, Position
+from headrace.destinations.books import heal, insert, move_progress, numbers, record, record_from, stand
 from headrace.destinations.multiset import take_off
-from headrace.destinations.tables import CREATE, JOINING, OPEN, QUARANTINE, target_of
+from headrace.destinations.session import Session
+from headrace.destinations.tables import JOINING, OPEN, QUARANTINE
 from headrace.errors import DestinationError
 from headrace.failpoints import failpoint
+from headrace.join import Difference, Join
 from headrace.keys import literal, quoted
 from headrace.protocols import Counts, Model, Prepared
+
+if TYPE_CHECKING:
+    from headrace.destinations.database import Database
 
 BESIDE = "headrace_joining"
 """The schema of tables that grow beside a live one."""
 
+_LONGEST_NAME = 63  # bytes
 _EXCHANGE_MEMORY = 256 << 20  # two hashes of every key, on both sides
-
-Phase = Literal["copy", "stream", "done"]
-Why = Literal["copy", "rebuild", "dry run"]
 
 _EXAMPLES = 10  # source keys of each kind of difference that a rebuild keeps
 _COLUMNS = 'model, source, version, "begin", "end", stands, phase, "offset", target, why'
@@ -41,62 +43,33 @@ def joins_of(source: str) -> str:
     return f"SELECT {_COLUMNS} FROM headrace.joins WHERE source = {literal(source)}"
 
 
-@dataclass(frozen=True, slots=True)
-class Join:
-    """How far a model has taken in a copy, which the log holds between the offsets `begin` and `end`.
-
-    The phase `copy` reads the copied rows, `stream` the changes that they do not contain, through
-    `target`; `offset` is how far the phase is. `stands` is the end of the copy that the live table is
-    made of, 0 if it is filled in place. `why`: a new copy, or all of history once more under the model as
-    it is now, which a dry run only compares with the live table.
-    """
-
-    model: str
-    source: str
-    version: str
-    begin: Offset
-    end: Offset
-    stands: Offset
-    phase: Phase
-    offset: Offset
-    target: Offset
-    why: Why = "copy"
-
-    @property
-    def beside(self) -> bool:
-        """Whether the live table goes on meanwhile."""
-        return self.stands > 0
-
-
 class Joins:
     """The joins of all models of a destination."""
 
-    def __init__(self, destination: DuckDBDestination) -> None:
+    def __init__(self, destination: Database) -> None:
         self._destination = destination
 
     def of(self, source: str) -> dict[str, Join]:
         """Return the newest join of every model of a source."""
         with self._destination.open() as db:
-            db.execute(CREATE)
-            rows = db.execute(joins_of(source)).fetchall()
+            self._destination.set_up(db)
+            rows = db.execute(joins_of(source))
         return {str(row[0]): Join(*row) for row in rows}
 
     def start(self, join: Join, model: Model) -> None:
         """Start a join with an empty table, in place or beside; one that did not end is given up."""
         target = _target(join, model)
-        with self._destination.open() as db:
-            db.execute(CREATE)
-            db.execute("BEGIN")
+        table = self._destination.table_of(target.name)
+        with self._destination.writing(join.source) as db:
             # Of an earlier join, which may have been of other columns.
             self._destination.drop_table(db, _Target(_beside(model), {}))
-            db.execute(f"DELETE FROM {JOINING} WHERE model = ?", [model.name])
+            db.execute(f"DELETE FROM {JOINING} WHERE model = $1", [model.name])
             self._destination.make_table(db, target)
-            db.execute(f"DELETE FROM {target_of(target.name)} WHERE _source = ?", [join.source])
+            db.execute(f"DELETE FROM {table} WHERE _source = $1", [join.source])
             _void(db, join)
             if not join.beside:
                 stand(db, model, 0, Position(0, 0, 0), 0, in_sync=False)
             _save(db, join)
-            db.execute("COMMIT")
 
     def step(self, join: Join, following: Join, model: Model, prepared: Prepared) -> Sequence[str]:
         """Take in one slice of a phase and move to `following`, in one transaction; returns the ids of
@@ -107,13 +80,13 @@ class Joins:
         through = following.offset if following.phase == join.phase else join.end
         records = JOINING if join.beside else QUARANTINE
         head = (join.source, model.name)
-        with self._destination.open() as db:
-            db.execute("BEGIN")
+        target = _target(join, model)
+        table = self._destination.table_of(target.name)
+        with self._destination.writing(join.source) as db:
             _check(db, join)
-            target = _target(join, model)
             self._destination.make_table(db, target)
             healed = heal(db, model.name, prepared, join.end, records)
-            healed += take_off(db, join.source, model.name, target, prepared, join.end, records)
+            healed += take_off(db, join.source, model.name, table, prepared, join.end, records)
             self._destination.change_rows(db, join.source, target, prepared)
             issues = record(db, model, prepared.records, records)
             # The live table has accounted for the changes already, and for the rows of its own copy.
@@ -126,30 +99,25 @@ class Joins:
                 insert(db, "ledger", rows)
             _save(db, following)
             failpoint("destination.join.commit")
-            db.execute("COMMIT")
         return [] if join.beside else issues
 
     def attach(
         self, join: Join, model: Model, at: Mark, position: Position, committed_at: int, *, in_sync: bool
     ) -> tuple[Difference, Sequence[str]]:
-        """End a join: what grew beside replaces what differs, and the model stands at `at`.
-
-        Returns in how many source keys the two differed, and the ids of issues that are new. A dry run
-        leaves the live table as it is. Of a rebuild, headrace.rebuilds tells the same with examples.
-        """
-        difference, issues = NO_DIFFERENCE, list[str]()
-        with self._destination.open(memory=_EXCHANGE_MEMORY if join.beside else 0) as db:
-            db.execute("BEGIN")
+        """See `headrace.join.Joins.attach`."""
+        difference, issues = Difference(), list[str]()
+        memory = _EXCHANGE_MEMORY if join.beside else 0
+        with self._destination.writing(join.source, memory=memory) as db:
             _check(db, join)
             if join.beside:
                 self._destination.make_table(db, model)
-                difference = _compare(db, join, model)
+                difference = self._compare(db, join, model)
                 if join.why != "copy":
-                    _tell(db, join, model, at, difference)
+                    self._tell(db, join, model, at, difference)
                 if join.why != "dry run":
-                    _exchange(db, join, model)
+                    self._exchange(db, join, model)
                     issues = _exchange_records(db, join, model)
-                db.execute(f"DELETE FROM {JOINING} WHERE model = ?", [model.name])
+                db.execute(f"DELETE FROM {JOINING} WHERE model = $1", [model.name])
                 self._destination.drop_table(db, _target(join, model))
             if join.why != "dry run":
                 stand(db, model, at.offset, position, committed_at, in_sync=in_sync)
@@ -157,20 +125,66 @@ class Joins:
                 move_progress(db, join.source, at, position, committed_at)
             _save(db, replace(join, phase="done", stands=join.end))
             failpoint("destination.join.attach")
-            db.execute("COMMIT")
         return difference, issues
 
+    def _tables(self, join: Join, model: Model) -> tuple[str, str]:
+        """Return the live table and the one beside it."""
+        return self._destination.table_of(model.name), self._destination.table_of(_target(join, model).name)
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """In how many source keys what grew beside a live table differs from it."""
+    def _compare(self, db: Session, join: Join, model: Model) -> Difference:
+        """Find the source keys in which the live table and the one beside it differ: `_hr_differs`."""
+        live, beside = self._tables(join, model)
+        names = [quoted(name) for name in model.types()]
+        sums = ", ".join(f"sum({each}) AS h{i}" for i, each in enumerate(db.fingerprints(names)))
+        state = (
+            f"SELECT _source_key AS k, count(*) AS n, {sums} FROM {{}} "
+            f"WHERE _source = {literal(join.source)} GROUP BY _source_key"
+        )
+        db.keep(
+            "_hr_differs",
+            f"""SELECT coalesce(a.k, b.k) AS k,
+            CASE WHEN a.n IS NULL THEN 'added' WHEN b.n IS NULL THEN 'removed' ELSE 'changed' END AS how
+            FROM ({state.format(live)}) a FULL JOIN ({state.format(beside)}) b ON a.k = b.k
+            WHERE a.n IS DISTINCT FROM b.n OR a.h0 IS DISTINCT FROM b.h0 OR a.h1 IS DISTINCT FROM b.h1""",
+        )
+        found = db.execute("SELECT how, count(*) FROM _hr_differs GROUP BY how")
+        return Difference(**{how: int(count) for how, count in found})
 
-    added: int
-    removed: int
-    changed: int
+    def _exchange(self, db: Session, join: Join, model: Model) -> None:
+        """Write to the live table what differs from the one beside it, key by key."""
+        live, beside = self._tables(join, model)
+        columns = ", ".join([*map(quoted, model.types()), "_source", "_source_key"])
+        chosen = f"_source = {literal(join.source)} AND _source_key IN (SELECT k FROM _hr_differs)"
+        delete = f"DELETE FROM {live} WHERE {chosen}"
+        insert_ = f"INSERT INTO {live} ({columns}) SELECT {columns} FROM {beside} WHERE {chosen}"
+        self._destination.exchange_rows(db, model, [delete, insert_])
 
-
-NO_DIFFERENCE = Difference(0, 0, 0)
+    def _tell(self, db: Session, join: Join, model: Model, at: Mark, difference: Difference) -> None:
+        """Write what a rebuild comes to: rows, records, differences, and some of these with both rows."""
+        live, beside = self._tables(join, model)
+        db.keep(
+            "_hr_examples",
+            "SELECT k, how FROM (SELECT *, row_number() OVER (PARTITION BY how ORDER BY k) AS n "
+            f"FROM _hr_differs) d WHERE n <= {_EXAMPLES}",
+        )
+        examples: dict[str, dict[str, Any]] = {
+            key: {"how": how, "key": key, "before": [], "after": []}
+            for key, how in db.execute("SELECT k, how FROM _hr_examples ORDER BY how, k")
+        }
+        names = list(model.types())
+        for table, when in ((live, "before"), (beside, "after")):
+            rows = db.execute(
+                f"SELECT _source_key, {', '.join(map(quoted, names))} FROM {table} "
+                f"WHERE _source = $1 AND _source_key IN (SELECT k FROM _hr_examples)",
+                [join.source],
+            )
+            for key, *cells in rows:
+                examples[key][when].append(dict(zip(names, cells, strict=True)))
+        ((rows_made,),) = db.execute(f"SELECT count(*) FROM {beside}")
+        ((opened,),) = db.execute(f"SELECT count(*) FROM {JOINING} WHERE model = $1 AND {OPEN}", [model.name])
+        counts = (rows_made, opened, *astuple(difference))
+        facts = (model.name, join.source, model.version, join.why == "dry run", at.offset, *counts)
+        insert(db, "rebuilds", [(*facts, json_of(list(examples.values())))])
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,69 +203,41 @@ def _target(join: Join, model: Model) -> _Target:
 
 
 def _beside(model: Model) -> str:
-    return f"{BESIDE}.{model.name}"
+    # No engine has names of any length, and this one is longer than the model's.
+    short = len(model.name.encode()) <= _LONGEST_NAME
+    return f"{BESIDE}.{model.name if short else blake2b(model.name.encode(), digest_size=16).hexdigest()}"
 
 
-def _save(db: duckdb.DuckDBPyConnection, join: Join) -> None:
-    db.execute("DELETE FROM headrace.joins WHERE model = ?", [join.model])
-    db.execute("INSERT INTO headrace.joins VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", list(astuple(join)))
+def _save(db: Session, join: Join) -> None:
+    db.execute("DELETE FROM headrace.joins WHERE model = $1", [join.model])
+    db.execute(
+        "INSERT INTO headrace.joins VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)", list(astuple(join))
+    )
 
 
-def _void(db: duckdb.DuckDBPyConnection, join: Join) -> None:
+def _void(db: Session, join: Join) -> None:
     """Take back what the ledger says of what is now emptied."""
     if join.why != "copy":
         return
     since = f"AND kind = 'copy' AND \"after\" >= {join.stands}" if join.beside else ""
-    db.execute(f"UPDATE headrace.ledger SET kind = 'void' WHERE model = ? {since}", [join.model])
+    db.execute(f"UPDATE headrace.ledger SET kind = 'void' WHERE model = $1 {since}", [join.model])
     if not join.beside:
         db.execute(
             f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = 'rebuilt', "
-            f"resolved_at = now() WHERE model = ? AND {OPEN}",
+            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
             [join.model],
         )
 
 
-def _check(db: duckdb.DuckDBPyConnection, join: Join) -> None:
-    rows = db.execute(f"SELECT {_COLUMNS} FROM headrace.joins WHERE model = ?", [join.model]).fetchall()
+def _check(db: Session, join: Join) -> None:
+    rows = db.execute(f"SELECT {_COLUMNS} FROM headrace.joins WHERE model = $1", [join.model])
     if rows != [astuple(join)]:
         raise DestinationError(
             f"The join of {join.model} does not stand at offset {join.offset}.", "Run one pipeline only."
         )
 
 
-def _compare(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> Difference:
-    """Find the source keys in which the live table and the one beside it differ: `_hr_differs`."""
-    live, beside = target_of(model.name), target_of(_target(join, model).name)
-    names = [quoted(name) for name in model.types()]
-    # Two hashes: one of 64 bits may meet by chance, both do not.
-    hashes = (f"hash({', '.join(cells)})::HUGEINT" for cells in (names, [*names[::-1], "'again'"]))
-    sums = ", ".join(f"sum({each}) AS h{i}" for i, each in enumerate(hashes))
-    state = (
-        f"SELECT _source_key AS k, count(*) AS n, {sums} FROM {{}} "
-        f"WHERE _source = {literal(join.source)} GROUP BY k"
-    )
-    db.execute(
-        f"""CREATE OR REPLACE TEMP TABLE _hr_differs AS SELECT coalesce(a.k, b.k) AS k,
-        CASE WHEN a.n IS NULL THEN 'added' WHEN b.n IS NULL THEN 'removed' ELSE 'changed' END AS how
-        FROM ({state.format(live)}) a FULL JOIN ({state.format(beside)}) b ON a.k = b.k
-        WHERE a.n IS DISTINCT FROM b.n OR a.h0 IS DISTINCT FROM b.h0 OR a.h1 IS DISTINCT FROM b.h1"""
-    )
-    counts = db.execute(
-        "SELECT count(*) FILTER (how = 'added'), count(*) FILTER (how = 'removed'), "
-        "count(*) FILTER (how = 'changed') FROM _hr_differs"
-    ).fetchall()
-    return Difference(*counts[0])
-
-
-def _exchange(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> None:
-    """Write to the live table what differs from the one beside it, key by key."""
-    live, beside = target_of(model.name), target_of(_target(join, model).name)
-    chosen = f"_source = {literal(join.source)} AND _source_key IN (SELECT k FROM _hr_differs)"
-    db.execute(f"DELETE FROM {live} WHERE {chosen}")
-    db.execute(f"INSERT INTO {live} BY NAME SELECT * FROM {beside} WHERE {chosen}")
-
-
-def _exchange_records(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> list[str]:
+def _exchange_records(db: Session, join: Join, model: Model) -> list[str]:
     """Put the open records from beside in the place of the live table's; return new issues."""
     name = literal(model.name)
     resolution = "resync" if join.why == "copy" else "rebuilt"
@@ -259,47 +245,18 @@ def _exchange_records(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -
         f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = '{resolution}', resolved_at = now() "
         f"WHERE model = {name} AND {OPEN}"
     )
-    records = db.sql(
-        f"SELECT * REPLACE (epoch_us(committed_at) AS committed_at) FROM {JOINING} "
-        f"WHERE model = {name} AND {OPEN}"
-    ).to_arrow_table()
-    return record(db, model, records)
+    db.keep("_hr_beside", f"SELECT * FROM {JOINING} WHERE model = {name} AND {OPEN}")
+    return record_from(db, model, "_hr_beside")
 
 
-def _tell(db: duckdb.DuckDBPyConnection, join: Join, model: Model, at: Mark, difference: Difference) -> None:
-    """Write what a rebuild came to: rows, records, differences, and some of these with both rows."""
-    live, beside = target_of(model.name), target_of(_target(join, model).name)
-    cells = ", ".join(f"{literal(name)}: {quoted(name)}" for name in model.types())
-    some = f"(FROM _hr_differs QUALIFY row_number() OVER (PARTITION BY how ORDER BY k) <= {_EXAMPLES})"
-
-    def rows(table: str) -> str:
-        return (
-            f"(SELECT _source_key AS k, to_json(list({{{cells}}})) AS rows FROM {table} WHERE _source = "
-            f"{literal(join.source)} AND _source_key IN (SELECT k FROM {some}) GROUP BY k)"
-        )
-
-    ((examples,),) = db.execute(
-        f"""SELECT to_json(coalesce(list({{'how': how, 'key': d.k, 'before': a.rows, 'after': b.rows}}
-        ORDER BY how, d.k), [])) FROM {some} d
-        LEFT JOIN {rows(live)} a USING (k) LEFT JOIN {rows(beside)} b USING (k)"""
-    ).fetchall()
-    ((count, opened),) = db.execute(
-        f"SELECT (SELECT count(*) FROM {beside}), "
-        f"(SELECT count(*) FROM {JOINING} WHERE model = {literal(model.name)} AND {OPEN})"
-    ).fetchall()
-    counts = (count, opened, *astuple(difference))
-    facts = (model.name, join.source, model.version, join.why == "dry run", at.offset, *counts, examples)
-    insert(db, "rebuilds", [facts])
-
-
-def _balance(db: duckdb.DuckDBPyConnection, join: Join, model: Model) -> None:
+def _balance(db: Session, join: Join, model: Model) -> None:
     """Let the ledger say how many records are open, where a join has changed that."""
     name = literal(model.name)
     records = f"SELECT count(*) FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
     known = (
         f"SELECT coalesce(sum(quarantined), 0) FROM headrace.ledger WHERE model = {name} AND kind <> 'void'"
     )
-    ((difference,),) = db.execute(f"SELECT (({records}) - ({known}))::BIGINT").fetchall()
+    ((difference,),) = db.execute(f"SELECT (({records}) - ({known}))::BIGINT")
     if difference:
         kind = "resync" if join.why == "copy" else "rebuild"
         moved = numbers(Counts(superseded=-difference, quarantined=difference))

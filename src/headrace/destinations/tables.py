@@ -1,9 +1,5 @@
 """The tables that Headrace keeps in a destination, beside the data and in its transactions."""
 
-from typing import Protocol
-
-from headrace.keys import quoted
-
 LEDGER_COUNTS = ("read", "applied", "superseded", "filtered", "quarantined", "waiting", "blocked")
 
 RECORD_COLUMNS = (
@@ -36,7 +32,7 @@ CREATE TABLE IF NOT EXISTS headrace.quarantine (
   attempts INTEGER, first_seen TIMESTAMPTZ, last_attempt TIMESTAMPTZ, resolution VARCHAR,
   resolved_at TIMESTAMPTZ
 );
-CREATE TABLE IF NOT EXISTS headrace.joining AS FROM headrace.quarantine LIMIT 0;
+CREATE TABLE IF NOT EXISTS headrace.joining AS SELECT * FROM headrace.quarantine WHERE false;
 CREATE TABLE IF NOT EXISTS headrace.ledger (
   source VARCHAR, model VARCHAR, kind VARCHAR, "after" BIGINT, "through" BIGINT,
   read BIGINT, applied BIGINT, superseded BIGINT, filtered BIGINT, quarantined BIGINT,
@@ -48,30 +44,6 @@ CREATE TABLE IF NOT EXISTS headrace.joins (
 );
 CREATE TABLE IF NOT EXISTS headrace.rebuilds (
   model VARCHAR, source VARCHAR, version VARCHAR, dry_run BOOLEAN, "offset" BIGINT, rows BIGINT,
-  open_records BIGINT, added BIGINT, removed BIGINT, changed BIGINT, examples JSON, rebuilt_at TIMESTAMPTZ
+  open_records BIGINT, added BIGINT, removed BIGINT, changed BIGINT, examples VARCHAR, rebuilt_at TIMESTAMPTZ
 );
 """
-
-
-class Table(Protocol):
-    """What a table of the destination takes from its model."""
-
-    @property
-    def name(self) -> str:
-        """`orders`, or `shop.orders`."""
-        ...
-
-    def types(self) -> dict[str, str]:
-        """Return the columns with their types, without hidden ones."""
-        ...
-
-
-def target_of(model: str) -> str:
-    """Return a model's table as SQL names it."""
-    return ".".join(map(quoted, place_of(model)))
-
-
-def place_of(model: str) -> tuple[str, str]:
-    """Return schema and name of a model's table."""
-    schema, dot, table = model.partition(".")
-    return (schema, table) if dot else ("main", schema)

@@ -1,0 +1,352 @@
+"""What every SQL database does as a destination; an engine adds its connection, its types and its errors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import pyarrow as pa
+
+from headrace.change import Mark
+from headrace.destinations.books import Books, insert, move_progress, numbers, read_progress, record
+from headrace.destinations.joins import Joins
+from headrace.destinations.session import Session, Unfit
+from headrace.destinations.tables import OPEN
+from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
+from headrace.failpoints import failpoint
+from headrace.keys import literal, quoted
+from headrace.protocols import (
+    Counts,
+    DestinationFinding,
+    Model,
+    ModelState,
+    Prepared,
+    Slice,
+    Table,
+)
+
+
+class Database(ABC):
+    """A destination whose engine speaks SQL. See `Destination` for what each method promises."""
+
+    name: str
+    fresh: str
+    main: str
+    """The schema of models whose name has none."""
+
+    def __init__(self) -> None:
+        self._shaped: dict[str, dict[str, str]] = {}
+        self.joins = Joins(self)
+
+    # -- what an engine adds
+
+    @abstractmethod
+    def open(self, *, memory: int = 0) -> AbstractContextManager[Session]:
+        """Open a session for a moment; `memory` (bytes) is for work that needs more than an apply does.
+
+        Raises DestinationBusy and DestinationUnavailable, which pass, and DestinationError, which does not.
+        """
+
+    @abstractmethod
+    def set_up(self, db: Session) -> None:
+        """Make Headrace's own tables where they are missing."""
+
+    @abstractmethod
+    def fault_of(self, error: Exception) -> str | None:
+        """Say what the engine has against a table or its rows, quoting no cell; None for any other error."""
+
+    @abstractmethod
+    def read(self, queries: Sequence[str], *, read_only: bool = False) -> list[pa.Table]:
+        """See `Destination.read`."""
+
+    @abstractmethod
+    def exists(self) -> bool:
+        """See `Destination.exists`."""
+
+    @abstractmethod
+    def inspect(self) -> Iterator[DestinationFinding]:
+        """See `Destination.inspect`."""
+
+    @abstractmethod
+    def misnamed(self, model: str) -> str | None:
+        """See `Destination.misnamed`."""
+
+    def limits(self, model: Table) -> Sequence[tuple[str, str]]:
+        """See `Destination.limits`."""
+        del model
+        return ()
+
+    def owner_of(self, table: tuple[str, str], constraint: str) -> tuple[str, str]:
+        """Return the table whose rows a constraint refused: `table`, or the one that it refers to."""
+        del constraint
+        return table
+
+    def close(self) -> None:  # noqa: B027 - most engines keep nothing open
+        """See `Destination.close`."""
+
+    # -- what is the same for all
+
+    def place_of(self, model: str) -> tuple[str, str]:
+        """Return schema and name of a model's table."""
+        schema, dot, table = model.partition(".")
+        return (schema, table) if dot else (self.main, schema)
+
+    def table_of(self, model: str) -> str:
+        """See `Destination.table_of`."""
+        return ".".join(map(quoted, self.place_of(model)))
+
+    @contextmanager
+    def writing(self, source: str, *, memory: int = 0, keep: bool = True) -> Iterator[Session]:
+        """Open a transaction that changes what is of a source; committed at the end, unless not to `keep`.
+
+        Raises ModelBroken where a constraint that waited for the end refuses a model's rows.
+        """
+        try:
+            with self.open(memory=memory) as db:
+                if not self._shaped:
+                    self.set_up(db)
+                db.begin(source)
+                yield db
+                db.commit() if keep else db.rollback()
+        except Unfit as error:
+            place = self.owner_of(error.table, error.constraint)
+            models = (name for name in self._shaped if self.place_of(name) == place)
+            model = next(models, None)
+            self._shaped.clear()
+            if model is None:
+                raise DestinationError(f"{self.name} refuses the slice: {error}.") from error
+            raise _broken(model, str(error)) from error
+        except BaseException:
+            self._shaped.clear()  # what was made in the transaction is not there
+            raise
+        if not keep:
+            self._shaped.clear()
+
+    def progress(self, source: str) -> Mark | None:
+        """See `Destination.progress`. Makes Headrace's own tables if need be."""
+        with self.open() as db:
+            self.set_up(db)
+            return read_progress(db, source)
+
+    def models(self, source: str) -> dict[str, ModelState]:
+        """See `Destination.models`."""
+        with self.open() as db:
+            self.set_up(db)
+            rows = db.execute(
+                'SELECT model, source, version, state, reason, "offset", open_records '
+                "FROM headrace.models WHERE source = $1",
+                [source],
+            )
+        return {str(row[0]): ModelState(*row) for row in rows}
+
+    def apply(self, work: Slice) -> Sequence[str]:
+        """See `Destination.apply`. In this order, in one transaction:
+
+        1. progress is compared with what the slice says it starts from;
+        2. part by part: the model's table is made or widened, its rows are changed, its open records
+           that a later good change has healed become superseded, its new records are written;
+        3. the ledger has one row per model, the models' and the source's progress move; commit.
+        """
+        new_issues: list[str] = []
+        try:
+            with self.writing(work.source) as db:
+                self._check(db, work)
+                books = Books(db, work)
+                for part in work.parts:
+                    self.make_table(db, part.model)
+                    books.admit(part, self.table_of(part.model.name))
+                    self.change_rows(db, work.source, part.model, part.prepared)
+                    new_issues += books.take(part)
+                    failpoint("destination.apply.part")
+                    del part  # before the next one is made
+                books.close()
+                move_progress(db, work.source, work.through, work.position, work.committed_at)
+                failpoint("destination.apply.commit")
+        except CommitUnknown:
+            # Asked behind whatever is left of that transaction: either it is done, or it never will be.
+            if self._settled(work.source) != work.through:
+                raise
+        failpoint("destination.apply.committed")
+        return new_issues
+
+    def _settled(self, source: str) -> Mark | None:
+        with self.writing(source) as db:
+            return read_progress(db, source)
+
+    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
+        """See `Destination.redrive`."""
+        name = literal(model.name)
+        mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM _hr_redriven r)"
+        same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
+        bad = int(prepared.records.num_rows)
+        with self.writing(model.source, keep=not dry_run) as db:
+            db.keep("_hr_redriven", "SELECT key FROM _hr_given", pa.table({"key": prepared.removed}))
+            ((before,),) = db.execute(f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
+            self.make_table(db, model)
+            self.change_rows(db, model.source, model, prepared)
+            resolved = db.change(
+                f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
+                f"resolved_at = now(), attempts = attempts + 1, last_attempt = now(), "
+                f"model_version = {literal(model.version)} WHERE {mine} "
+                f"AND NOT EXISTS (SELECT 1 FROM _hr_given b WHERE {same})",
+                given=prepared.records.select(["epoch", "commit", "ordinal"]),
+            )
+            record(db, model, prepared.records)
+            if moved := before - bad:
+                counts = numbers(Counts(applied=moved, quarantined=-moved))
+                insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
+            db.execute(
+                f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
+                f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
+            )
+            failpoint("destination.redrive.commit")
+        return {"resolved": resolved, "still_quarantined": bad}
+
+    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
+        """See `Destination.suspend`."""
+        with self.writing(source) as db:
+            known = db.execute("SELECT state, version, reason FROM headrace.models WHERE model = $1", [model])
+            if known == [("suspended", version, reason)]:
+                return False
+            if known:
+                db.execute(
+                    "UPDATE headrace.models SET state = 'suspended', version = $1, reason = $2, "
+                    "updated_at = now() WHERE model = $3",
+                    [version, reason, model],
+                )
+            else:
+                insert(db, "models", [(model, source, version, "suspended", reason, 0, 0, 0, 0, 0)])
+            return True
+
+    def retire(self, model: str, source: str) -> None:
+        """See `Destination.retire`."""
+        with self.writing(source) as db:
+            db.execute(
+                "UPDATE headrace.models SET state = 'retired', updated_at = now() WHERE model = $1", [model]
+            )
+
+    def forget_if_reshaped(self, model: Model) -> bool:
+        """See `Destination.forget_if_reshaped`."""
+        self._shaped.clear()
+        with self.writing(model.source) as db:
+            known = db.columns(*self.place_of(model.name))
+            if not known or known == db.types(model):
+                return False
+            with self._blaming(model.name, "cannot be built again"):
+                db.execute(f"DROP TABLE {self.table_of(model.name)}")
+            db.execute(
+                f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
+                f"resolved_at = now() WHERE model = $1 AND {OPEN}",
+                [model.name],
+            )
+            db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
+            db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
+            db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
+        return True
+
+    def issue(self, issue: str) -> tuple[str, str, str, str, int]:
+        """See `Destination.issue`."""
+        with self.open() as db:
+            ((model, reason, columns, message, count),) = db.execute(
+                "SELECT min(model), min(reason), min(columns), min(message), count(*) "
+                "FROM headrace.quarantine WHERE issue = $1",
+                [issue],
+            )
+        return model, reason, columns, message, count
+
+    def foreign(self, source: str) -> ForeignDestination:
+        """See `Destination.foreign`."""
+        return ForeignDestination(
+            f"{self.name} was filled from another log than the one in this state folder (source {source}): "
+            "the state folder was deleted, restored or copied.",
+            f"Restore the state folder that belongs to it, or {self.fresh} and let it be filled again.",
+        )
+
+    def _check(self, db: Session, work: Slice) -> None:
+        progress = read_progress(db, work.source)
+        if progress is None and work.after.offset:
+            raise ForeignDestination(f"{self.name} has no progress for source {work.source}.")
+        if progress is not None and progress.log_id != work.after.log_id:
+            raise self.foreign(work.source)
+        if progress is not None and work.through.offset > progress.offset and progress != work.after:
+            raise ForeignDestination(
+                f"{self.name} stands at offset {progress.offset}, this pipeline at {work.after.offset}: "
+                "another pipeline writes to it.",
+                "Run one pipeline only.",
+            )
+
+    # -- tables and rows
+
+    def make_table(self, db: Session, model: Table) -> None:
+        """Make or widen a model's table; raises ModelBroken when it cannot take the columns."""
+        if self._shaped.get(model.name) != model.types():
+            with self._blaming(model.name, "cannot take the model's columns"):
+                self._shape(db, model)
+            self._shaped[model.name] = model.types()
+
+    def _shape(self, db: Session, model: Table) -> None:
+        """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""
+        schema, table = self.place_of(model.name)
+        target = self.table_of(model.name)
+        wanted = db.types(model)
+        known = db.columns(schema, table)
+        if not known:
+            self.make_schema(db, schema)
+            columns = ", ".join(f"{quoted(name)} {type_}" for name, type_ in wanted.items())
+            db.execute(f"CREATE TABLE {target} ({columns}, _source VARCHAR, _source_key VARCHAR)")
+            db.prepare_table(target)
+        for name, type_ in wanted.items() if known else ():
+            column = quoted(name)
+            if name not in known:
+                db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
+            elif known[name] != type_:
+                db.execute(
+                    f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_} "
+                    f"USING CAST({column} AS {type_})"
+                )
+
+    def make_schema(self, db: Session, schema: str) -> None:
+        """Make a schema where it is missing."""
+        db.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)}")
+
+    def drop_table(self, db: Session, model: Table) -> None:
+        """Drop a model's table, if there is one."""
+        self._shaped.pop(model.name, None)
+        db.execute(f"DROP TABLE IF EXISTS {self.table_of(model.name)}")
+
+    def change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
+        """Write an outcome to a model's table."""
+        target = self.table_of(model.name)
+        with self._blaming(model.name, "cannot take the model's rows"):
+            if prepared.reset:
+                db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
+            if len(prepared.removed):
+                same = db.same_key("_source_key", "r.key")
+                db.execute(
+                    f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}",
+                    [source],
+                    pa.table({"key": prepared.removed}),
+                )
+            if prepared.rows.num_rows:
+                db.append(target, model.types(), source, prepared.rows)
+
+    def exchange_rows(self, db: Session, model: Model, statements: Sequence[str]) -> int:
+        """Run statements that change a model's rows; returns how many."""
+        with self._blaming(model.name, "cannot take the model's rows"):
+            return sum(db.change(statement) for statement in statements)
+
+    @contextmanager
+    def _blaming(self, model: str, what: str) -> Iterator[None]:
+        """Turn what the engine has against a model's table into ModelBroken."""
+        try:
+            yield
+        except Exception as error:
+            words = self.fault_of(error)
+            if words is None:
+                raise
+            raise _broken(model, words, what) from error
+
+
+def _broken(model: str, words: str, what: str = "cannot take the model's rows") -> ModelBroken:
+    return ModelBroken(model, f"Table {model} {what}: {words}", "Drop or mend the table.")

@@ -1,0 +1,91 @@
+"""What a destination's engine offers to the bookkeeping that is written once for all of them.
+
+SQL that passes through here is what the engines have in common. Where they differ, a session says how:
+a few expressions, the types, and how Arrow tables come in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from headrace.protocols import Table
+
+
+class Session(Protocol):
+    """An open connection.
+
+    A statement's parameters are `$1`, `$2`, …; an Arrow table that comes with it (`given`) is the relation
+    `_hr_given` in it. Statements between `begin` and `commit` are one transaction.
+    """
+
+    row_id: str
+    """The hidden column that tells a table's rows apart, and grows with each insert, more or less."""
+
+    def begin(self, source: str) -> None:
+        """Begin a transaction, which alone changes what is of a source until it ends."""
+        ...
+
+    def commit(self) -> None:
+        """Make the transaction durable. Raises CommitUnknown where it may or may not be, and Unfit for
+        a constraint that waited until now."""
+        ...
+
+    def rollback(self) -> None:
+        """Undo the transaction."""
+        ...
+
+    def execute(
+        self, statement: str, parameters: Sequence[Any] = (), given: pa.Table | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Run a statement and return its rows, none if it has no result."""
+        ...
+
+    def change(self, statement: str, parameters: Sequence[Any] = (), given: pa.Table | None = None) -> int:
+        """Run a DELETE, INSERT or UPDATE and return how many rows it changed."""
+        ...
+
+    def keep(self, name: str, query: str, given: pa.Table | None = None) -> None:
+        """Keep what a query returns as the temporary relation `name`, in place of an earlier one."""
+        ...
+
+    def append(self, target: str, types: Mapping[str, str], source: str, rows: pa.Table) -> None:
+        """Insert rows (`_source_key` and columns) into a table whose columns have these types, in
+        DuckDB's words; `_source` is the same for all."""
+        ...
+
+    def columns(self, schema: str, table: str) -> dict[str, str]:
+        """Return a table's columns with the engine's types, without hidden ones; empty if there is none."""
+        ...
+
+    def types(self, table: Table) -> dict[str, str]:
+        """Return a model's columns with the engine's types, as `columns` would. Raises ModelBroken for a
+        name or a type that the engine does not have."""
+        ...
+
+    def same_key(self, left: str, right: str) -> str:
+        """Return the condition that two source keys are equal, `left` one of a model's table."""
+        ...
+
+    def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
+        """Return expressions of numbers that can be summed; all are equal where the columns (quoted) are."""
+        ...
+
+    def prepare_table(self, target: str) -> None:
+        """Add to a model's table that was just made what finding its rows by source key needs."""
+        ...
+
+
+class Unfit(Exception):
+    """Rows that a constraint does not admit, found at the end of a transaction.
+
+    `table` and `constraint` are as the engine names them; `words` quote no cell.
+    """
+
+    def __init__(self, table: tuple[str, str], constraint: str, words: str) -> None:
+        super().__init__(words)
+        self.table = table
+        self.constraint = constraint
