@@ -80,7 +80,7 @@ class Lane:
         self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
         self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
         self.joiner = Joiner(config.name, self.log, self.staging, destination.joins)
-        self._folder = folder
+        self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
         self._bound: dict[str, tuple[TableSchema, RowModel | HeadraceError]] = {}
@@ -220,7 +220,7 @@ class Lane:
         Looks at once if `now`, else at most once a second. A file that does not parse leaves its old
         version in force. Called by whoever holds `applying`.
         """
-        current = self._folder.current(now=now)
+        current = self.folder.current(now=now)
         if current is self._current:
             return False
         before = set(self._texts)

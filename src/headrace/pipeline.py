@@ -25,11 +25,12 @@ from headrace.destinations.duckdb import DuckDBDestination
 from headrace.errors import DestinationBusy, HeadraceError, StateInUse, UserError, Verdict, verdict_of
 from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
+from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
+from headrace.scrub import scrub
 from headrace.server import Server
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
-from headrace.transform.evaluate import scrub
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
 
@@ -75,6 +76,7 @@ class Pipeline:
             self.lanes = open_lanes(project)
             self._upkeep = {lane.config.name: Upkeep(lane, project.log, self.stop) for lane in self.lanes}
             self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
+            self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
             self._wait_for_destination()
         except BaseException:
             _forget_empty_logs(project.state)
@@ -92,6 +94,7 @@ class Pipeline:
             for verb in ("capture", "load", "apply", "upkeep"):
                 self._start(lane, verb)
             self._guard(lane.config.name, self._watches[lane.config.name])
+        self._begin("marts", self._step_marts)
         ended: BaseException | None = None
         try:
             while ended is None and not self.stop.wait(_POLL):
@@ -113,6 +116,7 @@ class Pipeline:
         server = self._serve()
         try:
             faults = [fault for lane in self.lanes for fault in self._once(lane)]
+            faults += self._marts_once()
             for fault in faults[1:]:
                 alerts.error("%s", fault.paragraph())
             if faults:
@@ -207,10 +211,16 @@ class Pipeline:
             self.stop.wait(EVERY)
 
         steps = {"capture": lambda: lane.capture(self.stop), "load": load, "apply": apply, "upkeep": upkeep}
-        name = f"{lane.config.name}.{verb}"
-        thread = threading.Thread(target=self._keep, args=(name, steps[verb]), name=name)
-        self._threads.append(thread)
-        thread.start()
+        self._begin(f"{lane.config.name}.{verb}", steps[verb])
+
+    def _begin(self, name: str, step: Callable[[], None]) -> None:
+        """Start a thread that repeats a step."""
+        self._threads.append(threading.Thread(target=self._keep, args=(name, step), name=name))
+        self._threads[-1].start()
+
+    def _step_marts(self) -> None:
+        self._marts.step()
+        self.stop.wait(_POLL)
 
     def _guard(self, name: str, watch: Watch) -> None:
         """Start the thread that watches over a source."""
@@ -281,6 +291,13 @@ class Pipeline:
         for model, reason in lane.suspended().items():
             faults.append(UserError(f"Model {model} is suspended: {reason}", "Mend it and run again."))
         return faults
+
+    def _marts_once(self) -> list[HeadraceError]:
+        self._patiently("marts", lambda: self._marts.step(now=True))
+        return [
+            UserError(f"Mart {mart} is suspended: {reason}", "Mend it and run again.")
+            for mart, reason in self._marts.suspended().items()
+        ]
 
     def _wait_for_destination(self) -> None:
         """Check each lane's destination, waiting while another process holds it."""

@@ -9,6 +9,7 @@ a replay is a sink that starts again from an earlier offset.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from headrace.errors import ForeignDestination
     from headrace.join import Joins
+    from headrace.mart import Marts
 
 
 class Source(Protocol):
@@ -394,9 +396,19 @@ class Destination(Protocol):
     fresh: str
     """What a user does to have an empty one instead, such as `name a new file in [destination] path`."""
 
+    touched: Counter[str]
+    """How often this process has changed the rows of each model: the marts that read it are due then."""
+    commits: int
+    """How many transactions this process has committed."""
+
     @property
     def joins(self) -> Joins:
         """How models take in copies."""
+        ...
+
+    @property
+    def marts(self) -> Marts:
+        """What is computed from its tables."""
         ...
 
     def exists(self) -> bool:

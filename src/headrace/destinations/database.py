@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 from headrace.change import Mark
 from headrace.destinations.books import Books, insert, move_progress, numbers, read_progress, record
 from headrace.destinations.joins import Joins
+from headrace.destinations.marts import Marts
 from headrace.destinations.session import Session, Unfit
 from headrace.destinations.tables import OPEN
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
@@ -38,6 +40,10 @@ class Database(ABC):
     def __init__(self) -> None:
         self._shaped: dict[str, dict[str, str]] = {}
         self.joins = Joins(self)
+        self.marts = Marts(self)
+        self.touched: Counter[str] = Counter()
+        """How often the rows of a model were changed by this process: marts that read it are due then."""
+        self.commits = 0
 
     # -- what an engine adds
 
@@ -120,6 +126,7 @@ class Database(ABC):
         except BaseException:
             self._shaped.clear()  # what was made in the transaction is not there
             raise
+        self.commits += 1
         if not keep:
             self._shaped.clear()
 
@@ -318,6 +325,8 @@ class Database(ABC):
     def change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         """Write an outcome to a model's table."""
         target = self.table_of(model.name)
+        if prepared.counts.read:
+            self.touched[model.name] += 1
         with self._blaming(model.name, "cannot take the model's rows"):
             if prepared.reset:
                 db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
@@ -333,6 +342,7 @@ class Database(ABC):
 
     def exchange_rows(self, db: Session, model: Model, statements: Sequence[str]) -> int:
         """Run statements that change a model's rows; returns how many."""
+        self.touched[model.name] += 1
         with self._blaming(model.name, "cannot take the model's rows"):
             return sum(db.change(statement) for statement in statements)
 

@@ -16,7 +16,8 @@ from headrace.change import Column, TableId, TableSchema
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.protocols import Prepared
-from headrace.transform.evaluate import Evaluation, scrub
+from headrace.scrub import scrub
+from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
 from headrace.transform.multiset import fold_multiset
 from headrace.transform.sql import Check, ModelText
