@@ -16,7 +16,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = [
     {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns"},
-    {"protocols", "join", "payload", "keyfilter", "cells", "debezium"},
+    {"protocols", "join", "payload", "pgtypes", "keyfilter", "cells", "debezium"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep"},
     {"cli", "console", "testing"},

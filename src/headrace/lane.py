@@ -15,6 +15,7 @@ import threading
 from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -174,9 +175,7 @@ class Lane:
             if copy is None:
                 continue
             try:
-                step = self.joiner.step(
-                    model, copy, self._stands or {}, running, self._reached, self._alert_all
-                )
+                step = self.joiner.step(model, copy, self._stands or {}, running, self._reached, self._alert)
             except ModelBroken as error:
                 self._suspend(model.name, model.version, error)
                 return True
@@ -313,9 +312,13 @@ class Lane:
             state = stands.get(model.name)
             if state is None or state.version == model.version or model.is_mirror:
                 continue
-            if self.destination.forget_if_reshaped(model):
-                logger.info("model %s has other columns now: it is built again from staging", model.name)
-                del stands[model.name]
+            try:
+                if self.destination.forget_if_reshaped(model):
+                    logger.info("model %s has other columns now: it is built again from staging", model.name)
+                    del stands[model.name]
+            except ModelBroken as error:
+                self._suspend(model.name, model.version, error)
+                stands[model.name] = replace(state, state="suspended", version=model.version)
         self._put_aside(stands)
         return stands
 
@@ -335,11 +338,7 @@ class Lane:
             self._stands = None
             raise
         self._moved(models, through, in_sync)
-        self._alert_all(issues)
-
-    def _alert_all(self, issues: Sequence[str]) -> None:
-        for issue in issues:
-            self._alert(issue)
+        self._alert(issues)
 
     def _parts(
         self, models: Sequence[RowModel], after: Offset, through: Offset, in_sync: Collection[str]
@@ -378,8 +377,8 @@ class Lane:
 
     def _stand(self, model: RowModel, state: str, offset: Offset) -> None:
         """Take over where the destination has just put a model."""
+        stand = ModelState(model.name, self.config.name, model.version, state, "", offset, 0)
         if self._stands is not None:
-            stand = ModelState(model.name, self.config.name, model.version, state, "", offset, 0)
             self._stands[model.name] = stand
 
     def _offset(self, model: RowModel) -> Offset:
@@ -444,7 +443,8 @@ class Lane:
         try:
             tables = () if text else self.staging.schemas(through)
             refuse_twins(name, schema, tables)
-            return bind(text, schema) if text else mirror(self.config.name, schema)
+            model = bind(text, schema) if text else mirror(self.config.name, schema)
+            return model.limited(self.destination.limits(model))
         except HeadraceError as error:
             self._suspend(name, _NO_VERSION, error)
             return error
@@ -461,13 +461,14 @@ class Lane:
         assert mark is not None, f"offset {offset} is not in the log"
         return mark
 
-    def _alert(self, issue: str) -> None:
-        model, reason, columns, message, count = self.destination.issue(issue)
-        alerts.warning(
-            "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
-            "`headrace quarantine redrive --issue %s`.",
-            issue, model, reason, columns, message, count, issue,
-        )  # fmt: skip
+    def _alert(self, issues: Sequence[str]) -> None:
+        for issue in issues:
+            model, reason, columns, message, count = self.destination.issue(issue)
+            alerts.warning(
+                "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
+                "`headrace quarantine redrive --issue %s`.",
+                issue, model, reason, columns, message, count, issue,
+            )  # fmt: skip
 
 
 def ahead(preparer: Executor, parts: Iterator[Part]) -> Generator[Part]:
