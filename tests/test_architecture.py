@@ -16,7 +16,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = [
     {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns", "scrub"},
-    {"protocols", "join", "mart", "payload", "keyfilter", "cells", "debezium", "ahead"},
+    {"protocols", "join", "mart", "payload", "pgtypes", "keyfilter", "cells", "debezium", "ahead"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "marts"},
     {"cli", "console", "testing"},

@@ -136,10 +136,29 @@ class StagingConfig:
 
 @dataclass(frozen=True, slots=True)
 class DestinationConfig:
-    """`[destination]`: the DuckDB file that models are applied to, absolute."""
+    """`[destination]`: where models are applied to.
 
-    type: Literal["duckdb"]
+    Of type `duckdb`, the file `path`, absolute. Of type `postgres`, the database of `url`: models without a
+    schema in their name are tables of `schema`; a statement waits for a lock for `lock_timeout` seconds and
+    takes `statement_timeout` seconds at most (0: no limit).
+    """
+
+    type: Literal["duckdb", "postgres"]
     path: Path
+    url: Secret | None = None
+    schema: str = "public"
+    lock_timeout: float = 30.0
+    statement_timeout: float = 3600.0
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        return self.url.redacted() if self.url else str(self.path)
+
+    @property
+    def is_there(self) -> bool | None:
+        """Whether there is such a file; None for what only its server knows."""
+        return None if self.url else self.path.exists()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +205,7 @@ def load_project(folder: Path) -> Project:
     sources = _sources(document, root)
     log = _log(document, root)
     staging = document.section("staging", {"path": values.path_in(root, "folder")})
-    destination = document.section(
-        "destination", {"type": values.only("duckdb"), "path": values.path_in(root, "file")}
-    )
+    destination = _destination(document, root)
     scale = document.section("scale", _SCALE)
     document.raise_mistakes()
     return Project(
@@ -265,6 +282,28 @@ def _log(document: Document, root: Path) -> dict[str, Any]:
     if log.get("anchor_every") and not ("anchor_file" in log or "anchor_url" in log):
         document.fail(("log", "anchor_every"), "needs anchor_file or anchor_url, to say where the anchors go")
     return log
+
+
+def _destination(document: Document, root: Path) -> dict[str, Any]:
+    of_type: dict[str, dict[str, Parser]] = {
+        "duckdb": {"path": values.path_in(root, "file")},
+        "postgres": {
+            "url": lambda value: _url(value, root),
+            "schema": values.publication,
+            "lock_timeout": values.duration("0ms", "1h"),
+            "statement_timeout": values.duration("0ms", "24h"),
+        },
+    }
+    type_ = {"type": values.only(*of_type)}
+    section = document.values.get("destination", {})
+    named = section.get("type", "duckdb") if isinstance(section, dict) else "duckdb"
+    known = of_type.get(named, {}) if isinstance(named, str) else {}
+    if not known:  # the type is what is wrong
+        known = {key: parser for parsers in of_type.values() for key, parser in parsers.items()}
+    destination = document.section("destination", type_ | known)
+    if named == "postgres" and "url" not in section:
+        document.fail(("destination", "url"), 'missing; add for example url = "${env:WAREHOUSE_URL}"')
+    return destination
 
 
 def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:

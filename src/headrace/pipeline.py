@@ -21,8 +21,8 @@ from typing import IO, Any, TypeVar
 
 from headrace.change import TableId
 from headrace.config import Project
-from headrace.destinations.duckdb import DuckDBDestination
-from headrace.errors import DestinationBusy, HeadraceError, StateInUse, UserError, Verdict, verdict_of
+from headrace.destinations import open_destination
+from headrace.errors import DestinationUnavailable, HeadraceError, StateInUse, UserError, Verdict, verdict_of
 from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
 from headrace.marts import MartKeeper
@@ -51,7 +51,7 @@ def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
 
     Raises ModelError for a model file that does not parse, UserError for one of no source.
     """
-    destination = DuckDBDestination(project.destination.path, spill=project.state / "spill")
+    destination = open_destination(project.destination, spill=project.state / "spill")
     folder = ModelFolder(project.models, {source.name for source in project.sources})
     return [Lane(project, source, destination, folder, read_only=read_only) for source in project.sources]
 
@@ -61,7 +61,7 @@ class Pipeline:
 
     def __init__(self, project: Project, stop: threading.Event | None = None) -> None:
         """Take the state folder and check that log, staging and destination belong together, waiting
-        for a destination that another process holds until `stop` is set.
+        for a destination that cannot be had until `stop` is set.
 
         Raises StateInUse when another process runs on it, ForeignDestination and ModelError.
         """
@@ -145,6 +145,7 @@ class Pipeline:
             upkeep.close()
         for lane in self.lanes:
             lane.close()
+            lane.destination.close()
         self._lock.close()
 
     def _serve(self) -> Server:
@@ -300,17 +301,17 @@ class Pipeline:
         ]
 
     def _wait_for_destination(self) -> None:
-        """Check each lane's destination, waiting while another process holds it."""
+        """Check each lane's destination, waiting while it cannot be had."""
         for lane in self.lanes:
             self._patiently("destination", lane.check_destination)
 
     def _patiently(self, name: str, step: Callable[[], _T]) -> _T | None:
-        """Take a step, again while another process holds the destination; None if stopped before."""
+        """Take a step, again while the destination cannot be had; None if stopped before."""
         since = time.monotonic()
         while not self.stop.is_set():
             try:
                 result = step()
-            except DestinationBusy as error:
+            except DestinationUnavailable as error:
                 self._wait(name, error, time.monotonic() - since)
                 self.stop.wait(_FIRST_PAUSE)
                 continue

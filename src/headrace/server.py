@@ -182,15 +182,21 @@ def read(project: Project, queries: Sequence[str]) -> list[pa.Table]:
                 return [_receive_table(stream) for _ in queries]
     except (FileNotFoundError, ConnectionRefusedError):
         pass
-    if not project.destination.path.exists():
-        raise UserError(
-            f"There is no destination at {project.destination.path} yet.",
-            "Start the pipeline: `headrace run`.",
-        )
+    absent = UserError(
+        f"There is no destination at {project.destination.name} yet.", "Start the pipeline: `headrace run`."
+    )
+    if project.destination.is_there is False:
+        raise absent
     # Not above: a question to the running pipeline needs no engine here, and its import takes longer.
-    from headrace.destinations.duckdb import DuckDBDestination
+    from headrace.destinations import open_destination
 
-    return DuckDBDestination(project.destination.path).read(queries, read_only=True)
+    destination = open_destination(project.destination)
+    try:
+        if not destination.exists():
+            raise absent
+        return destination.read(queries, read_only=True)
+    finally:
+        destination.close()
 
 
 def _exchange(stream: Any, request: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import duckdb
 from headrace.change import Column, TableSchema
 from headrace.errors import HeadraceError
 from headrace.keys import quoted
+from headrace.pgtypes import cast_keeps_apart, duckdb_type
 from headrace.transform.model import bind
 from headrace.transform.sql import read_model
-from headrace.transform.types import cast_keeps_apart, duckdb_type
 
 _TEXT = """\
 /* headrace

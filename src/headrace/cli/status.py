@@ -26,8 +26,9 @@ from headrace.sources.postgres.slot import durable_commit
 _QUERIES = (
     'SELECT source, "offset", commit, committed_at FROM headrace.progress',
     'SELECT source, model, state, reason, "offset", commit, open_records FROM headrace.models ORDER BY model',
-    "SELECT source, model, issue, any_value(reason) AS reason, any_value(columns) AS columns, "
-    "any_value(message) AS message, count(*) AS records, epoch(min(first_seen)) AS since "
+    "SELECT source, model, issue, min(reason) AS reason, min(columns) AS columns, "
+    "min(message) AS message, count(*) AS records, "
+    "extract(epoch FROM min(first_seen))::DOUBLE PRECISION AS since "
     "FROM headrace.quarantine WHERE status IN ('quarantined', 'waiting', 'blocked') "
     "GROUP BY source, model, issue ORDER BY records DESC, issue",
 )
@@ -47,7 +48,7 @@ def status(
 
     - `project`; `running`, `pid`; `stopped` and `waiting`: reasons by thread (source.verb); `alarms`: what
       the watch of the running pipeline finds, a list of paragraphs by source.
-    - `destination`: `path`, `error` (null, or why it could not be asked).
+    - `destination`: `path` (of a server, its address), `error` (null, or why it could not be asked).
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
       - `tables`: the captured ones, each as `headrace tables list --json` prints it
       - `position` (last durable in the log), `log`: `id`, `begin` (what is before it is
@@ -75,7 +76,9 @@ def gather(project: Project) -> dict[str, Any]:
     live = _live(project)
     tables: list[Rows] = [[], [], []]
     error: str | None = None
-    if project.destination.path.exists():
+    # Before the first run there is nothing to ask.
+    has_run = any(project.log_path(source.name).exists() for source in project.sources)
+    if project.destination.is_there or (project.destination.is_there is None and has_run):
         try:
             tables = [table.to_pylist() for table in read(project, _QUERIES)]
         except HeadraceError as fault:
@@ -87,7 +90,7 @@ def gather(project: Project) -> dict[str, Any]:
         "stopped": live["stopped"] if live else {},
         "waiting": live["waiting"] if live else {},
         "alarms": live["alarms"] if live else {},
-        "destination": {"path": str(project.destination.path), "error": error},
+        "destination": {"path": project.destination.name, "error": error},
         "sources": [_source(project, source, live, tables) for source in project.sources],
     }
 

@@ -33,6 +33,13 @@ _READING = {
     duckdb.StatementType.EXPLAIN,
     duckdb.StatementType.RELATION,
 }
+_OF_NAMES = (
+    duckdb.BinderException,
+    duckdb.CatalogException,
+    duckdb.ParserException,
+    duckdb.SyntaxException,
+    duckdb.NotImplementedException,
+)
 _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re.DOTALL)
 
 
@@ -160,9 +167,9 @@ class DuckDBDestination(Database):
         """See `Database.fault_of`."""
         if not isinstance(error, duckdb.Error) or verdict_of(error) is Verdict.RETRY:
             return None
-        # What it says of data quotes it.
-        is_data = verdict_of(error) is Verdict.QUARANTINE
-        return type(error).__name__ if is_data else str(error).splitlines()[0]
+        # What it says of data quotes it, and a query may raise words of its own.
+        is_of_names = isinstance(error, _OF_NAMES)
+        return str(error).splitlines()[0] if is_of_names else type(error).__name__
 
 
 class _DuckDBSession:

@@ -15,7 +15,6 @@ from headrace.destinations.session import Session
 from headrace.failpoints import failpoint
 from headrace.keys import quoted
 from headrace.mart import Mart, MartState
-from headrace.scrub import scrub
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database
@@ -74,7 +73,7 @@ class Marts:
             kept = (former.kind, former.positions, former.rows) if former else (mart.kind, "{}", 0)
             kind, positions, rows = kept
             state = MartState(
-                mart.name, mart.version, kind, "suspended", scrub(words), True, missing, positions, rows, 0.0
+                mart.name, mart.version, kind, "suspended", words, True, missing, positions, rows, 0.0
             )
             self.save(state)
         return state
