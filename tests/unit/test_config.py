@@ -139,6 +139,38 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert project.scale.freshness == 300.0
 
 
+def test_a_postgres_destination(tmp_path: Path) -> None:
+    settings = (
+        f'type = "postgres"\nurl = "{URL}"\nschema = "mart"\nlock_timeout = "5s"\nstatement_timeout = "0ms"'
+    )
+    destination = load(tmp_path, f"{SOURCE}[destination]\n{settings}").destination
+    assert destination == DestinationConfig(
+        type="postgres",
+        path=tmp_path.resolve() / "warehouse.duckdb",
+        url=Secret(URL),
+        schema="mart",
+        lock_timeout=5.0,
+        statement_timeout=0.0,
+    )
+    assert destination.name == Secret(URL).redacted()
+    assert destination.is_there is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ('type = "postgres"', "[destination] url: missing"),
+        (f'url = "{URL}"', "[destination] url: unknown key"),
+        (f'type = "postgres"\nurl = "{URL}"\npath = "x"', "[destination] path: unknown key"),
+    ],
+)
+def test_each_destination_has_its_own_settings(tmp_path: Path, settings: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"{SOURCE}[destination]\n{settings}")
+    assert words in str(caught.value)
+    assert URL not in str(caught.value)
+
+
 def test_project_is_frozen_and_hashable_and_knows_its_folders(tmp_path: Path) -> None:
     project = load(tmp_path, SOURCE)
     assert hash(project) == hash(load(tmp_path, SOURCE))
@@ -245,7 +277,8 @@ path = ""
         'write it like "64KiB", "16MiB" or "1GiB", or as an integer of bytes',
         'headrace.toml:14: [log] group_linger: "1h" is out of range; allowed are "0ms" to "10s"',
         'headrace.toml:15: [logs]: unknown section; did you mean "log"?',
-        'headrace.toml:18: [destination] type: "snowflake" is not supported; it must be "duckdb"',
+        'headrace.toml:18: [destination] type: "snowflake" is not supported; '
+        'it must be "duckdb" or "postgres"',
         "headrace.toml:19: [destination] path: must be the path of a local file; addresses are not supported",
     ]
 

@@ -64,6 +64,9 @@ _PASSES = (*RETRY_SQLSTATES, "55", "25")
 _OF_A_TABLE = ("0A", "22", "23", "2B", "42", "54", "P0")
 """Classes of what is wrong with a table or with its rows."""
 
+_SHOWN = re.compile(r"\s*(EXPLAIN|SHOW)\b", re.IGNORECASE)
+"""What has rows and is no query."""
+
 _INDEXES = f"""
 CREATE UNIQUE INDEX ON headrace.progress (source);
 CREATE UNIQUE INDEX ON headrace.models (model);
@@ -285,6 +288,7 @@ class PostgresDestination(Database):
         with self._connect() as db:
             try:
                 run(db, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                run(db, f"SET LOCAL search_path = {quoted(self.main)}")
                 return [_answer(db, query.strip().rstrip(";")) for query in queries]
             except psycopg.Error as error:
                 judged = self._judged(error)
@@ -349,22 +353,20 @@ def _close_all(connections: list[Connection]) -> None:
 
 def _answer(db: Connection, query: str) -> pa.Table:
     """Run one query and return its rows."""
-    # As a prepared statement it is one statement that stands by itself, whatever is put around it then.
-    for result in (db.pgconn.prepare(b"", query.encode()), db.pgconn.describe_prepared(b"")):
-        if result.status not in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK):
-            raise UserError(result.get_error_message().strip())
-    if not result.nfields or result.nparams:
-        raise UserError("Only queries are answered: the destination is written by the pipeline alone.")
-    names = [(result.fname(i) or b"").decode() for i in range(result.nfields)]
-    oids = ", ".join(f"format_type({result.ftype(i)}, {result.fmod(i)})" for i in range(result.nfields))
-    (types,) = run(db, f"SELECT {oids}").fetchall()
-    run(db, "SAVEPOINT query")
-    try:
-        with db.cursor() as cursor, cursor.copy(f"COPY ({query}\n) TO STDOUT (FORMAT csv)") as copy:
-            data = b"".join(copy)
-    except psycopg.errors.SyntaxError:
-        # EXPLAIN and SHOW have rows, and are nothing that can be copied.
-        run(db, "ROLLBACK TO query")
-        rows = run(db, query).fetchall()
+    if _SHOWN.match(query):
+        with db.cursor() as cursor:
+            rows = cursor.execute(query, binary=True).fetchall()
+            names = [column.name for column in cursor.description or ()]
         return pa.table({name: pa.array([str(row[i]) for row in rows]) for i, name in enumerate(names)})
+    # A cursor takes a query and nothing else; binary, since that protocol takes one statement at a time. What
+    # stands by itself so is what it seems to be within parentheses, too.
+    db.execute(f"DECLARE answer CURSOR FOR {query}", binary=True)
+    head = run(db, "FETCH 0 FROM answer").pgresult
+    assert head is not None
+    names = [(head.fname(i) or b"").decode() for i in range(head.nfields)]
+    oids = ", ".join(f"format_type({head.ftype(i)}, {head.fmod(i)})" for i in range(head.nfields))
+    (types,) = run(db, f"SELECT {oids}").fetchall()
+    run(db, "CLOSE answer")
+    with db.cursor() as cursor, cursor.copy(f"COPY ({query}\n) TO STDOUT (FORMAT csv)") as copy:
+        data = b"".join(copy)
     return from_csv(data, names, types)
