@@ -18,7 +18,7 @@ FLOORS = [
     {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns"},
     {"protocols", "payload", "keyfilter", "cells", "debezium"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
-    {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep"},
+    {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "authoring"},
     {"cli", "console", "testing"},
 ]
 FOLDERS = FLOORS[2]

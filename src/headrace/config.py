@@ -175,16 +175,19 @@ class Project:
         return self.root / MODELS_FOLDER
 
 
-def load_project(folder: Path) -> Project:
+def load_project(folder: Path, *, secrets: bool = True) -> Project:
     """Read `folder/headrace.toml`, with `${env:NAME}` and `${file:PATH}` in a source's secrets filled in.
+
+    Without `secrets` these stay empty and unread, for what needs neither source nor destination.
 
     Raises `ConfigError` that lists every mistake, a line `headrace.toml:LINE: …` for each; none of
     them quotes a secret or what an environment variable or secret file holds.
     """
     root = Path(folder).expanduser().resolve()
     document = Document(read_text(root))
-    sources = _sources(document, root)
-    log = _log(document, root)
+    secret = _SecretParsers(root, read=secrets)
+    sources = _sources(document, secret)
+    log = _log(document, root, secret)
     staging = document.section("staging", {"path": values.path_in(root, "folder")})
     destination = document.section(
         "destination", {"type": values.only("duckdb"), "path": values.path_in(root, "file")}
@@ -249,7 +252,31 @@ def select_tables(patterns: Iterable[str], available: Iterable[TableId]) -> tupl
 _SCALE = {"freshness": values.duration("100ms", "24h")}
 
 
-def _log(document: Document, root: Path) -> dict[str, Any]:
+class _SecretParsers:
+    """Parsers of the values in which references are filled in; unless `read`, of their form alone."""
+
+    def __init__(self, root: Path, *, read: bool) -> None:
+        self._root = root
+        self._read = read
+
+    def url(self, value: object) -> Secret:
+        return _url(value, self._root) if self._read else self._unread(value)
+
+    def salt(self, value: object) -> Secret:
+        return _salt(value, self._root) if self._read else self._unread(value)
+
+    def web_address(self, value: object) -> Secret:
+        if not self._read:
+            return self._unread(value)
+        return Secret(values.web_address(_filled(values.string(value), self._root)))
+
+    @staticmethod
+    def _unread(value: object) -> Secret:
+        values.string(value)
+        return Secret("")
+
+
+def _log(document: Document, root: Path, secret: _SecretParsers) -> dict[str, Any]:
     parsers: dict[str, Parser] = {
         "max_group_bytes": values.size("64KiB", "1GiB"),
         "group_linger": values.duration("0ms", "10s"),
@@ -258,8 +285,8 @@ def _log(document: Document, root: Path) -> dict[str, Any]:
         "hold_max": values.size("0B", "1048576GiB"),
         "anchor_every": values.duration("0s", "365d"),
         "anchor_file": values.path_in(root, "file"),
-        "anchor_url": lambda value: Secret(values.web_address(_filled(values.string(value), root))),
-        "anchor_key": lambda value: _salt(value, root),
+        "anchor_url": secret.web_address,
+        "anchor_key": secret.salt,
     }
     log = document.section("log", parsers)
     if log.get("anchor_every") and not ("anchor_file" in log or "anchor_url" in log):
@@ -267,10 +294,10 @@ def _log(document: Document, root: Path) -> dict[str, Any]:
     return log
 
 
-def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
+def _sources(document: Document, secret: _SecretParsers) -> tuple[SourceConfig, ...]:
     parsers: dict[str, Parser] = {
         "type": values.only("postgres"),
-        "url": lambda value: _url(value, root),
+        "url": secret.url,
         "tables": values.patterns,
         "slot": values.slot,
         "publication": values.publication,
@@ -282,7 +309,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "on_rewrite": values.only("copy", "alert"),
         "exclude": values.columns,
         "hash": values.columns,
-        "hash_salt": lambda value: _salt(value, root),
+        "hash_salt": secret.salt,
         "where": lambda value: value,
         "origin": values.only("any", "none"),
         "spool_max": values.size("1MiB", "65536GiB"),
@@ -290,7 +317,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "lag_alarm": values.size("1MiB", "1024GiB"),
         "restart_age_alarm": values.duration("10s", "24h"),
         "failover": values.boolean,
-        "standby_url": lambda value: _url(value, root),
+        "standby_url": secret.url,
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("headrace.cli.run:run", "Run the pipeline, until it is stopped or, with --once, has caught up."),
     "status": ("headrace.cli.status:status", "Show how far each hop is, what waits and what is quarantined."),
     "query": ("headrace.cli.query:query", "Ask the destination in SQL, also while the pipeline runs."),
+    "models": ("", "List and show models, and where their columns come from."),
     "verify": ("headrace.cli.verify:verify", "Compare source, staging and destination, value by value."),
     "tables": ("", "List the captured tables; add, remove, copy again, pause and resume them."),
     "resync": (
@@ -81,7 +82,19 @@ LOG: Mapping[str, tuple[str, str]] = {
     "backup": ("headrace.cli.log_archive:backup", "Copy a log, also while it is written to."),
 }
 
-_GROUPS = {"log": LOG, "quarantine": QUARANTINE, "tables": TABLES}
+MODELS: Mapping[str, tuple[str, str]] = {
+    "ls": (
+        "headrace.cli.models:ls",
+        "List the models: what each reads, how it stands, how far behind it is.",
+    ),
+    "show": (
+        "headrace.cli.models:show",
+        "Show one: its columns, key and checks, and the versions that made it.",
+    ),
+    "lineage": ("headrace.cli.models:lineage", "Show what each output column is made of."),
+}
+
+_GROUPS = {"log": LOG, "models": MODELS, "quarantine": QUARANTINE, "tables": TABLES}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 

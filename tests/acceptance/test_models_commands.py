@@ -1,0 +1,147 @@
+"""`headrace models` against a real pipeline: what it lists and shows is what stands."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psycopg
+import pytest
+
+from headrace.cli import main
+from headrace.config import Project, load_project
+from headrace.pipeline import Pipeline
+from headrace.testing.postgres import PostgresServer
+
+SALES = """/* headrace
+key = ["order_id"]
+[contract]
+amount = "DECIMAL(12,2) NOT NULL CHECK (amount >= 0)"
+*/
+SELECT id::BIGINT AS order_id, upper(status) AS status, amount::DECIMAL(12,2) AS amount
+FROM raw.shop.orders WHERE status <> 'draft'
+"""
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def objects(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+def here(*arguments: str, cwd: Path) -> Done:
+    """A command in this process, which saves its imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*arguments, "--project", str(cwd)])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("models") / "pg") as running:
+        yield running
+
+
+@pytest.fixture
+def project(tmp_path: Path, server: PostgresServer) -> Project:
+    sql(
+        server,
+        "DROP PUBLICATION IF EXISTS headrace_shop",
+        "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active",
+        "DROP TABLE IF EXISTS orders, customers",
+        "CREATE TABLE orders (id int PRIMARY KEY, status text NOT NULL, amount text)",
+        "CREATE TABLE customers (id int PRIMARY KEY, name text)",
+        "INSERT INTO orders VALUES (1, 'new', '1.50'), (2, 'draft', '2'), (3, 'paid', 'three')",
+        "INSERT INTO customers VALUES (1, 'Ada')",
+    )
+    (tmp_path / "models").mkdir()
+    (tmp_path / "headrace.toml").write_text(f'[source.shop]\nurl = "{server.url}"\n')
+    (tmp_path / "models" / "sales.sql").write_text(SALES)
+    return load_project(tmp_path)
+
+
+def sql(server: PostgresServer, *statements: str) -> None:
+    with psycopg.connect(server.url, autocommit=True) as db:
+        for statement in statements:
+            db.execute(statement.encode())
+
+
+def test_models_are_listed_before_anything_ran_and_after(project: Project) -> None:
+    (listed,) = here("models", "ls", "--json", cwd=project.root).objects()
+    assert (listed["name"], listed["state"], listed["table"]) == ("sales", "new", "orders")
+    Pipeline(project).run_once()
+    sales, customers = here("models", "ls", "--json", cwd=project.root).objects()
+    assert (sales["state"], sales["kind"], sales["open_records"]) == ("in_sync", "row model", 1)
+    assert sales["applied_version"] == sales["version"]
+    assert (customers["name"], customers["kind"]) == ("shop.customers", "mirror")
+    assert customers["lag"] == sales["lag"] == 0
+    (project.models / "broken.sql").write_text("SELECT * FROM raw.shop.orders")
+    out = here("models", "ls", cwd=project.root).out
+    assert "broken broken: broken.sql: a row model cannot use * (name the columns)." in out
+
+
+def test_a_model_that_changed_lags_and_its_versions_are_told_apart(
+    project: Project, server: PostgresServer
+) -> None:
+    Pipeline(project).run_once()
+    first = here("models", "show", "sales", "--json", cwd=project.root).objects()[0]
+    (project.models / "sales.sql").write_text(SALES.replace("upper", "lower"))
+    out = here("models", "ls", cwd=project.root).out
+    assert f"sales: its table was last moved by version {first['version'][:8]}" in out
+    sql(server, "UPDATE orders SET status = 'packed' WHERE id = 1")
+    Pipeline(project).run_once()
+    (shown,) = here("models", "show", "sales", "--json", cwd=project.root).objects()
+    assert [version["version"] for version in shown["versions"]] == [first["version"], shown["version"]]
+    assert [version["changes"] for version in shown["versions"]] == [3, 1]
+    assert shown["versions"][0]["through"] <= shown["versions"][1]["after"]
+
+
+def test_a_model_is_shown_with_the_types_of_its_columns(project: Project) -> None:
+    before = here("models", "show", "sales", cwd=project.root).out
+    assert "Source shop has not run yet, so the types are not known." in before
+    Pipeline(project).run_once()
+    (shown,) = here("models", "show", "sales", "--json", cwd=project.root).objects()
+    assert [(c["name"], c["type"], c["not_null"], c["reads"]) for c in shown["columns"]] == [
+        ("order_id", "BIGINT", True, ["id"]),
+        ("status", "VARCHAR", False, ["status"]),
+        ("amount", "DECIMAL(12,2)", True, ["amount"]),
+    ]
+    assert shown["key"] == ["order_id"]
+    assert shown["checks"][1:] == ["amount: NOT NULL", "amount: CHECK (amount >= 0)"]
+    (project.models / "sales.sql").write_text(SALES.replace("upper(status)", "upper(state)"))
+    with pytest.raises(Exception, match="suspended"):
+        Pipeline(project).run_once()
+    out = here("models", "show", "sales", cwd=project.root).out
+    assert out.startswith("sales: suspended")
+    assert 'Referenced column "state" not found' in out
+    assert "headrace models ls" in here("models", "show", "shop.nowhere", cwd=project.root).err
+    assert 'Did you mean "sales"' in here("models", "show", "slaes", cwd=project.root).err
+
+
+def test_lineage_of_files_needs_neither_database_nor_secrets(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "headrace.toml").write_text('[source.shop]\nurl = "${env:NO_SUCH_URL}"\n')
+    (tmp_path / "models" / "sales.sql").write_text(SALES)
+    (model,) = here("models", "lineage", "--json", cwd=tmp_path).objects()
+    assert model["columns"][1]["expression"] == "upper(status)"
+    assert model["columns"][1]["reads"] == ["status"]
+    assert model["where"] == {"expression": "status <> 'draft'", "reads": ["status"]}
+    assert "sales <- raw.shop.orders" in here("models", "lineage", "sales", cwd=tmp_path).out
+
+
+def test_lineage_tells_of_mirrors_too(project: Project) -> None:
+    Pipeline(project).run_once()
+    sales, customers = here("models", "lineage", "--json", cwd=project.root).objects()
+    assert sales["name"] == "sales"
+    assert [(c["name"], c["type"], c["reads"]) for c in customers["columns"]] == [
+        ("id", "INTEGER", ["id"]),
+        ("name", "VARCHAR", ["name"]),
+    ]
