@@ -122,7 +122,7 @@ def show_model(project: Project, found: Found) -> Shown:
         versions = tuple(Version(**row) for row in table.to_pylist())
     return Shown(
         listed=listed,
-        file="" if found.path is None else str(found.path),
+        file=_relative(found, project),
         key=found.text.key if found.text else (),
         where=found.text.where if found.text else "",
         columns=columns,
@@ -148,6 +148,14 @@ def columns_of(found: Found, shapes: Shapes) -> tuple[tuple[OutputColumn, ...], 
         for part in parts
     ]
     return tuple(made), unbound
+
+
+def _relative(found: Found, project: Project) -> str:
+    """Return a model's file, from the project's folder where it is inside."""
+    if found.path is None:
+        return ""
+    path = found.path.resolve()
+    return str(path.relative_to(project.root) if path.is_relative_to(project.root) else found.path)
 
 
 def _bound_columns(project: Project, found: Found) -> tuple[tuple[OutputColumn, ...], tuple[str, ...], str]:

@@ -31,6 +31,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": ("headrace.cli.status:status", "Show how far each hop is, what waits and what is quarantined."),
     "query": ("headrace.cli.query:query", "Ask the destination in SQL, also while the pipeline runs."),
     "models": ("", "List and show models, and where their columns come from."),
+    "preview": (
+        "headrace.cli.preview:preview",
+        "Show what a model would make of the staged data, before it does.",
+    ),
     "verify": ("headrace.cli.verify:verify", "Compare source, staging and destination, value by value."),
     "tables": ("", "List the captured tables; add, remove, copy again, pause and resume them."),
     "resync": (
