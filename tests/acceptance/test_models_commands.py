@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,29 @@ def test_lineage_tells_of_mirrors_too(project: Project) -> None:
         ("id", "INTEGER", ["id"]),
         ("name", "VARCHAR", ["name"]),
     ]
+
+
+def test_what_is_recorded_where_the_pipeline_runs_is_held_to_where_it_does_not(
+    project: Project, server: PostgresServer, tmp_path: Path
+) -> None:
+    Pipeline(project).run_once()
+    done = here("ci", "--record", cwd=project.root)
+    assert done.out == "Recorded: schemas/shop.toml, schemas/models.lock\n"
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("models", "schemas", "headrace.toml"):
+        path = project.root / name
+        elsewhere.mkdir(exist_ok=True)
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, elsewhere / name)
+    settings = elsewhere / "headrace.toml"
+    settings.write_text(settings.read_text().replace(server.url, "${env:NO_SUCH_URL}"))
+    assert here("ci", cwd=elsewhere).code == 0
+    (elsewhere / "models" / "sales.sql").write_text(SALES.replace(" NOT NULL", ""))
+    assert "column amount may be null now" in here("ci", cwd=elsewhere).out
+    sql(server, "ALTER TABLE customers DROP COLUMN name", "INSERT INTO customers VALUES (2)")
+    Pipeline(project).run_once()
+    assert "breaks: table shop.customers: column name is gone" in here("ci", "--record", cwd=project.root).out
+    assert "name" not in (project.root / "schemas" / "shop.toml").read_text()
+    (project.models / "sales.sql").write_text(SALES.replace("upper(status)", "upper(state)"))
+    before = (project.root / "schemas" / "models.lock").read_text()
+    assert "state" in here("ci", "--record", cwd=project.root).err
+    assert (project.root / "schemas" / "models.lock").read_text() == before

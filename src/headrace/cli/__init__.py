@@ -35,6 +35,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "headrace.cli.preview:preview",
         "Show what a model would make of the staged data, before it does.",
     ),
+    "test": ("headrace.cli.test:run", "Run the tests of models, tests/*.toml, without a database."),
+    "ci": ("headrace.cli.ci:ci", "Check and test all models, and that none breaks, without a database."),
     "verify": ("headrace.cli.verify:verify", "Compare source, staging and destination, value by value."),
     "tables": ("", "List the captured tables; add, remove, copy again, pause and resume them."),
     "resync": (

@@ -29,7 +29,7 @@ def ls(*, project: _Project = Path(), json: _Json = False) -> None:
     (the file does not read). `lag` counts entries of the log. With --json one object per model: name, source,
     table, kind, materialisation, state, reason, version, applied_version, offset, lag, open_records.
     """
-    models = list_models(load_project(project))
+    models = list_models(load_project(project, secrets=False))
     if json:
         for model in models:
             print(json_of(asdict(model)))
@@ -59,7 +59,7 @@ def show(model: str, *, project: _Project = Path(), json: _Json = False) -> None
     model
         Its name, or a path to a file that is not in use.
     """
-    settings = load_project(project)
+    settings = load_project(project, secrets=False)
     shown = show_model(settings, find_model(settings, model))
     if json:
         raw = asdict(shown)

@@ -44,7 +44,7 @@ def preview(
     sample
         Look only at so many source keys that about this many of the staged changes are theirs.
     """
-    settings = load_project(project)
+    settings = load_project(project, secrets=False)
     if sample is not None and sample < 1:
         raise UserError("--sample must be at least 1.", "Leave it out to look at all.")
     found = find_model(settings, model)
