@@ -1,5 +1,7 @@
 """A project's settings: headrace.toml, read strictly, every mistake reported at once with its line.
 
+`headrace.NAME.toml` lies over it in the environment NAME, which has a state folder of its own.
+
 Hand-written checks instead of pydantic: it costs three times the import of everything else here, and
 its messages quote the input, which may hold a password.
 """
@@ -24,12 +26,13 @@ from headrace.document import (
     Invalid,
     Parser,
     _lines,
-    read_text,
+    read_texts,
 )
 from headrace.errors import ConfigError
 from headrace.secret import Secret, place_of
 
 __all__ = [
+    "ENVIRONMENT",
     "FILE_NAME",
     "MAX_FILE_BYTES",
     "MAX_MISTAKES",
@@ -49,9 +52,12 @@ __all__ = [
     "read_url",
     "select_tables",
     "source_config",
+    "state_folder",
 ]
 
 STATE_FOLDER = ".headrace"
+ENVIRONMENT = "HEADRACE_ENV"
+"""The environment variable that names a project's environment, where the call does not."""
 MODELS_FOLDER = "models"
 
 MAX_SECRET_FILE_BYTES = 64 << 10
@@ -151,7 +157,8 @@ class ScaleConfig:
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """A project folder's settings, checked. `root` is absolute; sources stand in the file's order."""
+    """A project folder's settings, checked. `root` is absolute; sources stand in the file's order; `env` is
+    the environment, '' for none."""
 
     root: Path
     sources: tuple[SourceConfig, ...]
@@ -159,11 +166,12 @@ class Project:
     staging: StagingConfig
     destination: DestinationConfig
     scale: ScaleConfig
+    env: str = ""
 
     @property
     def state(self) -> Path:
         """The folder of everything that Headrace itself remembers."""
-        return self.root / STATE_FOLDER
+        return state_folder(self.root, self.env)
 
     def log_path(self, source: str) -> Path:
         """Return the file of a source's log; it need not exist."""
@@ -175,16 +183,25 @@ class Project:
         return self.root / MODELS_FOLDER
 
 
-def load_project(folder: Path, *, secrets: bool = True) -> Project:
+def state_folder(root: Path, env: str | None = None) -> Path:
+    """Return the folder of all that Headrace remembers of a project in an environment; by default in the one
+    that the environment variable HEADRACE_ENV names."""
+    env = os.environ.get(ENVIRONMENT, "") if env is None else env
+    return root / STATE_FOLDER / "env" / env if env else root / STATE_FOLDER
+
+
+def load_project(folder: Path, *, env: str | None = None, secrets: bool = True) -> Project:
     """Read `folder/headrace.toml`, with `${env:NAME}` and `${file:PATH}` in a source's secrets filled in.
 
+    In an environment, `env` or else what HEADRACE_ENV says, `folder/headrace.ENV.toml` lies over it.
     Without `secrets` these stay empty and unread, for what needs neither source nor destination.
 
-    Raises `ConfigError` that lists every mistake, a line `headrace.toml:LINE: …` for each; none of
-    them quotes a secret or what an environment variable or secret file holds.
+    Raises `ConfigError` that lists every mistake, a line `FILE:LINE: …` for each; none of them quotes a
+    secret or what an environment variable or secret file holds.
     """
     root = Path(folder).expanduser().resolve()
-    document = Document(read_text(root))
+    env = os.environ.get(ENVIRONMENT, "") if env is None else env
+    document = Document(read_texts(root, env))
     secret = _SecretParsers(root, read=secrets)
     sources = _sources(document, secret)
     log = _log(document, root, secret)
@@ -198,9 +215,10 @@ def load_project(folder: Path, *, secrets: bool = True) -> Project:
         root=root,
         sources=sources,
         log=LogConfig(**log),
-        staging=StagingConfig(**{"path": root / STATE_FOLDER / "staging", **staging}),
+        staging=StagingConfig(**{"path": state_folder(root, env) / "staging", **staging}),
         destination=DestinationConfig(**{"type": "duckdb", "path": root / "warehouse.duckdb", **destination}),
         scale=ScaleConfig(**scale),
+        env=env,
     )
 
 
