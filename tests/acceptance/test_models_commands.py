@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from headrace.config import Project
 from headrace.pipeline import Pipeline
+from headrace.server import read_rows
 from headrace.testing.postgres import PostgresServer
 from projects import SALES, here, sales_project, sql
 
@@ -122,3 +124,30 @@ def test_what_is_recorded_where_the_pipeline_runs_is_held_to_where_it_does_not(
     before = (project.root / "schemas" / "models.lock").read_text()
     assert "state" in here("ci", "--record", cwd=project.root).err
     assert (project.root / "schemas" / "models.lock").read_text() == before
+
+
+def test_dbt_reads_what_the_destination_has(project: Project, server: PostgresServer) -> None:
+    sql(server, 'CREATE TABLE visits (id int PRIMARY KEY, "odd ""name"": é\t😀" text)')
+    (project.models / "nested.sql").write_text(
+        "SELECT id::INT AS id, {'a': {'b': name}} AS deep FROM raw.shop.customers"
+    )
+    Pipeline(project).run_once()
+    document = yaml.safe_load(here("models", "export-dbt", cwd=project.root).out)
+    assert document["version"] == 2
+    tables = {(s["schema"], t["name"]): t for s in document["sources"] for t in s["tables"]}
+    assert list(tables) == [("main", "nested"), ("main", "sales"), ("shop", "visits")]
+    assert [source["name"] for source in document["sources"]] == ["headrace", "shop"]
+    for (schema, name), table in tables.items():
+        columns = "SELECT column_name, data_type FROM information_schema.columns WHERE column_name[1] <> '_'"
+        where = f"{columns} AND table_schema = '{schema}' AND table_name = '{name}' ORDER BY ordinal_position"
+        _, there = read_rows(project, where)
+        assert [(c["name"], c["data_type"]) for c in table["columns"]] == [tuple(row) for row in there]
+        assert "{{" not in str([column["description"] for column in table["columns"]])
+    # As dbt asks for a source's freshness.
+    config = tables["main", "sales"]["config"]
+    _, rows = read_rows(
+        project,
+        f"SELECT epoch(current_timestamp - max({config['loaded_at_field']})) AS age FROM main.sales",
+    )
+    assert 0 < next(iter(rows))[0] < 60
+    assert config["freshness"]["error_after"] == {"count": 60, "period": "minute"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -46,6 +46,23 @@ def read_models(project: Project) -> Iterator[tuple[str, ModelText | HeadraceErr
             yield path.stem, read_model(path)
         except HeadraceError as error:
             yield path.stem, error
+
+
+def all_models(project: Project, shapes: Mapping[str, Shapes]) -> Iterator[Found]:
+    """Yield the models of all files in use, and the mirrors of tables (by source) that none of them reads.
+
+    Raises ModelError for a file that does not read.
+    """
+    taken = set()
+    for name, text in read_models(project):
+        if isinstance(text, HeadraceError):
+            raise text
+        taken.add((text.source, text.table))
+        yield Found(name, text.source, text.table, text, project.models / f"{name}{_SUFFIX}")
+    for source, tables in shapes.items():
+        for label in sorted(table.label for table in tables):
+            if (source, label) not in taken:
+                yield Found(f"{source}.{label}", source, label)
 
 
 def find_model(project: Project, wanted: str) -> Found:

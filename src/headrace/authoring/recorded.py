@@ -159,6 +159,10 @@ def toml_key(name: str) -> str:
 
 
 def toml_string(text: str) -> str:
-    """Write a text as a basic string of TOML."""
+    """Write a text as a basic string of TOML, which is a double-quoted scalar of YAML too."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    return '"' + "".join(c if c.isprintable() else _escape(ord(c)) for c in escaped) + '"'
+
+
+def _escape(code: int) -> str:
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

@@ -99,6 +99,7 @@ MODELS: Mapping[str, tuple[str, str]] = {
         "Show one: its columns, key and checks, and the versions that made it.",
     ),
     "lineage": ("headrace.cli.models:lineage", "Show what each output column is made of."),
+    "export-dbt": ("headrace.cli.models:export", "Print the destination's tables as sources of dbt."),
 }
 
 _GROUPS = {"log": LOG, "models": MODELS, "quarantine": QUARANTINE, "tables": TABLES}

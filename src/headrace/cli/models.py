@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +10,12 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from headrace.authoring.catalogue import Listed, OutputColumn, Shown, columns_of, list_models, show_model
-from headrace.authoring.files import Found, Shapes, find_model, logged_shapes, read_models
+from headrace.authoring.dbt import export_dbt
+from headrace.authoring.files import Found, all_models, find_model, logged_shapes
 from headrace.cells import json_of
 from headrace.cli.tables import print_table
-from headrace.config import Project, load_project
-from headrace.errors import HeadraceError, UserError
+from headrace.config import load_project
+from headrace.errors import UserError
 from headrace.transform.lineage import lineage as lineage_of
 
 _Project = Annotated[Path, Parameter(help="The project's folder.")]
@@ -82,7 +83,7 @@ def lineage(model: str = "", *, project: _Project = Path(), json: _Json = False)
     """
     settings = load_project(project, secrets=False)
     shapes = {source.name: logged_shapes(settings, source.name) for source in settings.sources}
-    chosen = [find_model(settings, model)] if model else list(_all(settings, shapes))
+    chosen = [find_model(settings, model)] if model else list(all_models(settings, shapes))
     for found in chosen:
         columns, _ = columns_of(found, shapes.get(found.source, {}))
         if not found.text and not columns:
@@ -95,18 +96,12 @@ def lineage(model: str = "", *, project: _Project = Path(), json: _Json = False)
             _print_lineage(found, columns, where)
 
 
-def _all(project: Project, shapes: dict[str, Shapes]) -> Iterator[Found]:
-    """Yield the models of all files in use, and the mirrors of captured tables that none of them reads."""
-    read = set()
-    for name, text in read_models(project):
-        if isinstance(text, HeadraceError):
-            raise text
-        read.add((text.source, text.table))
-        yield Found(name, text.source, text.table, text, project.models / f"{name}.sql")
-    for source, tables in shapes.items():
-        for label in sorted(table.label for table in tables):
-            if (source, label) not in read:
-                yield Found(f"{source}.{label}", source, label)
+def export(*, project: _Project = Path()) -> None:
+    """Print a sources.yml for dbt: the destination's tables with descriptions, columns, types and freshness.
+
+    Write it into a dbt project: headrace models export-dbt > models/sources.yml. For dbt 1.10 and later.
+    """
+    print(export_dbt(load_project(project, secrets=False)), end="")
 
 
 def _where(found: Found) -> dict[str, Any] | None:
