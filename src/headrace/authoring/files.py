@@ -33,11 +33,6 @@ class Found:
     text: ModelText | None = None
     path: Path | None = None
 
-    @property
-    def in_use(self) -> bool:
-        """Whether the pipeline takes it up: it is a mirror, or a file in the folder without `.off`."""
-        return self.path is None or (self.path.suffix == _SUFFIX and self.path.parent.name == MODELS_FOLDER)
-
 
 def read_models(project: Project) -> Iterator[tuple[str, ModelText | HeadraceError]]:
     """Yield the name of every model file in use with what it says, or what is wrong with it."""

@@ -21,7 +21,7 @@ from headrace.keys import quoted
 from headrace.payload import BEFORE, UNCHANGED
 from headrace.protocols import Prepared
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.model import RowModel
+from headrace.transform.model import RowModel, engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,11 @@ def judge(case: Case, model: RowModel, key: Sequence[str]) -> Iterator[str]:
     names = case.columns or tuple(model.types())
     for name in {*names, *(name for row in case.expect for name in row)} - set(model.types()):
         raise UserError(f"The model has no output column {name}.", f"It has: {', '.join(model.types())}.")
-    with duckdb.connect() as db:
-        db.execute("SET TimeZone = 'UTC'")
+    with engine() as db:
         types = model.types()
         columns = ", ".join(f"{quoted(name)} {types[name]}" for name in names)
         for table in ("found", "expected"):
-            db.execute(f"CREATE TABLE {table} ({columns})")
+            db.execute(f"CREATE OR REPLACE TEMP TABLE {table} ({columns})")
         db.register("_hr_rows", prepared.rows.select(names))
         db.execute("INSERT INTO found SELECT * FROM _hr_rows")
         marks = ", ".join(f"CAST(? AS {types[name]})" for name in names)

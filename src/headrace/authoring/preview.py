@@ -173,6 +173,8 @@ def _build(
         )
     runs = live is not None and live.state in _RUNNING and live.offset >= copy.end
     offset = live.offset if live is not None and runs else through
+    if log.mark(offset) is None:
+        raise HeadraceError(f"The pipeline has gone on from offset {offset} meanwhile.", "Try again.")
     for each in (model, *([_left_out(model)] if model.where else [])):
         joiner = Joiner(found.source, log, staging, Joins(scratch))
         chosen = _sampled(each, share) if share < 1 else each
