@@ -427,6 +427,17 @@ class Destination(Protocol):
         """
         ...
 
+    def scan(
+        self, queries: Sequence[str], *, read_only: bool = False
+    ) -> AbstractContextManager[Iterator[pa.RecordBatchReader]]:
+        """Run queries as `read` does, and read their results batch by batch; each reader is read to its end
+        before the next is asked for."""
+        ...
+
+    def place_of(self, model: str) -> tuple[str, str]:
+        """Return schema and name of a model's table."""
+        ...
+
     def table_of(self, model: str) -> str:
         """Return a model's table as SQL names it."""
         ...

@@ -1,4 +1,4 @@
-"""From one Postgres database into another: run, query, status, check, quarantine, resync, verify, as a user."""
+"""From one Postgres database into another: each command as a user meets it."""
 
 from __future__ import annotations
 

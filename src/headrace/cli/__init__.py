@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,6 +31,13 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("headrace.cli.run:run", "Run the pipeline, until it is stopped or, with --once, has caught up."),
     "status": ("headrace.cli.status:status", "Show how far each hop is, what waits and what is quarantined."),
     "query": ("headrace.cli.query:query", "Ask the destination in SQL, also while the pipeline runs."),
+    "models": ("", "List and show models, and where their columns come from."),
+    "preview": (
+        "headrace.cli.preview:preview",
+        "Show what a model would make of the staged data, before it does.",
+    ),
+    "test": ("headrace.cli.test:run", "Run the tests of models, tests/*.toml, without a database."),
+    "ci": ("headrace.cli.ci:ci", "Check and test all models, and that none breaks, without a database."),
     "verify": ("headrace.cli.verify:verify", "Compare source, staging and destination, value by value."),
     "tables": ("", "List the captured tables; add, remove, copy again, pause and resume them."),
     "resync": (
@@ -85,7 +93,20 @@ LOG: Mapping[str, tuple[str, str]] = {
     "backup": ("headrace.cli.log_archive:backup", "Copy a log, also while it is written to."),
 }
 
-_GROUPS = {"log": LOG, "quarantine": QUARANTINE, "tables": TABLES}
+MODELS: Mapping[str, tuple[str, str]] = {
+    "ls": (
+        "headrace.cli.models:ls",
+        "List the models: what each reads, how it stands, how far behind it is.",
+    ),
+    "show": (
+        "headrace.cli.models:show",
+        "Show one: its columns, key and checks, and the versions that made it.",
+    ),
+    "lineage": ("headrace.cli.models:lineage", "Show what each output column is made of."),
+    "export-dbt": ("headrace.cli.models:export", "Print the destination's tables as sources of dbt."),
+}
+
+_GROUPS = {"log": LOG, "models": MODELS, "quarantine": QUARANTINE, "tables": TABLES}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 
@@ -97,7 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _dispatch(given)
+        with _environment(given):
+            code = _dispatch(given)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -125,6 +147,37 @@ def app() -> App:
                 group.command(inner_function, name=inner, help=inner_about)
             top.command(group)
     return top
+
+
+@contextmanager
+def _environment(given: list[str]) -> Iterator[None]:
+    """Take `--env NAME` out of a command line, wherever it stands, and put it in force for the command.
+
+    Every command reads a project, so that the option is theirs all; they read it from HEADRACE_ENV.
+    """
+    end = given.index("--") if "--" in given else len(given)
+    at = next((i for i in range(end) if given[i].partition("=")[0] == "--env"), None)
+    if at is None:
+        yield
+        return
+    option, equals, name = given.pop(at).partition("=")
+    if not equals:
+        name = given.pop(at) if at < min(end - 1, len(given)) else ""
+    if not name:
+        raise UserError(
+            f"{option} needs a name.", "Write --env NAME; its settings are in headrace.NAME.toml."
+        )
+    from headrace.config import ENVIRONMENT
+
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT]
+        else:
+            os.environ[ENVIRONMENT] = before
 
 
 def _dispatch(given: list[str]) -> int:
@@ -176,6 +229,7 @@ def _overview(title: str, commands: Mapping[str, tuple[str, str]], about: str) -
     lines = [f"Usage: {title} COMMAND [OPTIONS]", "", about, "", "Commands:"]
     lines += [f"  {name:<{width}}  {help_}" for name, (_, help_) in commands.items()]
     lines += ["", "A command works on the project in the current folder; --project DIR names another."]
+    lines += ["With --env NAME the settings of headrace.NAME.toml lie over those of headrace.toml."]
     lines += [f"More about one: {title} COMMAND --help", *_top_options(title)]
     return "\n".join(lines)
 

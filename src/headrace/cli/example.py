@@ -36,10 +36,11 @@ FROM raw.{source_sql}.{table_sql}
 
 
 class Example(NamedTuple):
-    """A model file: its name without the suffix, and its text."""
+    """A model file: its name without the suffix, its text, and that of a test of it where there is one."""
 
     name: str
     text: str
+    test: str | None = None
 
 
 def write_example(source: str, schema: TableSchema) -> Example | None:

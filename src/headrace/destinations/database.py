@@ -68,6 +68,13 @@ class Database(ABC):
     def read(self, queries: Sequence[str], *, read_only: bool = False) -> list[pa.Table]:
         """See `Destination.read`."""
 
+    @contextmanager
+    def scan(
+        self, queries: Sequence[str], *, read_only: bool = False
+    ) -> Iterator[Iterator[pa.RecordBatchReader]]:
+        """See `Destination.scan`."""
+        yield (table.to_reader() for table in self.read(queries, read_only=read_only))
+
     @abstractmethod
     def exists(self) -> bool:
         """See `Destination.exists`."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from headrace.errors import HeadraceError, ModelError, UserError
 from headrace.mart import Mart
-from headrace.transform.mart import read_mart, tables_in
-from headrace.transform.sql import ModelText, read_model
+from headrace.transform.mart import read_file
+from headrace.transform.sql import ModelText
 
 alerts = logging.getLogger("headrace.alert")
 
@@ -80,12 +80,8 @@ class ModelFolder:
         return tuple(found)
 
     def _read(self, name: str) -> ModelText | Mart:
-        content = (self._path / name).read_text(encoding="utf-8", errors="replace")
-        tables = tables_in(content, self._dialect)
-        if tables is not None and not any(path[0].lower() == "raw" for path in tables):
-            return read_mart(Path(name).stem, content, self._dialect)
-        text = read_model(self._path / name)
-        if text.source not in self._sources:
+        text = read_file(self._path / name, self._dialect)
+        if isinstance(text, ModelText) and text.source not in self._sources:
             raise UserError(
                 f"Model {text.name} reads raw.{text.source}.{text.table}, but there is no "
                 f"[source.{text.source}].",

@@ -1,10 +1,11 @@
-"""Reading a mart's file: any query over tables of the destination, with a comment of TOML before it."""
+"""Reading the files of a project's models, and marts: any query over tables of the destination."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import sqlglot
 from sqlglot import exp
@@ -13,6 +14,7 @@ from headrace.document import Invalid
 from headrace.errors import ModelError
 from headrace.mart import Mart
 from headrace.transform.header import settings_of
+from headrace.transform.sql import ModelText, read_model
 from headrace.values import duration
 
 _KEYS = ("materialize", "refresh_every")
@@ -31,6 +33,18 @@ def tables_in(text: str, dialect: str) -> list[tuple[str, ...]] | None:
     own = {cte.alias_or_name.lower() for cte in parsed.find_all(exp.CTE)}
     paths = [tuple(part.name for part in table.parts) for table in parsed.find_all(exp.Table)]
     return [path for path in paths if path != ("",) and not (len(path) == 1 and path[0].lower() in own)]
+
+
+def read_file(path: Path, dialect: str, name: str = "") -> ModelText | Mart:
+    """Read a model's file: one that reads a raw table is a row model, any other query is a mart.
+
+    Its name is the file's, unless given. Raises ModelError, naming file and line.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    tables = tables_in(text, dialect)
+    if tables is None or any(path[0].lower() == "raw" for path in tables):
+        return read_model(path, name)
+    return read_mart(name or path.stem, text, dialect)
 
 
 def read_mart(name: str, text: str, dialect: str) -> Mart:

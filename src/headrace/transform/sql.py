@@ -67,8 +67,8 @@ class ModelText:
     version: str
 
 
-def read_model(path: Path) -> ModelText:
-    """Read a model file.
+def read_model(path: Path, name: str = "") -> ModelText:
+    """Read a model file; its name is the file's without the suffix, unless given.
 
     Raises ModelError, naming file and line, when it does not parse, is no plain SELECT over one raw
     table, or uses what a row model may not: joins, aggregates, windows, subqueries, clocks.
@@ -86,7 +86,7 @@ def read_model(path: Path) -> ModelText:
     key = _key(path.name, settings, outputs)
     checks = (*(Check(column, "") for column in key if Check(column, "") not in checks), *checks)
     version = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return ModelText(path.stem, source, table, alias, outputs, where, key, types, checks, version)
+    return ModelText(name or path.stem, source, table, alias, outputs, where, key, types, checks, version)
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:
