@@ -1,9 +1,10 @@
 """The pipeline: the only place that wires, and what keeps it running.
 
 For each source three threads, each repeating one verb of its lane: capture, load, apply, which has a part
-prepared while it takes the one before; and one that watches the source and does nothing but ring. A thread
-that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
-when it lasts; anything else stops that thread alone, with its reason, while the others go on.
+prepared while it takes the one before; two that keep log and staging small; and one that watches the source
+and does nothing but ring. A thread that fails is judged by its error's verdict: RETRY backs off and tries
+again for ever, alerting once when it lasts; anything else stops that thread alone, with its reason, while
+the others go on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from headrace.memory import economise, give_back
 from headrace.server import Server
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
+from headrace.staging.maintenance import Maintenance
 from headrace.transform.evaluate import scrub
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
@@ -41,6 +43,7 @@ _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
 _ALERT_AFTER = 10.0
 _POLL = 0.5
+_MAINTAIN_ONCE = 10.0  # seconds of staging's maintenance at the end of a run that ends
 _PACE = 0.15  # seconds between two loads while changes trickle: fewer, larger steps
 
 
@@ -73,6 +76,7 @@ class Pipeline:
         try:
             self.lanes = open_lanes(project)
             self._upkeep = {lane.config.name: Upkeep(lane, project.log, self.stop) for lane in self.lanes}
+            self._maintenance = {lane.config.name: self._maintainer(lane) for lane in self.lanes}
             self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
             self._wait_for_destination()
         except BaseException:
@@ -88,7 +92,7 @@ class Pipeline:
         """
         server = self._serve()
         for lane in self.lanes:
-            for verb in ("capture", "load", "apply", "upkeep"):
+            for verb in ("capture", "load", "apply", "upkeep", "maintain"):
                 self._start(lane, verb)
             self._guard(lane.config.name, self._watches[lane.config.name])
         ended: BaseException | None = None
@@ -168,6 +172,10 @@ class Pipeline:
             self._start(lane, "capture")
         return {}
 
+    def _maintainer(self, lane: Lane) -> Maintenance:
+        config = self.project.staging
+        return Maintenance(lane.staging, self.stop, share=config.maintenance_cpu, grace=config.grace)
+
     def _lane(self, source: str) -> Lane:
         lane = next((lane for lane in self.lanes if lane.config.name == source), None)
         if lane is None:
@@ -200,7 +208,17 @@ class Pipeline:
             self._upkeep[lane.config.name].step()
             self.stop.wait(EVERY)
 
-        steps = {"capture": lambda: lane.capture(self.stop), "load": load, "apply": apply, "upkeep": upkeep}
+        def maintain() -> None:
+            if not self._maintenance[lane.config.name].step():
+                self.stop.wait(EVERY)
+
+        steps = {
+            "capture": lambda: lane.capture(self.stop),
+            "load": load,
+            "apply": apply,
+            "upkeep": upkeep,
+            "maintain": maintain,
+        }
         name = f"{lane.config.name}.{verb}"
         thread = threading.Thread(target=self._keep, args=(name, steps[verb]), name=name)
         self._threads.append(thread)
@@ -270,6 +288,7 @@ class Pipeline:
             return faults
         try:
             self._upkeep[lane.config.name].step()
+            self._maintenance[lane.config.name].step(_MAINTAIN_ONCE, paced=False)
         except HeadraceError as error:
             faults.append(error)
         for model, reason in lane.suspended().items():

@@ -22,7 +22,9 @@ from headrace.errors import LogError
 from headrace.failpoints import VARIABLE
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import BEFORE, UNCHANGED, decode_rows, encode_rows
-from headrace.staging.delta import HISTORY, DeltaStaging, StagingForeign
+from headrace.staging.delta import DeltaStaging
+from headrace.staging.rows import HISTORY
+from headrace.staging.table import StagingForeign
 
 A, B = TableId("public", "a"), TableId("public", "b")
 
