@@ -29,7 +29,7 @@ from headrace.memory import economise, give_back
 from headrace.server import Server
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
-from headrace.staging.maintenance import Maintenance
+from headrace.staging.maintenance import Maintenance, compact_tables
 from headrace.transform.evaluate import scrub
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
@@ -152,6 +152,7 @@ class Pipeline:
             "redrive": self._redrive,
             "tables": self._change_tables,
             "resync": self._resync,
+            "compact": self._compact,
         }
         return Server(self.project.state, self.lanes[0].destination, handlers)
 
@@ -171,6 +172,9 @@ class Pipeline:
         if self._errors.pop(f"{lane.config.name}.capture", None):
             self._start(lane, "capture")
         return {}
+
+    def _compact(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"tables": compact_tables(self._maintenance, request["source"], request["table"])}
 
     def _maintainer(self, lane: Lane) -> Maintenance:
         config = self.project.staging

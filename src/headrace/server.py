@@ -1,4 +1,5 @@
-"""Asking the running pipeline, over a Unix socket: queries, status, redrive, tables, resync.
+"""Asking the running pipeline, over a Unix socket: queries, status, redrive, tables, resync,
+compact.
 
 A request is one line of JSON; the answer is a line of JSON, and for queries an Arrow IPC stream per
 query behind it, each after its length. While a pipeline runs it alone has the destination open; when

@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Begin anew with a source after a gap, and repair what differs.",
     ),
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
+    "staging": ("", "List the raw tables and what they were; compact them."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
@@ -81,7 +82,14 @@ LOG: Mapping[str, tuple[str, str]] = {
     "backup": ("headrace.cli.log_archive:backup", "Copy a log, also while it is written to."),
 }
 
-_GROUPS = {"log": LOG, "quarantine": QUARANTINE, "tables": TABLES}
+STAGING: Mapping[str, tuple[str, str]] = {
+    "ls": ("headrace.cli.staging:ls", "List the raw tables: rows, files, bytes, offsets."),
+    "schema": ("headrace.cli.staging:schema", "Show a table's columns with the source's types."),
+    "history": ("headrace.cli.staging:history", "Show the shapes that a table had, and its copies."),
+    "compact": ("headrace.cli.staging:compact", "Merge small files into large ones now."),
+}
+
+_GROUPS = {"log": LOG, "quarantine": QUARANTINE, "staging": STAGING, "tables": TABLES}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 

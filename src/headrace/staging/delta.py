@@ -8,14 +8,14 @@ changes nothing. How a load becomes durable: see `headrace.staging.table`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
 from headrace.change import Copy, CopyMark, LoggedEntry, Offset, Position, TableId, TableSchema, shape_in
-from headrace.errors import LogError
+from headrace.errors import LogError, UserError
 from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
 from headrace.staging.folders import decode, encode
 from headrace.staging.naming import logical_name, physical_names
@@ -258,9 +258,9 @@ class DeltaStaging:
         """See `Staging.schemas`."""
         return {shape.table: shape for offset, shape in self._schemas if offset <= through}
 
-    def size(self) -> int:
-        """Return the bytes that the raw tables take on disk."""
-        return sum(path.stat().st_size for path in self._root.rglob("*") if path.is_file())
+    def columns(self, table: TableId) -> list[str]:
+        """Return the source's columns of a raw table, also those that it has dropped."""
+        return [logical_name(name) for name in self._tables[table].columns if name not in META]
 
     def _remember_event(self, offset: Offset, kind: str, table: TableId, at: Position, text: str) -> None:
         known = self._schemas[-1][0] if self._schemas else 0
@@ -339,3 +339,29 @@ class DeltaStaging:
 
     def _table(self, table: TableId) -> RawTable:
         return RawTable(self._folder(table), self._log_id, self._recent, read_only=self._read_only)
+
+
+def find_tables(stagings: Mapping[str, DeltaStaging], source: str, name: str) -> list[tuple[str, TableId]]:
+    """Return the raw tables of a name (`orders`, `public.orders`; '' means all) with their sources.
+
+    `stagings` are known by their source; `source` names one of them, or is ''.
+
+    Raises UserError if there is none.
+    """
+    if source and source not in stagings:
+        raise UserError(f"Nothing of a source {source} is staged.", f"There are: {', '.join(stagings)}.")
+    known = [
+        (of, table)
+        for of, staging in stagings.items()
+        if source in ("", of)
+        for table in sorted(staging.tables())
+        if table != HISTORY
+    ]
+    found = [(of, table) for of, table in known if name in ("", str(table), table.label)]
+    if not found:
+        there = ", ".join(table.label for _, table in known[:20])
+        raise UserError(
+            f"There is no raw table {name}." if name else "Nothing is staged yet.",
+            f"There are: {there}." if known else "Start the pipeline: headrace run",
+        )
+    return found

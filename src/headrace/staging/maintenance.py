@@ -11,13 +11,14 @@ import logging
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import pyarrow as pa
 
 from headrace.change import Offset, TableId
-from headrace.staging.delta import DeltaStaging
+from headrace.staging.delta import DeltaStaging, find_tables
 from headrace.staging.table import DataFile, RawTable
 
 logger = logging.getLogger("headrace.staging")
@@ -107,14 +108,29 @@ class Maintenance:
             return False
         return more
 
-    def compact(self, table: TableId) -> None:
-        """Merge all files of a table that are not large yet, now and without a pause."""
+    @property
+    def staging(self) -> DeltaStaging:
+        """The raw tables that are maintained."""
+        return self._staging
+
+    def compact(self, table: TableId) -> dict[str, int]:
+        """Merge all files of a table that are not large yet, now and without a pause.
+
+        Returns `files_before`, `files`, `bytes_before` and `bytes` of its live files.
+        """
         raw, pace = self._staging.tables()[table], _Pace(threading.Event(), 1.0)
         with self._working:
+            before = raw.files
             while run := next_run(raw.files, everything=True):
                 self._merge(table, raw, run, pace)
             raw.checkpoint(1, self._grace)
             raw.sweep(self._grace)
+            return {
+                "files_before": len(before),
+                "files": len(raw.files),
+                "bytes_before": sum(file.bytes for file in before),
+                "bytes": sum(file.bytes for file in raw.files),
+            }
 
     def _maintain(self, table: TableId, raw: RawTable, pace: _Pace) -> bool:
         """Do what is due at one table; say whether more may be due."""
@@ -129,6 +145,16 @@ class Maintenance:
         parts = raw.chunks(run[0].first - 1, run[-1].last, use_threads=False)
         raw.merge(run, _row_groups(parts, pace))
         logger.debug("%s: %d files up to offset %d are one", table, len(run), run[-1].last)
+
+
+def compact_tables(works: Mapping[str, Maintenance], source: str, table: str) -> list[dict[str, Any]]:
+    """Compact the tables that are meant, see `find_tables`; returns for each `source`, `table`, and what
+    `Maintenance.compact` does."""
+    stagings = {name: work.staging for name, work in works.items()}
+    return [
+        {"source": of, "table": str(found), **works[of].compact(found)}
+        for of, found in find_tables(stagings, source, table)
+    ]
 
 
 def movable(files: Sequence[DataFile], used: Offset) -> int:
