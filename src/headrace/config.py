@@ -135,9 +135,12 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True)
 class StagingConfig:
-    """`[staging]`: the local folder of the raw tables, absolute."""
+    """`[staging]`: the local folder of the raw tables, absolute; which part of one core's time their
+    maintenance may take (0: none is done), and for how long a replaced file stays for readers (seconds)."""
 
     path: Path
+    maintenance_cpu: float = 0.1
+    grace: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +227,7 @@ def load_project(folder: Path, *, env: str | None = None, secrets: bool = True) 
     secret = _SecretParsers(root, read=secrets)
     sources = _sources(document, secret)
     log = _log(document, root, secret)
-    staging = document.section("staging", {"path": values.path_in(root, "folder")})
+    staging = document.section("staging", {"path": values.path_in(root, "folder"), **_STAGING})
     destination = _destination(document, root, secret)
     scale = document.section("scale", _SCALE)
     document.raise_mistakes()
@@ -284,6 +287,7 @@ def select_tables(patterns: Iterable[str], available: Iterable[TableId]) -> tupl
 
 # ------------------------------------------------------------------------------------- the source
 
+_STAGING: dict[str, Parser] = {"maintenance_cpu": values.share, "grace": values.duration("0s", "24h")}
 _SCALE = {"freshness": values.duration("100ms", "24h")}
 
 

@@ -1,10 +1,10 @@
 """The pipeline: the only place that wires, and what keeps it running.
 
-For each source four threads: three repeat one verb of its lane each, capture, load, and apply, which has a
-part prepared while it takes the one before; the fourth is the upkeep of its log. And one that watches the
-source and does nothing but ring. A thread that fails is judged by its error's verdict: RETRY backs off and
-tries again for ever, alerting once when it lasts; anything else stops that thread alone, with its reason,
-while the others go on.
+For each source five threads: three repeat one verb of its lane each, capture, load, and apply, which has a
+part prepared while it takes the one before; two keep log and staging small. One more watches the source and
+does nothing but ring, and one for all keeps the marts. A thread that fails is judged by its error's verdict:
+RETRY backs off and tries again for ever, alerting once when it lasts; anything else stops that thread alone,
+with its reason, while the others go on.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from headrace.scrub import scrub
 from headrace.server import Server
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
+from headrace.staging.maintenance import Maintenance, compact_tables
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
 
@@ -43,6 +44,7 @@ _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
 _ALERT_AFTER = 10.0
 _POLL = 0.5
+_MAINTAIN_ONCE = 10.0  # seconds of staging's maintenance at the end of a run that ends
 _PACE = 0.15  # seconds between two loads while changes trickle: fewer, larger steps
 
 
@@ -75,6 +77,7 @@ class Pipeline:
         try:
             self.lanes = open_lanes(project)
             self._upkeep = {lane.config.name: Upkeep(lane, project.log, self.stop) for lane in self.lanes}
+            self._maintenance = {lane.config.name: self._maintainer(lane) for lane in self.lanes}
             self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
             self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
             self._wait_for_destination()
@@ -91,7 +94,7 @@ class Pipeline:
         """
         server = self._serve()
         for lane in self.lanes:
-            for verb in ("capture", "load", "apply", "upkeep"):
+            for verb in ("capture", "load", "apply", "upkeep", "maintain"):
                 self._start(lane, verb)
             self._guard(lane.config.name, self._watches[lane.config.name])
         self._begin("marts", self._step_marts)
@@ -155,6 +158,7 @@ class Pipeline:
             "rebuild": self._rebuild,
             "tables": self._change_tables,
             "resync": self._resync,
+            "compact": self._compact,
         }
         return Server(self.project.state, self.lanes[0].destination, handlers)
 
@@ -178,6 +182,13 @@ class Pipeline:
         if self._errors.pop(f"{lane.config.name}.capture", None):
             self._start(lane, "capture")
         return {}
+
+    def _compact(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"tables": compact_tables(self._maintenance, request["source"], request["table"])}
+
+    def _maintainer(self, lane: Lane) -> Maintenance:
+        config = self.project.staging
+        return Maintenance(lane.staging, self.stop, share=config.maintenance_cpu, grace=config.grace)
 
     def _lane(self, source: str) -> Lane:
         lane = next((lane for lane in self.lanes if lane.config.name == source), None)
@@ -211,7 +222,17 @@ class Pipeline:
             self._upkeep[lane.config.name].step()
             self.stop.wait(EVERY)
 
-        steps = {"capture": lambda: lane.capture(self.stop), "load": load, "apply": apply, "upkeep": upkeep}
+        def maintain() -> None:
+            if not self._maintenance[lane.config.name].step():
+                self.stop.wait(EVERY)
+
+        steps = {
+            "capture": lambda: lane.capture(self.stop),
+            "load": load,
+            "apply": apply,
+            "upkeep": upkeep,
+            "maintain": maintain,
+        }
         self._begin(f"{lane.config.name}.{verb}", steps[verb])
 
     def _begin(self, name: str, step: Callable[[], None]) -> None:
@@ -287,6 +308,7 @@ class Pipeline:
             return faults
         try:
             self._upkeep[lane.config.name].step()
+            self._maintenance[lane.config.name].step(_MAINTAIN_ONCE, paced=False)
         except HeadraceError as error:
             faults.append(error)
         for model, reason in lane.suspended().items():

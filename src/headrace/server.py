@@ -1,4 +1,4 @@
-"""Asking the running pipeline, over a Unix socket: queries, scans, status, redrive, tables, resync.
+"""Asking the running pipeline, over a Unix socket: queries, scans, status, redrive, rebuild, tables, …
 
 A request is one line of JSON; the answer is a line of JSON, and for queries an Arrow IPC stream per
 query behind it, each after its length, of a scan without one. While a pipeline runs it alone has the

@@ -109,6 +109,8 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         group_linger = "0ms"
         [staging]
         path = "/var/lib/staging"
+        maintenance_cpu = 0.25
+        grace = "1h"
         [destination]
         type = "duckdb"
         path = "out/../dwh.duckdb"
@@ -134,7 +136,7 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     )
     assert project.log == LogConfig(max_group_bytes=65536, group_linger=0.0)
-    assert project.staging.path == Path("/var/lib/staging")
+    assert project.staging == StagingConfig(Path("/var/lib/staging"), maintenance_cpu=0.25, grace=3600.0)
     assert project.destination.path == tmp_path.resolve() / "dwh.duckdb"
     assert project.scale.freshness == 300.0
 
@@ -411,6 +413,19 @@ def test_where_anchors_go_is_filled_in_and_not_shown(tmp_path: Path, monkeypatch
     found = refusal(tmp_path, SOURCE + '[log]\nanchor_key = "hunter2"\n')
     assert "anchor_key: must have at least 16 characters; a shorter secret can be guessed" in found
     assert "hunter2" not in found
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('"0.1"', "must be a number from 0 to 1, not a string"),
+        ("true", "must be a number from 0 to 1, not a boolean"),
+        ("1.5", "1.5 is out of range; allowed are 0 to 1"),
+        ("nan", "out of range"),
+    ],
+)
+def test_bad_shares(tmp_path: Path, value: str, message: str) -> None:
+    assert message in refusal(tmp_path, SOURCE + f"[staging]\nmaintenance_cpu = {value}\n")
 
 
 # ------------------------------------------------------------------------------- the file itself

@@ -49,6 +49,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Make a model's table once more from staging, beside the live one, and swap.",
     ),
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
+    "staging": ("", "List the raw tables and what they were; compact them."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
@@ -106,7 +107,14 @@ MODELS: Mapping[str, tuple[str, str]] = {
     "export-dbt": ("headrace.cli.models:export", "Print the destination's tables as sources of dbt."),
 }
 
-_GROUPS = {"log": LOG, "models": MODELS, "quarantine": QUARANTINE, "tables": TABLES}
+STAGING: Mapping[str, tuple[str, str]] = {
+    "ls": ("headrace.cli.staging:ls", "List the raw tables: rows, files, bytes, offsets."),
+    "schema": ("headrace.cli.staging:schema", "Show a table's columns with the source's types."),
+    "history": ("headrace.cli.staging:history", "Show the shapes that a table had, and its copies."),
+    "compact": ("headrace.cli.staging:compact", "Merge small files into large ones now."),
+}
+
+_GROUPS = {"log": LOG, "models": MODELS, "quarantine": QUARANTINE, "staging": STAGING, "tables": TABLES}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from headrace.change import TableId
 from headrace.cli.captured import print_unfinished, tables_of
+from headrace.cli.storage import disk_words, forecast, storage, storage_words
 from headrace.cli.tables import print_table
 from headrace.config import Project, SourceConfig, load_project
 from headrace.errors import HeadraceError
@@ -22,6 +23,7 @@ from headrace.server import ask, read
 from headrace.sources.postgres.health import age_text, size_text, slot_health
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.slot import durable_commit
+from headrace.staging.delta import DeltaStaging
 
 _QUERIES = (
     'SELECT source, "offset", commit, committed_at FROM headrace.progress',
@@ -48,11 +50,15 @@ def status(
 
     - `project`; `running`, `pid`; `stopped` and `waiting`: reasons by thread (source.verb); `alarms`: what
       the watch of the running pipeline finds, a list of paragraphs by source.
-    - `destination`: `path` (of a server, its address), `error` (null, or why it could not be asked).
+    - `destination`: `path` (of a server, its address), `error` (null, or why it could not be asked),
+      `bytes` of a file.
+    - `disk`: `free` bytes, `per_day` (what logs and raw tables add, from what the last day brought), `days`
+      until it is full; the destination's growth is not in it.
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
       - `tables`: the captured ones, each as `headrace tables list --json` prints it
       - `position` (last durable in the log), `log`: `id`, `begin` (what is before it is
         deleted), `end`, `bytes`; `staged_through`
+      - `storage`: bytes of `log` and `raw`, `tables` (raw bytes by table), `log_per_day`, `raw_per_day`
       - `capture`: `lag_bytes` not yet confirmed to the source; `load`: `rows`, `bytes`, `oldest_s`
       - `visible`: `offset`, `position`, `as_of` (seconds since 1970: all that the source committed
         until then is visible, unless a model says otherwise), `age_s`; null before the first apply
@@ -83,6 +89,8 @@ def gather(project: Project) -> dict[str, Any]:
             tables = [table.to_pylist() for table in read(project, _QUERIES)]
         except HeadraceError as fault:
             error = str(fault)
+    sources = [_source(project, source, live, tables) for source in project.sources]
+    path = project.destination.path
     return {
         "project": str(project.root),
         "running": live is not None,
@@ -90,8 +98,13 @@ def gather(project: Project) -> dict[str, Any]:
         "stopped": live["stopped"] if live else {},
         "waiting": live["waiting"] if live else {},
         "alarms": live["alarms"] if live else {},
-        "destination": {"path": project.destination.name, "error": error},
-        "sources": [_source(project, source, live, tables) for source in project.sources],
+        "destination": {
+            "path": project.destination.name,
+            "error": error,
+            "bytes": path.stat().st_size if project.destination.is_there else None,
+        },
+        "disk": forecast(project, [source["storage"] for source in sources]),
+        "sources": sources,
     }
 
 
@@ -108,7 +121,7 @@ def _source(
     progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables)
     path = project.log_path(source.name)
     report: dict[str, Any] = {"name": source.name, "has_run": path.exists(), "error": None}
-    report |= {"position": None, "log": None, "staged_through": None, "load": None}
+    report |= {"position": None, "log": None, "staged_through": None, "load": None, "storage": None}
     report |= {"models": [], "tables": []}
     if path.exists():
         try:
@@ -136,27 +149,22 @@ def _hops(
     log = SQLiteLog(path, read_only=True)
     try:
         durable, end = durable_commit(log), log.end()
+        staging = DeltaStaging(project.staging.path, source.name, log.id, read_only=True)
         staged = live["staged"].get(source.name) if live else None
         if staged is None:
-            staged = _staged_through(project, source, log)
+            staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+            staged = staging.through()
         tables = _tables_of_models(project, source, log)
         return {
             "position": format_lsn(durable) if durable else None,
             "log": {"id": log.id, "begin": log.begin().offset, "end": end.offset, "bytes": log.size()},
             "staged_through": staged,
             "load": _backlog(log, staged),
+            "storage": storage(log, staging),
             "models": [_model(row, log, tables) for row in models],
         }
     finally:
         log.close()
-
-
-def _staged_through(project: Project, source: SourceConfig, log: SQLiteLog) -> int:
-    from headrace.staging.delta import DeltaStaging
-
-    staging = DeltaStaging(project.staging.path, source.name, log.id, read_only=True)
-    staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
-    return staging.through()
 
 
 def _tables_of_models(project: Project, source: SourceConfig, log: SQLiteLog) -> dict[str, TableId]:
@@ -230,6 +238,7 @@ def _print(report: Mapping[str, Any]) -> None:
             print(f"ALARM {name}: {alarm}")
     if report["destination"]["error"]:
         print(f"destination not asked: {report['destination']['error']}")
+    print(f"disk: {disk_words(report['disk'], report['destination']['bytes'])}")
     for source in report["sources"]:
         print()
         _print_source(source)
@@ -249,10 +258,12 @@ def _print_source(source: Mapping[str, Any]) -> None:
         lines.append(
             (
                 "log",
-                f"through {source['position'] or 'nothing'}, offset {log['end']}, {size_text(log['bytes'])}",
+                f"through {source['position'] or 'nothing'}, offset {log['end']}",
             )
         )
         lines.append(("staged", f"through offset {source['staged_through']}, {_behind(load)}"))
+    if source["storage"]:
+        lines.append(("storage", storage_words(source["storage"])))
     if source["visible"]:
         visible = source["visible"]
         words = f"all that was committed until {age_text(visible['age_s'])} ago"
