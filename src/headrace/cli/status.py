@@ -33,6 +33,8 @@ _QUERIES = (
     "extract(epoch FROM min(first_seen))::DOUBLE PRECISION AS since "
     "FROM headrace.quarantine WHERE status IN ('quarantined', 'waiting', 'blocked') "
     "GROUP BY source, model, issue ORDER BY records DESC, issue",
+    "SELECT mart, kind, state, reason, incomplete, missing, positions, rows, "
+    "extract(epoch FROM refreshed_at) AS refreshed_at FROM headrace.marts ORDER BY mart",
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -68,6 +70,8 @@ def status(
         `records`, `age_s`
       - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason; its `holder` is the
         server's oldest open transaction, which keeps `restart_lsn` from moving on.
+    - `marts`: `name`, `kind` (view, table), `state` (ok, suspended, retired), `reason`, `incomplete` and what
+      is `missing` in its inputs; of a table the `positions` by source that it is of, `rows`, `age_s`.
     """
     settings = load_project(project)
     report = gather(settings)
@@ -80,7 +84,7 @@ def status(
 def gather(project: Project) -> dict[str, Any]:
     """Ask log, staging, destination, source and the running pipeline; what cannot be asked is named."""
     live = _live(project)
-    tables: list[Rows] = [[], [], []]
+    tables: list[Rows] = [[], [], [], []]
     error: str | None = None
     # Before the first run there is nothing to ask.
     has_run = any(project.log_path(source.name).exists() for source in project.sources)
@@ -105,6 +109,18 @@ def gather(project: Project) -> dict[str, Any]:
         },
         "disk": forecast(project, [source["storage"] for source in sources]),
         "sources": sources,
+        "marts": [_mart(row) for row in tables[3]],
+    }
+
+
+def _mart(row: Mapping[str, Any]) -> dict[str, Any]:
+    is_table = row["kind"] == "table"
+    return {
+        **{name: row[name] for name in ("kind", "state", "reason", "incomplete", "missing")},
+        "name": row["mart"],
+        "positions": json_text.loads(row["positions"]),
+        "rows": row["rows"] if is_table else None,
+        "age_s": max(0.0, time.time() - float(row["refreshed_at"])) if is_table else None,
     }
 
 
@@ -118,7 +134,7 @@ def _live(project: Project) -> dict[str, Any] | None:
 def _source(
     project: Project, source: SourceConfig, live: dict[str, Any] | None, tables: Sequence[Rows]
 ) -> dict[str, Any]:
-    progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables)
+    progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables[:3])
     path = project.log_path(source.name)
     report: dict[str, Any] = {"name": source.name, "has_run": path.exists(), "error": None}
     report |= {"position": None, "log": None, "staged_through": None, "load": None, "storage": None}
@@ -242,6 +258,24 @@ def _print(report: Mapping[str, Any]) -> None:
     for source in report["sources"]:
         print()
         _print_source(source)
+    if report["marts"]:
+        print()
+        _print_marts(report["marts"])
+
+
+def _print_marts(marts: Rows) -> None:
+    print_table(
+        ("mart", "state", "as of", "what is missing"),
+        [
+            (
+                row["name"],
+                row["state"],
+                "now" if row["age_s"] is None else f"{age_text(row['age_s'])} ago",
+                row["reason"] or row["missing"],
+            )
+            for row in marts
+        ],
+    )
 
 
 def _print_source(source: Mapping[str, Any]) -> None:
