@@ -24,6 +24,7 @@ NAMES = (
     "capture",
     "catchup",
     "end_to_end",
+    "postgres_apply",
     "snapshot",
     "debezium",
     "latency",

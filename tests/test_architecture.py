@@ -15,10 +15,10 @@ PACKAGE = SOURCE / "headrace"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns"},
-    {"protocols", "join", "payload", "keyfilter", "cells", "debezium", "ahead"},
+    {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns", "scrub"},
+    {"protocols", "join", "mart", "payload", "pgtypes", "keyfilter", "cells", "debezium", "ahead"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
-    {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep"},
+    {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "marts", "authoring"},
     {"cli", "console", "testing"},
 ]
 FOLDERS = FLOORS[2]

@@ -1,5 +1,7 @@
 """A project's settings: headrace.toml, read strictly, every mistake reported at once with its line.
 
+`headrace.NAME.toml` lies over it in the environment NAME, which has a state folder of its own.
+
 Hand-written checks instead of pydantic: it costs three times the import of everything else here, and
 its messages quote the input, which may hold a password.
 """
@@ -24,12 +26,13 @@ from headrace.document import (
     Invalid,
     Parser,
     _lines,
-    read_text,
+    read_texts,
 )
 from headrace.errors import ConfigError
 from headrace.secret import Secret, place_of
 
 __all__ = [
+    "ENVIRONMENT",
     "FILE_NAME",
     "MAX_FILE_BYTES",
     "MAX_MISTAKES",
@@ -49,9 +52,12 @@ __all__ = [
     "read_url",
     "select_tables",
     "source_config",
+    "state_folder",
 ]
 
 STATE_FOLDER = ".headrace"
+ENVIRONMENT = "HEADRACE_ENV"
+"""The environment variable that names a project's environment, where the call does not."""
 MODELS_FOLDER = "models"
 
 MAX_SECRET_FILE_BYTES = 64 << 10
@@ -129,17 +135,39 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True)
 class StagingConfig:
-    """`[staging]`: the local folder of the raw tables, absolute."""
+    """`[staging]`: the local folder of the raw tables, absolute; which part of one core's time their
+    maintenance may take (0: none is done), and for how long a replaced file stays for readers (seconds)."""
 
     path: Path
+    maintenance_cpu: float = 0.1
+    grace: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
 class DestinationConfig:
-    """`[destination]`: the DuckDB file that models are applied to, absolute."""
+    """`[destination]`: where models are applied to.
 
-    type: Literal["duckdb"]
+    Of type `duckdb`, the file `path`, absolute. Of type `postgres`, the database of `url`: models without a
+    schema in their name are tables of `schema`; a statement waits for a lock for `lock_timeout` seconds and
+    takes `statement_timeout` seconds at most (0: no limit).
+    """
+
+    type: Literal["duckdb", "postgres"]
     path: Path
+    url: Secret | None = None
+    schema: str = "public"
+    lock_timeout: float = 30.0
+    statement_timeout: float = 3600.0
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        return self.url.redacted() if self.url else str(self.path)
+
+    @property
+    def is_there(self) -> bool | None:
+        """Whether there is such a file; None for what only its server knows."""
+        return None if self.url else self.path.exists()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +179,8 @@ class ScaleConfig:
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """A project folder's settings, checked. `root` is absolute; sources stand in the file's order."""
+    """A project folder's settings, checked. `root` is absolute; sources stand in the file's order; `env` is
+    the environment, '' for none."""
 
     root: Path
     sources: tuple[SourceConfig, ...]
@@ -159,11 +188,12 @@ class Project:
     staging: StagingConfig
     destination: DestinationConfig
     scale: ScaleConfig
+    env: str = ""
 
     @property
     def state(self) -> Path:
         """The folder of everything that Headrace itself remembers."""
-        return self.root / STATE_FOLDER
+        return state_folder(self.root, self.env)
 
     def log_path(self, source: str) -> Path:
         """Return the file of a source's log; it need not exist."""
@@ -175,29 +205,40 @@ class Project:
         return self.root / MODELS_FOLDER
 
 
-def load_project(folder: Path) -> Project:
+def state_folder(root: Path, env: str | None = None) -> Path:
+    """Return the folder of all that Headrace remembers of a project in an environment; by default in the one
+    that the environment variable HEADRACE_ENV names."""
+    env = os.environ.get(ENVIRONMENT, "") if env is None else env
+    return root / STATE_FOLDER / "env" / env if env else root / STATE_FOLDER
+
+
+def load_project(folder: Path, *, env: str | None = None, secrets: bool = True) -> Project:
     """Read `folder/headrace.toml`, with `${env:NAME}` and `${file:PATH}` in secrets filled in.
 
-    Raises `ConfigError` that lists every mistake, a line `headrace.toml:LINE: …` for each; none of
-    them quotes a secret or what an environment variable or secret file holds.
+    In an environment, `env` or else what HEADRACE_ENV says, `folder/headrace.ENV.toml` lies over it.
+    Without `secrets` these stay empty and unread, for what needs neither source nor destination.
+
+    Raises `ConfigError` that lists every mistake, a line `FILE:LINE: …` for each; none of them quotes a
+    secret or what an environment variable or secret file holds.
     """
     root = Path(folder).expanduser().resolve()
-    document = Document(read_text(root))
-    sources = _sources(document, root)
-    log = _log(document, root)
-    staging = document.section("staging", {"path": values.path_in(root, "folder")})
-    destination = document.section(
-        "destination", {"type": values.only("duckdb"), "path": values.path_in(root, "file")}
-    )
+    env = os.environ.get(ENVIRONMENT, "") if env is None else env
+    document = Document(read_texts(root, env))
+    secret = _SecretParsers(root, read=secrets)
+    sources = _sources(document, secret)
+    log = _log(document, root, secret)
+    staging = document.section("staging", {"path": values.path_in(root, "folder"), **_STAGING})
+    destination = _destination(document, root, secret)
     scale = document.section("scale", _SCALE)
     document.raise_mistakes()
     return Project(
         root=root,
         sources=sources,
         log=LogConfig(**log),
-        staging=StagingConfig(**{"path": root / STATE_FOLDER / "staging", **staging}),
+        staging=StagingConfig(**{"path": state_folder(root, env) / "staging", **staging}),
         destination=DestinationConfig(**{"type": "duckdb", "path": root / "warehouse.duckdb", **destination}),
         scale=ScaleConfig(**scale),
+        env=env,
     )
 
 
@@ -246,10 +287,35 @@ def select_tables(patterns: Iterable[str], available: Iterable[TableId]) -> tupl
 
 # ------------------------------------------------------------------------------------- the source
 
+_STAGING: dict[str, Parser] = {"maintenance_cpu": values.share, "grace": values.duration("0s", "24h")}
 _SCALE = {"freshness": values.duration("100ms", "24h")}
 
 
-def _log(document: Document, root: Path) -> dict[str, Any]:
+class _SecretParsers:
+    """Parsers of the values in which references are filled in; unless `read`, of their form alone."""
+
+    def __init__(self, root: Path, *, read: bool) -> None:
+        self._root = root
+        self._read = read
+
+    def url(self, value: object) -> Secret:
+        return _url(value, self._root) if self._read else self._unread(value)
+
+    def salt(self, value: object) -> Secret:
+        return _secret(value, self._root) if self._read else self._unread(value)
+
+    def web_address(self, value: object) -> Secret:
+        if not self._read:
+            return self._unread(value)
+        return Secret(values.web_address(_filled(values.string(value), self._root)))
+
+    @staticmethod
+    def _unread(value: object) -> Secret:
+        values.string(value)
+        return Secret("")
+
+
+def _log(document: Document, root: Path, secret: _SecretParsers) -> dict[str, Any]:
     parsers: dict[str, Parser] = {
         "max_group_bytes": values.size("64KiB", "1GiB"),
         "group_linger": values.duration("0ms", "10s"),
@@ -258,8 +324,8 @@ def _log(document: Document, root: Path) -> dict[str, Any]:
         "hold_max": values.size("0B", "1048576GiB"),
         "anchor_every": values.duration("0s", "365d"),
         "anchor_file": values.path_in(root, "file"),
-        "anchor_url": lambda value: Secret(values.web_address(_filled(values.string(value), root))),
-        "anchor_key": lambda value: _secret(value, root),
+        "anchor_url": secret.web_address,
+        "anchor_key": secret.salt,
     }
     log = document.section("log", parsers)
     if log.get("anchor_every") and not ("anchor_file" in log or "anchor_url" in log):
@@ -267,10 +333,32 @@ def _log(document: Document, root: Path) -> dict[str, Any]:
     return log
 
 
-def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
+def _destination(document: Document, root: Path, secret: _SecretParsers) -> dict[str, Any]:
+    of_type: dict[str, dict[str, Parser]] = {
+        "duckdb": {"path": values.path_in(root, "file")},
+        "postgres": {
+            "url": secret.url,
+            "schema": values.publication,
+            "lock_timeout": values.duration("0ms", "1h"),
+            "statement_timeout": values.duration("0ms", "24h"),
+        },
+    }
+    type_ = {"type": values.only(*of_type)}
+    section = document.values.get("destination", {})
+    named = section.get("type", "duckdb") if isinstance(section, dict) else "duckdb"
+    known = of_type.get(named, {}) if isinstance(named, str) else {}
+    if not known:  # the type is what is wrong
+        known = {key: parser for parsers in of_type.values() for key, parser in parsers.items()}
+    destination = document.section("destination", type_ | known)
+    if named == "postgres" and "url" not in section:
+        document.fail(("destination", "url"), 'missing; add for example url = "${env:WAREHOUSE_URL}"')
+    return destination
+
+
+def _sources(document: Document, secret: _SecretParsers) -> tuple[SourceConfig, ...]:
     parsers: dict[str, Parser] = {
         "type": values.only("postgres"),
-        "url": lambda value: _url(value, root),
+        "url": secret.url,
         "tables": values.patterns,
         "slot": values.slot,
         "publication": values.publication,
@@ -282,7 +370,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "on_rewrite": values.only("copy", "alert"),
         "exclude": values.columns,
         "hash": values.columns,
-        "hash_salt": lambda value: _secret(value, root),
+        "hash_salt": secret.salt,
         "where": lambda value: value,
         "origin": values.only("any", "none"),
         "spool_max": values.size("1MiB", "65536GiB"),
@@ -290,7 +378,7 @@ def _sources(document: Document, root: Path) -> tuple[SourceConfig, ...]:
         "lag_alarm": values.size("1MiB", "1024GiB"),
         "restart_age_alarm": values.duration("10s", "24h"),
         "failover": values.boolean,
-        "standby_url": lambda value: _url(value, root),
+        "standby_url": secret.url,
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'

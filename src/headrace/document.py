@@ -1,11 +1,12 @@
-"""headrace.toml as a document: its text, where each key stands, and every mistake in it at once."""
+"""headrace.toml as a document, with an environment's file over it: where each key stands, and every mistake
+at once."""
 
 from __future__ import annotations
 
 import codecs
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -28,44 +29,49 @@ SECTIONS = ("source", "log", "staging", "destination", "scale")
 class Document:
     """headrace.toml while it is read: its values, where they stand, and what is wrong with them."""
 
-    def __init__(self, text: str) -> None:
-        self._mistakes: list[tuple[int, str]] = []
-        self._lines: dict[tuple[str, ...], int] = {}
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        """Read files, given as texts by name, each over the ones before: tables are merged key by key, all
+        else is replaced."""
+        self._files = list(texts)
+        self._mistakes: list[tuple[str, int, str]] = []
+        self._lines: dict[tuple[str, ...], tuple[str, int]] = {}
         self.values: dict[str, Any] = {}
-        fault = ""
-        try:
-            self.values = tomllib.loads(text)
-        except RecursionError:
-            fault = "nested too deeply"
-        except ValueError as error:
-            fault = str(error)
-        if fault:
-            self._syntax(fault, text)
-            self.raise_mistakes()
-        self._lines = _lines(text)
+        for file, text in texts.items():
+            fault = ""
+            try:
+                _merge(self.values, tomllib.loads(text))
+            except RecursionError:
+                fault = "nested too deeply"
+            except ValueError as error:
+                fault = str(error)
+            if fault:
+                self._syntax(file, fault, text)
+            else:
+                self._lines.update((path, (file, line)) for path, line in _lines(text).items())
+        self.raise_mistakes()
         for key, value in self.values.items():
             if key not in SECTIONS:
                 self._unknown((key,), SECTIONS, section=isinstance(value, dict))
 
-    def _syntax(self, fault: str, text: str) -> None:
+    def _syntax(self, file: str, fault: str, text: str) -> None:
         place = re.search(r" \(at line (\d+), column \d+\)", fault)
         line = int(place[1]) if place else text.rstrip().count("\n") + 1
         # The parser quotes keys, and a key may be a misplaced url.
         fault = re.sub(r"\(['\"].*['\"],?\)", "this table", fault[: place.start()] if place else fault)
         fault = re.sub(r" key ['\"].*['\"]", " key", fault)
-        self._mistakes.append((line, f"not valid TOML: {fault}"))
+        self._mistakes.append((file, line, f"not valid TOML: {fault}"))
 
     def fail(self, path: tuple[str, ...], message: str, *, section: bool = False) -> None:
         """Note a mistake in a key, or in a whole section."""
         names = [shown(name) or "***" for name in path]
         table, key = (names, "") if section else (names[:-1], names[-1])
         place = " ".join(part for part in (f"[{'.'.join(table)}]" if table else "", key) if part)
-        self._mistakes.append((self._line(path), f"{place}: {message}"))
+        self._mistakes.append((*self._place(path), f"{place}: {message}"))
 
-    def _line(self, path: tuple[str, ...]) -> int:
+    def _place(self, path: tuple[str, ...]) -> tuple[str, int]:
         while path and path not in self._lines:
             path = path[:-1]
-        return self._lines.get(path, 1)
+        return self._lines.get(path, (self._files[0], 1))
 
     def _unknown(self, path: tuple[str, ...], known: Iterable[str], *, section: bool = False) -> None:
         known = tuple(known)
@@ -97,22 +103,47 @@ class Document:
     def raise_mistakes(self) -> None:
         """Raise `ConfigError` if there was any mistake."""
         if self._mistakes:
-            ordered = sorted(self._mistakes, key=lambda mistake: mistake[0])
-            lines = [f"{FILE_NAME}:{line}: {text}" for line, text in ordered[:MAX_MISTAKES]]
+            ordered = sorted(self._mistakes, key=lambda mistake: (self._files.index(mistake[0]), mistake[1]))
+            lines = [f"{file}:{line}: {text}" for file, line, text in ordered[:MAX_MISTAKES]]
             more = len(ordered) - len(lines)
             raise ConfigError("\n".join(lines) + (f"\n… and {more} more" if more else ""))
 
 
-def read_text(root: Path) -> str:
-    """Read `root/headrace.toml`; raises `ConfigError` where there is none or it is no text of fair size."""
-    path = root / FILE_NAME
+def read_texts(root: Path, env: str = "") -> dict[str, str]:
+    """Read `root/headrace.toml`, and `root/headrace.ENV.toml` if an environment is given, by their names.
+
+    Raises `ConfigError` where one is not there or is no text of fair size.
+    """
+    names = [FILE_NAME]
+    if env:
+        if not re.fullmatch("[a-z][a-z0-9_-]{0,39}", env):
+            raise ConfigError(
+                "The environment's name cannot be used.",
+                "It is 1 to 40 of a-z, 0-9, _ and -, and begins with a letter.",
+            )
+        names.append(f"headrace.{env}.toml")
+    return {name: _read_text(root, name) for name in names}
+
+
+def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(under.get(key), dict):
+            _merge(under[key], value)
+        else:
+            under[key] = value
+
+
+def _read_text(root: Path, name: str) -> str:
+    path = root / name
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"There is no {FILE_NAME} in {root}.", "Make a project with: headrace init URL"
-        ) from None
+        remedy = "Make a project with: headrace init URL"
+        if name != FILE_NAME:
+            known = sorted(path.name.split(".")[1] for path in root.glob("headrace.*.toml"))
+            remedy = f"Environments here: {', '.join(known) or 'none'}."
+        raise ConfigError(f"There is no {name} in {root}.", remedy) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.", "Mend its access rights.") from None
     if len(data) > MAX_FILE_BYTES:
@@ -122,7 +153,7 @@ def read_text(root: Path) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-    raise ConfigError(f"{FILE_NAME}:{line}: not UTF-8 text; save the file as UTF-8")
+    raise ConfigError(f"{name}:{line}: not UTF-8 text; save the file as UTF-8")
 
 
 def _lines(text: str) -> dict[tuple[str, ...], int]:

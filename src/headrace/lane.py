@@ -15,6 +15,7 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -80,7 +81,7 @@ class Lane:
         self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
         self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
         self.joiner = Joiner(config.name, self.log, self.staging, destination.joins)
-        self._folder = folder
+        self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
         self._bound: dict[str, tuple[TableSchema, RowModel | HeadraceError]] = {}
@@ -220,7 +221,7 @@ class Lane:
         Looks at once if `now`, else at most once a second. A file that does not parse leaves its old
         version in force. Called by whoever holds `applying`.
         """
-        current = self._folder.current(now=now)
+        current = self.folder.current(now=now)
         if current is self._current:
             return False
         before = set(self._texts)
@@ -299,21 +300,19 @@ class Lane:
             return self.destination.redrive(model, prepared, dry_run=dry_run)
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> None:
-        """Begin to make a model's table once more from all of its history, beside the live one; `apply` does
-        it. One that is being rebuilt so goes on. Raises UserError where the model does not run.
-        """
+        """Begin to build a model once more, beside its live table. Raises UserError where it does not run."""
         with self.applying:
             self.reload_models(now=True)
             self._reload_tables()
-            staged = self.staging.through()
-            list(self._models(staged))
             self._ask_where_models_stand()
-            model = next((m for m in self._active(staged) if m.name == model_name), None)
-            if model is None or self._stands is None or model_name not in self._stands:
-                known = ", ".join(sorted(m.name for m in self._models(staged)))
-                words = f"Model {model_name} does not run now, or there is none. Models: {known}."
-                raise UserError(words, "`headrace status` says why.")
-            self.joiner.rebuild(model, self._stands[model_name].offset, dry_run=dry_run)
+            active = self._active(self.staging.through())
+            model = next((model for model in active if model.name == model_name), None)
+            stand = (self._stands or {}).get(model_name)
+            if model is None or stand is None:
+                raise UserError(
+                    f"Model {model_name} does not run now, or there is none.", "`headrace status` says more."
+                )
+            self.joiner.rebuild(model, stand.offset, dry_run=dry_run)
 
     def close(self) -> None:
         """Close source and log."""
@@ -335,9 +334,13 @@ class Lane:
             state = stands.get(model.name)
             if state is None or state.version == model.version or model.is_mirror:
                 continue
-            if self.destination.forget_if_reshaped(model):
-                logger.info("model %s has other columns now: it is built again from staging", model.name)
-                del stands[model.name]
+            try:
+                if self.destination.forget_if_reshaped(model):
+                    logger.info("model %s has other columns now: it is built again from staging", model.name)
+                    del stands[model.name]
+            except ModelBroken as error:
+                self._suspend(model.name, model.version, error)
+                stands[model.name] = replace(state, state="suspended", version=model.version)
         self._put_aside(stands)
         return stands
 
@@ -396,8 +399,8 @@ class Lane:
 
     def _stand(self, model: RowModel, state: str, offset: Offset) -> None:
         """Take over where the destination has just put a model."""
+        stand = ModelState(model.name, self.config.name, model.version, state, "", offset, 0)
         if self._stands is not None:
-            stand = ModelState(model.name, self.config.name, model.version, state, "", offset, 0)
             self._stands[model.name] = stand
 
     def _offset(self, model: RowModel) -> Offset:
@@ -462,7 +465,8 @@ class Lane:
         try:
             tables = () if text else self.staging.schemas(through)
             refuse_twins(name, schema, tables)
-            return bind(text, schema) if text else mirror(self.config.name, schema)
+            model = bind(text, schema) if text else mirror(self.config.name, schema)
+            return model.limited(self.destination.limits(model))
         except HeadraceError as error:
             self._suspend(name, _NO_VERSION, error)
             return error

@@ -1,10 +1,10 @@
 """The pipeline: the only place that wires, and what keeps it running.
 
-For each source four threads: three repeat one verb of its lane each, capture, load, and apply, which has a
-part prepared while it takes the one before; the fourth is the upkeep of its log. And one that watches the
-source and does nothing but ring. A thread that fails is judged by its error's verdict: RETRY backs off and
-tries again for ever, alerting once when it lasts; anything else stops that thread alone, with its reason,
-while the others go on.
+For each source five threads: three repeat one verb of its lane each, capture, load, and apply, which has a
+part prepared while it takes the one before; two keep log and staging small. One more watches the source and
+does nothing but ring, and one for all keeps the marts. A thread that fails is judged by its error's verdict:
+RETRY backs off and tries again for ever, alerting once when it lasts; anything else stops that thread alone,
+with its reason, while the others go on.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from typing import IO, Any, TypeVar
 
 from headrace.change import TableId
 from headrace.config import Project
-from headrace.destinations.duckdb import DuckDBDestination
-from headrace.errors import DestinationBusy, HeadraceError, StateInUse, UserError, Verdict, verdict_of
+from headrace.destinations import open_destination
+from headrace.errors import DestinationUnavailable, HeadraceError, StateInUse, UserError, Verdict, verdict_of
 from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
+from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
+from headrace.scrub import scrub
 from headrace.server import Server
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
-from headrace.transform.evaluate import scrub
+from headrace.staging.maintenance import Maintenance, compact_tables
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
 
@@ -42,6 +44,7 @@ _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
 _ALERT_AFTER = 10.0
 _POLL = 0.5
+_MAINTAIN_ONCE = 10.0  # seconds of staging's maintenance at the end of a run that ends
 _PACE = 0.15  # seconds between two loads while changes trickle: fewer, larger steps
 
 
@@ -50,8 +53,8 @@ def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
 
     Raises ModelError for a model file that does not parse, UserError for one of no source.
     """
-    destination = DuckDBDestination(project.destination.path, spill=project.state / "spill")
-    folder = ModelFolder(project.models, {source.name for source in project.sources})
+    destination = open_destination(project.destination, spill=project.state / "spill")
+    folder = ModelFolder(project.models, {s.name for s in project.sources}, project.destination.type)
     return [Lane(project, source, destination, folder, read_only=read_only) for source in project.sources]
 
 
@@ -60,7 +63,7 @@ class Pipeline:
 
     def __init__(self, project: Project, stop: threading.Event | None = None) -> None:
         """Take the state folder and check that log, staging and destination belong together, waiting
-        for a destination that another process holds until `stop` is set.
+        for a destination that cannot be had until `stop` is set.
 
         Raises StateInUse when another process runs on it, ForeignDestination and ModelError.
         """
@@ -74,7 +77,9 @@ class Pipeline:
         try:
             self.lanes = open_lanes(project)
             self._upkeep = {lane.config.name: Upkeep(lane, project.log, self.stop) for lane in self.lanes}
+            self._maintenance = {lane.config.name: self._maintainer(lane) for lane in self.lanes}
             self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
+            self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
             self._wait_for_destination()
         except BaseException:
             _forget_empty_logs(project.state)
@@ -89,9 +94,10 @@ class Pipeline:
         """
         server = self._serve()
         for lane in self.lanes:
-            for verb in ("capture", "load", "apply", "upkeep"):
+            for verb in ("capture", "load", "apply", "upkeep", "maintain"):
                 self._start(lane, verb)
             self._guard(lane.config.name, self._watches[lane.config.name])
+        self._begin("marts", self._step_marts)
         ended: BaseException | None = None
         try:
             while ended is None and not self.stop.wait(_POLL):
@@ -113,6 +119,7 @@ class Pipeline:
         server = self._serve()
         try:
             faults = [fault for lane in self.lanes for fault in self._once(lane)]
+            faults += self._marts_once()
             for fault in faults[1:]:
                 alerts.error("%s", fault.paragraph())
             if faults:
@@ -141,6 +148,7 @@ class Pipeline:
             upkeep.close()
         for lane in self.lanes:
             lane.close()
+            lane.destination.close()
         self._lock.close()
 
     def _serve(self) -> Server:
@@ -150,6 +158,7 @@ class Pipeline:
             "rebuild": self._rebuild,
             "tables": self._change_tables,
             "resync": self._resync,
+            "compact": self._compact,
         }
         return Server(self.project.state, self.lanes[0].destination, handlers)
 
@@ -173,6 +182,13 @@ class Pipeline:
         if self._errors.pop(f"{lane.config.name}.capture", None):
             self._start(lane, "capture")
         return {}
+
+    def _compact(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"tables": compact_tables(self._maintenance, request["source"], request["table"])}
+
+    def _maintainer(self, lane: Lane) -> Maintenance:
+        config = self.project.staging
+        return Maintenance(lane.staging, self.stop, share=config.maintenance_cpu, grace=config.grace)
 
     def _lane(self, source: str) -> Lane:
         lane = next((lane for lane in self.lanes if lane.config.name == source), None)
@@ -206,11 +222,27 @@ class Pipeline:
             self._upkeep[lane.config.name].step()
             self.stop.wait(EVERY)
 
-        steps = {"capture": lambda: lane.capture(self.stop), "load": load, "apply": apply, "upkeep": upkeep}
-        name = f"{lane.config.name}.{verb}"
-        thread = threading.Thread(target=self._keep, args=(name, steps[verb]), name=name)
-        self._threads.append(thread)
-        thread.start()
+        def maintain() -> None:
+            if not self._maintenance[lane.config.name].step():
+                self.stop.wait(EVERY)
+
+        steps = {
+            "capture": lambda: lane.capture(self.stop),
+            "load": load,
+            "apply": apply,
+            "upkeep": upkeep,
+            "maintain": maintain,
+        }
+        self._begin(f"{lane.config.name}.{verb}", steps[verb])
+
+    def _begin(self, name: str, step: Callable[[], None]) -> None:
+        """Start a thread that repeats a step."""
+        self._threads.append(threading.Thread(target=self._keep, args=(name, step), name=name))
+        self._threads[-1].start()
+
+    def _step_marts(self) -> None:
+        self._marts.step()
+        self.stop.wait(_POLL)
 
     def _guard(self, name: str, watch: Watch) -> None:
         """Start the thread that watches over a source."""
@@ -276,24 +308,32 @@ class Pipeline:
             return faults
         try:
             self._upkeep[lane.config.name].step()
+            self._maintenance[lane.config.name].step(_MAINTAIN_ONCE, paced=False)
         except HeadraceError as error:
             faults.append(error)
         for model, reason in lane.suspended().items():
             faults.append(UserError(f"Model {model} is suspended: {reason}", "Mend it and run again."))
         return faults
 
+    def _marts_once(self) -> list[HeadraceError]:
+        self._patiently("marts", lambda: self._marts.step(now=True))
+        return [
+            UserError(f"Mart {mart} is suspended: {reason}", "Mend it and run again.")
+            for mart, reason in self._marts.suspended().items()
+        ]
+
     def _wait_for_destination(self) -> None:
-        """Check each lane's destination, waiting while another process holds it."""
+        """Check each lane's destination, waiting while it cannot be had."""
         for lane in self.lanes:
             self._patiently("destination", lane.check_destination)
 
     def _patiently(self, name: str, step: Callable[[], _T]) -> _T | None:
-        """Take a step, again while another process holds the destination; None if stopped before."""
+        """Take a step, again while the destination cannot be had; None if stopped before."""
         since = time.monotonic()
         while not self.stop.is_set():
             try:
                 result = step()
-            except DestinationBusy as error:
+            except DestinationUnavailable as error:
                 self._wait(name, error, time.monotonic() - since)
                 self.stop.wait(_FIRST_PAUSE)
                 continue

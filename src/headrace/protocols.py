@@ -9,6 +9,7 @@ a replay is a sink that starts again from an earlier offset.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from headrace.errors import ForeignDestination
     from headrace.join import Joins
+    from headrace.mart import Marts
 
 
 class Source(Protocol):
@@ -394,9 +396,19 @@ class Destination(Protocol):
     fresh: str
     """What a user does to have an empty one instead, such as `name a new file in [destination] path`."""
 
+    touched: Counter[str]
+    """How often this process has changed the rows of each model: the marts that read it are due then."""
+    commits: int
+    """How many transactions this process has committed."""
+
     @property
     def joins(self) -> Joins:
         """How models take in copies."""
+        ...
+
+    @property
+    def marts(self) -> Marts:
+        """What is computed from its tables."""
         ...
 
     def exists(self) -> bool:
@@ -413,6 +425,17 @@ class Destination(Protocol):
         `read_only`: no pipeline of this process uses the destination meanwhile. Raises UserError for
         anything but a query, and for what the engine says of one.
         """
+        ...
+
+    def scan(
+        self, queries: Sequence[str], *, read_only: bool = False
+    ) -> AbstractContextManager[Iterator[pa.RecordBatchReader]]:
+        """Run queries as `read` does, and read their results batch by batch; each reader is read to its end
+        before the next is asked for."""
+        ...
+
+    def place_of(self, model: str) -> tuple[str, str]:
+        """Return schema and name of a model's table."""
         ...
 
     def table_of(self, model: str) -> str:

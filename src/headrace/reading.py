@@ -25,7 +25,7 @@ from headrace.change import (
     TableId,
     TableSchema,
 )
-from headrace.config import STATE_FOLDER
+from headrace.config import state_folder
 from headrace.errors import LogError, LogTrimmed, UserError
 from headrace.log.consumers import Cursor, Cursors, check, lost
 from headrace.log.places import Shapes, told
@@ -418,7 +418,7 @@ def find_logs(project: Path, source: str = "") -> list[Path]:
     folder = project.expanduser()
     if folder.is_file():
         return [folder]
-    state = folder / STATE_FOLDER
+    state = state_folder(folder)
     found = list(((state if state.is_dir() else folder) / "log").glob("*.db"))
     if not found:
         raise UserError(f"There is no log in {folder.resolve()}.", "Start the pipeline once: headrace run")

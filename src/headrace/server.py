@@ -1,8 +1,8 @@
-"""Asking the running pipeline, over a Unix socket: queries, status, redrive, tables, resync.
+"""Asking the running pipeline, over a Unix socket: queries, scans, status, redrive, rebuild, tables, …
 
 A request is one line of JSON; the answer is a line of JSON, and for queries an Arrow IPC stream per
-query behind it, each after its length. While a pipeline runs it alone has the destination open; when
-none runs, queries open the file themselves.
+query behind it, each after its length, of a scan without one. While a pipeline runs it alone has the
+destination open; when none runs, queries open the file themselves.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,10 @@ class Server:
                 stream.write(json.dumps({"error": words, "remedy": "Its log says more."}).encode() + b"\n")
 
     def _answer(self, request: dict[str, Any], stream: Any) -> None:
+        if request["op"] == "scan":
+            with self._destination.scan(request["sql"]) as readers:
+                _send_batches(stream, readers)
+            return
         if request["op"] != "query":
             answer = self._handlers[request["op"]](request)
             stream.write(json.dumps({"ok": True, **answer}).encode() + b"\n")
@@ -182,15 +186,48 @@ def read(project: Project, queries: Sequence[str]) -> list[pa.Table]:
                 return [_receive_table(stream) for _ in queries]
     except (FileNotFoundError, ConnectionRefusedError):
         pass
-    if not project.destination.path.exists():
-        raise UserError(
-            f"There is no destination at {project.destination.path} yet.",
-            "Start the pipeline: `headrace run`.",
-        )
+    absent = UserError(
+        f"There is no destination at {project.destination.name} yet.", "Start the pipeline: `headrace run`."
+    )
+    if project.destination.is_there is False:
+        raise absent
     # Not above: a question to the running pipeline needs no engine here, and its import takes longer.
-    from headrace.destinations.duckdb import DuckDBDestination
+    from headrace.destinations import open_destination
 
-    return DuckDBDestination(project.destination.path).read(queries, read_only=True)
+    destination = open_destination(project.destination)
+    try:
+        if not destination.exists():
+            raise absent
+        return destination.read(queries, read_only=True)
+    finally:
+        destination.close()
+
+
+@contextmanager
+def scan(project: Project, queries: Sequence[str]) -> Iterator[Iterator[pa.RecordBatchReader]]:
+    """Run queries on the destination in one read transaction, as `read` does, but yield their results batch
+    by batch: they need not fit in memory. Each reader is read to its end before the next is asked for.
+
+    Raises what `read` raises.
+    """
+    try:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(str(socket_path(project.state)))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        from headrace.destinations import open_destination
+
+        with (
+            closing(open_destination(project.destination)) as destination,
+            destination.scan(queries, read_only=True) as readers,
+        ):
+            yield readers
+        return
+    import pyarrow as pa
+
+    with connection, connection.makefile("rwb") as stream:
+        _exchange(stream, {"op": "scan", "sql": list(queries)})
+        yield (pa.ipc.open_stream(stream) for _ in queries)
 
 
 def _exchange(stream: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +250,19 @@ def _send_table(stream: Any, table: pa.Table) -> None:
     data = sink.getvalue()
     stream.write(_LENGTH.pack(data.size))
     stream.write(data)
+
+
+def _send_batches(stream: Any, readers: Iterator[pa.RecordBatchReader]) -> None:
+    """Send results one behind another, each a stream of Arrow IPC that tells its own end."""
+    import pyarrow as pa
+
+    reader = next(readers, None)  # what does not run at all is told before the first byte of a result
+    stream.write(b'{"ok": true}\n')
+    while reader is not None:
+        with pa.ipc.new_stream(stream, reader.schema) as writer:
+            for batch in reader:
+                writer.write_batch(batch)
+        reader = next(readers, None)
 
 
 def _receive_table(stream: Any) -> pa.Table:

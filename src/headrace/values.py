@@ -100,6 +100,16 @@ def count(least: int, most: int) -> Parser:
     return parse
 
 
+def share(value: object) -> float:
+    """Parse a part of the whole, 0 to 1."""
+    if type(value) not in (int, float):
+        raise Invalid(f"must be a number from 0 to 1, not {kind_of(value)}")
+    number = float(value)  # type: ignore[arg-type]
+    if not 0 <= number <= 1:
+        raise Invalid(f"{number:g} is out of range; allowed are 0 to 1")
+    return number
+
+
 def web_address(text: str) -> str:
     """Check the address of a webhook."""
     if not re.fullmatch(r"https?://[^\s]+", text):

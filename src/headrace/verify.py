@@ -243,8 +243,11 @@ def _compare_model(
         for name, rows in (("expected_raw", prepared.rows), ("found_raw", table)):
             db.execute(f"CREATE TABLE {name[:-4]} (_source_key VARCHAR, {columns})")
             db.register(name, rows)
+            cells = [
+                f"{as_type(rows, cell, type_)} AS {quoted(cell)}" for cell, type_ in model.types().items()
+            ]
             db.execute(
-                f"INSERT INTO {name[:-4]} BY NAME SELECT * FROM {name} "
+                f"INSERT INTO {name[:-4]} BY NAME SELECT _source_key, {', '.join(cells)} FROM {name} "
                 "WHERE _source_key NOT IN (SELECT key FROM waiting)"
             )
         where = f"model {model.name} at offset {state['offset']}"
@@ -261,6 +264,15 @@ def _compare_model(
     if len(outdated):
         detail += f"; {len(outdated)} of an earlier model version wait for `headrace quarantine redrive`"
     return [rows, Finding(f"quarantine of {model.name}", same, detail, len(found))]
+
+
+def as_type(rows: pa.Table, column: str, type_: str) -> str:
+    """Return the DuckDB expression of a column of query results as a model's type: nested values come as JSON
+    from a destination that has no types for them."""
+    is_nested = type_.endswith("]") or type_.startswith(("STRUCT", "MAP", "UNION"))
+    if is_nested and pa.types.is_string(rows.schema.field(column).type):
+        return f"CAST({quoted(column)}::JSON AS {type_})"
+    return quoted(column)
 
 
 def _check_ledger(

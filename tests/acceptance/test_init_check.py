@@ -138,7 +138,9 @@ def test_the_example_is_a_working_model_once_renamed(server: PostgresServer, tmp
     example, *others = (tmp_path / "models").iterdir()
     assert not others
     assert example.name.endswith("_clean.sql.off")
+    assert headrace("test", cwd=tmp_path).out.endswith("1 test, 0 failed.\n")
     example.rename(example.with_suffix(""))
+    assert headrace("test", cwd=tmp_path).out.endswith("1 test, 0 failed.\n")
     assert [what for what in findings(tmp_path, "ok") if what.startswith("model ")] == [
         f"model {example.name.removesuffix('.sql.off')} fits raw.shop."
         f"{example.name.removesuffix('_clean.sql.off')}"

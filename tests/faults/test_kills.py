@@ -143,8 +143,16 @@ POINTS = {
     "destination.apply.committed": "once",
     "destination.redrive.commit": "redrive",
     "log.trim.committed": "trim",
+    "staging.merge_written": "maintain",
+    "staging.merge_synced": "maintain",
+    "staging.checkpoint_written": "maintain",
+    "staging.checkpoint_synced": "maintain",
+    "staging.checkpoint_proven": "maintain",
+    "staging.commit_cleaned": "maintain",
+    "staging.swept": "maintain",
 }
-"""Every failpoint of the code, and what passes it; `trim` is passed in the log's own conformance suite."""
+"""Every failpoint of the code, and what passes it: `trim` is passed in the log's own conformance suite,
+`maintain` in the unit tests of staging's maintenance."""
 
 ONCE = [name for name, kind in POINTS.items() if kind == "once"]
 COPY = [name for name, kind in POINTS.items() if kind in ("copy", "once")]

@@ -109,6 +109,8 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         group_linger = "0ms"
         [staging]
         path = "/var/lib/staging"
+        maintenance_cpu = 0.25
+        grace = "1h"
         [destination]
         type = "duckdb"
         path = "out/../dwh.duckdb"
@@ -134,9 +136,41 @@ def test_every_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     )
     assert project.log == LogConfig(max_group_bytes=65536, group_linger=0.0)
-    assert project.staging.path == Path("/var/lib/staging")
+    assert project.staging == StagingConfig(Path("/var/lib/staging"), maintenance_cpu=0.25, grace=3600.0)
     assert project.destination.path == tmp_path.resolve() / "dwh.duckdb"
     assert project.scale.freshness == 300.0
+
+
+def test_a_postgres_destination(tmp_path: Path) -> None:
+    settings = (
+        f'type = "postgres"\nurl = "{URL}"\nschema = "mart"\nlock_timeout = "5s"\nstatement_timeout = "0ms"'
+    )
+    destination = load(tmp_path, f"{SOURCE}[destination]\n{settings}").destination
+    assert destination == DestinationConfig(
+        type="postgres",
+        path=tmp_path.resolve() / "warehouse.duckdb",
+        url=Secret(URL),
+        schema="mart",
+        lock_timeout=5.0,
+        statement_timeout=0.0,
+    )
+    assert destination.name == Secret(URL).redacted()
+    assert destination.is_there is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ('type = "postgres"', "[destination] url: missing"),
+        (f'url = "{URL}"', "[destination] url: unknown key"),
+        (f'type = "postgres"\nurl = "{URL}"\npath = "x"', "[destination] path: unknown key"),
+    ],
+)
+def test_each_destination_has_its_own_settings(tmp_path: Path, settings: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"{SOURCE}[destination]\n{settings}")
+    assert words in str(caught.value)
+    assert URL not in str(caught.value)
 
 
 def test_project_is_frozen_and_hashable_and_knows_its_folders(tmp_path: Path) -> None:
@@ -245,7 +279,8 @@ path = ""
         'write it like "64KiB", "16MiB" or "1GiB", or as an integer of bytes',
         'headrace.toml:14: [log] group_linger: "1h" is out of range; allowed are "0ms" to "10s"',
         'headrace.toml:15: [logs]: unknown section; did you mean "log"?',
-        'headrace.toml:18: [destination] type: "snowflake" is not supported; it must be "duckdb"',
+        'headrace.toml:18: [destination] type: "snowflake" is not supported; '
+        'it must be "duckdb" or "postgres"',
         "headrace.toml:19: [destination] path: must be the path of a local file; addresses are not supported",
     ]
 
@@ -378,6 +413,19 @@ def test_where_anchors_go_is_filled_in_and_not_shown(tmp_path: Path, monkeypatch
     found = refusal(tmp_path, SOURCE + '[log]\nanchor_key = "hunter2"\n')
     assert "anchor_key: must have at least 16 characters; a shorter secret can be guessed" in found
     assert "hunter2" not in found
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('"0.1"', "must be a number from 0 to 1, not a string"),
+        ("true", "must be a number from 0 to 1, not a boolean"),
+        ("1.5", "1.5 is out of range; allowed are 0 to 1"),
+        ("nan", "out of range"),
+    ],
+)
+def test_bad_shares(tmp_path: Path, value: str, message: str) -> None:
+    assert message in refusal(tmp_path, SOURCE + f"[staging]\nmaintenance_cpu = {value}\n")
 
 
 # ------------------------------------------------------------------------------- the file itself

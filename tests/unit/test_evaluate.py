@@ -13,8 +13,8 @@ from headrace.change import Column, TableId, TableSchema
 from headrace.errors import ModelBroken
 from headrace.payload import BEFORE, UNCHANGED
 from headrace.protocols import Prepared
+from headrace.scrub import scrub
 from headrace.transform import model as models
-from headrace.transform.evaluate import scrub
 from headrace.transform.model import RowModel, bind, engine
 from headrace.transform.sql import read_model
 

@@ -226,7 +226,7 @@ def test_the_command_shows_the_difference_and_a_dry_run_changes_nothing(
 
 
 def test_what_cannot_be_rebuilt_is_refused(shop: Shop) -> None:
-    with pytest.raises(UserError, match=r"Model x does not run now.* Models: m\."):
+    with pytest.raises(UserError, match="Model x does not run now"):
         shop.lane.rebuild("x")
     at = Position(0, 2, 0)
     begin = CopyMark("begin", shop.shape, after=shop.lane.log.end().offset)

@@ -22,7 +22,10 @@ from headrace.errors import LogError
 from headrace.failpoints import VARIABLE
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import BEFORE, UNCHANGED, decode_rows, encode_rows
-from headrace.staging.delta import HISTORY, DeltaStaging, StagingForeign
+from headrace.staging.delta import DeltaStaging
+from headrace.staging.rows import HISTORY
+from headrace.staging.table import StagingForeign
+from headrace.staging.timeline import timeline
 
 A, B = TableId("public", "a"), TableId("public", "b")
 
@@ -189,6 +192,24 @@ def test_schemas_are_those_of_an_offset(tmp_path: Path, log: SQLiteLog) -> None:
         {t.name: s.version for t, s in staging.schemas(offset).items()} for offset in (0, 1, 4, 9, 11)
     ]
     assert versions == [{}, {"a": 1}, {"a": 1, "b": 1}, {"a": 2, "b": 1}, {"a": 2, "b": 2}]
+
+
+def test_the_timeline_of_a_table_says_what_changed(tmp_path: Path, log: SQLiteLog) -> None:
+    at = Position(0, 8, 0)
+    shape = TableSchema(A, (Column("id", "bigint"), Column("w", "text")), ("id", "w"), 3)
+    log.append([Entry("schema", A, at, at, 70, 0, 3, shape.to_json().encode())])
+    log.append([schema(A, 9, ("id",), 4)])
+    staging = opened(tmp_path, log)
+    load(staging, log)
+    found = list(timeline(staging, A, log.end().offset))
+    assert [event.what for event in found] == [
+        ("2 columns, key (id)",),
+        ("w added: text",),
+        ("v dropped", "id: text is bigint", "key (id) is key (id, w)"),
+        ("w dropped", "id: bigint is text", "key (id, w) is key (id)"),
+    ]
+    assert (found[2].position, found[2].committed_at, found[2].kind) == (at, 70, "shape")
+    assert len(list(timeline(staging, A, found[2].offset))) == 3
 
 
 @pytest.fixture(scope="module")

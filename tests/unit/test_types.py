@@ -11,7 +11,7 @@ import duckdb
 import pytest
 
 from headrace.change import Column
-from headrace.transform.types import canonical, cast_keeps_apart, duckdb_type, mirror_expression
+from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, mirror_expression
 
 UTC = dt.UTC
 

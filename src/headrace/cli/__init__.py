@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,6 +31,13 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("headrace.cli.run:run", "Run the pipeline, until it is stopped or, with --once, has caught up."),
     "status": ("headrace.cli.status:status", "Show how far each hop is, what waits and what is quarantined."),
     "query": ("headrace.cli.query:query", "Ask the destination in SQL, also while the pipeline runs."),
+    "models": ("", "List and show models, and where their columns come from."),
+    "preview": (
+        "headrace.cli.preview:preview",
+        "Show what a model would make of the staged data, before it does.",
+    ),
+    "test": ("headrace.cli.test:run", "Run the tests of models, tests/*.toml, without a database."),
+    "ci": ("headrace.cli.ci:ci", "Check and test all models, and that none breaks, without a database."),
     "verify": ("headrace.cli.verify:verify", "Compare source, staging and destination, value by value."),
     "tables": ("", "List the captured tables; add, remove, copy again, pause and resume them."),
     "resync": (
@@ -41,6 +49,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Make a model's table once more from staging, beside the live one, and swap.",
     ),
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
+    "staging": ("", "List the raw tables and what they were; compact them."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
@@ -85,7 +94,27 @@ LOG: Mapping[str, tuple[str, str]] = {
     "backup": ("headrace.cli.log_archive:backup", "Copy a log, also while it is written to."),
 }
 
-_GROUPS = {"log": LOG, "quarantine": QUARANTINE, "tables": TABLES}
+MODELS: Mapping[str, tuple[str, str]] = {
+    "ls": (
+        "headrace.cli.models:ls",
+        "List the models: what each reads, how it stands, how far behind it is.",
+    ),
+    "show": (
+        "headrace.cli.models:show",
+        "Show one: its columns, key and checks, and the versions that made it.",
+    ),
+    "lineage": ("headrace.cli.models:lineage", "Show what each output column is made of."),
+    "export-dbt": ("headrace.cli.models:export", "Print the destination's tables as sources of dbt."),
+}
+
+STAGING: Mapping[str, tuple[str, str]] = {
+    "ls": ("headrace.cli.staging:ls", "List the raw tables: rows, files, bytes, offsets."),
+    "schema": ("headrace.cli.staging:schema", "Show a table's columns with the source's types."),
+    "history": ("headrace.cli.staging:history", "Show the shapes that a table had, and its copies."),
+    "compact": ("headrace.cli.staging:compact", "Merge small files into large ones now."),
+}
+
+_GROUPS = {"log": LOG, "models": MODELS, "quarantine": QUARANTINE, "staging": STAGING, "tables": TABLES}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 
@@ -97,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _dispatch(given)
+        with _environment(given):
+            code = _dispatch(given)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -125,6 +155,37 @@ def app() -> App:
                 group.command(inner_function, name=inner, help=inner_about)
             top.command(group)
     return top
+
+
+@contextmanager
+def _environment(given: list[str]) -> Iterator[None]:
+    """Take `--env NAME` out of a command line, wherever it stands, and put it in force for the command.
+
+    Every command reads a project, so that the option is theirs all; they read it from HEADRACE_ENV.
+    """
+    end = given.index("--") if "--" in given else len(given)
+    at = next((i for i in range(end) if given[i].partition("=")[0] == "--env"), None)
+    if at is None:
+        yield
+        return
+    option, equals, name = given.pop(at).partition("=")
+    if not equals:
+        name = given.pop(at) if at < min(end - 1, len(given)) else ""
+    if not name:
+        raise UserError(
+            f"{option} needs a name.", "Write --env NAME; its settings are in headrace.NAME.toml."
+        )
+    from headrace.config import ENVIRONMENT
+
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT]
+        else:
+            os.environ[ENVIRONMENT] = before
 
 
 def _dispatch(given: list[str]) -> int:
@@ -176,6 +237,7 @@ def _overview(title: str, commands: Mapping[str, tuple[str, str]], about: str) -
     lines = [f"Usage: {title} COMMAND [OPTIONS]", "", about, "", "Commands:"]
     lines += [f"  {name:<{width}}  {help_}" for name, (_, help_) in commands.items()]
     lines += ["", "A command works on the project in the current folder; --project DIR names another."]
+    lines += ["With --env NAME the settings of headrace.NAME.toml lie over those of headrace.toml."]
     lines += [f"More about one: {title} COMMAND --help", *_top_options(title)]
     return "\n".join(lines)
 

@@ -15,8 +15,8 @@ from cyclopts import Parameter
 
 from headrace.change import TableId, TableSchema
 from headrace.config import MODELS_FOLDER, Project, SourceConfig, load_project, select_tables
-from headrace.destinations.duckdb import DuckDBDestination
-from headrace.errors import DestinationBusy, HeadraceError
+from headrace.destinations import open_destination
+from headrace.errors import HeadraceError
 from headrace.secret import place_of
 from headrace.sources.postgres.catalog import list_tables, read_shapes
 from headrace.sources.postgres.connection import connect
@@ -64,7 +64,7 @@ def examine(project: Project) -> Iterator[Line]:
         yield from (Line(area, finding) for finding in inspect(source, fresh=fresh))
         shapes[source.name] = _shapes(source)
     yield from (Line("sources", finding) for finding in _shared_slots(project.sources))
-    yield from (Line("destination", finding) for finding in _destination(project.destination.path))
+    yield from (Line("destination", finding) for finding in _destination(project))
     yield from (Line("state", finding) for finding in _folders(project))
     yield from (Line("models", finding) for finding in _models(project, shapes))
 
@@ -102,18 +102,18 @@ def _shared_slots(sources: Sequence[SourceConfig]) -> Iterator[Finding]:
 # --------------------------------------------------------------------------- destination, folders
 
 
-def _destination(path: Path) -> Iterator[Finding]:
-    if not path.exists():
-        fault = _folder_fault(path.parent)
-        yield Finding("fail", *fault) if fault else Finding("ok", f"{path} can be made")
+def _destination(project: Project) -> Iterator[Finding]:
+    config = project.destination
+    if config.is_there is False:
+        fault = _folder_fault(config.path.parent)
+        yield Finding("fail", *fault) if fault else Finding("ok", f"{config.path} can be made")
         return
+    destination = open_destination(config)
     try:
-        with DuckDBDestination(path).open():
-            yield Finding("ok", f"{path} opens")
-    except DestinationBusy as error:
-        yield Finding("warn", _clause(error), error.remedy)
-    except HeadraceError as error:
-        yield Finding("fail", _clause(error), error.remedy)
+        for finding in destination.inspect():
+            yield Finding(finding.level, " ".join(finding.what.split()).rstrip("."), finding.remedy)
+    finally:
+        destination.close()
 
 
 def _folders(project: Project) -> Iterator[Finding]:
@@ -184,7 +184,7 @@ def _collisions(
     project: Project, texts: Iterable[ModelText], shapes: Mapping[str, Shapes | None]
 ) -> Iterator[Finding]:
     """Find destination tables that two would fill: names are compared as DuckDB does, case ignored."""
-    catalog = project.destination.path.stem.casefold()
+    destination = open_destination(project.destination)
     texts = list(texts)
     filled: dict[str, str] = {}
     read = {(text.source, text.table) for text in texts}
@@ -195,27 +195,22 @@ def _collisions(
             (f"{source}.{table.label}", f"the mirror of {table} (source {source})") for table in mirrored
         ]
     for name, who in names:
-        schema, dot, table = name.casefold().partition(".")
-        schema, table = (schema, table) if dot else ("main", schema)
-        other = filled.setdefault(f"{schema}.{table}", who)
+        other = filled.setdefault(destination.table_of(name).casefold(), who)
         # Two mirrors of one name are a matter of the source, and said there.
         if other is not who and other.startswith("model "):
             file = f"{MODELS_FOLDER}/{other.removeprefix('model ')}.sql"
             yield Finding(
-                "fail", f"{other} and {who} would fill one table, {schema}.{table}", f"Rename {file}."
+                "fail", f"{other} and {who} would fill one table, {name.casefold()}", f"Rename {file}."
             )
-    for schema in sorted({"headrace", "main", *shapes, *(name.split(".")[0] for name in filled)}):
-        used = schema in shapes or any(name.startswith(f"{schema}.") for name in filled)
-        if schema in OWN_SCHEMAS and used:
-            what = (
-                f"a source or model would fill the schema {schema}, which has another use in the destination"
-            )
-            yield Finding("fail", what, "Give it another name.")
-        elif schema == catalog:
-            what = (
-                f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
-            )
-            yield Finding("fail", what, f'Name another: [destination] path = "{schema}_warehouse.duckdb"')
+    schemas = {name.casefold().partition(".")[0] for name, _ in names if "." in name}
+    for schema in sorted({*shapes, *schemas} & set(OWN_SCHEMAS)):
+        what = f"a source or model would fill the schema {schema}, which has another use in the destination"
+        yield Finding("fail", what, "Give it another name.")
+    faults = (
+        destination.misnamed(name) for name in ["headrace.models", "models", *(name for name, _ in names)]
+    )
+    for words in sorted({words for words in faults if words}):
+        yield Finding("fail", words, f"Name it otherwise, or {destination.fresh}.")
 
 
 def _near(name: str, known: Iterable[str]) -> str:

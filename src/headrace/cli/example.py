@@ -13,9 +13,9 @@ import duckdb
 from headrace.change import Column, TableSchema
 from headrace.errors import HeadraceError
 from headrace.keys import quoted
+from headrace.pgtypes import cast_keeps_apart, duckdb_type
 from headrace.transform.model import bind
 from headrace.transform.sql import read_model
-from headrace.transform.types import cast_keeps_apart, duckdb_type
 
 _TEXT = """\
 /* headrace
@@ -36,10 +36,11 @@ FROM raw.{source_sql}.{table_sql}
 
 
 class Example(NamedTuple):
-    """A model file: its name without the suffix, and its text."""
+    """A model file: its name without the suffix, its text, and that of a test of it where there is one."""
 
     name: str
     text: str
+    test: str | None = None
 
 
 def write_example(source: str, schema: TableSchema) -> Example | None:

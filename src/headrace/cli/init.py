@@ -11,9 +11,11 @@ from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
+from headrace.authoring.cases import FOLDER as TESTS_FOLDER
 from headrace.change import TableId
 from headrace.cli.check import OWN_SCHEMAS
 from headrace.cli.example import Example, write_example
+from headrace.cli.example_test import write_example_test
 from headrace.config import (
     FILE_NAME,
     MAX_SOURCE_NAME,
@@ -179,8 +181,10 @@ def _example(url: Secret, summary: Summary, name: str) -> Example | None:
         return None
     with connect(url.reveal()) as db:
         shapes = read_shapes(db, candidates)
-    made = (write_example(name, shapes[table]) for table in candidates if table in shapes)
-    return next(filter(None, made), None)
+    for schema in (shapes[table] for table in candidates if table in shapes):
+        if example := write_example(name, schema):
+            return example._replace(test=write_example_test(example, schema))
+    return None
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -195,7 +199,7 @@ def _write(root: Path, settings: str, example: Example | None, *, private: bool)
             path = root / MODELS_FOLDER / f"{example.name}.sql.off"
             if not path.exists():
                 path.write_text(example.text, encoding="utf-8")
-                made.append(path)
+                made += [path, *_write_test(root, example)]
         ignore = root / ".gitignore"
         known = ignore.read_text(encoding="utf-8").splitlines() if ignore.exists() else []
         lines = [line for line in _IGNORED if line not in known]
@@ -212,6 +216,15 @@ def _write(root: Path, settings: str, example: Example | None, *, private: bool)
     return [root / FILE_NAME, *made]
 
 
+def _write_test(root: Path, example: Example) -> list[Path]:
+    path = root / TESTS_FOLDER / f"{example.name}.toml"
+    if not example.test or path.exists():
+        return []
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(example.test, encoding="utf-8")
+    return [path]
+
+
 def _report(directory: Path, made: Sequence[Path], address: _Address, summary: Summary, name: str) -> None:
     left_out = [
         item for item in summary.tables if item.obstacle and item.table.id.schema in _schemas(summary)
@@ -222,7 +235,7 @@ def _report(directory: Path, made: Sequence[Path], address: _Address, summary: S
     print(f"{summary.place}: {_counted(mirrored)} to mirror as {name}.<table>" + _but(left_out) + ".")
     print("Made:")
     for path in made:
-        print(f"  {path}{_NOTES.get(path.suffix, '')}")
+        print(f"  {path}{_NOTES.get(path.parent.name if path.suffix == '.toml' else path.suffix, '')}")
     where = "" if directory == Path() else f" --project {shlex.quote(str(directory))}"
     print("Next:")
     if address.to_export:
@@ -232,7 +245,10 @@ def _report(directory: Path, made: Sequence[Path], address: _Address, summary: S
     print(f"  headrace verify{where}")
 
 
-_NOTES = {".off": "  (an example; rename it to .sql to use it)"}
+_NOTES = {
+    ".off": "  (an example; rename it to .sql to use it)",
+    TESTS_FOLDER: "  (a test of it: headrace test)",
+}
 
 
 def _counted(tables: Sequence[object]) -> str:

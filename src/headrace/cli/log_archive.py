@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from headrace.cli.tables import print_table
-from headrace.config import STATE_FOLDER
+from headrace.config import state_folder
 from headrace.errors import UserError
 from headrace.log.sqlite import SQLiteLog
 from headrace.reading import only_log
@@ -73,7 +73,7 @@ def import_(
             from headrace.pipeline import take_state
 
             name = read_part(paths[0]).source
-            state = _root(project) / STATE_FOLDER
+            state = state_folder(_root(project))
             held.enter_context(take_state(state))
             into = state / "log" / f"{name}.db"
         done = restore(paths, into)
@@ -104,7 +104,7 @@ def backup(
 
 def _root(project: Path) -> Path:
     root = project.expanduser().resolve()
-    if not (root / "headrace.toml").exists() and not (root / STATE_FOLDER).exists():
+    if not (root / "headrace.toml").exists() and not state_folder(root).exists():
         raise UserError(f"{root} is no project of Headrace.", "Name its folder with --project.")
     return root
 

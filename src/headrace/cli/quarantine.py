@@ -74,8 +74,8 @@ def list_records(
             f'op, "offset", committed_at, attempts FROM headrace.quarantine WHERE {wanted} '
             'ORDER BY max("offset") OVER (PARTITION BY issue) DESC, issue, "offset" DESC, ordinal DESC '
             f"LIMIT {max(limit, 0)}",
-            "SELECT issue, any_value(model) AS model, any_value(reason) AS reason, "
-            "any_value(message) AS message, count(*) AS n "
+            "SELECT issue, min(model) AS model, min(reason) AS reason, "
+            "min(message) AS message, count(*) AS n "
             f"FROM headrace.quarantine WHERE {wanted} GROUP BY issue",
         ],
     )
@@ -246,7 +246,7 @@ def _record(project: Project, id_: str) -> dict[str, Any]:
     (found,) = read(
         project,
         [
-            "SELECT * REPLACE (id::VARCHAR AS id) FROM headrace.quarantine "
+            "SELECT * FROM headrace.quarantine "
             f"WHERE starts_with(id::VARCHAR, {literal(id_.lower())}) ORDER BY id LIMIT 2"
         ],
     )

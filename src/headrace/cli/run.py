@@ -118,7 +118,7 @@ def _start_line(project: Project) -> str:
     models = (
         f"{count} model{'s' * (count != 1)}, every other table mirrored" if count else "every table mirrored"
     )
-    return f"headrace {os.getpid()}: {sources} → {project.destination.path}; {models}"
+    return f"headrace {os.getpid()}: {sources} → {project.destination.name}; {models}"
 
 
 def _summary(project: Project) -> str:

@@ -14,6 +14,7 @@ from cyclopts import Parameter
 
 from headrace.change import TableId
 from headrace.cli.captured import print_unfinished, tables_of
+from headrace.cli.storage import disk_words, forecast, storage, storage_words
 from headrace.cli.tables import print_table
 from headrace.config import Project, SourceConfig, load_project
 from headrace.errors import HeadraceError
@@ -22,14 +23,18 @@ from headrace.server import ask, read
 from headrace.sources.postgres.health import age_text, size_text, slot_health
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.slot import durable_commit
+from headrace.staging.delta import DeltaStaging
 
 _QUERIES = (
     'SELECT source, "offset", commit, committed_at FROM headrace.progress',
     'SELECT source, model, state, reason, "offset", commit, open_records FROM headrace.models ORDER BY model',
-    "SELECT source, model, issue, any_value(reason) AS reason, any_value(columns) AS columns, "
-    "any_value(message) AS message, count(*) AS records, epoch(min(first_seen)) AS since "
+    "SELECT source, model, issue, min(reason) AS reason, min(columns) AS columns, "
+    "min(message) AS message, count(*) AS records, "
+    "extract(epoch FROM min(first_seen))::DOUBLE PRECISION AS since "
     "FROM headrace.quarantine WHERE status IN ('quarantined', 'waiting', 'blocked') "
     "GROUP BY source, model, issue ORDER BY records DESC, issue",
+    "SELECT mart, kind, state, reason, incomplete, missing, positions, rows, "
+    "extract(epoch FROM refreshed_at) AS refreshed_at FROM headrace.marts ORDER BY mart",
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -47,11 +52,15 @@ def status(
 
     - `project`; `running`, `pid`; `stopped` and `waiting`: reasons by thread (source.verb); `alarms`: what
       the watch of the running pipeline finds, a list of paragraphs by source.
-    - `destination`: `path`, `error` (null, or why it could not be asked).
+    - `destination`: `path` (of a server, its address), `error` (null, or why it could not be asked),
+      `bytes` of a file.
+    - `disk`: `free` bytes, `per_day` (what logs and raw tables add, from what the last day brought), `days`
+      until it is full; the destination's growth is not in it.
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
       - `tables`: the captured ones, each as `headrace tables list --json` prints it
       - `position` (last durable in the log), `log`: `id`, `begin` (what is before it is
         deleted), `end`, `bytes`; `staged_through`
+      - `storage`: bytes of `log` and `raw`, `tables` (raw bytes by table), `log_per_day`, `raw_per_day`
       - `capture`: `lag_bytes` not yet confirmed to the source; `load`: `rows`, `bytes`, `oldest_s`
       - `visible`: `offset`, `position`, `as_of` (seconds since 1970: all that the source committed
         until then is visible, unless a model says otherwise), `age_s`; null before the first apply
@@ -61,6 +70,8 @@ def status(
         `records`, `age_s`
       - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason; its `holder` is the
         server's oldest open transaction, which keeps `restart_lsn` from moving on.
+    - `marts`: `name`, `kind` (view, table), `state` (ok, suspended, retired), `reason`, `incomplete` and what
+      is `missing` in its inputs; of a table the `positions` by source that it is of, `rows`, `age_s`.
     """
     settings = load_project(project)
     report = gather(settings)
@@ -73,13 +84,17 @@ def status(
 def gather(project: Project) -> dict[str, Any]:
     """Ask log, staging, destination, source and the running pipeline; what cannot be asked is named."""
     live = _live(project)
-    tables: list[Rows] = [[], [], []]
+    tables: list[Rows] = [[], [], [], []]
     error: str | None = None
-    if project.destination.path.exists():
+    # Before the first run there is nothing to ask.
+    has_run = any(project.log_path(source.name).exists() for source in project.sources)
+    if project.destination.is_there or (project.destination.is_there is None and has_run):
         try:
             tables = [table.to_pylist() for table in read(project, _QUERIES)]
         except HeadraceError as fault:
             error = str(fault)
+    sources = [_source(project, source, live, tables) for source in project.sources]
+    path = project.destination.path
     return {
         "project": str(project.root),
         "running": live is not None,
@@ -87,8 +102,25 @@ def gather(project: Project) -> dict[str, Any]:
         "stopped": live["stopped"] if live else {},
         "waiting": live["waiting"] if live else {},
         "alarms": live["alarms"] if live else {},
-        "destination": {"path": str(project.destination.path), "error": error},
-        "sources": [_source(project, source, live, tables) for source in project.sources],
+        "destination": {
+            "path": project.destination.name,
+            "error": error,
+            "bytes": path.stat().st_size if project.destination.is_there else None,
+        },
+        "disk": forecast(project, [source["storage"] for source in sources]),
+        "sources": sources,
+        "marts": [_mart(row) for row in tables[3]],
+    }
+
+
+def _mart(row: Mapping[str, Any]) -> dict[str, Any]:
+    is_table = row["kind"] == "table"
+    return {
+        **{name: row[name] for name in ("kind", "state", "reason", "incomplete", "missing")},
+        "name": row["mart"],
+        "positions": json_text.loads(row["positions"]),
+        "rows": row["rows"] if is_table else None,
+        "age_s": max(0.0, time.time() - float(row["refreshed_at"])) if is_table else None,
     }
 
 
@@ -102,10 +134,10 @@ def _live(project: Project) -> dict[str, Any] | None:
 def _source(
     project: Project, source: SourceConfig, live: dict[str, Any] | None, tables: Sequence[Rows]
 ) -> dict[str, Any]:
-    progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables)
+    progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables[:3])
     path = project.log_path(source.name)
     report: dict[str, Any] = {"name": source.name, "has_run": path.exists(), "error": None}
-    report |= {"position": None, "log": None, "staged_through": None, "load": None}
+    report |= {"position": None, "log": None, "staged_through": None, "load": None, "storage": None}
     report |= {"models": [], "tables": []}
     if path.exists():
         try:
@@ -133,27 +165,22 @@ def _hops(
     log = SQLiteLog(path, read_only=True)
     try:
         durable, end = durable_commit(log), log.end()
+        staging = DeltaStaging(project.staging.path, source.name, log.id, read_only=True)
         staged = live["staged"].get(source.name) if live else None
         if staged is None:
-            staged = _staged_through(project, source, log)
+            staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+            staged = staging.through()
         tables = _tables_of_models(project, source, log)
         return {
             "position": format_lsn(durable) if durable else None,
             "log": {"id": log.id, "begin": log.begin().offset, "end": end.offset, "bytes": log.size()},
             "staged_through": staged,
             "load": _backlog(log, staged),
+            "storage": storage(log, staging),
             "models": [_model(row, log, tables) for row in models],
         }
     finally:
         log.close()
-
-
-def _staged_through(project: Project, source: SourceConfig, log: SQLiteLog) -> int:
-    from headrace.staging.delta import DeltaStaging
-
-    staging = DeltaStaging(project.staging.path, source.name, log.id, read_only=True)
-    staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
-    return staging.through()
 
 
 def _tables_of_models(project: Project, source: SourceConfig, log: SQLiteLog) -> dict[str, TableId]:
@@ -227,9 +254,28 @@ def _print(report: Mapping[str, Any]) -> None:
             print(f"ALARM {name}: {alarm}")
     if report["destination"]["error"]:
         print(f"destination not asked: {report['destination']['error']}")
+    print(f"disk: {disk_words(report['disk'], report['destination']['bytes'])}")
     for source in report["sources"]:
         print()
         _print_source(source)
+    if report["marts"]:
+        print()
+        _print_marts(report["marts"])
+
+
+def _print_marts(marts: Rows) -> None:
+    print_table(
+        ("mart", "state", "as of", "what is missing"),
+        [
+            (
+                row["name"],
+                row["state"],
+                "now" if row["age_s"] is None else f"{age_text(row['age_s'])} ago",
+                row["reason"] or row["missing"],
+            )
+            for row in marts
+        ],
+    )
 
 
 def _print_source(source: Mapping[str, Any]) -> None:
@@ -246,10 +292,12 @@ def _print_source(source: Mapping[str, Any]) -> None:
         lines.append(
             (
                 "log",
-                f"through {source['position'] or 'nothing'}, offset {log['end']}, {size_text(log['bytes'])}",
+                f"through {source['position'] or 'nothing'}, offset {log['end']}",
             )
         )
         lines.append(("staged", f"through offset {source['staged_through']}, {_behind(load)}"))
+    if source["storage"]:
+        lines.append(("storage", storage_words(source["storage"])))
     if source["visible"]:
         visible = source["visible"]
         words = f"all that was committed until {age_text(visible['age_s'])} ago"

@@ -78,7 +78,7 @@ def _say_what_is_next(settings: Project, rows: Sequence[tuple[str, ...]]) -> Non
         print("Nothing was dropped. After that, changes can no longer be captured: headrace teardown --yes")
     if "dropped" in states:
         staging = settings.staging.path
-        paths = [settings.state, settings.destination.path]
+        paths: list[Path | str] = [settings.state, settings.destination.name]
         if not staging.is_relative_to(settings.state):
             paths.append(staging)
         print(f"What was captured stays. To begin anew, delete: {', '.join(map(str, paths))}")

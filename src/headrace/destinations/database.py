@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 from headrace.change import Mark
 from headrace.destinations.books import Books, insert, move_progress, numbers, read_progress, record
 from headrace.destinations.joins import Joins
+from headrace.destinations.marts import Marts
 from headrace.destinations.session import Session, Unfit
 from headrace.destinations.tables import OPEN
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
@@ -26,6 +28,8 @@ from headrace.protocols import (
     Table,
 )
 
+_REFUSES = "cannot take the model's rows"
+
 
 class Database(ABC):
     """A destination whose engine speaks SQL. See `Destination` for what each method promises."""
@@ -38,6 +42,10 @@ class Database(ABC):
     def __init__(self) -> None:
         self._shaped: dict[str, dict[str, str]] = {}
         self.joins = Joins(self)
+        self.marts = Marts(self)
+        self.touched: Counter[str] = Counter()
+        """How often the rows of a model were changed by this process: marts that read it are due then."""
+        self.commits = 0
 
     # -- what an engine adds
 
@@ -60,6 +68,13 @@ class Database(ABC):
     def read(self, queries: Sequence[str], *, read_only: bool = False) -> list[pa.Table]:
         """See `Destination.read`."""
 
+    @contextmanager
+    def scan(
+        self, queries: Sequence[str], *, read_only: bool = False
+    ) -> Iterator[Iterator[pa.RecordBatchReader]]:
+        """See `Destination.scan`."""
+        yield (table.to_reader() for table in self.read(queries, read_only=read_only))
+
     @abstractmethod
     def exists(self) -> bool:
         """See `Destination.exists`."""
@@ -77,10 +92,9 @@ class Database(ABC):
         del model
         return ()
 
-    def owner_of(self, table: tuple[str, str], constraint: str) -> tuple[str, str]:
-        """Return the table whose rows a constraint refused: `table`, or the one that it refers to."""
-        del constraint
-        return table
+    def referred_by(self, schema: str, table: str, constraint: str) -> tuple[str, str]:
+        """Return the table that a foreign key of another table refers to, as schema and name."""
+        raise NotImplementedError(f"{self.name} has no deferred constraints")
 
     def close(self) -> None:  # noqa: B027 - most engines keep nothing open
         """See `Destination.close`."""
@@ -110,16 +124,16 @@ class Database(ABC):
                 yield db
                 db.commit() if keep else db.rollback()
         except Unfit as error:
-            place = self.owner_of(error.table, error.constraint)
-            models = (name for name in self._shaped if self.place_of(name) == place)
-            model = next(models, None)
+            names = {self.place_of(name): name for name in self._shaped}
             self._shaped.clear()
+            model = names.get(error.table) or names.get(self.referred_by(*error.table, error.constraint))
             if model is None:
                 raise DestinationError(f"{self.name} refuses the slice: {error}.") from error
             raise _broken(model, str(error)) from error
         except BaseException:
             self._shaped.clear()  # what was made in the transaction is not there
             raise
+        self.commits += 1
         if not keep:
             self._shaped.clear()
 
@@ -155,9 +169,10 @@ class Database(ABC):
                 books = Books(db, work)
                 for part in work.parts:
                     self.make_table(db, part.model)
-                    books.admit(part, self.table_of(part.model.name))
-                    self.change_rows(db, work.source, part.model, part.prepared)
-                    new_issues += books.take(part)
+                    with self._blaming(part.model.name):
+                        books.admit(part, self.table_of(part.model.name))
+                        self._change_rows(db, work.source, part.model, part.prepared)
+                        new_issues += books.take(part)
                     failpoint("destination.apply.part")
                     del part  # before the next one is made
                 books.close()
@@ -316,28 +331,34 @@ class Database(ABC):
         db.execute(f"DROP TABLE IF EXISTS {self.table_of(model.name)}")
 
     def change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
-        """Write an outcome to a model's table."""
+        """Write an outcome to a model's table; raises ModelBroken when it cannot take the rows."""
+        with self._blaming(model.name):
+            self._change_rows(db, source, model, prepared)
+
+    def _change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         target = self.table_of(model.name)
-        with self._blaming(model.name, "cannot take the model's rows"):
-            if prepared.reset:
-                db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
-            if len(prepared.removed):
-                same = db.same_key("_source_key", "r.key")
-                db.execute(
-                    f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}",
-                    [source],
-                    pa.table({"key": prepared.removed}),
-                )
-            if prepared.rows.num_rows:
-                db.append(target, model.types(), source, prepared.rows)
+        if prepared.counts.read:
+            self.touched[model.name] += 1
+        if prepared.reset:
+            db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
+        if len(prepared.removed):
+            same = db.same_key("_source_key", "r.key")
+            db.execute(
+                f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}",
+                [source],
+                pa.table({"key": prepared.removed}),
+            )
+        if prepared.rows.num_rows:
+            db.append(target, model.types(), source, prepared.rows)
 
     def exchange_rows(self, db: Session, model: Model, statements: Sequence[str]) -> int:
         """Run statements that change a model's rows; returns how many."""
-        with self._blaming(model.name, "cannot take the model's rows"):
+        self.touched[model.name] += 1
+        with self._blaming(model.name):
             return sum(db.change(statement) for statement in statements)
 
     @contextmanager
-    def _blaming(self, model: str, what: str) -> Iterator[None]:
+    def _blaming(self, model: str, what: str = _REFUSES) -> Iterator[None]:
         """Turn what the engine has against a model's table into ModelBroken."""
         try:
             yield
@@ -348,5 +369,5 @@ class Database(ABC):
             raise _broken(model, words, what) from error
 
 
-def _broken(model: str, words: str, what: str = "cannot take the model's rows") -> ModelBroken:
+def _broken(model: str, words: str, what: str = _REFUSES) -> ModelBroken:
     return ModelBroken(model, f"Table {model} {what}: {words}", "Drop or mend the table.")

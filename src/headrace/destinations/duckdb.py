@@ -33,6 +33,13 @@ _READING = {
     duckdb.StatementType.EXPLAIN,
     duckdb.StatementType.RELATION,
 }
+_OF_NAMES = (
+    duckdb.BinderException,
+    duckdb.CatalogException,
+    duckdb.ParserException,
+    duckdb.SyntaxException,
+    duckdb.NotImplementedException,
+)
 _HOLDER = re.compile(r"Conflicting lock is held in (.*?)\.? ?(?:See also|$)", re.DOTALL)
 
 
@@ -41,6 +48,9 @@ MEMORY = 64 << 20
 
 QUERY_MEMORY = 512 << 20
 """Bytes for a query of a user."""
+
+_SCAN_ROWS = 10_000
+"""Rows in memory at once of a result that is scanned."""
 
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
@@ -118,18 +128,23 @@ class DuckDBDestination(Database):
         `read_only` opens the file so (where no apply of this process may have it open). Raises
         UserError for anything but a query, and for what the engine says of one.
         """
+        _refuse_writing(queries)
         try:
-            for query in queries:
-                kinds = {statement.type for statement in duckdb.extract_statements(query)}
-                if not kinds <= _READING:
-                    raise UserError(
-                        "Only queries are answered: the destination is written by the pipeline alone."
-                    )
             with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
                 db.execute("BEGIN TRANSACTION READ ONLY")
                 return [db.sql(query).to_arrow_table() for query in queries]
         except duckdb.Error as error:
             raise UserError(str(error).strip()) from error
+
+    @contextmanager
+    def scan(
+        self, queries: Sequence[str], *, read_only: bool = False
+    ) -> Iterator[Iterator[pa.RecordBatchReader]]:
+        """See `Destination.scan`. Results need not fit in memory."""
+        _refuse_writing(queries)
+        with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
+            db.execute("BEGIN TRANSACTION READ ONLY")
+            yield (_scanned(db, query) for query in queries)
 
     def set_up(self, db: Session) -> None:
         """Make Headrace's own tables where they are missing, and the file before."""
@@ -160,9 +175,9 @@ class DuckDBDestination(Database):
         """See `Database.fault_of`."""
         if not isinstance(error, duckdb.Error) or verdict_of(error) is Verdict.RETRY:
             return None
-        # What it says of data quotes it.
-        is_data = verdict_of(error) is Verdict.QUARANTINE
-        return type(error).__name__ if is_data else str(error).splitlines()[0]
+        # What it says of data quotes it, and a query may raise words of its own.
+        is_of_names = isinstance(error, _OF_NAMES)
+        return str(error).splitlines()[0] if is_of_names else type(error).__name__
 
 
 class _DuckDBSession:
@@ -225,6 +240,23 @@ class _DuckDBSession:
 
     def prepare_table(self, target: str) -> None:
         pass  # no index: a scan of one column costs less than an index that every change moves
+
+
+def _refuse_writing(queries: Sequence[str]) -> None:
+    for query in queries:
+        try:
+            kinds = {statement.type for statement in duckdb.extract_statements(query)}
+        except duckdb.Error as error:
+            raise UserError(str(error).strip()) from error
+        if not kinds <= _READING:
+            raise UserError("Only queries are answered: the destination is written by the pipeline alone.")
+
+
+def _scanned(db: duckdb.DuckDBPyConnection, query: str) -> pa.RecordBatchReader:
+    try:
+        return db.sql(query).to_arrow_reader(_SCAN_ROWS)
+    except duckdb.Error as error:
+        raise UserError(str(error).strip()) from error
 
 
 def _spills_to(db: duckdb.DuckDBPyConnection) -> str:

@@ -46,4 +46,8 @@ CREATE TABLE IF NOT EXISTS headrace.rebuilds (
   model VARCHAR, source VARCHAR, version VARCHAR, dry_run BOOLEAN, "offset" BIGINT, rows BIGINT,
   open_records BIGINT, added BIGINT, removed BIGINT, changed BIGINT, examples VARCHAR, rebuilt_at TIMESTAMPTZ
 );
+CREATE TABLE IF NOT EXISTS headrace.marts (
+  mart VARCHAR, version VARCHAR, kind VARCHAR, state VARCHAR, reason VARCHAR, incomplete BOOLEAN,
+  missing VARCHAR, positions VARCHAR, "rows" BIGINT, seconds DOUBLE PRECISION, refreshed_at TIMESTAMPTZ
+);
 """

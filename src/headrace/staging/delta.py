@@ -1,65 +1,31 @@
-"""Staging on Delta tables: `<root>/raw/<source>/<schema>/<table>`, one file per table and load.
-
-delta-rs does not fsync on a local disk (18 of 18 simulated power cuts destroyed a table), so a load
-is durable in this order, and done only after the last step:
-
-1. the data file, fsynced, and its folder;
-2. the Delta commit that names it, which carries `txn(appId = log id, version = offset)`;
-3. that commit's file, fsynced, and the log folder.
+"""Staging on Delta tables: `<root>/raw/<source>/<schema>/<table>`, one file per table and load until
+maintenance merges them.
 
 A table whose version is at or above an entry's offset holds that entry already: staging it again
-changes nothing. delta-rs's own checkpoints and log clean-up stay off, since they are not synced.
+changes nothing. How a load becomes durable: see `headrace.staging.table`.
 """
 
 from __future__ import annotations
 
-import json
 import threading
-import time
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Field, PostCommitHookProperties, Schema, Transaction
-from deltalake.schema import PrimitiveType
-from deltalake.transaction import AddAction
 
 from headrace.change import Copy, CopyMark, LoggedEntry, Offset, Position, TableId, TableSchema, shape_in
-from headrace.errors import HeadraceError, LogError
-from headrace.failpoints import failpoint
+from headrace.errors import LogError, UserError
 from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
-from headrace.staging.folders import commit_name, decode, encode, fsync, mend_tail
-from headrace.staging.naming import physical_names
+from headrace.staging.folders import decode, encode
+from headrace.staging.naming import logical_name, physical_names
+from headrace.staging.recent import Recent
 from headrace.staging.rows import HISTORY, META, as_the_source_says, event_row, no_rows, staged, with_columns
+from headrace.staging.table import RawTable
 
-_NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 PIECE_BYTES = 16 << 20
 """How much is decoded at once: of one write, and of what `pieces` yields. An entry is never cut."""
 _PIECE_ROWS = 100_000
-_CACHE_BYTES = 8 << 20
-# Positions grow in small steps, and zstd finds what text repeats: with dictionaries in their place files are
-# 2.6 times as large, and take twice as long to write and to read.
-_ENCODING = {name: "DELTA_BINARY_PACKED" for name, type_ in META.items() if type_ == pa.int64()}
-
-
-class StagingForeign(HeadraceError):
-    """The staging folder was written from another log."""
-
-    exit_code = 2
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    name: str
-    first: Offset
-    last: Offset
-    rows: int
 
 
 @dataclass(slots=True)
@@ -75,15 +41,6 @@ class _Pending:
     def add(self, table: TableId, part: pa.Table) -> None:
         self.parts.setdefault(table, []).append(part)
         self.bytes += part.nbytes
-
-
-@dataclass(slots=True)
-class _Table:
-    path: Path
-    delta: DeltaTable
-    version: Offset
-    columns: dict[str, pa.DataType]
-    files: list[_File] = field(default_factory=list)
 
 
 class DeltaStaging:
@@ -108,10 +65,9 @@ class DeltaStaging:
         self._log_id = log_id
         self._read_only = read_only
         self.piece_bytes = piece_bytes
-        self._tables: dict[TableId, _Table] = {}
-        self._cache: OrderedDict[Path, pa.Table] = OrderedDict()
-        self._cached_bytes = 0
-        self._cache_lock = threading.Lock()
+        self._tables: dict[TableId, RawTable] = {}
+        self._recent = Recent()
+        self._used: Offset = 0
         self._moved = threading.Condition()
         self._through: Offset = 0
         self._written: Offset = 0
@@ -220,10 +176,10 @@ class DeltaStaging:
         return copied(self._read(table, after, through), copy)
 
     def copied_parts(self, table: TableId, copy: Copy, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield some columns of a copy's rows, file by file."""
-        staged = self._tables[table]
-        for file in _overlapping(staged.files, copy.begin, copy.end):
-            yield copied(self._load(staged, [file], copy.begin, copy.end), copy).select(columns)
+        """Yield some columns of a copy's rows, in parts of a bounded size."""
+        needed = [*columns, "_op", "_offset"]
+        for part in self._chunks(table, copy.begin, copy.end, needed):
+            yield copied(part, copy).select(columns)
 
     def copy(self, table: TableId, through: Offset) -> Copy | None:
         """See `Staging.copy`."""
@@ -241,14 +197,10 @@ class DeltaStaging:
         return in_source_order([rows, beyond(self.read(table, copy.after, through), copy.floor)])
 
     def pieces(self, table: TableId, after: Offset, through: Offset) -> Iterator[pa.Table]:
-        """See `Staging.pieces`. Cut between files, each of which was one piece when it was written."""
-        staged = self._tables.get(table)
+        """See `Staging.pieces`. Cut between row groups, each of which was one piece when it was written."""
         held: list[pa.Table] = []
-        if staged is None:
-            return
         copies = self._copies.between(table, after, through)
-        for file in _overlapping(staged.files, after, through):
-            part = self._load(staged, [file], after, through)
+        for part in self._chunks(table, after, through):
             held.append(streamed(part) if copies else part)
             del part
             full = sum(part.nbytes for part in held) >= self.piece_bytes // 2
@@ -264,13 +216,12 @@ class DeltaStaging:
         self, table: TableId, before: Offset, columns: Sequence[str], rows: int
     ) -> tuple[pa.Table, Offset]:
         """Read at least `rows` changes, or `piece_bytes` (if there are as many), that end at offset
-        `before`, backwards by whole files; return them in order with the offset before the first file's."""
-        staged = self._tables[table]
-        parts = [as_the_source_says(self._empty(staged)).select(columns)]
+        `before`, backwards by whole row groups; return them in order with the offset before the first."""
+        parts = [self._empty(table).select(columns)]
         first = 1
-        for file in reversed(_overlapping(staged.files, 0, before)):
-            parts.insert(1, self._load(staged, [file], 0, before).select(columns))
-            first = file.first
+        for part in self._chunks(table, 0, before, [*columns, "_offset"], backwards=True):
+            first = part["_offset"][0].as_py()
+            parts.insert(1, part.select(columns))
             full = sum(part.nbytes for part in parts) >= self.piece_bytes
             if full or sum(part.num_rows for part in parts) >= rows:
                 break
@@ -282,26 +233,34 @@ class DeltaStaging:
         if staged is None:
             return 0
         total = 0
-        for file in _overlapping(staged.files, after, through):
+        for file in staged.overlapping(after, through):
             if file.first > after and file.last <= through:
                 total += file.rows
             else:
-                total += self._load(staged, [file], after, through).num_rows
+                begin, end = max(after, file.first - 1), min(through, file.last)
+                total += sum(part.num_rows for part in staged.chunks(begin, end, ["_offset"]))
         return total
 
     def forget(self, through: Offset) -> None:
         """Let go of what is kept in memory of changes up to an offset: everything has used them."""
-        with self._cache_lock:
-            for path in [path for path in self._cache if int(path.stem) <= through]:
-                self._cached_bytes -= self._cache.pop(path).nbytes
+        self._used = max(self._used, through)
+        self._recent.forget(through)
+
+    def used(self) -> Offset:
+        """Return through which offset everything that runs has used the changes; 0 while unknown."""
+        return self._used
+
+    def tables(self) -> dict[TableId, RawTable]:
+        """Return the raw tables, among them the internal one of shapes and markers."""
+        return dict(self._tables)
 
     def schemas(self, through: Offset) -> dict[TableId, TableSchema]:
         """See `Staging.schemas`."""
         return {shape.table: shape for offset, shape in self._schemas if offset <= through}
 
-    def size(self) -> int:
-        """Return the bytes that the raw tables take on disk."""
-        return sum(path.stat().st_size for path in self._root.rglob("*") if path.is_file())
+    def columns(self, table: TableId) -> list[str]:
+        """Return the source's columns of a raw table, also those that it has dropped."""
+        return [logical_name(name) for name in self._tables[table].columns if name not in META]
 
     def _remember_event(self, offset: Offset, kind: str, table: TableId, at: Position, text: str) -> None:
         known = self._schemas[-1][0] if self._schemas else 0
@@ -312,34 +271,30 @@ class DeltaStaging:
             self._copies.add(offset, table, at, CopyMark.from_json(text))
 
     def _read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
-        staged = self._tables[table]
-        return self._load(staged, _overlapping(staged.files, after, through), after, through)
+        parts = [self._empty(table), *self._chunks(table, after, through)]
+        # A part that was read before a column came lacks it.
+        return pa.concat_tables(parts, promote_options="default")
 
-    def _load(self, staged: _Table, files: Iterable[_File], after: Offset, through: Offset) -> pa.Table:
-        parts = [self._empty(staged)]
-        for file in files:
-            part = self._content(staged.path / file.name)
-            if file.first <= after or file.last > through:
-                offsets = part["_offset"]
-                part = part.filter(pc.and_(pc.greater(offsets, after), pc.less_equal(offsets, through)))
-            parts.append(part)
-        return as_the_source_says(pa.concat_tables(parts, promote_options="default"))
+    def _chunks(
+        self,
+        table: TableId,
+        after: Offset,
+        through: Offset,
+        columns: Sequence[str] | None = None,
+        *,
+        backwards: bool = False,
+    ) -> Iterator[pa.Table]:
+        """Yield the changes of a table by row groups; nothing if there is no such table."""
+        staged = self._tables.get(table)
+        if staged is None:
+            return
+        physical = columns and [name for name in staged.columns if logical_name(name) in columns]
+        for part in staged.chunks(after, through, physical, backwards=backwards):
+            yield as_the_source_says(part)
 
-    def _empty(self, staged: _Table) -> pa.Table:
-        return pa.schema(list(staged.columns.items())).empty_table()
-
-    def _content(self, path: Path) -> pa.Table:
-        table = self._cache.get(path)
-        return pq.read_table(path) if table is None else table
-
-    def _remember(self, path: Path, table: pa.Table) -> None:
-        """Keep what was just written: prepare reads it within moments."""
-        with self._cache_lock:
-            self._cache[path] = table
-            self._cached_bytes += table.nbytes
-            while self._cached_bytes > _CACHE_BYTES:
-                _, oldest = self._cache.popitem(last=False)
-                self._cached_bytes -= oldest.nbytes
+    def _empty(self, table: TableId) -> pa.Table:
+        columns = self._tables[table].columns
+        return as_the_source_says(pa.schema(list(columns.items())).empty_table())
 
     def _look_again(self, tables: Iterable[TableId]) -> None:
         """Ask the tables themselves how far they got: a commit may stand although its write failed."""
@@ -363,116 +318,50 @@ class DeltaStaging:
         columns = {names[name]: type_ for name, type_ in columns.items()}
         parts = [part.rename_columns([names[name] for name in part.column_names]) for part in parts]
         staged = known or self._create(table, columns)
-        self._widen(staged, columns)
+        staged.widen(columns)
         whole = [with_columns(part, staged.columns) for part in parts if part.num_rows]
         if whole:  # one part is not copied: it may be one large value
             data = whole[0] if len(whole) == 1 else pa.concat_tables(whole).combine_chunks()
-            self._commit(staged, data, through)
+            staged.append(data, through)
 
-    def _commit(self, staged: _Table, data: pa.Table, through: Offset) -> None:
-        name = f"{through:020d}.parquet"
-        path = staged.path / name
-        pq.write_table(
-            data, path, compression="zstd", compression_level=1, write_statistics=["_offset"],
-            use_dictionary=False, column_encoding=_ENCODING,
-        )  # fmt: skip
-        fsync(path)
-        fsync(staged.path)
-        failpoint("staging.data_synced")
-        first, last = data["_offset"][0].as_py(), data["_offset"][-1].as_py()
-        stats = {
-            "numRecords": data.num_rows,
-            "minValues": {"_offset": first},
-            "maxValues": {"_offset": last},
-            "nullCount": {},
-        }
-        size = path.stat().st_size
-        action = AddAction(name, size, {}, time.time_ns() // 1_000_000, True, json.dumps(stats))
-        staged.delta.create_write_transaction(
-            [action],
-            "append",
-            Schema.from_arrow(pa.schema(list(staged.columns.items()))),
-            commit_properties=CommitProperties(app_transactions=[Transaction(self._log_id, through)]),
-            post_commithook_properties=_NO_HOOKS,
-        )
-        failpoint("staging.committed")
-        self._sync(staged)
-        failpoint("staging.commit_synced")
-        staged.files.append(_File(name, first, last, data.num_rows))
-        staged.version = through
-        self._remember(path, data)
-
-    def _create(self, table: TableId, columns: dict[str, pa.DataType]) -> _Table:
-        path = self._folder(table)
-        path.mkdir(parents=True, exist_ok=True)
-        full = {**columns, **META}
-        delta = DeltaTable.create(
-            path,
-            schema=Schema.from_arrow(pa.schema(list(full.items()))),
-            configuration={
-                "delta.logRetentionDuration": "interval 36500 days",
-                # Without this, Delta keeps no statistics of any column past the 32nd.
-                "delta.dataSkippingStatsColumns": "_offset",
-            },
-            post_commithook_properties=_NO_HOOKS,
-        )
-        staged = _Table(path, delta, 0, full)
-        fsync(path / "_delta_log" / commit_name(0))
-        for folder in (path / "_delta_log", path, *list(path.parents)[:5]):  # up to the state folder
-            fsync(folder)
-        self._tables[table] = staged
-        return staged
-
-    def _widen(self, staged: _Table, columns: dict[str, pa.DataType]) -> None:
-        """Add columns that the source has and the raw table has not: a new column just appears."""
-        new = {name: type_ for name, type_ in columns.items() if name not in staged.columns}
-        if new:
-            fields = [Field(name, PrimitiveType("string"), nullable=True) for name in new]
-            staged.delta.alter.add_columns(fields, post_commithook_properties=_NO_HOOKS)
-            self._sync(staged)
-            staged.columns.update(new)
-
-    def _sync(self, staged: _Table) -> None:
-        log = staged.path / "_delta_log"
-        before = staged.delta.version()
-        staged.delta.update_incremental()
-        for version in range(before, staged.delta.version() + 1):
-            fsync(log / commit_name(version))
-        fsync(log)
+    def _create(self, table: TableId, columns: dict[str, pa.DataType]) -> RawTable:
+        made = self._table(table)
+        made.create(columns)
+        self._tables[table] = made
+        return made
 
     def _open(self, table: TableId) -> None:
-        path = self._folder(table)
-        if not self._read_only:
-            mend_tail(path)
-        if not any((path / "_delta_log").glob("*.json")):
+        found = self._tables.get(table) or self._table(table)
+        if found.load():
+            self._tables[table] = found
+        else:
             self._tables.pop(table, None)
-            return
-        delta = DeltaTable(path)
-        version = delta.transaction_version(self._log_id)
-        actions = pa.table(delta.get_add_actions(flatten=True))
-        if version is None and actions.num_rows:
-            raise StagingForeign(
-                f"{path} was staged from another log than the one in this state folder.",
-                f"Restore the state folder that belongs to it, or delete {self._root} and the "
-                "destination to load everything from this log.",
-            )
-        staged = _Table(path, delta, version or 0, _arrow_columns(delta))
-        staged.files = sorted(
-            (
-                _File(a["path"], a["min._offset"], a["max._offset"], a["num_records"])
-                for a in actions.to_pylist()
-            ),
-            key=lambda file: file.first,
+
+    def _table(self, table: TableId) -> RawTable:
+        return RawTable(self._folder(table), self._log_id, self._recent, read_only=self._read_only)
+
+
+def find_tables(stagings: Mapping[str, DeltaStaging], source: str, name: str) -> list[tuple[str, TableId]]:
+    """Return the raw tables of a name (`orders`, `public.orders`; '' means all) with their sources.
+
+    `stagings` are known by their source; `source` names one of them, or is ''.
+
+    Raises UserError if there is none.
+    """
+    if source and source not in stagings:
+        raise UserError(f"Nothing of a source {source} is staged.", f"There are: {', '.join(stagings)}.")
+    known = [
+        (of, table)
+        for of, staging in stagings.items()
+        if source in ("", of)
+        for table in sorted(staging.tables())
+        if table != HISTORY
+    ]
+    found = [(of, table) for of, table in known if name in ("", str(table), table.label)]
+    if not found:
+        there = ", ".join(table.label for _, table in known[:20])
+        raise UserError(
+            f"There is no raw table {name}." if name else "Nothing is staged yet.",
+            f"There are: {there}." if known else "Start the pipeline: headrace run",
         )
-        self._tables[table] = staged
-
-
-def _overlapping(files: Sequence[_File], after: Offset, through: Offset) -> Sequence[_File]:
-    """Return the files of a table, which follow one another, with changes in `(after, through]`."""
-    begin = bisect_right(files, after, key=lambda file: file.last)
-    return files[begin : bisect_right(files, through, key=lambda file: file.first)]
-
-
-def _arrow_columns(delta: DeltaTable) -> dict[str, pa.DataType]:
-    known: dict[str, Any] = dict(META)
-    return {f.name: known.get(f.name, pa.string()) for f in delta.schema().fields}
+    return found

@@ -8,13 +8,16 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 
-def mend_tail(path: Path) -> None:
+def mend_tail(path: Path, checkpoint: int = -1) -> None:
     """Delete trailing commits that a power cut tore (unreadable, or naming a file of another size) and
-    sync the last whole one, which a crash may have left unsynced.
+    sync the last whole one, which a crash may have left unsynced. Those up to the version of a proven
+    `checkpoint` are whole: the files that they name may have been replaced since.
 
     Nothing acknowledged is lost: a load is done only when commit and files are synced.
     """
     for commit in sorted((path / "_delta_log").glob("*.json"), reverse=True):
+        if int(commit.stem) <= checkpoint:
+            return
         try:
             actions = [json.loads(line) for line in commit.read_text().splitlines()]
             adds = [action["add"] for action in actions if "add" in action]

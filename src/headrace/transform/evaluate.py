@@ -7,7 +7,6 @@ protects its casts. What TRY cannot hold is found by bisection.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ import pyarrow as pa
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
 from headrace.keys import literal, quoted
+from headrace.scrub import scrub
 
 if TYPE_CHECKING:
     from headrace.transform.model import RowModel
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _ASKED_ROWS = 200
 """Bad rows per evaluation whose message is asked of the engine one by one; more rows of the same
 column share the message of the first."""
-_MESSAGE = 4096
 
 
 class Evaluation:
@@ -188,30 +187,6 @@ class Evaluation:
         return "transform.expression", "the expression fails together with the others"
 
 
-_QUERY = re.compile(r"\n\nLINE \d+: (?!.*\n\nLINE \d+: ).*", re.DOTALL)
-
-
 def _is_the_engines(error: duckdb.Error) -> bool:
     """Whether a failure is no row's fault: no memory, no disk, or an engine that is broken."""
     return isinstance(error, duckdb.InternalException) or verdict_of(error) is Verdict.RETRY
-
-
-_QUOTED = re.compile(r"(?<!\w)(?:'.*'(?!\w)|\".*\"|['\"].*)", re.DOTALL)
-_PARSED = re.compile(r"(Could not parse string ).*( according to format specifier ).*", re.DOTALL)
-_REST = re.compile(r": (?!'…'|….*$).+")
-_VALUE = re.compile(r"(\bvalue )(?!is |'…'|…)\S+")
-_NUMBER = re.compile(r"(DECIMAL\(\d+,\d+\)|\b[A-Za-z_]\w*|\[\d+\])|[-+]?\d[\w.+-]*")
-
-
-def scrub(message: str) -> str:
-    """Remove cell values from an engine's message, so that what stays is the same for one cause.
-
-    What goes: the query it cites, whatever is quoted, what follows `value` or a colon, later lines, numbers.
-    (strptime's message says its string once more, on a line of its own.)
-    """
-    kind, separator, words = _QUERY.sub("", message).partition(" Error: ")
-    if not separator:
-        kind, words = "", kind
-    line = _QUOTED.sub("'…'", _PARSED.sub(r"\1'…'\2'…'", words)).strip().split("\n", maxsplit=1)[0]
-    line = _VALUE.sub(r"\1…", _REST.sub(": …", line))
-    return (kind + separator + _NUMBER.sub(lambda found: found[1] or "…", line))[:_MESSAGE]

@@ -9,7 +9,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from headrace.errors import HeadraceError, ModelError, UserError
-from headrace.transform.sql import ModelText, read_model
+from headrace.mart import Mart
+from headrace.transform.mart import read_file
+from headrace.transform.sql import ModelText
 
 alerts = logging.getLogger("headrace.alert")
 
@@ -22,19 +24,29 @@ _Listing = tuple[tuple[str, int, int], ...]
 class ModelFolder:
     """The models of a project as their files are now. Safe to share between threads."""
 
-    def __init__(self, path: Path, sources: Collection[str]) -> None:
-        """Read every `*.sql` in `path`, which need not exist; `sources` are those a model may read.
+    def __init__(self, path: Path, sources: Collection[str], dialect: str = "duckdb") -> None:
+        """Read every `*.sql` in `path`, which need not exist; `sources` are those a model may read, `dialect`
+        is the SQL of the destination, in which marts are written.
 
         Raises ModelError for the first file that does not parse, UserError for one of no source.
         """
         self._path = path
         self._sources = sources
+        self._dialect = dialect
         self._lock = threading.Lock()
         self._looked = time.monotonic()
         self._listing = self._seen = self._list()
         self._texts = {Path(name).stem: self._read(name) for name, _, _ in self._listing}
         self._broken: dict[str, str] = {}
-        self._current = tuple(self._texts.values())
+        self._current, self._marts = self._sorted()
+
+    def marts(self) -> tuple[Mart, ...]:
+        """Return the marts, as of when `current` looked last; the same tuple while none has changed."""
+        return self._marts
+
+    def _sorted(self) -> tuple[tuple[ModelText, ...], tuple[Mart, ...]]:
+        models = tuple(text for text in self._texts.values() if isinstance(text, ModelText))
+        return models, tuple(text for text in self._texts.values() if isinstance(text, Mart))
 
     def current(self, *, now: bool = False) -> tuple[ModelText, ...]:
         """Return the models; the same tuple as before while no file has changed.
@@ -67,9 +79,9 @@ class ModelFolder:
             found.append((path.name, status.st_mtime_ns, status.st_size))
         return tuple(found)
 
-    def _read(self, name: str) -> ModelText:
-        text = read_model(self._path / name)
-        if text.source not in self._sources:
+    def _read(self, name: str) -> ModelText | Mart:
+        text = read_file(self._path / name, self._dialect)
+        if isinstance(text, ModelText) and text.source not in self._sources:
             raise UserError(
                 f"Model {text.name} reads raw.{text.source}.{text.table}, but there is no "
                 f"[source.{text.source}].",
@@ -79,7 +91,7 @@ class ModelFolder:
 
     def _reload(self, listing: _Listing) -> None:
         before = dict.fromkeys(self._listing)
-        texts: dict[str, ModelText] = {}
+        texts: dict[str, ModelText | Mart] = {}
         for entry in listing:
             name = Path(entry[0]).stem
             known = self._texts.get(name)
@@ -96,7 +108,9 @@ class ModelFolder:
         self._listing = listing
         if texts != self._texts:
             self._texts = texts
-            self._current = tuple(texts.values())
+            models, marts = self._sorted()
+            self._current = self._current if models == self._current else models
+            self._marts = self._marts if marts == self._marts else marts
 
     def _alert(self, name: str, error: Exception, *, kept: bool) -> None:
         fault = (

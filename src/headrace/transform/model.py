@@ -15,12 +15,13 @@ import pyarrow as pa
 from headrace.change import Column, TableId, TableSchema
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
+from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, mirror_expression
 from headrace.protocols import Prepared
-from headrace.transform.evaluate import Evaluation, scrub
+from headrace.scrub import scrub
+from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
 from headrace.transform.multiset import fold_multiset
 from headrace.transform.sql import Check, ModelText
-from headrace.transform.types import canonical, cast_keeps_apart, duckdb_type, mirror_expression
 
 _local = threading.local()
 _CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
@@ -69,6 +70,11 @@ class RowModel:
             if self.schema.key:
                 return fold(db, self.schema.key, changes, Evaluation(db, self))
             return fold_multiset(db, self.schema, changes, Evaluation(db, self))
+
+    def limited(self, limits: Sequence[tuple[str, str]]) -> RowModel:
+        """Return the model with `Destination.limits` as further checks."""
+        more = (Check(column, condition) for column, condition in limits)
+        return replace(self, checks=(*self.checks, *more)) if limits else self
 
     @property
     def is_mirror(self) -> bool:

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
+from headrace.transform.header import settings_of
 
-_HEADER = re.compile(r"\A\s*/\*\s*headrace\b(.*?)\*/", re.DOTALL)
 _KEYS = ("key", "contract")
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
@@ -68,8 +67,8 @@ class ModelText:
     version: str
 
 
-def read_model(path: Path) -> ModelText:
-    """Read a model file.
+def read_model(path: Path, name: str = "") -> ModelText:
+    """Read a model file; its name is the file's without the suffix, unless given.
 
     Raises ModelError, naming file and line, when it does not parse, is no plain SELECT over one raw
     table, or uses what a row model may not: joins, aggregates, windows, subqueries, clocks.
@@ -78,7 +77,7 @@ def read_model(path: Path) -> ModelText:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"{path.name} cannot be read: {error}.") from error
-    settings = _settings(path.name, text)
+    settings = settings_of(path.name, text, _KEYS)
     node = _parse(path.name, text)
     _refuse_what_rows_cannot_do(path.name, node)
     source, table, alias = _table(path.name, node)
@@ -87,23 +86,7 @@ def read_model(path: Path) -> ModelText:
     key = _key(path.name, settings, outputs)
     checks = (*(Check(column, "") for column in key if Check(column, "") not in checks), *checks)
     version = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    return ModelText(path.stem, source, table, alias, outputs, where, key, types, checks, version)
-
-
-def _settings(file: str, text: str) -> dict[str, Any]:
-    header = _HEADER.match(text)
-    if not header:
-        return {}
-    try:
-        settings = tomllib.loads(header[1])
-    except tomllib.TOMLDecodeError as error:
-        raise ModelError(f"{file}: the header is not TOML: {error}.") from error
-    for key in settings:
-        if key not in _KEYS:
-            near = difflib.get_close_matches(key, _KEYS, 1)
-            hint = f'; did you mean "{near[0]}"?' if near else f"; known are {', '.join(_KEYS)}."
-            raise ModelError(f"{file}: the header has an unknown key {key!r}{hint}")
-    return settings
+    return ModelText(name or path.stem, source, table, alias, outputs, where, key, types, checks, version)
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:
@@ -193,7 +176,8 @@ def _table(file: str, node: dict[str, Any]) -> tuple[str, str, str]:
     if table["type"] != "BASE_TABLE" or len(path) != 3 or path[0].lower() != "raw":
         raise ModelError(
             f"{file}: a row model reads one raw table.",
-            'Write FROM raw.<source>.<table>, or raw.<source>."schema.table" outside of public.',
+            'Write FROM raw.<source>.<table>, or raw.<source>."schema.table" outside of public. To join '
+            "tables, write a mart, which reads row models and mirrors.",
         )
     if table.get("column_name_alias"):
         raise ModelError(f"{file}: the table's alias renames the columns.", "Write `column AS name` instead.")

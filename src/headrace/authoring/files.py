@@ -1,0 +1,138 @@
+"""Model files by the names that people give them, and the shapes of the tables that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from headrace.change import TableId, TableSchema
+from headrace.config import MODELS_FOLDER, Project
+from headrace.errors import HeadraceError, ModelError, UserError
+from headrace.log.sqlite import SQLiteLog
+from headrace.sources.postgres.tables import captured_tables
+from headrace.transform.mart import read_file
+from headrace.transform.model import RowModel, bind, mirror
+from headrace.transform.sql import ModelText
+
+OFF = ".off"
+"""What is put behind the name of a model file that the pipeline is not to take up."""
+
+_SUFFIX = ".sql"
+
+Shapes = dict[TableId, TableSchema]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model that was asked for: of a file, or the mirror of `table` of `source`, which has none."""
+
+    name: str
+    source: str
+    table: str
+    text: ModelText | None = None
+    path: Path | None = None
+
+
+def read_models(project: Project) -> Iterator[tuple[str, ModelText | HeadraceError]]:
+    """Yield the name of every row model's file in use with what it says, or of any file what is wrong."""
+    for path in sorted(project.models.glob(f"*{_SUFFIX}")):
+        try:
+            text = read_file(path, project.destination.type)
+        except HeadraceError as error:
+            yield path.stem, error
+        else:
+            if isinstance(text, ModelText):
+                yield path.stem, text
+
+
+def all_models(project: Project, shapes: Mapping[str, Shapes]) -> Iterator[Found]:
+    """Yield the models of all files in use, and the mirrors of tables (by source) that none of them reads.
+
+    Raises ModelError for a file that does not read.
+    """
+    taken = set()
+    for name, text in read_models(project):
+        if isinstance(text, HeadraceError):
+            raise text
+        taken.add((text.source, text.table))
+        yield Found(name, text.source, text.table, text, project.models / f"{name}{_SUFFIX}")
+    for source, tables in shapes.items():
+        for label in sorted(table.label for table in tables):
+            if (source, label) not in taken:
+                yield Found(f"{source}.{label}", source, label)
+
+
+def find_model(project: Project, wanted: str) -> Found:
+    """Find a model by its name (`sales`, `shop.orders` for a mirror), or by a path to a file.
+
+    A name is first that of a file in use, then of one that is not (`sales.sql.off`), then of a mirror;
+    whether the table of a mirror is captured is not looked at. Raises ModelError for a file that does not
+    read, UserError where there is none.
+    """
+    names = (wanted, wanted + OFF) if wanted.endswith(_SUFFIX) else (wanted + _SUFFIX, wanted + _SUFFIX + OFF)
+    places = [Path(wanted), project.root / wanted] if wanted.endswith((_SUFFIX, _SUFFIX + OFF)) else []
+    if not any(separator in wanted for separator in ("/", "\\")):
+        places += [project.models / name for name in names]
+    for path in places:
+        if path.is_file():
+            name = path.name.removesuffix(OFF).removesuffix(_SUFFIX)
+            text = read_file(path, project.destination.type, name)
+            if not isinstance(text, ModelText):
+                raise UserError(
+                    f"{name} is a mart: it is computed from tables of the destination.",
+                    f'`headrace query "FROM {name}"` shows it, `headrace status` how it stands.',
+                )
+            return Found(text.name, text.source, text.table, text, path)
+    source, dot, table = wanted.partition(".")
+    if dot and source in {item.name for item in project.sources}:
+        return Found(wanted, source, table)
+    raise _unknown(project, wanted)
+
+
+def bind_found(found: Found, shapes: Shapes) -> RowModel:
+    """Bind a model to the newest shape of its table.
+
+    Raises UserError where the table is not among `shapes`, and what `bind` raises.
+    """
+    return bind_text(found.text, found.source, found.table, shapes)
+
+
+def bind_text(text: ModelText | None, source: str, label: str, shapes: Shapes) -> RowModel:
+    """Bind a file, or the mirror of a table, to the shape that a table of this label has."""
+    for table, schema in shapes.items():
+        if table.label == label:
+            return bind(text, schema) if text else mirror(source, schema)
+    what = f"Model {text.name} reads raw.{source}.{label}" if text else f"There is no mirror {source}.{label}"
+    near = get_close_matches(label, [table.label for table in shapes], 1)
+    hint = f'Did you mean "{near[0]}"? ' if near else ""
+    raise ModelError(
+        f"{what}: no table {label} of {source} is known.",
+        f"{hint}`headrace tables list` names the captured ones.",
+    )
+
+
+def logged_shapes(project: Project, source: str) -> Shapes:
+    """Return the newest shape of every captured table, as its log has it; empty before it has run."""
+    path = project.log_path(source)
+    if not path.exists():
+        return {}
+    log = SQLiteLog(path, read_only=True)
+    try:
+        captured = set(captured_tables(log))
+        return {table: schema for table, schema in log.schemas().items() if table in captured}
+    finally:
+        log.close()
+
+
+def _unknown(project: Project, wanted: str) -> UserError:
+    known = [
+        path.name.removesuffix(OFF).removesuffix(_SUFFIX) for path in project.models.glob(f"*{_SUFFIX}*")
+    ]
+    near = get_close_matches(wanted, known, 1)
+    hint = f'Did you mean "{near[0]}"?' if near else f"Models are: {', '.join(sorted(known)) or 'none yet'}."
+    return UserError(
+        f'There is no model "{wanted}".',
+        f"{hint} A mirror is SOURCE.TABLE, a file outside of {MODELS_FOLDER}/ is named by its path.",
+    )

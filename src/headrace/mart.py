@@ -1,0 +1,70 @@
+"""Marts: what is computed from tables of the destination, and what a destination does for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Kind = Literal["view", "table"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mart:
+    """A mart's file, taken apart.
+
+    `query` is one SELECT in the engine's own SQL, which runs verbatim; `reads` are the tables that it names,
+    `orders` or `shop.orders`; a table is made again at most every `refresh_every` seconds.
+    """
+
+    name: str
+    query: str
+    reads: tuple[str, ...]
+    kind: Kind
+    refresh_every: float
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class MartState:
+    """How a mart stands: `ok`, `suspended` with its reason, or `retired`.
+
+    Where `incomplete`, `missing` says why: an input, direct or through other marts, is out of sync or has
+    open records. `positions` is a JSON object, by source, of what a table was computed from (offset, commit,
+    committed_at); it is empty for a view, which is always as its inputs are. `rows` are those of a table,
+    `seconds` what it took to make it.
+    """
+
+    name: str
+    version: str
+    kind: Kind
+    state: str
+    reason: str
+    incomplete: bool
+    missing: str
+    positions: str
+    rows: int
+    seconds: float
+
+
+class Marts(Protocol):
+    """The marts of a destination."""
+
+    def all(self) -> dict[str, MartState]:
+        """Return how each mart stands."""
+        ...
+
+    def look(self) -> tuple[dict[str, str], str]:
+        """Return what each model lacks, "" for nothing, and how far each source is applied, as JSON."""
+        ...
+
+    def make(self, mart: Mart, former: MartState | None) -> MartState:
+        """Make or refresh a mart, in one transaction with what is said of it.
+
+        What the engine has against it makes it `suspended`, and leaves what there was of it. Other errors
+        are raised.
+        """
+        ...
+
+    def save(self, state: MartState) -> None:
+        """Write how a mart stands."""
+        ...

@@ -1,0 +1,122 @@
+"""Keeping marts as their inputs are: made again after an apply that changed one, in the order of what they
+read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+
+from headrace.mart import Mart, MartState
+from headrace.protocols import Destination
+from headrace.transform.folder import ModelFolder
+from headrace.transform.mart import in_order, inputs_of
+
+logger = logging.getLogger("headrace.marts")
+alerts = logging.getLogger("headrace.alert")
+
+
+class MartKeeper:
+    """The marts of a project. One thread calls `step`."""
+
+    def __init__(self, folder: ModelFolder, destination: Destination) -> None:
+        self._folder = folder
+        self._destination = destination
+        self._marts = destination.marts
+        self._files: tuple[Mart, ...] = ()
+        self._order: list[Mart] = []
+        self._circles: set[str] = set()
+        self._states: dict[str, MartState] = {}
+        self._inputs: dict[str, list[str]] = {}
+        self._seen: dict[str, list[int]] = {}
+        """Of each mart that this process has made, how often its inputs had been changed by then."""
+        self._made: dict[str, float] = {}
+        self._commits = -1
+
+    def step(self, *, now: bool = False) -> None:
+        """Make what is due: a mart that is new or has changed, and a table an input of which has changed, at
+        most every `refresh_every` unless `now`. Raises what the destination raises of its own.
+        """
+        files = self._folder.marts()
+        if files is not self._files:
+            self._take_over(files)
+        elif self._commits == self._destination.commits and not any(map(self._waits, self._order)):
+            return
+        if not self._order and not self._states:
+            return
+        self._commits = self._destination.commits
+        models, positions = self._marts.look()
+        known = {*models, *(mart.name for mart in self._order)}
+        for mart in self._order:
+            self._inputs[mart.name] = inputs_of(mart, known)
+            if self._is_due(mart, positions, now=now):
+                self._make(mart)
+            self._flag(mart, models)
+        for name in self._states.keys() - {mart.name for mart in files}:
+            self._retire(name)
+
+    def suspended(self) -> dict[str, str]:
+        """Return the marts that cannot be made, with their reasons."""
+        return {state.name: state.reason for state in self._states.values() if state.state == "suspended"}
+
+    def _take_over(self, files: tuple[Mart, ...]) -> None:
+        self._states = self._marts.all() if files or self._files else {}
+        self._order, circles = in_order(files)
+        for circle in set(circles) - self._circles:
+            alerts.error("MARTS read each other in a circle, and stand still: %s. Break it in one.", circle)
+        self._circles = set(circles)
+        self._files = files
+
+    def _changes(self, mart: Mart) -> list[int]:
+        return [self._destination.touched[name] for name in self._inputs.get(mart.name, ())]
+
+    def _waits(self, mart: Mart) -> bool:
+        """Whether a mart has inputs that have changed since."""
+        state = self._states.get(mart.name)
+        can_wait = mart.kind == "table" or (state is not None and state.state == "suspended")
+        return can_wait and self._changes(mart) != self._seen.get(mart.name)
+
+    def _is_due(self, mart: Mart, positions: str, *, now: bool) -> bool:
+        known = self._states.get(mart.name)
+        if known is None or known.version != mart.version or known.state == "retired":
+            return True
+        if mart.name not in self._seen and known.state == "ok":
+            self._seen[mart.name] = self._changes(mart)
+            return mart.kind == "table" and known.positions != positions
+        is_time = now or time.monotonic() - self._made.get(mart.name, 0.0) >= mart.refresh_every
+        return is_time and self._waits(mart)
+
+    def _make(self, mart: Mart) -> None:
+        former, changes = self._states.get(mart.name), self._changes(mart)
+        state = self._marts.make(mart, former)
+        self._states[mart.name] = state
+        self._seen[mart.name] = changes
+        self._made[mart.name] = time.monotonic()
+        self._destination.touched[mart.name] += 1
+        if state.state == "suspended" and (former is None or former.reason != state.reason):
+            alerts.error(
+                "SUSPENDED mart %s: %s. What there is of it stays. Mend models/%s.sql.",
+                mart.name, state.reason.rstrip("."), mart.name,
+            )  # fmt: skip
+        elif state.state == "ok" and (former is None or former.state != "ok"):
+            logger.info("mart %s is made", mart.name)
+
+    def _flag(self, mart: Mart, models: dict[str, str]) -> None:
+        """Say what is missing in a mart's inputs, if anything is."""
+        state, found = self._states[mart.name], []
+        for name in self._inputs[mart.name]:
+            other = self._states.get(name)
+            missing = other.missing if other is not None else models.get(name, "")
+            found += [missing] if missing else []
+        if state.state == "suspended":
+            found.append(f"{mart.name} is suspended")
+        text = "; ".join(dict.fromkeys(found))
+        if text != state.missing:
+            self._states[mart.name] = replace(state, incomplete=bool(text), missing=text)
+            self._marts.save(self._states[mart.name])
+
+    def _retire(self, name: str) -> None:
+        state = self._states.pop(name)
+        if state.state != "retired":
+            logger.info("%s is no longer a mart of this project: what there is of it stays", name)
+            self._marts.save(replace(state, state="retired"))

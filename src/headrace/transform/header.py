@@ -1,0 +1,33 @@
+"""The header of a model's file: a comment of TOML before the query."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+from headrace.errors import ModelError
+
+_HEADER = re.compile(r"\A\s*/\*\s*headrace\b(.*?)\*/", re.DOTALL)
+
+
+def settings_of(file: str, text: str, keys: Sequence[str]) -> dict[str, Any]:
+    """Return the settings in a file's header, none if it has no header.
+
+    Raises ModelError, naming the file, for what is no TOML, or has other keys than `keys`.
+    """
+    header = _HEADER.match(text)
+    if not header:
+        return {}
+    try:
+        settings = tomllib.loads(header[1])
+    except tomllib.TOMLDecodeError as error:
+        raise ModelError(f"{file}: the header is not TOML: {error}.") from error
+    for key in settings:
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            hint = f'; did you mean "{near[0]}"?' if near else f"; known are {', '.join(keys)}."
+            raise ModelError(f"{file}: the header has an unknown key {key!r}{hint}")
+    return settings

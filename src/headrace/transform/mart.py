@@ -1,0 +1,100 @@
+"""Reading the files of a project's models, and marts: any query over tables of the destination."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import sqlglot
+from sqlglot import exp
+
+from headrace.document import Invalid
+from headrace.errors import ModelError
+from headrace.mart import Mart
+from headrace.transform.header import settings_of
+from headrace.transform.sql import ModelText, read_model
+from headrace.values import duration
+
+_KEYS = ("materialize", "refresh_every")
+_REFRESH_EVERY = "10s"
+
+
+def tables_in(text: str, dialect: str) -> list[tuple[str, ...]] | None:
+    """Return the paths of the tables that a query reads, without those of its own WITH; None if it is no
+    query."""
+    try:
+        parsed = sqlglot.parse_one(text, read=dialect)
+    except sqlglot.errors.SqlglotError:
+        return None
+    if not isinstance(parsed, exp.Query):
+        return None
+    own = {cte.alias_or_name.lower() for cte in parsed.find_all(exp.CTE)}
+    paths = [tuple(part.name for part in table.parts) for table in parsed.find_all(exp.Table)]
+    return [path for path in paths if path != ("",) and not (len(path) == 1 and path[0].lower() in own)]
+
+
+def read_file(path: Path, dialect: str, name: str = "") -> ModelText | Mart:
+    """Read a model's file: one that reads a raw table is a row model, any other query is a mart.
+
+    Its name is the file's, unless given. Raises ModelError, naming file and line.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    tables = tables_in(text, dialect)
+    if tables is None or any(path[0].lower() == "raw" for path in tables):
+        return read_model(path, name)
+    return read_mart(name or path.stem, text, dialect)
+
+
+def read_mart(name: str, text: str, dialect: str) -> Mart:
+    """Read a mart. Raises ModelError, naming the file, where it is no single query."""
+    file = f"{name}.sql"
+    settings = settings_of(file, text, _KEYS)
+    try:
+        statements = [part for part in sqlglot.parse(text, read=dialect) if part is not None]
+    except sqlglot.errors.SqlglotError as error:
+        found = (getattr(error, "errors", None) or [{}])[0]
+        place = f"{file}:{found['line']}" if "line" in found else file
+        what = found.get("description", "it does not parse").rstrip(".")
+        raise ModelError(
+            f"{place}: {what}.", "A mart is one SELECT over tables of the destination."
+        ) from error
+    if len(statements) != 1 or not isinstance(statements[0], exp.Query):
+        raise ModelError(f"{file}: a mart is one SELECT.", "Remove what is beside it.")
+    reads = dict.fromkeys(".".join(path) for path in tables_in(text, dialect) or ())
+    if raw := [path for path in reads if path.lower().startswith("raw.")]:
+        raise ModelError(
+            f"{file}: a mart reads tables of the destination, and {raw[0]} is none.",
+            "Read its mirror or a row model of it instead.",
+        )
+    kind = settings.get("materialize", "view")
+    if kind not in ("view", "table"):
+        raise ModelError(f'{file}: materialize must be "view" or "table".')
+    try:
+        every = duration("0s", "30d")(settings.get("refresh_every", _REFRESH_EVERY))
+    except Invalid as error:
+        raise ModelError(f"{file}: refresh_every: {error}.") from error
+    version = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return Mart(name, text.rstrip().rstrip(";"), tuple(reads), kind, every, version)
+
+
+def in_order(marts: Iterable[Mart]) -> tuple[list[Mart], list[str]]:
+    """Return marts so that each comes behind those that it reads, without those that read each other in a
+    circle, and these circles: `a → b → a`."""
+    known = {mart.name: mart for mart in marts}
+    circles = list[str]()
+    while True:
+        inputs = {name: inputs_of(mart, known) for name, mart in known.items()}
+        try:
+            return [known[name] for name in TopologicalSorter(inputs).static_order()], circles
+        except CycleError as error:
+            circles.append(" → ".join(error.args[1]))
+            known = {name: mart for name, mart in known.items() if name not in error.args[1]}
+
+
+def inputs_of(mart: Mart, known: Collection[str]) -> list[str]:
+    """Return which of the tables `known` a mart reads; the engine takes upper and lower case for the same."""
+    folded = {name.casefold(): name for name in known}
+    found = (folded.get(name.casefold().removeprefix("main.")) for name in mart.reads)
+    return [name for name in found if name is not None]

@@ -1,0 +1,95 @@
+"""DuckDB and Postgres keep the contract of a destination."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import psycopg
+import pytest
+
+pytest.register_assert_rewrite(
+    "headrace.testing.destination_suite", "headrace.testing.destination_joins_suite"
+)
+
+from headrace.destinations.duckdb import DuckDBDestination  # noqa: E402
+from headrace.destinations.postgres import PostgresDestination  # noqa: E402
+from headrace.secret import Secret  # noqa: E402
+from headrace.testing.destination_suite import DestinationSuite  # noqa: E402
+from headrace.testing.postgres import PostgresServer  # noqa: E402
+
+STEPS = (
+    ("destination.apply.part", False),
+    ("destination.apply.commit", False),
+    ("destination.apply.committed", True),
+)
+
+
+class DuckDBs:
+    steps = STEPS
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def make(self) -> DuckDBDestination:
+        return DuckDBDestination(self._folder / "w.duckdb")
+
+    def reopen(self, destination: DuckDBDestination) -> DuckDBDestination:
+        return DuckDBDestination(destination.path)
+
+    def code(self, destination: DuckDBDestination) -> str:
+        return (
+            "from pathlib import Path; from headrace.destinations.duckdb import DuckDBDestination\n"
+            f"destination = DuckDBDestination(Path({str(destination.path)!r}))"
+        )
+
+
+class Postgreses:
+    steps = (*STEPS[:2], ("destination.postgres.commit", False), STEPS[2])
+
+    def __init__(self, server: PostgresServer) -> None:
+        self._server = server
+        self._number = 0
+
+    def make(self) -> PostgresDestination:
+        database = f"w{next(_numbers)}"
+        with psycopg.connect(self._server.url, autocommit=True) as db:
+            db.execute(f"CREATE DATABASE {database}")
+        self._url = self._server.url.removesuffix("postgres") + quote(database)
+        return PostgresDestination(Secret(self._url))
+
+    def reopen(self, destination: PostgresDestination) -> PostgresDestination:
+        return PostgresDestination(Secret(self._url))
+
+    def code(self, destination: PostgresDestination) -> str:
+        return (
+            "from headrace.secret import Secret\n"
+            "from headrace.destinations.postgres import PostgresDestination\n"
+            f"destination = PostgresDestination(Secret({self._url!r}))"
+        )
+
+
+_numbers = iter(range(1_000_000))
+
+
+@pytest.fixture(scope="module", params=[18, 16])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PostgresServer]:
+    started = PostgresServer(tmp_path_factory.mktemp("pg"), request.param)
+    started.start()
+    yield started
+    started.stop("immediate")
+
+
+class TestDuckDB(DestinationSuite):
+    @pytest.fixture
+    def destinations(self, tmp_path: Path) -> DuckDBs:
+        return DuckDBs(tmp_path)
+
+
+class TestPostgres(DestinationSuite):
+    @pytest.fixture
+    def destinations(self, server: PostgresServer) -> Postgreses:
+        return Postgreses(server)
