@@ -10,7 +10,6 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from headrace import lane
 from headrace.ahead import ahead
 from headrace.change import Column, TableId, TableSchema
 from headrace.protocols import Part
@@ -48,7 +47,7 @@ def test_the_next_part_is_prepared_while_one_is_taken(preparer: ThreadPoolExecut
 def test_beside_a_large_part_there_is_none(
     preparer: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane, "_LARGE_PART", part(1).prepared.rows.nbytes)
+    monkeypatch.setattr("headrace.ahead._LARGE_PART", part(1).prepared.rows.nbytes)
     second = threading.Event()
 
     def prepare() -> Iterator[Part]:
