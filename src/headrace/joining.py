@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
@@ -33,6 +34,7 @@ from headrace.transform.model import RowModel, preparing
 logger = logging.getLogger("headrace.joining")
 
 _STREAMED: tuple[Kind, ...] = ("rows", "truncate")
+_SLICES = 3  # of the log, that one step of a rebuild takes: a transaction for each would take longer
 Step = Literal["wait", "begin", "slice", "attach"]
 
 
@@ -45,6 +47,12 @@ class Joiner:
         self._staging = staging
         self._destination = joins
         self._joins: dict[str, Join] | None = None
+        self._preparer = ThreadPoolExecutor(1, f"{source}.join")
+        self._ahead: tuple[Join, RowModel, Future[tuple[Offset, Prepared]]] | None = None
+
+    def close(self) -> None:
+        """Let what is prepared ahead come to its end."""
+        self._preparer.shutdown()
 
     def know(self, joins: dict[str, Join] | None) -> None:
         """Take over where the joins stand; None to ask the destination when it is needed."""
@@ -88,6 +96,14 @@ class Joiner:
         changes = self._staging.read(model.table, copy.after, through)
         changes = self._not_copied(model, copy, _of(keys, model, changes), through)
         return in_source_order([_of(keys, model, rows), changes])
+
+    def folded(self, model: RowModel, through: Offset, keys: pa.Array) -> Prepared:
+        """Return what a model makes of all of the history of some source keys: their rows go, and what they
+        came to takes their place."""
+        prepared = model.prepare(self.history(model, through, keys))
+        rows = prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys))
+        records = prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys))
+        return Prepared(reset=False, removed=keys, rows=rows, records=records, counts=prepared.counts)
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
@@ -154,22 +170,38 @@ class Joiner:
     ) -> Sequence[str]:
         # The live table goes on meanwhile, until what grows beside it is where it stands.
         target = stands[model.name].offset if join.beside else join.target
-        if join.phase == "copy":
-            through = self._log.table_slice_end(model.table, join.offset, copy.end, ("copy",))
-            with preparing(model.name):
-                rows = self._staging.read_copied(model.table, copy, join.offset, through)
-                prepared = model.prepare(rows)
-            following = replace(join, offset=through, target=target)
-            if through >= copy.end:
-                following = replace(following, phase="stream", offset=min(copy.after, target))
-        else:
-            through = self._log.table_slice_end(model.table, join.offset, target, _STREAMED)
-            with preparing(model.name):
-                prepared = self._missing(model, copy, join.offset, through)
-            following = replace(join, offset=through, target=target)
+        through, prepared = self._taken(join, model, copy, target)
+        following = replace(join, offset=through, target=target)
+        if join.phase == "copy" and through >= copy.end:
+            following = replace(following, phase="stream", offset=min(copy.after, target))
+        if not _is_there(following):
+            self._ahead = (
+                following,
+                model,
+                self._preparer.submit(self._prepare, following, model, copy, target),
+            )
         issues = self._destination.step(join, following, model, prepared)
         self._keep(following)
         return issues
+
+    def _taken(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+        """Return the next slice's end and outcome: what was prepared ahead, if it is of this step."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:2] == (join, model):
+            return ahead[2].result()
+        return self._prepare(join, model, copy, target)
+
+    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+        through, last = join.offset, copy.end if join.phase == "copy" else target
+        kinds = ("copy",) if join.phase == "copy" else _STREAMED
+        for _ in range(_SLICES if join.why != "copy" else 1):
+            through = self._log.table_slice_end(model.table, through, last, kinds)
+        with preparing(model.name):
+            if join.phase == "copy":
+                return through, model.prepare(
+                    self._staging.read_copied(model.table, copy, join.offset, through)
+                )
+            return through, self._missing(model, copy, join.offset, through)
 
     def _missing(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Prepared:
         """Prepare the changes of a span that the copy does not contain."""

@@ -18,7 +18,6 @@ from contextlib import closing
 from dataclasses import replace
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from headrace.ahead import ahead
 from headrace.change import START, Mark, Offset, Position, SourceMark, TableSchema, source_marker
@@ -34,7 +33,7 @@ from headrace.errors import (
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import Destination, ModelState, Part, Prepared, Slice
+from headrace.protocols import Destination, ModelState, Part, Slice
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, held_by_copies, read_states
@@ -296,7 +295,7 @@ class Lane:
                     "Wait for it, or mend it; `headrace status` says why.",
                 )
             wanted = pa.array(keys, pa.string())
-            prepared = _only(model.prepare(self.joiner.history(model, stands.offset, wanted)), wanted)
+            prepared = self.joiner.folded(model, stands.offset, wanted)
             return self.destination.redrive(model, prepared, dry_run=dry_run)
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> None:
@@ -317,6 +316,7 @@ class Lane:
     def close(self) -> None:
         """Close source and log."""
         self._preparer.shutdown()
+        self.joiner.close()
         self.source.close()
         self.log.close()
 
@@ -491,10 +491,3 @@ class Lane:
                 "`headrace quarantine redrive --issue %s`.",
                 issue, model, reason, columns, message, count, issue,
             )  # fmt: skip
-
-
-def _only(prepared: Prepared, keys: pa.Array) -> Prepared:
-    """Restrict an outcome to some keys: their rows go, and what they became comes."""
-    rows = prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys))
-    records = prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys))
-    return Prepared(reset=False, removed=keys, rows=rows, records=records, counts=prepared.counts)
