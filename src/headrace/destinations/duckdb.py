@@ -51,6 +51,9 @@ QUERY_MEMORY = 512 << 20
 _SCAN_ROWS = 10_000
 """Rows in memory at once of a result that is scanned."""
 
+Scanned = tuple[pa.Schema, Iterator[pa.RecordBatch]]
+"""A result that is read batch by batch."""
+
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
 _opening = threading.Lock()
@@ -129,13 +132,12 @@ class DuckDBDestination:
             raise UserError(str(error).strip()) from error
 
     @contextmanager
-    def scan(
-        self, queries: Sequence[str], *, read_only: bool = False
-    ) -> Iterator[Iterator[pa.RecordBatchReader]]:
+    def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
         """Run queries that only read, in one transaction, and read their results batch by batch: they need
-        not fit in memory. Each reader is read to its end before the next is asked for.
+        not fit in memory. Each result is read to its end before the next is asked for.
 
-        Raises what `read` raises.
+        Raises UserError for anything but a query and for one that does not run; the batches raise
+        DestinationError for one that fails on the way.
         """
         _refuse_writing(queries)
         with self.open(read_only=read_only, memory=QUERY_MEMORY) as db:
@@ -354,11 +356,20 @@ def _refuse_writing(queries: Sequence[str]) -> None:
             raise UserError("Only queries are answered: the destination is written by the pipeline alone.")
 
 
-def _scanned(db: duckdb.DuckDBPyConnection, query: str) -> pa.RecordBatchReader:
+def _scanned(db: duckdb.DuckDBPyConnection, query: str) -> Scanned:
     try:
-        return db.sql(query).to_arrow_reader(_SCAN_ROWS)
+        reader = db.sql(query).to_arrow_reader(_SCAN_ROWS)
     except duckdb.Error as error:
         raise UserError(str(error).strip()) from error
+    return reader.schema, _batches(reader)
+
+
+def _batches(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from reader
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow passes an engine's error on as these
+        # Its message may quote a cell.
+        raise DestinationError("A query of the destination failed on the way.", "Try again.") from error
 
 
 def _spills_to(db: duckdb.DuckDBPyConnection) -> str:
