@@ -383,6 +383,10 @@ class DestinationFinding(NamedTuple):
     remedy: str = ""
 
 
+Scanned = tuple["pa.Schema", "Iterator[pa.RecordBatch]"]
+"""A result that is read batch by batch."""
+
+
 class Destination(Protocol):
     """Where rows arrive, with the progress, the quarantine and the ledger of their arrival.
 
@@ -429,9 +433,9 @@ class Destination(Protocol):
 
     def scan(
         self, queries: Sequence[str], *, read_only: bool = False
-    ) -> AbstractContextManager[Iterator[pa.RecordBatchReader]]:
-        """Run queries as `read` does, and read their results batch by batch; each reader is read to its end
-        before the next is asked for."""
+    ) -> AbstractContextManager[Iterator[Scanned]]:
+        """Run queries as `read` does, and read their results batch by batch; each is read to its end before
+        the next is asked for. The batches raise DestinationError where a query fails on the way."""
         ...
 
     def place_of(self, model: str) -> tuple[str, str]:

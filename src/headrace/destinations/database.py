@@ -24,6 +24,7 @@ from headrace.protocols import (
     Model,
     ModelState,
     Prepared,
+    Scanned,
     Slice,
     Table,
 )
@@ -69,11 +70,10 @@ class Database(ABC):
         """See `Destination.read`."""
 
     @contextmanager
-    def scan(
-        self, queries: Sequence[str], *, read_only: bool = False
-    ) -> Iterator[Iterator[pa.RecordBatchReader]]:
+    def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
         """See `Destination.scan`."""
-        yield (table.to_reader() for table in self.read(queries, read_only=read_only))
+        tables = self.read(queries, read_only=read_only)
+        yield ((table.schema, iter(table.to_batches())) for table in tables)
 
     @abstractmethod
     def exists(self) -> bool:

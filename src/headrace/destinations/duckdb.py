@@ -26,7 +26,7 @@ from headrace.destinations.session import Session
 from headrace.destinations.tables import CREATE
 from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
 from headrace.keys import literal
-from headrace.protocols import DestinationFinding, Table
+from headrace.protocols import DestinationFinding, Scanned, Table
 
 _READING = {
     duckdb.StatementType.SELECT,
@@ -51,6 +51,8 @@ QUERY_MEMORY = 512 << 20
 
 _SCAN_ROWS = 10_000
 """Rows in memory at once of a result that is scanned."""
+
+"""A result that is read batch by batch."""
 
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
@@ -137,9 +139,7 @@ class DuckDBDestination(Database):
             raise UserError(str(error).strip()) from error
 
     @contextmanager
-    def scan(
-        self, queries: Sequence[str], *, read_only: bool = False
-    ) -> Iterator[Iterator[pa.RecordBatchReader]]:
+    def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
         """See `Destination.scan`. Results need not fit in memory."""
         _refuse_writing(queries)
         with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
@@ -252,11 +252,20 @@ def _refuse_writing(queries: Sequence[str]) -> None:
             raise UserError("Only queries are answered: the destination is written by the pipeline alone.")
 
 
-def _scanned(db: duckdb.DuckDBPyConnection, query: str) -> pa.RecordBatchReader:
+def _scanned(db: duckdb.DuckDBPyConnection, query: str) -> Scanned:
     try:
-        return db.sql(query).to_arrow_reader(_SCAN_ROWS)
+        reader = db.sql(query).to_arrow_reader(_SCAN_ROWS)
     except duckdb.Error as error:
         raise UserError(str(error).strip()) from error
+    return reader.schema, _batches(reader)
+
+
+def _batches(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from reader
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow passes an engine's error on as these
+        # Its message may quote a cell.
+        raise DestinationError("A query of the destination failed on the way.", "Try again.") from error
 
 
 def _spills_to(db: duckdb.DuckDBPyConnection) -> str:
