@@ -419,8 +419,8 @@ class Destination(Protocol):
         """Return a model's table as SQL names it."""
         ...
 
-    def misnamed(self, model: str) -> str | None:
-        """Say why no table can have a model's name, None if one can."""
+    def misnamed(self, model: str) -> tuple[str, str] | None:
+        """Say why no table can have a model's name, and the remedy; None if one can."""
         ...
 
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:

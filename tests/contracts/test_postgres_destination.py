@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -295,8 +296,6 @@ def test_a_key_with_a_nul_breaks_its_model_alone(destination: PostgresDestinatio
 def test_a_name_that_postgres_would_cut_off_is_refused(
     destination: PostgresDestination, name: str, words: str
 ) -> None:
-    from dataclasses import replace
-
     assert words in str(destination.misnamed(name))
     with pytest.raises(ModelBroken, match=words):
         destination.apply(slice_of(0, (replace(MODEL, name=name), [row(1)])))

@@ -206,11 +206,9 @@ def _collisions(
     for schema in sorted({*shapes, *schemas} & set(OWN_SCHEMAS)):
         what = f"a source or model would fill the schema {schema}, which has another use in the destination"
         yield Finding("fail", what, "Give it another name.")
-    faults = (
-        destination.misnamed(name) for name in ["headrace.models", "models", *(name for name, _ in names)]
-    )
-    for words in sorted({words for words in faults if words}):
-        yield Finding("fail", words, f"Name it otherwise, or {destination.fresh}.")
+    named = ["headrace.models", "models", *(name for name, _ in names)]
+    faults = {fault for name in named if (fault := destination.misnamed(name))}
+    yield from (Finding("fail", *fault) for fault in sorted(faults))
 
 
 def _near(name: str, known: Iterable[str]) -> str:

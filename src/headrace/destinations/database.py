@@ -71,7 +71,7 @@ class Database(ABC):
         """See `Destination.inspect`."""
 
     @abstractmethod
-    def misnamed(self, model: str) -> str | None:
+    def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
 
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:

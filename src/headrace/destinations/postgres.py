@@ -232,8 +232,8 @@ class PostgresDestination(Database):
             db.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)}")
 
     def _shape(self, db: Session, model: Table) -> None:
-        if words := self.misnamed(model.name):
-            raise ModelBroken(model.name, f"Model {model.name}: {words}.", "Give it another name.")
+        if fault := self.misnamed(model.name):
+            raise ModelBroken(model.name, f"Model {model.name}: {fault[0]}.", fault[1])
         super()._shape(db, model)
         cascading = db.execute(
             "SELECT conname, conrelid::regclass::text FROM pg_constraint WHERE contype = 'f' "
@@ -260,14 +260,15 @@ class PostgresDestination(Database):
             )
         return cast("tuple[str, str]", found[0]) if found else (schema, table)
 
-    def misnamed(self, model: str) -> str | None:
+    def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
         schema, table = self.place_of(model)
         for name in (schema, table):
             if len(name.encode()) > LONGEST_NAME:
-                return f"{name} has more than the {LONGEST_NAME} bytes that Postgres allows a name"
+                what = f"{name} has more than the {LONGEST_NAME} bytes that Postgres allows a name"
+                return what, "Write a model with a shorter name for its table."
         if schema.startswith("pg_"):
-            return f"Postgres keeps schemas that begin with pg_, such as {schema}, for itself"
+            return f"Postgres keeps schemas that begin with pg_, such as {schema}, for itself", "Rename it."
         return None
 
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:
