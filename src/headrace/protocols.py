@@ -461,6 +461,10 @@ class Destination(Protocol):
         """Mark a version of a model suspended with its reason; True if it was not already so."""
         ...
 
+    def reconsider(self, source: str) -> None:
+        """Have the suspended models of a source tried once more: their tables may be mended."""
+        ...
+
     def retire(self, model: str, source: str) -> None:
         """Mark a model that the project no longer has; its table stays."""
         ...

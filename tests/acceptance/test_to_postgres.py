@@ -178,3 +178,7 @@ def test_a_model_whose_table_refuses_is_suspended_and_the_others_go_on(warehouse
     states = dict(warehouse.destination.execute("SELECT model, state FROM headrace.models").fetchall())
     assert states == {"shop.orders": "suspended", "shop.lines": "in_sync"}
     assert warehouse.destination.execute("SELECT count(*) FROM shop.lines").fetchone() == (6,)
+    assert headrace(warehouse, "run", "--once")[0] != 0, "tried again, and refused again"
+    warehouse.destination.execute("ALTER TABLE shop.orders DROP CONSTRAINT orders_amount_check")
+    assert headrace(warehouse, "run", "--once")[0] == 0
+    assert_verified(warehouse)

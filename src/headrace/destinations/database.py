@@ -220,6 +220,13 @@ class Database(ABC):
                 insert(db, "models", [(model, source, version, "suspended", reason, 0, 0, 0, 0, 0)])
             return True
 
+    def reconsider(self, source: str) -> None:
+        """See `Destination.reconsider`."""
+        with self.writing(source) as db:
+            db.execute(
+                "UPDATE headrace.models SET version = '' WHERE source = $1 AND state = 'suspended'", [source]
+            )
+
     def retire(self, model: str, source: str) -> None:
         """See `Destination.retire`."""
         with self.writing(source) as db:
