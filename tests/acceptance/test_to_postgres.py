@@ -92,6 +92,15 @@ def assert_verified(warehouse: Warehouse) -> None:
 def test_all_commands_work_on_a_postgres_destination(warehouse: Warehouse) -> None:
     findings = answer(warehouse, "check")["findings"]
     assert [f["level"] for f in findings if f["area"] == "destination"] == ["ok"]
+    settings = warehouse.folder / "headrace.toml"
+    text = settings.read_text()
+    settings.write_text(
+        text.replace("${env:WAREHOUSE_URL}", os.environ["WAREHOUSE_URL"].replace("warehouse", "source"))
+    )
+    code, out = headrace(warehouse, "check")
+    assert code == 2
+    assert "the destination is the database of source shop" in out
+    settings.write_text(text)
     code, out = headrace(warehouse, "query", "SELECT 1")
     assert (code, "There is no destination at postgresql://" in out) == (2, True)
     assert headrace(warehouse, "run", "--once")[0] == 0

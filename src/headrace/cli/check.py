@@ -108,6 +108,12 @@ def _destination(project: Project) -> Iterator[Finding]:
         fault = _folder_fault(config.path.parent)
         yield Finding("fail", *fault) if fault else Finding("ok", f"{config.path} can be made")
         return
+    if config.url:
+        there = place_of(config.url.reveal())
+        for source in project.sources:
+            if place_of(source.url.reveal())[1:] == there[1:]:
+                what = f"the destination is the database of source {source.name}: what is applied is captured"
+                yield Finding("fail", what, "Name another database in [destination] url.")
     destination = open_destination(config)
     try:
         for finding in destination.inspect():

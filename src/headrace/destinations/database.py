@@ -360,4 +360,6 @@ class Database(ABC):
 
 
 def _broken(model: str, words: str, what: str = _REFUSES) -> ModelBroken:
-    return ModelBroken(model, f"Table {model} {what}: {words}", "Drop or mend the table.")
+    return ModelBroken(
+        model, f"Table {model} {what}: {words}", "Mend or drop the table, then start the pipeline again."
+    )

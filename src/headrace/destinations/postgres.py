@@ -59,7 +59,7 @@ _IDLE = 3
 """Connections that are kept for the next use."""
 
 _OLDEST = 140_000
-_PASSES = (*RETRY_SQLSTATES, "55", "25")
+_PASSES = (*RETRY_SQLSTATES, "55P03", "55006", "25006")
 """Beside what always passes: locks that are not had in time, and a server that is read-only for now."""
 _OF_A_TABLE = ("0A", "22", "23", "2B", "42", "54", "P0")
 """Classes of what is wrong with a table or with its rows."""
@@ -104,7 +104,7 @@ class PostgresDestination(Database):
         }
         self._idle: list[Connection] = []
         self._turn = threading.Lock()
-        self._closing = weakref.finalize(self, _close_all, self._idle)
+        weakref.finalize(self, _close_all, self._idle)
 
     # -- connections
 
@@ -191,7 +191,7 @@ class PostgresDestination(Database):
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             words = without_passwords(str(error)).strip().splitlines()[0]
             return DestinationUnavailable(f"{self.name} broke off: {words}", "Headrace keeps trying.")
-        if state[:2] in _PASSES:
+        if state.startswith(_PASSES):
             return DestinationUnavailable(f"{self.name}: {words_of(error)}.", "Headrace keeps trying.")
         remedy = "Give the role the rights that docs/destinations.md lists." if state == "42501" else ""
         return DestinationError(f"{self.name}: {words_of(error)}.", remedy)
