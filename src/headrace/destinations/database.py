@@ -111,9 +111,9 @@ class Database(ABC):
                 yield db
                 db.commit() if keep else db.rollback()
         except Unfit as error:
-            names = {self.place_of(name): name for name in self._shaped}
             self._shaped.clear()
-            model = names.get(error.table) or names.get(self.referred_by(*error.table, error.constraint))
+            touched = db.touched
+            model = touched.get(error.table) or touched.get(self.referred_by(*error.table, error.constraint))
             if model is None:
                 raise DestinationError(f"{self.name} refuses the slice: {error}.") from error
             raise _broken(model, str(error)) from error
@@ -292,6 +292,7 @@ class Database(ABC):
             with self._blaming(model.name, "cannot take the model's columns"):
                 self._shape(db, model)
             self._shaped[model.name] = model.types()
+        db.touched[self.place_of(model.name)] = model.name
 
     def _shape(self, db: Session, model: Table) -> None:
         """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""

@@ -173,6 +173,7 @@ class _DuckDBSession:
 
     def __init__(self, db: duckdb.DuckDBPyConnection) -> None:
         self._db = db
+        self.touched: dict[tuple[str, str], str] = {}
 
     def begin(self, source: str) -> None:
         del source  # the file has one writer

@@ -58,6 +58,7 @@ class PostgresSession:
     def __init__(self, db: Connection, name: str) -> None:
         self._db = db
         self._name = name
+        self.touched: dict[tuple[str, str], str] = {}
         self._held: pa.Table | None = None  # what the temporary table _hr_given is made of
 
     def begin(self, source: str) -> None:
