@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -323,9 +324,10 @@ class Pipeline:
         ]
 
     def _wait_for_destination(self) -> None:
-        """Check each lane's destination, waiting while it cannot be had."""
+        """Check each lane's destination, waiting while it cannot be had; retry what is suspended."""
         for lane in self.lanes:
             self._patiently("destination", lane.check_destination)
+            self._patiently("destination", partial(lane.destination.reconsider, lane.config.name))
 
     def _patiently(self, name: str, step: Callable[[], _T]) -> _T | None:
         """Take a step, again while the destination cannot be had; None if stopped before."""

@@ -446,8 +446,8 @@ class Destination(Protocol):
         """Return a model's table as SQL names it."""
         ...
 
-    def misnamed(self, model: str) -> str | None:
-        """Say why no table can have a model's name, None if one can."""
+    def misnamed(self, model: str) -> tuple[str, str] | None:
+        """Say why no table can have a model's name, and the remedy; None if one can."""
         ...
 
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:
@@ -486,6 +486,10 @@ class Destination(Protocol):
 
     def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
         """Mark a version of a model suspended with its reason; True if it was not already so."""
+        ...
+
+    def reconsider(self, source: str) -> None:
+        """Have the suspended models of a source tried once more: their tables may be mended."""
         ...
 
     def retire(self, model: str, source: str) -> None:

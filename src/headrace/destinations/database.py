@@ -84,7 +84,7 @@ class Database(ABC):
         """See `Destination.inspect`."""
 
     @abstractmethod
-    def misnamed(self, model: str) -> str | None:
+    def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
 
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:
@@ -124,9 +124,9 @@ class Database(ABC):
                 yield db
                 db.commit() if keep else db.rollback()
         except Unfit as error:
-            names = {self.place_of(name): name for name in self._shaped}
             self._shaped.clear()
-            model = names.get(error.table) or names.get(self.referred_by(*error.table, error.constraint))
+            touched = db.touched
+            model = touched.get(error.table) or touched.get(self.referred_by(*error.table, error.constraint))
             if model is None:
                 raise DestinationError(f"{self.name} refuses the slice: {error}.") from error
             raise _broken(model, str(error)) from error
@@ -234,6 +234,13 @@ class Database(ABC):
                 insert(db, "models", [(model, source, version, "suspended", reason, 0, 0, 0, 0, 0)])
             return True
 
+    def reconsider(self, source: str) -> None:
+        """See `Destination.reconsider`."""
+        with self.writing(source) as db:
+            db.execute(
+                "UPDATE headrace.models SET version = '' WHERE source = $1 AND state = 'suspended'", [source]
+            )
+
     def retire(self, model: str, source: str) -> None:
         """See `Destination.retire`."""
         with self.writing(source) as db:
@@ -299,6 +306,7 @@ class Database(ABC):
             with self._blaming(model.name, "cannot take the model's columns"):
                 self._shape(db, model)
             self._shaped[model.name] = model.types()
+        db.touched[self.place_of(model.name)] = model.name
 
     def _shape(self, db: Session, model: Table) -> None:
         """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""
@@ -370,4 +378,6 @@ class Database(ABC):
 
 
 def _broken(model: str, words: str, what: str = _REFUSES) -> ModelBroken:
-    return ModelBroken(model, f"Table {model} {what}: {words}", "Drop or mend the table.")
+    return ModelBroken(
+        model, f"Table {model} {what}: {words}", "Mend or drop the table, then start the pipeline again."
+    )

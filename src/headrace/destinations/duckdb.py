@@ -164,12 +164,13 @@ class DuckDBDestination(Database):
         except DestinationError as error:
             yield DestinationFinding("fail", str(error), error.remedy)
 
-    def misnamed(self, model: str) -> str | None:
+    def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
         schema = self.place_of(model)[0]
         if schema.casefold() != self.path.stem.casefold():
             return None
-        return f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
+        what = f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
+        return what, f'Name another: [destination] path = "{schema.casefold()}_warehouse.duckdb"'
 
     def fault_of(self, error: Exception) -> str | None:
         """See `Database.fault_of`."""
@@ -187,6 +188,7 @@ class _DuckDBSession:
 
     def __init__(self, db: duckdb.DuckDBPyConnection) -> None:
         self._db = db
+        self.touched: dict[tuple[str, str], str] = {}
 
     def begin(self, source: str) -> None:
         del source  # the file has one writer

@@ -25,6 +25,9 @@ class Session(Protocol):
     row_id: str
     """The hidden column that tells a table's rows apart, and grows with each insert, more or less."""
 
+    touched: dict[tuple[str, str], str]
+    """The tables (schema, name) that were changed here, with the models that they are of."""
+
     def begin(self, source: str) -> None:
         """Begin a transaction, which alone changes what is of a source until it ends."""
         ...

@@ -160,6 +160,10 @@ class OwnerSuite:
         assert destination.suspend("shop.t", "shop", "v2", "a reason")
         state = destination.models("shop")["shop.t"]
         assert (state.state, state.version, state.reason) == ("suspended", "v2", "a reason")
+        destination.reconsider("other")
+        assert destination.models("shop")["shop.t"].version == "v2"
+        destination.reconsider("shop")
+        assert destination.models("shop")["shop.t"].version not in ("v1", "v2"), "so it is tried again"
         destination.retire("shop.t", "shop")
         assert destination.models("shop")["shop.t"].state == "retired"
 
