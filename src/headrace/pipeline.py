@@ -55,7 +55,12 @@ def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
     Raises ModelError for a model file that does not parse, UserError for one of no source.
     """
     destination = open_destination(project.destination, spill=project.state / "spill")
-    folder = ModelFolder(project.models, {s.name for s in project.sources}, project.destination.type)
+    folder = ModelFolder(
+        project.models,
+        {source.name for source in project.sources},
+        project.destination.type,
+        None if read_only else project.versions,
+    )
     return [Lane(project, source, destination, folder, read_only=read_only) for source in project.sources]
 
 

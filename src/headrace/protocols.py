@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 from headrace.change import (
     Copy,
     CopyMark,
+    Counts,
     Entry,
     Kind,
     LoggedEntry,
@@ -252,27 +253,6 @@ class Staging(Protocol):
     def schemas(self, through: Offset) -> dict[TableId, TableSchema]:
         """Return the shape of every table as of an offset."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Where the changes of a slice went, for one model. `read` is the sum of all others."""
-
-    read: int = 0
-    applied: int = 0
-    superseded: int = 0
-    filtered: int = 0
-    quarantined: int = 0
-    waiting: int = 0
-    blocked: int = 0
-
-    def closes(self) -> bool:
-        """Whether every change that was read is accounted for."""
-        parts = self.applied + self.superseded + self.filtered + self.quarantined
-        return self.read == parts + self.waiting + self.blocked
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
 
 
 @dataclass(frozen=True, slots=True)

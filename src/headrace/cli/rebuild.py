@@ -16,6 +16,7 @@ from headrace.config import Project, load_project
 from headrace.errors import UserError
 from headrace.keys import literal
 from headrace.server import ask, is_running, read_rows
+from headrace.transform.header import version_of
 
 _POLL = 0.3
 _TELL_EVERY = 5.0
@@ -54,6 +55,60 @@ def rebuild(
         print(json_of(outcome))
     else:
         _print(outcome)
+
+
+def rollback(
+    model: str,
+    *,
+    to: Annotated[
+        str | None, Parameter(help="The version to go back to, see `headrace models show`.")
+    ] = None,
+    project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
+    json: Annotated[bool, Parameter(help="Print the outcome as JSON.", negative="")] = False,
+) -> None:
+    """Put back a model's file as it was before, and rebuild its table with it.
+
+    By default the version goes back that made the table before the file's present one. What the file is
+    now is kept as a version, too, if a pipeline has ever run with it.
+
+    Parameters
+    ----------
+    model
+        The name of a model that has a file.
+    """
+    settings = load_project(project)
+    path = settings.models / f"{model}.sql"
+    version = to or _former(settings, model, path)
+    kept = settings.versions / model / f"{version}.sql"
+    if not kept.is_file():
+        known = sorted(file.stem for file in kept.parent.glob("*.sql"))
+        raise UserError(
+            f"There is no version {version} of {model}.", f"Kept are: {', '.join(known) or 'none'}."
+        )
+    making = path.with_suffix(".sql.new")
+    making.write_bytes(kept.read_bytes())
+    making.rename(path)
+    print(f"models/{model}.sql is version {version} again", file=sys.stderr)
+    rebuild(model, project=project, json=json)
+
+
+def _former(settings: Project, model: str, path: Path) -> str:
+    """Return the version that made a table before the one that its file has now."""
+    now = version_of(path.read_text()) if path.is_file() else ""
+    _, rows = read_rows(
+        settings,
+        f"SELECT model_version FROM headrace.ledger WHERE model = {literal(model)} "
+        "GROUP BY model_version ORDER BY max(recorded_at) DESC",
+    )
+    made = [str(version) for (version,) in rows]
+    made = made[made.index(now) + 1 :] if now in made else made
+    former = next((v for v in made if v != now and (settings.versions / model / f"{v}.sql").is_file()), None)
+    if former is None:
+        raise UserError(
+            f"No earlier version of {model} is known.",
+            "`headrace models show` names those that made its table.",
+        )
+    return former
 
 
 def _source_of(settings: Project, model: str) -> str:

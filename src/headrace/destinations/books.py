@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from headrace.change import Mark, Offset, Position
+from headrace.change import Counts, Mark, Offset, Position
 from headrace.destinations.multiset import take_off
 from headrace.destinations.session import Session
 from headrace.destinations.tables import LEDGER_COUNTS, OPEN, QUARANTINE, RECORD_COLUMNS
 from headrace.errors import DestinationError
 from headrace.keys import literal
-from headrace.protocols import Counts, Model, Part, Prepared, Slice
+from headrace.protocols import Model, Part, Prepared, Slice
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pyarrow as pa
 
-from headrace.change import Mark
+from headrace.change import Counts, Mark
 from headrace.destinations.books import Books, insert, move_progress, numbers, read_progress, record
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
@@ -18,16 +18,7 @@ from headrace.destinations.tables import OPEN
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
-from headrace.protocols import (
-    Counts,
-    DestinationFinding,
-    Model,
-    ModelState,
-    Prepared,
-    Scanned,
-    Slice,
-    Table,
-)
+from headrace.protocols import DestinationFinding, Model, ModelState, Prepared, Scanned, Slice, Table
 
 _REFUSES = "cannot take the model's rows"
 

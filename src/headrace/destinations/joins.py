@@ -14,7 +14,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from headrace.cells import json_of
-from headrace.change import Mark, Position
+from headrace.change import Counts, Mark, Position
 from headrace.destinations.books import heal, insert, move_progress, numbers, record, record_from, stand
 from headrace.destinations.multiset import take_off
 from headrace.destinations.session import Session
@@ -23,7 +23,7 @@ from headrace.errors import DestinationError
 from headrace.failpoints import failpoint
 from headrace.join import Difference, Join
 from headrace.keys import literal, quoted
-from headrace.protocols import Counts, Model, Prepared
+from headrace.protocols import Model, Prepared
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database

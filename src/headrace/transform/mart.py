@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -13,7 +12,7 @@ from sqlglot import exp
 from headrace.document import Invalid
 from headrace.errors import ModelError
 from headrace.mart import Mart
-from headrace.transform.header import settings_of
+from headrace.transform.header import settings_of, version_of
 from headrace.transform.sql import ModelText, read_model
 from headrace.values import duration
 
@@ -75,7 +74,7 @@ def read_mart(name: str, text: str, dialect: str) -> Mart:
         every = duration("0s", "30d")(settings.get("refresh_every", _REFRESH_EVERY))
     except Invalid as error:
         raise ModelError(f"{file}: refresh_every: {error}.") from error
-    version = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    version = version_of(text)
     return Mart(name, text.rstrip().rstrip(";"), tuple(reads), kind, every, version)
 
 
