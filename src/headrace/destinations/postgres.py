@@ -295,7 +295,7 @@ class PostgresDestination(Database):
                 judged = self._judged(error)
                 if isinstance(judged, DestinationUnavailable):
                     raise judged from error
-                raise UserError(str(error).strip()) from error
+                raise UserError(error.diag.message_primary or str(error).strip()) from error
 
     def inspect(self) -> Iterator[DestinationFinding]:
         """See `Destination.inspect`."""
