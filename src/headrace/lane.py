@@ -28,6 +28,7 @@ from headrace.errors import (
     LogTrimmed,
     ModelBroken,
     SourceGap,
+    StagingBehind,
     UserError,
 )
 from headrace.joining import Joiner
@@ -36,7 +37,7 @@ from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import Destination, ModelState, Part, Slice
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
-from headrace.sources.postgres.tables import UNFINISHED, held_by_copies, read_states
+from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
@@ -125,11 +126,14 @@ class Lane:
         try:
             entries = self.log.read(self.staging.written(), _LOAD_BYTES)
         except LogTrimmed as error:
-            raise LogTrimmed(
-                f"Staging lacks what follows offset {self.staging.written()}, and retention has deleted it "
-                f"from the log of {self.config.name}.",
-                f"Restore the state folder from a backup, or run `headrace resync {self.config.name}`.",
-            ) from error
+            if not copied_since(self.log, begin := self.log.begin().offset):
+                raise StagingBehind(
+                    f"Staging lacks what follows offset {self.staging.written()}, and retention has deleted "
+                    f"it from the log of {self.config.name}.",
+                    f"Restore the state folder from a backup, or run `headrace resync {self.config.name}`.",
+                ) from error
+            self.staging.skip(begin)
+            return True
         if not entries:
             return False
         self.staging.write(entries)

@@ -179,6 +179,14 @@ def test_without_staging_a_trimmed_log_says_what_is_missing(
     with pytest.raises(LogTrimmed, match="Staging lacks") as caught:
         Pipeline(load_project(project.root)).run_once()
     assert "resync" in caught.value.remedy
+    insert(db, 3001, 2)
+    db.execute("DELETE FROM t WHERE id <= 5")
+    assert main(["resync", "shop", "--project", str(project.root)]) == 0
+    assert_verified(project)
+    insert(db, 4001, 2)
+    assert_verified(project)
+    project.destination.path.unlink()
+    assert_verified(project)
 
 
 @pytest.mark.usefixtures("often")
@@ -285,7 +293,7 @@ def test_a_model_that_is_mended_while_the_log_is_trimmed_goes_on(
     delete, others = lane.log.trim, []
 
     def apply_now() -> None:
-        lane._folder.current(now=True)
+        lane.folder.current(now=True)
         lane.apply()
 
     def meanwhile(through: Offset, pinned: Iterable[Offset]) -> int:
