@@ -31,7 +31,8 @@ class MartState:
     Where `incomplete`, `missing` says why: an input, direct or through other marts, is out of sync or has
     open records. `positions` is a JSON object, by source, of what a table was computed from (offset, commit,
     committed_at); it is empty for a view, which is always as its inputs are. `rows` are those of a table,
-    `seconds` what it took to make it.
+    `seconds` what it took to make it; `made` whether what is there
+    of it in the destination is its own.
     """
 
     name: str
@@ -44,6 +45,7 @@ class MartState:
     positions: str
     rows: int
     seconds: float
+    made: bool
 
 
 class Marts(Protocol):

@@ -102,7 +102,9 @@ class Database(ABC):
         return ".".join(map(quoted, self.place_of(model)))
 
     @contextmanager
-    def writing(self, source: str, *, memory: int = 0, keep: bool = True) -> Iterator[Session]:
+    def writing(
+        self, source: str, *, memory: int = 0, keep: bool = True, steady: bool = False
+    ) -> Iterator[Session]:
         """Open a transaction that changes what is of a source; committed at the end, unless not to `keep`.
 
         Raises ModelBroken where a constraint that waited for the end refuses a model's rows.
@@ -111,7 +113,7 @@ class Database(ABC):
             with self.open(memory=memory) as db:
                 if not self._shaped:
                     self.set_up(db)
-                db.begin(source)
+                db.begin(source, steady=steady)
                 yield db
                 db.commit() if keep else db.rollback()
         except Unfit as error:

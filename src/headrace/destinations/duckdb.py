@@ -190,8 +190,8 @@ class _DuckDBSession:
         self._db = db
         self.touched: dict[tuple[str, str], str] = {}
 
-    def begin(self, source: str) -> None:
-        del source  # the file has one writer
+    def begin(self, source: str, *, steady: bool = False) -> None:
+        del source, steady  # the file has one writer, and transactions see one state
         self._db.execute("BEGIN")
 
     def commit(self) -> None:

@@ -61,9 +61,9 @@ class PostgresSession:
         self.touched: dict[tuple[str, str], str] = {}
         self._held: pa.Table | None = None  # what the temporary table _hr_given is made of
 
-    def begin(self, source: str) -> None:
+    def begin(self, source: str, *, steady: bool = False) -> None:
         """See `Session.begin`. What a lost connection left running is waited for here."""
-        run(self._db, "BEGIN")
+        run(self._db, "BEGIN ISOLATION LEVEL REPEATABLE READ" if steady else "BEGIN")
         run(self._db, "SET CONSTRAINTS ALL DEFERRED")
         # Source keys are long texts: to hash them costs less than to sort them.
         run(self._db, "SET LOCAL enable_mergejoin = off")

@@ -28,8 +28,9 @@ class Session(Protocol):
     touched: dict[tuple[str, str], str]
     """The tables (schema, name) that were changed here, with the models that they are of."""
 
-    def begin(self, source: str) -> None:
-        """Begin a transaction, which alone changes what is of a source until it ends."""
+    def begin(self, source: str, *, steady: bool = False) -> None:
+        """Begin a transaction, which alone changes what is of a source until it ends. If `steady`, all of its
+        statements see one state of the database."""
         ...
 
     def commit(self) -> None:

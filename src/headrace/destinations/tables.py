@@ -48,6 +48,7 @@ CREATE TABLE IF NOT EXISTS headrace.rebuilds (
 );
 CREATE TABLE IF NOT EXISTS headrace.marts (
   mart VARCHAR, version VARCHAR, kind VARCHAR, state VARCHAR, reason VARCHAR, incomplete BOOLEAN,
-  missing VARCHAR, positions VARCHAR, "rows" BIGINT, seconds DOUBLE PRECISION, refreshed_at TIMESTAMPTZ
+  missing VARCHAR, positions VARCHAR, "rows" BIGINT, seconds DOUBLE PRECISION, made BOOLEAN,
+  refreshed_at TIMESTAMPTZ
 );
 """
