@@ -115,16 +115,21 @@ class Joiner:
     def rebuild(self, model: RowModel, stand: Offset, *, dry_run: bool) -> None:
         """Have a model that stands at an offset made once more from all of its history, beside itself.
 
-        One that is being rebuilt so already goes on. Raises UserError while it still takes in a copy.
+        One that is being rebuilt so already goes on. Raises UserError while it still takes in a copy, or is
+        being rebuilt in the other way.
         """
         why: Why = "dry run" if dry_run else "rebuild"
         join, copy = self._all().get(model.name), self.stands_on(model)
-        if join is None or copy is None or (join.phase != "done" and join.why == "copy"):
+        is_done = join is not None and join.phase == "done"
+        newest = self._staging.copy(model.table, self._staging.through())
+        if join is None or copy is None or copy != newest or not (is_done or join.why != "copy"):
             raise UserError(
                 f"Model {model.name} still takes in its table's copy.", "Wait; `headrace status` tells."
             )
-        if join.phase == "done" or join.why != why:
+        if is_done:
             self._begin(model, copy, copy.end, stand, why)
+        elif join.why != why:
+            raise UserError(f"Model {model.name} is being rebuilt already ({join.why}).", "Wait for its end.")
 
     def step(
         self,
@@ -150,7 +155,7 @@ class Joiner:
             self._begin(model, copy, live, max(copy.end, reached), why)
             return "begin"
         if _is_there(join):
-            alert(self._attach(join, model, reached))
+            alert(self._attach(join, model, copy, reached))
             return "attach"
         if join.beside and join.phase == "copy" and stands[model.name].offset < join.target:
             return "wait"  # what lags, after a pause say, runs up to the copy by itself
@@ -258,11 +263,12 @@ class Joiner:
             ).to_arrow_table()
         return _without_halves(changes, halves, key)
 
-    def _attach(self, join: Join, model: RowModel, reached: Offset) -> Sequence[str]:
+    def _attach(self, join: Join, model: RowModel, copy: Copy, reached: Offset) -> Sequence[str]:
         mark = self._log.mark(join.target)
         assert mark is not None, f"offset {join.target} is not in the log"
         position, committed_at = self._log.place(join.target)
-        in_sync = join.target >= reached
+        # Behind a gap it is not in sync before its table has been copied again.
+        in_sync = join.target >= reached and copy.floor.epoch == position.epoch
         found, issues = self._destination.attach(join, model, mark, position, committed_at, in_sync=in_sync)
         self._keep(replace(join, phase="done", stands=join.end))
         what = "has joined" if join.why == "copy" else f"is built ({join.why})"

@@ -23,7 +23,6 @@ from headrace.ahead import ahead
 from headrace.change import START, Mark, Offset, Position, SourceMark, TableSchema, source_marker
 from headrace.config import Project, SourceConfig
 from headrace.errors import (
-    ForeignDestination,
     HeadraceError,
     LogTrimmed,
     ModelBroken,
@@ -138,31 +137,6 @@ class Lane:
             return False
         self.staging.write(entries)
         return True
-
-    def check_destination(self) -> None:
-        """Refuse a destination whose progress is not of this log.
-
-        Raises ForeignDestination with the remedy, DestinationBusy while another process holds it.
-        """
-        progress = self.destination.progress(self.config.name)
-        if progress is None:
-            return
-        if progress.log_id != self.log.id:
-            raise self.destination.foreign(self.config.name)
-        mark = self.log.mark(progress.offset)
-        begin = self.log.begin().offset
-        if mark is None and progress.offset < begin:
-            raise ForeignDestination(
-                f"{self.destination.name} holds offset {progress.offset} of this log, which begins behind "
-                f"offset {begin} by now: it is an older copy, and what it holds cannot be compared any more.",
-                f"To have it built from staging, {self.destination.fresh}.",
-            )
-        if mark is None or mark.hash != progress.hash:
-            raise ForeignDestination(
-                f"{self.destination.name} holds offset {progress.offset} of this log, but the log here ends "
-                f"at {self.log.end().offset} or differs there: the state folder is an older copy.",
-                f"Restore the newest state folder, or {self.destination.fresh}.",
-            )
 
     def apply(self) -> bool:
         """Apply the next slice, to the models that stand furthest behind; False when all is applied."""
@@ -303,19 +277,35 @@ class Lane:
             return self.destination.redrive(model, prepared, dry_run=dry_run)
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> None:
-        """Begin to build a model once more, beside its live table. Raises UserError where it does not run."""
+        """Begin to build a model once more, beside its live table. Raises UserError where it does not run, or
+        has other columns now: then the pipeline builds it again anyway."""
         with self.applying:
             self.reload_models(now=True)
             self._reload_tables()
-            self._ask_where_models_stand()
-            active = self._active(self.staging.through())
-            model = next((model for model in active if model.name == model_name), None)
-            stand = (self._stands or {}).get(model_name)
-            if model is None or stand is None:
-                raise UserError(
-                    f"Model {model_name} does not run now, or there is none.", "`headrace status` says more."
-                )
+            model, stand = self._asked(model_name)
+            if model is None or stand is None or (stand.state, stand.version) == ("suspended", model.version):
+                words = f"Model {model_name} does not run now, or there is none."
+                raise UserError(words, "`headrace status` says more.")
+            if self.destination.is_reshaped(model):
+                words = f"Model {model_name} has other columns now: the pipeline builds it again by itself."
+                raise UserError(words, "Run it; `headrace preview` shows what it will be.")
+            self.joiner.know(None)
             self.joiner.rebuild(model, stand.offset, dry_run=dry_run)
+
+    def take_rebuild_further(self, model_name: str) -> bool:
+        """Take one step of a rebuild and nothing else; False when it has come to its end."""
+        with self.applying:
+            model, stand = self._asked(model_name)
+            copy = self.joiner.pending(model, self.staging.through()) if model else None
+            if model is None or stand is None or copy is None:
+                return False
+            self.joiner.step(model, copy, {model_name: stand}, [], stand.offset, self._alert)
+            return True
+
+    def _asked(self, model_name: str) -> tuple[RowModel | None, ModelState | None]:
+        """Return a model with where it stands, as the destination says."""
+        models = (model for model in self._models(self.staging.through()) if model.name == model_name)
+        return next(models, None), self.destination.models(self.config.name).get(model_name)
 
     def close(self) -> None:
         """Close source and log."""

@@ -9,7 +9,6 @@ a replay is a sink that starts again from an earlier offset.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -380,8 +379,8 @@ class Destination(Protocol):
     fresh: str
     """What a user does to have an empty one instead, such as `name a new file in [destination] path`."""
 
-    touched: Counter[str]
-    """How often this process has changed the rows of each model: the marts that read it are due then."""
+    main: str
+    """The schema of models whose name has none."""
     commits: int
     """How many transactions this process has committed."""
 
@@ -474,6 +473,10 @@ class Destination(Protocol):
 
     def retire(self, model: str, source: str) -> None:
         """Mark a model that the project no longer has; its table stays."""
+        ...
+
+    def is_reshaped(self, model: Model) -> bool:
+        """Whether the model has a table with other columns than it has now."""
         ...
 
     def forget_if_reshaped(self, model: Model) -> bool:

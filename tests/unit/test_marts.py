@@ -219,7 +219,9 @@ def test_a_circle_is_told_and_the_others_go_on(shop: Shop, caplog: pytest.LogCap
     shop.step()
     assert shop.ask("SELECT n FROM good, a") == [(2,)]
     texts = {"a": "b", "b": "a", "c": "clean"}
-    order, circles = in_order(read_mart(n, f"SELECT 1 FROM {m}", "duckdb") for n, m in texts.items())
+    order, circles = in_order(
+        (read_mart(n, f"SELECT 1 FROM {m}", "duckdb") for n, m in texts.items()), "main"
+    )
     assert [mart.name for mart in order] == ["c"]
     assert circles in (["a → b → a"], ["b → a → b"])
 

@@ -127,23 +127,30 @@ def _rebuilds(settings: Project, model: str) -> int:
 
 
 def _wait(settings: Project, model: str, before: int) -> None:
-    """Wait for the running pipeline, telling how far it is. Raises UserError when the model is suspended."""
+    """Wait for the running pipeline, telling how far it is. Raises UserError where it comes to no end."""
     name, told = literal(model), time.monotonic()
     query = (
-        f"SELECT (SELECT count(*) FROM headrace.rebuilds WHERE model = {name}), m.state, m.reason, j.phase, "
-        f'j."offset", j.target FROM headrace.models m JOIN headrace.joins j USING (model) '
+        f"SELECT (SELECT count(*) FROM headrace.rebuilds WHERE model = {name}), m.state, m.version, "
+        'm.reason, j.phase, j.why, j."offset", j.target FROM headrace.models m JOIN headrace.joins j USING (model) '
         f"WHERE model = {name}"
     )
+    first: tuple[Any, ...] | None = None
     while True:
-        _, rows = read_rows(settings, query)
-        for done, state, reason, phase, offset, target in rows:
-            if done > before:
-                return
-            if state == "suspended":
-                raise UserError(f"Model {model} is suspended: {reason}", "Mend it: the rebuild then goes on.")
-            if time.monotonic() - told > _TELL_EVERY:
-                told = time.monotonic()
-                print(f"{phase}: at offset {offset} of {target}", file=sys.stderr)
+        if not is_running(settings):
+            raise UserError("The pipeline has ended.", "The rebuild goes on with its next start.")
+        row = next(iter(read_rows(settings, query)[1]), None)
+        if row is not None and row[0] > before:
+            return
+        if row is None or row[4] == "done" or row[5] == "copy":
+            words = f"The rebuild of {model} was given up: its table or its columns are others now."
+            raise UserError(words, "`headrace status` says how it stands.")
+        _, state, version, reason, phase, _, offset, target = row
+        first = first or (state, version, reason)
+        if state == "suspended" and (state, version, reason) != first:
+            raise UserError(f"Model {model} is suspended: {reason}", "Mend it: the rebuild then goes on.")
+        if time.monotonic() - told > _TELL_EVERY:
+            told = time.monotonic()
+            print(f"{phase}: at offset {offset} of {target}", file=sys.stderr)
         time.sleep(_POLL)
 
 
@@ -156,10 +163,8 @@ def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> None:
         if lane is None:
             raise UserError(f"There is no [source.{source}] any more.", "Its models cannot be rebuilt.")
         lane.rebuild(model, dry_run=dry_run)
-        while lane.apply():
+        while lane.take_rebuild_further(model):
             pass
-        if reason := lane.suspended().get(model):
-            raise UserError(f"Model {model} is suspended: {reason}", "Mend it: the rebuild then goes on.")
     finally:
         pipeline.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -171,6 +171,18 @@ def stand(
 def numbers(counts: Counts) -> list[int]:
     """Return counts in the order of the ledger's columns."""
     return [getattr(counts, name) for name in LEDGER_COUNTS]
+
+
+def count_changes(db: Session, names: Collection[str]) -> None:
+    """Count that a transaction changes the rows of models and marts, in the transaction itself."""
+    listed = ", ".join(map(literal, sorted(names)))
+    counted = db.change(f"UPDATE headrace.changes SET changes = changes + 1 WHERE name IN ({listed})")
+    if counted < len(names):
+        rows = ", ".join(f"({literal(name)})" for name in sorted(names))
+        db.execute(
+            f"INSERT INTO headrace.changes SELECT name, 1 FROM (VALUES {rows}) AS v(name) "
+            "WHERE name NOT IN (SELECT name FROM headrace.changes)"
+        )
 
 
 def insert(db: Session, table: str, rows: Sequence[Sequence[object]]) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import pyarrow as pa
 
 from headrace.change import Counts, Mark
-from headrace.destinations.books import Books, insert, move_progress, numbers, read_progress, record
+from headrace.destinations.books import (
+    Books,
+    count_changes,
+    insert,
+    move_progress,
+    numbers,
+    read_progress,
+    record,
+)
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
 from headrace.destinations.session import Session, Unfit
@@ -35,8 +42,6 @@ class Database(ABC):
         self._shaped: dict[str, dict[str, str]] = {}
         self.joins = Joins(self)
         self.marts = Marts(self)
-        self.touched: Counter[str] = Counter()
-        """How often the rows of a model were changed by this process: marts that read it are due then."""
         self.commits = 0
 
     # -- what an engine adds
@@ -115,6 +120,8 @@ class Database(ABC):
                     self.set_up(db)
                 db.begin(source, steady=steady)
                 yield db
+                if db.changed:
+                    count_changes(db, db.changed)
                 db.commit() if keep else db.rollback()
         except Unfit as error:
             self._shaped.clear()
@@ -245,8 +252,7 @@ class Database(ABC):
         """See `Destination.forget_if_reshaped`."""
         self._shaped.clear()
         with self.writing(model.source) as db:
-            known = db.columns(*self.place_of(model.name))
-            if not known or known == db.types(model):
+            if not self._is_reshaped(db, model):
                 return False
             with self._blaming(model.name, "cannot be built again"):
                 db.execute(f"DROP TABLE {self.table_of(model.name)}")
@@ -258,7 +264,18 @@ class Database(ABC):
             db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
             db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
             db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
+            db.changed.add(model.name)
         return True
+
+    def is_reshaped(self, model: Model) -> bool:
+        """See `Destination.is_reshaped`."""
+        with self.open() as db:
+            self.set_up(db)
+            return self._is_reshaped(db, model)
+
+    def _is_reshaped(self, db: Session, model: Model) -> bool:
+        known = db.columns(*self.place_of(model.name))
+        return bool(known) and known != db.types(model)
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:
         """See `Destination.issue`."""
@@ -339,7 +356,7 @@ class Database(ABC):
     def _change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         target = self.table_of(model.name)
         if prepared.counts.read:
-            self.touched[model.name] += 1
+            db.changed.add(model.name)
         if prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
         if len(prepared.removed):
@@ -354,7 +371,7 @@ class Database(ABC):
 
     def exchange_rows(self, db: Session, model: Model, statements: Sequence[str]) -> int:
         """Run statements that change a model's rows; returns how many."""
-        self.touched[model.name] += 1
+        db.changed.add(model.name)
         with self._blaming(model.name):
             return sum(db.change(statement) for statement in statements)
 

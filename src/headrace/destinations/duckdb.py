@@ -189,10 +189,14 @@ class _DuckDBSession:
     def __init__(self, db: duckdb.DuckDBPyConnection) -> None:
         self._db = db
         self.touched: dict[tuple[str, str], str] = {}
+        self.changed: set[str] = set()
 
     def begin(self, source: str, *, steady: bool = False) -> None:
         del source, steady  # the file has one writer, and transactions see one state
         self._db.execute("BEGIN")
+
+    def resolve_in(self, schema: str) -> None:
+        pass  # they are of `main` anyway
 
     def commit(self) -> None:
         self._db.execute("COMMIT")

@@ -343,7 +343,7 @@ class PostgresDestination(Database):
 
 def _is_set_up(db: Session) -> bool:
     # The last of the tables that are made.
-    return db.execute("SELECT to_regclass('headrace.joins') IS NOT NULL") == [(True,)]
+    return db.execute("SELECT to_regclass('headrace.marts') IS NOT NULL") == [(True,)]
 
 
 def _close_all(connections: list[Connection]) -> None:

@@ -59,6 +59,7 @@ class PostgresSession:
         self._db = db
         self._name = name
         self.touched: dict[tuple[str, str], str] = {}
+        self.changed: set[str] = set()
         self._held: pa.Table | None = None  # what the temporary table _hr_given is made of
 
     def begin(self, source: str, *, steady: bool = False) -> None:
@@ -68,6 +69,10 @@ class PostgresSession:
         # Source keys are long texts: to hash them costs less than to sort them.
         run(self._db, "SET LOCAL enable_mergejoin = off")
         self.lock(source)
+
+    def resolve_in(self, schema: str) -> None:
+        """See `Session.resolve_in`."""
+        run(self._db, f"SET LOCAL search_path = {quoted(schema)}")
 
     def lock(self, what: str) -> None:
         """Wait until no other transaction works on this."""
