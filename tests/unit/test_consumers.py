@@ -518,6 +518,45 @@ def test_a_consumer_whose_entries_go_while_it_reads_is_lost(writer: SQLiteLog, l
         next(batches)
 
 
+@pytest.mark.parametrize("through", [12, 18])
+@pytest.mark.parametrize(("name", "error"), [("reports", CursorLost), (None, LogTrimmed)])
+def test_chosen_tables_lack_nothing_that_was_deleted(
+    writer: SQLiteLog, log: OpenLog, through: int, name: str | None, error: type[LogTrimmed]
+) -> None:
+    (batch,) = log.read(name, after=2)
+    (chosen,) = log.read(name, after=2, tables=["orders"])
+    writer.trim(through)
+    for ask in (lambda: batch.table("orders"), lambda: list(chosen), lambda: batch.tables):
+        with pytest.raises(error):
+            ask()
+
+
+def test_chosen_tables_lack_nothing_that_goes_while_they_are_read(
+    writer: SQLiteLog, log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headrace.reading, "_PAGE", 3)
+    (batch,) = log.read(None, tables=["orders"])
+    items = iter(batch)
+    before = [next(items) for _ in range(3)]
+    writer.trim(before[-1].offset)
+    assert [item.offset for item in items] == list(range(before[-1].offset + 2, writer.end().offset + 1, 2))
+    (batch,) = log.read(None, tables=["orders"])
+    items = iter(batch)
+    next(items)
+    writer.trim(18)
+    with pytest.raises(LogTrimmed):
+        list(items)
+
+
+def test_the_place_of_a_batch_that_was_deleted_is_not_told(writer: SQLiteLog, log: OpenLog) -> None:
+    first = next(log.read(None, max_bytes=1))
+    assert (first.position, first.committed_at) == (Position(0, 10, 1), 10 * SECOND)
+    writer.trim(12)
+    for ask in (lambda: first.position, lambda: first.committed_at):
+        with pytest.raises(LogTrimmed):
+            ask()
+
+
 def test_another_log_is_noticed(writer: SQLiteLog, log: OpenLog, tmp_path: Path) -> None:
     (batch,) = log.read("reports")
     batch.commit()
