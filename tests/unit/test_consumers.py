@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -127,6 +128,46 @@ def test_consumers_whose_file_is_damaged_are_unknown_for_a_while(tmp_path: Path)
         assert verdict_of(caught.value) is Verdict.RETRY
         path.unlink()
         assert cursors.all() == []
+
+
+def test_a_file_of_consumers_that_was_replaced_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "s.cursors"
+    with closing(Cursors(path)) as theirs:
+        theirs.commit("old", Mark("L", 5, "five"))
+    with closing(Cursors(path)) as pipeline:
+        assert [cursor.name for cursor in pipeline.all()] == ["old"]
+        for file in list(tmp_path.iterdir()):
+            file.rename(tmp_path / f"was-{file.name}")
+        for _ in range(2):
+            with pytest.raises(ConsumersUnknown, match="is missing"):
+                pipeline.all()
+        with pytest.raises(LogError, match="is missing"):
+            pipeline.commit("old", Mark("L", 6, "six"))
+        shutil.copy(tmp_path / "was-s.cursors", path)
+        with closing(Cursors(path)) as theirs:
+            theirs.commit("new", Mark("L", 1, "one"))
+            for _ in range(2):
+                assert [cursor.name for cursor in pipeline.all()] == ["new", "old"]
+            theirs.commit("new", Mark("L", 2, "two"))
+            assert pipeline.mark_lost("new", 2, "it held 12 bytes")
+            assert [cursor.lost for cursor in theirs.all()] == [True, False]
+
+
+def test_a_file_of_consumers_that_was_restored_in_place_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "s.cursors"
+    with closing(Cursors(path)) as theirs:
+        theirs.commit("old", Mark("L", 5, "five"))
+    whole = path.read_bytes()
+    with closing(Cursors(path)) as pipeline:
+        assert len(pipeline.all()) == 1
+        with closing(Cursors(path)) as theirs:
+            theirs._made().rows("DROP TABLE cursors")
+            with pytest.raises(ConsumersUnknown, match="no such table"):
+                pipeline.all()
+        for file in tmp_path.glob("s.cursors-*"):
+            file.unlink()
+        path.write_bytes(whole)
+        assert [cursor.name for cursor in pipeline.all()] == ["old"]
 
 
 def test_a_cursor_is_durable_and_only_goes_on(tmp_path: Path) -> None:
