@@ -289,7 +289,7 @@ class OpenLog:
         if after is None:
             return self.begin
         offset = after.offset if isinstance(after, Mark) else after
-        begin, end = self.begin.offset, self.head.offset
+        end = self.head.offset
         if isinstance(after, Mark) and after.log_id != self.id:
             raise LogError(
                 f"This log of {self.source} is {self.id}, not {after.log_id}, which was read through offset "
@@ -301,12 +301,12 @@ class OpenLog:
                 f"The log of {self.source} ends at offset {end}: there is no {offset}.",
                 "If it was there before, the log was restored or cut off: see `headrace log verify`.",
             )
-        if offset < begin:
+        mark = self._log.mark(offset)  # before the beginning, which may pass it meanwhile
+        if offset < (begin := self.begin.offset):
             raise LogTrimmed(
                 f"The log of {self.source} begins behind offset {begin}: what follows {offset} is deleted.",
                 "Import an export, or read staging.",
             )
-        mark = self._log.mark(offset)
         if mark is None or (isinstance(after, Mark) and mark.hash != after.hash):
             raise LogError(
                 f"Offset {offset} of the log of {self.source} has another hash than what was read.",

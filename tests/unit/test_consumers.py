@@ -598,6 +598,23 @@ def test_the_place_of_a_batch_that_was_deleted_is_not_told(writer: SQLiteLog, lo
             ask()
 
 
+@pytest.mark.parametrize("name", ["reports", None])
+def test_a_mark_that_is_deleted_while_it_is_compared_is_not_of_another_log(
+    writer: SQLiteLog, log: OpenLog, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    if name:
+        next(log.read(name, max_bytes=1)).commit()
+    mark = log._log.mark
+
+    def late(offset: int) -> Mark | None:
+        writer.trim(12)
+        return mark(offset)
+
+    monkeypatch.setattr(log._log, "mark", late)
+    with pytest.raises(CursorLost if name else LogTrimmed, match="deleted"):
+        log.read(name, after=None if name else 2)
+
+
 def test_another_log_is_noticed(writer: SQLiteLog, log: OpenLog, tmp_path: Path) -> None:
     (batch,) = log.read("reports")
     batch.commit()

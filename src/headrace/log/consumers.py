@@ -195,6 +195,7 @@ def check(cursor: Cursor, log: Marked) -> None:
 
     Raises CursorLost when that was deleted, LogError when it is another log than the cursor's.
     """
+    mark = log.mark(cursor.offset)  # before the beginning, which may pass it meanwhile
     if cursor.lost or (cursor.log_id == log.id and cursor.offset < log.begin().offset):
         raise lost(cursor, log)
     where = f"Consumer {cursor.name} has read the log {cursor.log_id} through offset {cursor.offset}"
@@ -206,7 +207,6 @@ def check(cursor: Cursor, log: Marked) -> None:
         raise LogError(f"{where}; this log of {log.source} is another, {log.id}.", remedy)
     if cursor.offset > (end := log.end().offset):
         raise LogError(f"{where}; it now ends at {end}: it was restored or cut off.", remedy)
-    mark = log.mark(cursor.offset)
     if mark is None or mark.hash != cursor.hash:
         raise LogError(f"{where}; that entry has another hash now: the log is another.", remedy)
 
