@@ -83,6 +83,7 @@ class Cursors:
         """`path` is the file beside the log, `<source>.cursors`; it need not exist."""
         self._path = path
         self._opened: Database | None = None
+        self._file: tuple[int, int] | None = None  # device and inode of what was opened last
         self._opening = threading.Lock()
 
     def get(self, name: str) -> Cursor | None:
@@ -157,10 +158,12 @@ class Cursors:
 
     def _rows(self, where: str, values: Sequence[object] = ()) -> list[Cursor]:
         try:
-            if self._opened is None and not self._path.exists():
+            if self._file is None and not self._path.exists():
                 return []
             rows = self._made().rows(f"SELECT {_COLUMNS} FROM cursors {where}", values)
         except (LogError, OSError, apsw.Error) as error:
+            with self._opening:
+                self._opened = None  # what is restored is not seen through files that are open
             why = str(error).rstrip(".") if isinstance(error, LogError) else f"{self._path}: {error}"
             raise ConsumersUnknown(
                 f"It is not known who reads the log: {why}. Nothing of the log is deleted meanwhile.",
@@ -170,9 +173,20 @@ class Cursors:
         return [_cursor(row) for row in rows]
 
     def _made(self) -> Database:
+        """Return the file that is there now: the one that was open may have been moved away.
+
+        Raises LogError while there is none any more: without cursors, retention would delete what they hold.
+        """
         with self._opening:
-            if self._opened is None:
-                self._opened = _opened(self._path)
+            now = _file_at(self._path)
+            if now is None and self._file is not None:
+                raise LogError(
+                    f"{self._path} is missing, and was there before.",
+                    "Put it back; where no consumer is wanted any more, start the pipeline again.",
+                )
+            if self._opened is None or now != self._file:
+                self._opened = _opened(self._path)  # the former one closes when no thread uses it any more
+                self._file = now or _file_at(self._path)
             return self._opened
 
 
@@ -181,6 +195,7 @@ def check(cursor: Cursor, log: Marked) -> None:
 
     Raises CursorLost when that was deleted, LogError when it is another log than the cursor's.
     """
+    mark = log.mark(cursor.offset)  # before the beginning, which may pass it meanwhile
     if cursor.lost or (cursor.log_id == log.id and cursor.offset < log.begin().offset):
         raise lost(cursor, log)
     where = f"Consumer {cursor.name} has read the log {cursor.log_id} through offset {cursor.offset}"
@@ -192,7 +207,6 @@ def check(cursor: Cursor, log: Marked) -> None:
         raise LogError(f"{where}; this log of {log.source} is another, {log.id}.", remedy)
     if cursor.offset > (end := log.end().offset):
         raise LogError(f"{where}; it now ends at {end}: it was restored or cut off.", remedy)
-    mark = log.mark(cursor.offset)
     if mark is None or mark.hash != cursor.hash:
         raise LogError(f"{where}; that entry has another hash now: the log is another.", remedy)
 
@@ -242,6 +256,14 @@ def _check_name(name: str) -> None:
 def _cursor(row: Sequence[Any]) -> Cursor:
     name, log_id, offset, digest, created_at, updated_at, is_lost, reason = row
     return Cursor(name, log_id, offset, digest, created_at, updated_at, bool(is_lost), reason)
+
+
+def _file_at(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _opened(path: Path) -> Database:

@@ -219,8 +219,8 @@ class SQLiteLog(Index):
     def read(self, after: Offset, max_bytes: int) -> Sequence[LoggedEntry]:
         """See `Log.read`."""
         end = self.end().offset
-        self._check_held(after, end)
-        through = self._reach(after, end, max_bytes, MAX_SLICE_ROWS)[0]
+        self.check_held(after, end)
+        through = self.reach(after, end, max_bytes, MAX_SLICE_ROWS)[0]
         return list(self.entries(after, through))
 
     def entries(
@@ -230,7 +230,7 @@ class SQLiteLog(Index):
 
         Raises LogTrimmed where they have been deleted, LogDamaged where one is not what was written.
         """
-        self._check_held(after, through)
+        self.check_held(after, through)
         chosen = ["1"]
         values: list[object] = []
         if table is not None:
@@ -246,7 +246,7 @@ class SQLiteLog(Index):
                 'AND "offset" > ? AND "offset" <= ? ORDER BY "offset" LIMIT 100',
                 (*values, after, through),
             )
-            self._check_held(after, through)  # after the page was read: none of it was missing
+            self.check_held(after, through)  # after the page was read: none of it was missing
             for found in page:
                 row, key_filter = row_of(found[:-1]), found[-1] or b""
                 after = row.offset
@@ -254,7 +254,8 @@ class SQLiteLog(Index):
             if len(page) < 100:
                 return
 
-    def _check_held(self, after: Offset, through: Offset) -> None:
+    def check_held(self, after: Offset, through: Offset) -> None:
+        """See that nothing of `(after, through]` has been deleted. Raises LogTrimmed."""
         if after < (begin := self.begin().offset) and after < through:
             raise LogTrimmed(
                 f"The log of {self.source} begins behind offset {begin}: what is asked for, from {after + 1} "
