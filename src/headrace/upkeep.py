@@ -20,6 +20,7 @@ alerts = logging.getLogger("headrace.alert")
 EVERY = 10.0
 """Seconds between two steps."""
 
+_PATIENCE, _PAUSE = 0.1, 0.5  # seconds for which a trim waits for an append with apply, and without
 _ROLLS = 8  # a segment is closed after this part of the retention, so that it can go as a whole
 
 
@@ -66,7 +67,11 @@ class Upkeep:
                 through = min([through, needs.used, *consumers])
                 if self._log.group_end(through) <= self._log.begin().offset:
                     break
-                freed += self._log.trim(through, needs.stops.union(consumers))
+                with self._log.writing(_PATIENCE) as is_free:
+                    if is_free:
+                        freed += self._log.trim(through, needs.stops.union(consumers))
+            if not is_free:
+                self._stop.wait(_PAUSE)
         if freed:
             logger.info("%s: entries through offset %d have gone, %d bytes are free again",
                         self._log.source, self._log.begin().offset, freed)  # fmt: skip

@@ -51,6 +51,7 @@ from headrace.log.segments import (
     segment_path,
     segments_in,
 )
+from headrace.turns import held
 
 SEGMENT_BYTES = 128 << 20
 _LARGE = 128 << 10  # bytes of a payload that is hashed while it is written and synced
@@ -309,9 +310,9 @@ class SQLiteLog(Index):
         with self._sound():
             self._db.rows("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
-    def writing(self) -> AbstractContextManager[object]:
+    def writing(self, patience: float | None = None) -> AbstractContextManager[bool]:
         """See `Log.writing`."""
-        return self._writing
+        return held(self._writing, patience)
 
     def raw_rows(self, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """Ask the database itself, as `headrace.log.proof` and the archive do."""
