@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from headrace.change import Offset
 from headrace.config import LogConfig
+from headrace.errors import LogFull
 from headrace.lane import Lane
 from headrace.log.anchoring import Anchoring
 from headrace.log.consumers import Cursors
@@ -34,6 +35,7 @@ class Upkeep:
         self._stop = stop
         self._cursors = Cursors(lane.log.path.with_suffix(".cursors"))
         self._slow: frozenset[str] = frozenset()
+        self._unmarked: dict[str, tuple[Offset, str]] = {}  # lost, to be marked once there is room
         self._anchoring = Anchoring(lane.log, config)
         self._rolled = time.monotonic()
 
@@ -51,6 +53,8 @@ class Upkeep:
         self._cursors.close()
 
     def _trim(self) -> None:
+        for name, (offset, reason) in [*self._unmarked.items()]:
+            self._mark_lost(name, offset, reason)
         old = self._old()
         if old <= self._log.begin().offset:
             return
@@ -82,7 +86,10 @@ class Upkeep:
         return {
             cursor.name: cursor.offset
             for cursor in self._cursors.all()
-            if not cursor.lost and cursor.log_id == begin.log_id and cursor.offset >= begin.offset
+            if not cursor.lost
+            and cursor.log_id == begin.log_id
+            and cursor.offset >= begin.offset
+            and self._unmarked.get(cursor.name, (None,))[0] != cursor.offset
         }
 
     def _decide(self, old: Offset, used: Offset) -> Offset:
@@ -108,7 +115,7 @@ class Upkeep:
     def _tell(self, trim: Trim, consumers: Mapping[str, Offset], held: Mapping[str, int]) -> None:
         for name in trim.lost:
             reason = f"it held {held[name]} bytes of the log, more than hold_max"
-            if not self._cursors.mark_lost(name, consumers[name], reason):
+            if not self._mark_lost(name, consumers[name], reason):
                 continue  # it has moved meanwhile
             alerts.error(
                 "LOST consumer %s of %s: %s. What it had not read is deleted; it goes on after "
@@ -122,3 +129,13 @@ class Upkeep:
                 name, self._log.source, held[name], self._config.hold_max, name,
             )  # fmt: skip
         self._slow = frozenset(trim.slow)
+
+    def _mark_lost(self, name: str, offset: Offset, reason: str) -> bool:
+        """Mark a consumer as lost, later where there is no room: the trim that makes some is not to wait for
+        it. One that has moved meanwhile is not lost: returns whether it is."""
+        self._unmarked.pop(name, None)
+        try:
+            return self._cursors.mark_lost(name, offset, reason)
+        except LogFull:
+            self._unmarked[name] = (offset, reason)
+            return True

@@ -64,3 +64,11 @@ def test_a_log_that_has_filled_its_disk_can_be_trimmed(tmp_path: Path) -> None:
     assert told["reserve"] == told["reserve_after"] == 8 << 20
     assert told["size"] < 140 << 20, "the reserve is no part of the log"
     assert told["entries"] == 1
+
+
+def test_a_consumer_that_holds_too_much_does_not_keep_a_full_disk_full(tmp_path: Path) -> None:
+    told = apart("lost", tmp_path, timeout=120)
+    assert told["begin"] > 15
+    assert told["reserve"] == 1 << 20
+    assert [reason for reason in told["lost"] if "more than hold_max" in reason]
+    assert len([alarm for alarm in told["alarms"] if alarm.startswith("LOST consumer slow")]) == 1
