@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from headrace.change import Offset
 from headrace.config import LogConfig
-from headrace.errors import LogFull
+from headrace.errors import ConsumersUnknown, LogFull
 from headrace.lane import Lane
 from headrace.log.anchoring import Anchoring
 from headrace.log.consumers import Cursors
@@ -58,6 +58,7 @@ class Upkeep:
         old = self._old()
         if old <= self._log.begin().offset:
             return
+        self._find_consumers()
         freed, through = 0, None
         while not self._stop.is_set():
             # While no slice is in flight: where it began and where it will end must stay.
@@ -79,6 +80,16 @@ class Upkeep:
         if freed:
             logger.info("%s: entries through offset %d have gone, %d bytes are free again",
                         self._log.source, self._log.begin().offset, freed)  # fmt: skip
+
+    def _find_consumers(self) -> None:
+        """Have the file of the consumers open, on a full disk in the room of the log's reserve."""
+        try:
+            self._cursors.all()
+        except ConsumersUnknown as error:
+            if not isinstance(error.__cause__, LogFull):
+                raise
+            with self._log.reserve_given_up():
+                self._cursors.all()
 
     def _consumers(self) -> dict[str, Offset]:
         """Return through where each consumer has read that the log still holds everything for."""

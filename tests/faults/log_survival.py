@@ -5,6 +5,7 @@
     log_survival.py full FOLDER              fill a small file system, make room, go on
     log_survival.py trim FOLDER              trim a log that has filled its disk to the last block
     log_survival.py lost FOLDER              lose a consumer that holds a log which has filled its disk
+    log_survival.py again FOLDER             open, after its end, a log which has filled its disk
     log_survival.py open FOLDER              open a log where there is no room for what SQLite has beside it
 
 A power cut is the EXT4 shutdown ioctl without a flush of its journal: what was not synced is gone. A sync
@@ -240,7 +241,7 @@ def opened(folder: Path) -> list[str]:
             try:
                 SQLiteLog(at / "log.db", read_only=read_only).close()
             except LogError as error:
-                said.append(type(error).__name__)
+                said.append(f"{type(error).__name__}: {error.remedy}")
         ballast.unlink()
         again = SQLiteLog(at / "log.db", segment_bytes=SEGMENT)
         said.append(str(again.append([change(2)]).offset))
@@ -310,6 +311,32 @@ def lost(folder: Path) -> dict[str, object]:
     return told
 
 
+def opened_again(folder: Path) -> dict[str, object]:
+    """Fill a disk to the last block beside a log that is closed, open it, fill up again, and trim, where a
+    consumer has to be looked up."""
+    image, at = made(folder, 64)
+    with mounted(image, at):
+        log = _of_megabytes(at, 40)
+        cursors = Cursors(at / "log.cursors")
+        mark = log.mark(20)
+        assert mark is not None
+        cursors.commit("reports", mark)
+        cursors.close()
+        log.close()
+        filled_up(at)
+        log = SQLiteLog(at / "log.db", segment_bytes=4 << 20)
+        told: dict[str, object] = {"opened": _reserved(at)}
+        filled_up(at, "more")
+        config = LogConfig(keep=None, keep_bytes=1)
+        upkeep = Upkeep(cast(Lane, _OneLane(log)), config, threading.Event())
+        upkeep.step()
+        upkeep.close()
+        told |= {"begin": log.begin().offset, "trimmed": _reserved(at)}
+        told["end"] = log.append([change(41)]).offset
+        log.close()
+    return told
+
+
 def _of_megabytes(at: Path, size: int) -> SQLiteLog:
     """Return a log of groups of 1 MB each."""
     log = SQLiteLog(at / "log.db", segment_bytes=4 << 20)
@@ -323,9 +350,9 @@ def _reserved(at: Path) -> int:
     return reserve.stat().st_blocks * 512 if reserve.exists() else 0
 
 
-def filled_up(at: Path) -> Path:
+def filled_up(at: Path, name: str = "ballast") -> Path:
     """Take all the room of a file system, to the last block."""
-    ballast = at / "ballast"
+    ballast = at / name
     with ballast.open("wb", buffering=0) as file:
         for piece in (1 << 20, 1 << 12):
             with suppress(OSError):
@@ -358,6 +385,8 @@ def main() -> None:
         print(json.dumps(trimmed(Path(folder))))
     elif verb == "lost":
         print(json.dumps(lost(Path(folder))))
+    elif verb == "again":
+        print(json.dumps(opened_again(Path(folder))))
     elif verb == "open":
         print(json.dumps(opened(Path(folder))))
     else:
