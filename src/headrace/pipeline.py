@@ -23,7 +23,15 @@ from typing import IO, Any, TypeVar
 from headrace.change import TableId
 from headrace.config import Project
 from headrace.destinations import open_destination
-from headrace.errors import DestinationUnavailable, HeadraceError, StateInUse, UserError, Verdict, verdict_of
+from headrace.errors import (
+    DestinationUnavailable,
+    ForeignDestination,
+    HeadraceError,
+    StateInUse,
+    UserError,
+    Verdict,
+    verdict_of,
+)
 from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
 from headrace.marts import MartKeeper

@@ -118,8 +118,11 @@ class Log(Protocol):
         by anyone else after it, however long that takes."""
         ...
 
-    def writing(self) -> AbstractContextManager[object]:
-        """Return what keeps every other thread from writing, so that a note can be read and changed."""
+    def writing(self, patience: float | None = None) -> AbstractContextManager[bool]:
+        """Return what keeps every other thread from writing, so that a note can be read and changed.
+
+        Who cannot wait for a whole append has `patience` for some seconds, and is told whether it has it.
+        """
         ...
 
 

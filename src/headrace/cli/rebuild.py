@@ -131,8 +131,8 @@ def _wait(settings: Project, model: str, before: int) -> None:
     name, told = literal(model), time.monotonic()
     query = (
         f"SELECT (SELECT count(*) FROM headrace.rebuilds WHERE model = {name}), m.state, m.version, "
-        'm.reason, j.phase, j.why, j."offset", j.target FROM headrace.models m JOIN headrace.joins j USING (model) '
-        f"WHERE model = {name}"
+        'm.reason, j.phase, j.why, j."offset", j.target FROM headrace.models m '
+        f"JOIN headrace.joins j USING (model) WHERE model = {name}"
     )
     first: tuple[Any, ...] | None = None
     while True:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import apsw
 
 from headrace.change import Mark, Offset
-from headrace.errors import ConsumersUnknown, CursorLost, LogBusy, LogError, UserError
+from headrace.errors import ConsumersUnknown, CursorLost, LogBusy, LogError, LogFull, UserError
 from headrace.log.database import Database
 
 _FORMAT = 1
@@ -165,10 +165,15 @@ class Cursors:
             with self._opening:
                 self._opened = None  # what is restored is not seen through files that are open
             why = str(error).rstrip(".") if isinstance(error, LogError) else f"{self._path}: {error}"
+            remedy = (
+                "Make room"
+                if isinstance(error, LogFull)
+                else "Let the user that Headrace runs as read and write that file and those beside it, or "
+                "restore it from a backup"
+            )
             raise ConsumersUnknown(
                 f"It is not known who reads the log: {why}. Nothing of the log is deleted meanwhile.",
-                "Let the user that Headrace runs as read and write that file and those beside it, or restore "
-                "it from a backup; retention then goes on by itself.",
+                f"{remedy}; retention then goes on by itself.",
             ) from error
         return [_cursor(row) for row in rows]
 

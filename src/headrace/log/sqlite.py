@@ -51,6 +51,7 @@ from headrace.log.segments import (
     segment_path,
     segments_in,
 )
+from headrace.turns import held
 
 SEGMENT_BYTES = 128 << 20
 _LARGE = 128 << 10  # bytes of a payload that is hashed while it is written and synced
@@ -88,13 +89,13 @@ class SQLiteLog(Index):
             self._check_not_lost()
         self._broken: LogNotDurable | None = None
         self._is_known = True
-        self._db = Database(path, script=SCRIPT, version=FORMAT, read_only=read_only)
+        self._reserve = Reserve(path.with_suffix(".reserve"), min(RESERVE_BYTES, segment_bytes // 4))
+        self._db = self._opened()
         if not read_only and self.note("log.id") is None:
             self.set_note("log.id", uuid.uuid4().hex)
         self.id = self.note("log.id") or ""
         self._reader = SegmentReader(self.segments)
         self._writer: SegmentWriter | None = None
-        self._reserve = Reserve(path.with_suffix(".reserve"), min(RESERVE_BYTES, segment_bytes // 4))
         self._hasher = ThreadPoolExecutor(1, f"{self.source}.hash")
         self._end = self._read_end()
         self._high = self._read_high()
@@ -104,6 +105,15 @@ class SQLiteLog(Index):
             self._keep_reserve()
             with suppress(LogFull):  # it can be read, and trimmed, all the same
                 self._db.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _opened(self) -> Database:
+        """Open the database, on a full disk in the room of the reserve."""
+        try:
+            return Database(self.path, script=SCRIPT, version=FORMAT, read_only=self._read_only)
+        except LogFull:
+            if self._read_only or not self._reserve.give_up():
+                raise
+        return Database(self.path, script=SCRIPT, version=FORMAT)
 
     def append(self, entries: Iterable[Entry]) -> Mark:
         """See `Log.append`. Entries are taken one at a time: a group need not fit in memory.
@@ -310,9 +320,9 @@ class SQLiteLog(Index):
         with self._sound():
             self._db.rows("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
-    def writing(self) -> AbstractContextManager[object]:
+    def writing(self, patience: float | None = None) -> AbstractContextManager[bool]:
         """See `Log.writing`."""
-        return self._writing
+        return held(self._writing, patience)
 
     def raw_rows(self, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """Ask the database itself, as `headrace.log.proof` and the archive do."""
@@ -369,15 +379,21 @@ class SQLiteLog(Index):
         try:
             freed = self._trim(through, pins)
         except LogFull:
-            with self._writing:
-                if not self._reserve.give_up():
+            with self.reserve_given_up() as is_given_up:
+                if not is_given_up:
                     raise
-                try:
-                    return self._trim(through, pins)
-                finally:
-                    self._keep_reserve()
+                return self._trim(through, pins)
         self._keep_reserve()
         return freed
+
+    @contextmanager
+    def reserve_given_up(self) -> Iterator[bool]:
+        """Have the room of the reserve, if it is there, and keep every append from it meanwhile."""
+        with self._writing:
+            try:
+                yield self._reserve.give_up()
+            finally:
+                self._keep_reserve()
 
     def _trim(self, through: Offset, pinned: set[Offset]) -> int:
         with self._sound():
