@@ -286,7 +286,7 @@ class Lane:
             if model is None or stand is None or (stand.state, stand.version) == ("suspended", model.version):
                 words = f"Model {model_name} does not run now, or there is none."
                 raise UserError(words, "`headrace status` says more.")
-            if self.destination.is_reshaped(model):
+            if self.destination.forget_if_reshaped(model, dry_run=True):
                 words = f"Model {model_name} has other columns now: the pipeline builds it again by itself."
                 raise UserError(words, "Run it; `headrace preview` shows what it will be.")
             self.joiner.know(None)

@@ -478,15 +478,11 @@ class Destination(Protocol):
         """Mark a model that the project no longer has; its table stays."""
         ...
 
-    def is_reshaped(self, model: Model) -> bool:
-        """Whether the model has a table with other columns than it has now."""
-        ...
-
-    def forget_if_reshaped(self, model: Model) -> bool:
-        """Drop a model's table, and its place, where its columns are no longer the model's.
+    def forget_if_reshaped(self, model: Model, *, dry_run: bool = False) -> bool:
+        """Drop a model's table, and its place, where its columns are no longer the model's, unless on a dry
+        run; returns whether they are not.
 
         Its open records become superseded and its ledger rows void: it is built again from staging.
-        Raises ModelBroken where the table cannot be dropped.
         """
         ...
 

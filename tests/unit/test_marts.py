@@ -249,7 +249,9 @@ def test_what_a_file_reads_tells_whether_it_is_a_mart(tmp_path: Path) -> None:
     folder = ModelFolder(tmp_path, {"shop"})
     assert [text.name for text in folder.current()] == ["m"]
     (mart,) = folder.marts()
-    assert set(mart.reads) == {"m", "shop.customers"}
+    assert set(mart.reads) == {"m", "shop.customers", "clean"}, (
+        "a WITH may have the name of what it is made of"
+    )
     (tmp_path / "o.sql").write_text("SELECT 1 AS x FROM raw.shop.orders JOIN m ON true")
     with pytest.raises((ModelError, UserError), match=r"o\.sql: a row model reads one raw table"):
         ModelFolder(tmp_path, {"shop"})

@@ -248,12 +248,13 @@ class Database(ABC):
                 "UPDATE headrace.models SET state = 'retired', updated_at = now() WHERE model = $1", [model]
             )
 
-    def forget_if_reshaped(self, model: Model) -> bool:
+    def forget_if_reshaped(self, model: Model, *, dry_run: bool = False) -> bool:
         """See `Destination.forget_if_reshaped`."""
         self._shaped.clear()
         with self.writing(model.source) as db:
-            if not self._is_reshaped(db, model):
-                return False
+            known = db.columns(*self.place_of(model.name))
+            if not known or known == db.types(model) or dry_run:
+                return bool(known) and known != db.types(model)
             with self._blaming(model.name, "cannot be built again"):
                 db.execute(f"DROP TABLE {self.table_of(model.name)}")
             db.execute(
@@ -266,16 +267,6 @@ class Database(ABC):
             db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
             db.changed.add(model.name)
         return True
-
-    def is_reshaped(self, model: Model) -> bool:
-        """See `Destination.is_reshaped`."""
-        with self.open() as db:
-            self.set_up(db)
-            return self._is_reshaped(db, model)
-
-    def _is_reshaped(self, db: Session, model: Model) -> bool:
-        known = db.columns(*self.place_of(model.name))
-        return bool(known) and known != db.types(model)
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:
         """See `Destination.issue`."""
