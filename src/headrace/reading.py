@@ -280,7 +280,15 @@ class OpenLog:
     def _joined(self, name: str, after: Offset | Mark | None) -> Mark:
         """Make a consumer's cursor. Retention may pass it before it is there; then it begins anew."""
         while True:
-            cursor = self._cursors.commit(name, self._mark(after))
+            start = self._mark(after)
+            if after is None and (planned := self._cursors.planned(self.id)) > start.offset:
+                start = self._mark(planned)
+            try:
+                cursor = self._cursors.commit(name, start, joins=True)
+            except LogTrimmed:
+                if after is not None:
+                    raise
+                continue  # it has been planned meanwhile
             if self.begin.offset <= cursor.offset:
                 return cursor.mark
             self._cursors.forget(name)

@@ -6,10 +6,11 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from headrace.change import Offset
 from headrace.config import LogConfig
-from headrace.errors import ConsumersUnknown, LogFull
+from headrace.errors import ConsumersUnknown, LogError, LogFull
 from headrace.lane import Lane
 from headrace.log.anchoring import Anchoring
 from headrace.log.consumers import Cursors
@@ -56,7 +57,11 @@ class Upkeep:
         for name, (offset, reason) in [*self._unmarked.items()]:
             self._mark_lost(name, offset, reason)
         old = self._old()
-        if old <= self._log.begin().offset:
+        begin = self._log.begin()
+        if old <= begin.offset:
+            with suppress(LogError, OSError):  # what was planned and not done holds nobody any longer
+                if self._cursors.planned(begin.log_id) > begin.offset:
+                    self._cursors.plan(*begin[:2])
             return
         self._find_consumers()
         freed, through = 0, None
@@ -68,12 +73,13 @@ class Upkeep:
                     return
                 if through is None:
                     through = self._decide(old, needs.used)
-                consumers = self._consumers().values()
-                through = min([through, needs.used, *consumers])
-                if self._log.group_end(through) <= self._log.begin().offset:
-                    break
                 with self._log.writing(_PATIENCE) as is_free:
                     if is_free:
+                        self._plan(self._log.group_end(through))
+                        consumers = self._consumers().values()
+                        through = min([through, needs.used, *consumers])
+                        if self._log.group_end(through) <= self._log.begin().offset:
+                            break
                         freed += self._log.trim(through, needs.stops.union(consumers))
             if not is_free:
                 self._stop.wait(_PAUSE)
@@ -90,6 +96,16 @@ class Upkeep:
                 raise
             with self._log.reserve_given_up():
                 self._cursors.all()
+
+    def _plan(self, through: Offset) -> None:
+        """Let no consumer begin before an offset, on a full disk in the room of the log's reserve."""
+        if self._cursors.planned(self._log.id) == through:
+            return
+        try:
+            self._cursors.plan(self._log.id, through)
+        except LogFull:
+            with self._log.reserve_given_up():
+                self._cursors.plan(self._log.id, through)
 
     def _consumers(self) -> dict[str, Offset]:
         """Return through where each consumer has read that the log still holds everything for."""

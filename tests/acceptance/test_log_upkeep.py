@@ -519,9 +519,13 @@ def test_consumers_that_cannot_be_read_hold_the_log_until_they_can_be(
     caplog.set_level(logging.WARNING)
     cursors = project.log_path("shop").with_suffix(".cursors")
     anchors = project.root / "anchors.jsonl"
-    with running(project) as pipeline:
+    with running(project):
         insert_and_trim(project, db, 1001, 5)
-        cursors.mkdir()  # as little of a database as one that only another user may read
+    for file in cursors.parent.glob(f"{cursors.name}*"):
+        file.unlink()
+    cursors.mkdir()  # as little of a database as one that only another user may read
+    insert(db, 1501, 5)
+    with running(project) as pipeline:
         until(lambda: "shop.upkeep" in pipeline.status()["waiting"], what="not told")
         begin, anchored = begins(project), len(anchors.read_text().splitlines())
         insert(db, 2001, 5)

@@ -70,7 +70,7 @@ def test_a_log_that_has_filled_its_disk_can_be_trimmed(tmp_path: Path) -> None:
 def test_a_consumer_that_holds_too_much_does_not_keep_a_full_disk_full(tmp_path: Path) -> None:
     told = apart("lost", tmp_path, timeout=120)
     assert told["begin"] > 15
-    assert told["reserve"] == 1 << 20
+    assert told["reserve"] >= 1 << 20, "it was not made again"
     assert [reason for reason in told["lost"] if "more than hold_max" in reason]
     assert len([alarm for alarm in told["alarms"] if alarm.startswith("LOST consumer slow")]) == 1
 
@@ -78,4 +78,5 @@ def test_a_consumer_that_holds_too_much_does_not_keep_a_full_disk_full(tmp_path:
 def test_a_log_that_has_filled_its_disk_is_opened_again_and_trimmed(tmp_path: Path) -> None:
     told = apart("again", tmp_path, timeout=120)
     assert 1 << 19 <= told["opened"] < 1 << 20, "it kept no room for the trim"
-    assert (told["begin"], told["end"], told["trimmed"]) == (20, 41, 1 << 20)
+    assert (told["begin"], told["end"]) == (20, 41)
+    assert told["trimmed"] >= 1 << 20

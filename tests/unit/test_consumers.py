@@ -505,10 +505,10 @@ def test_a_new_name_begins_where_the_log_does_however_that_moves_meanwhile(
     trims = [5, 12]
     commit = Cursors.commit
 
-    def late(self: Cursors, name: str, mark: Mark) -> Cursor:
+    def late(self: Cursors, name: str, mark: Mark, *, joins: bool) -> Cursor:
         if trims:
             writer.trim(trims.pop(0))
-        return commit(self, name, mark)
+        return commit(self, name, mark, joins=joins)
 
     monkeypatch.setattr(Cursors, "commit", late)
     batches = log.read("reports")

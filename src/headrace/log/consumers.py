@@ -3,6 +3,9 @@
 A cursor names the entry through which its consumer is done, and that entry's hash: a log that is another
 one, or was computed anew, is noticed. What a cursor has not read yet is kept by retention until it holds
 more than `hold_max`; then the cursor is lost, and stays so until it is reset.
+
+The file also says through where retention is about to delete: it is written before the cursors are looked
+at, so that each is either seen by retention, or begins behind what goes.
 """
 
 from __future__ import annotations
@@ -17,15 +20,18 @@ from typing import Any, Protocol
 import apsw
 
 from headrace.change import Mark, Offset
-from headrace.errors import ConsumersUnknown, CursorLost, LogBusy, LogError, LogFull, UserError
+from headrace.errors import ConsumersUnknown, CursorLost, LogBusy, LogError, LogFull, LogTrimmed, UserError
 from headrace.log.database import Database
 
-_FORMAT = 1
+_FORMAT = 2
 _SCRIPT = """
 CREATE TABLE IF NOT EXISTS cursors (
   name TEXT PRIMARY KEY, log_id TEXT NOT NULL, "offset" INTEGER NOT NULL, hash TEXT NOT NULL,
   created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, lost INTEGER NOT NULL, reason TEXT NOT NULL
-) WITHOUT ROWID
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS planned (
+  id INTEGER PRIMARY KEY CHECK (id = 1), log_id TEXT NOT NULL, "offset" INTEGER NOT NULL
+)
 """
 _COLUMNS = 'name, log_id, "offset", hash, created_at, updated_at, lost, reason'
 _MAX_NAME = 200
@@ -76,7 +82,7 @@ class Marked(Protocol):
 class Cursors:
     """The consumers of one log, in a file of their own, for any number of threads and processes.
 
-    The file is made with the first cursor.
+    The file is made with the first cursor, or the first trim.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,15 +101,18 @@ class Cursors:
         """Return every cursor, by name. Raises ConsumersUnknown when the file cannot be read."""
         return self._rows("ORDER BY name")
 
-    def commit(self, name: str, mark: Mark) -> Cursor:
+    def commit(self, name: str, mark: Mark, *, joins: bool = False) -> Cursor:
         """Record durably that a consumer is done through `mark`; makes its cursor if there is none.
 
-        Raises CursorLost for one that is lost, UserError for a mark behind the cursor or of another log.
+        Raises CursorLost for one that is lost, UserError for a mark behind the cursor or of another log; for
+        one that `joins`, LogTrimmed where what follows is about to be deleted.
         """
         _check_name(name)
         now = time.time_ns() // 1000
         db = self._made()
         with db.transaction():
+            if joins:
+                _check_stays(db, mark)
             row = db.row(f"SELECT {_COLUMNS} FROM cursors WHERE name = ?", (name,))
             known = _cursor(row) if row else None
             if known is not None:
@@ -116,7 +125,7 @@ class Cursors:
     def reset(self, name: str, mark: Mark) -> Cursor:
         """Put a consumer's cursor at `mark`, wherever it was and whether or not it is lost.
 
-        Raises UserError when there is no such one.
+        Raises UserError when there is no such one, LogTrimmed where what follows is about to be deleted.
         """
         now = time.time_ns() // 1000
         known = self._known(name)
@@ -124,7 +133,10 @@ class Cursors:
             "UPDATE cursors SET log_id = ?, \"offset\" = ?, hash = ?, updated_at = ?, lost = 0, reason = '' "
             "WHERE name = ?"
         )
-        self._made().rows(sql, (*mark, now, name))
+        db = self._made()
+        with db.transaction():
+            _check_stays(db, mark)
+            db.rows(sql, (*mark, now, name))
         return Cursor(name, *mark, known.created_at, now, lost=False, reason="")
 
     def forget(self, name: str) -> None:
@@ -141,6 +153,16 @@ class Cursors:
             return False
         sql = 'UPDATE cursors SET lost = 1, reason = ? WHERE name = ? AND "offset" = ? RETURNING name'
         return bool(self._made().rows(sql, (reason, name, offset)))
+
+    def plan(self, log_id: str, through: Offset) -> None:
+        """Let no consumer begin before an offset from now on: what is there is about to be deleted."""
+        self._made().rows("INSERT OR REPLACE INTO planned VALUES (1, ?, ?)", (log_id, through))
+
+    def planned(self, log_id: str) -> Offset:
+        """Return through where a log is about to be deleted, or has been; 0 where that is not known."""
+        if self._opened is None and not self._path.exists():
+            return 0
+        return _planned(self._made(), log_id)
 
     def close(self) -> None:
         """Close the file."""
@@ -231,6 +253,20 @@ def lost(cursor: Cursor, log: Marked) -> CursorLost:
         "Import an export of those, or read them from staging, and go on behind them: "
         f"headrace log consumers --reset {cursor.name} --to {max(begin, cursor.offset)}",
     )
+
+
+def _planned(db: Database, log_id: str) -> Offset:
+    row = db.row('SELECT "offset" FROM planned WHERE log_id = ?', (log_id,))
+    return int(row[0]) if row else 0
+
+
+def _check_stays(db: Database, mark: Mark) -> None:
+    planned = _planned(db, mark.log_id)
+    if mark.offset < planned:
+        raise LogTrimmed(
+            f"What follows offset {mark.offset} is being deleted by retention.",
+            f"Take {planned}, or a later one.",
+        )
 
 
 def _check_next(known: Cursor, mark: Mark) -> None:
