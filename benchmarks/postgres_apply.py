@@ -19,9 +19,9 @@ from pyarrow import csv
 from rig import TIMEOUT, Case, Rig, by_turns, open_rig
 
 from headrace.cells import rows_of
-from headrace.change import Column, Mark, Position, TableId, TableSchema
+from headrace.change import Column, Counts, Mark, Position, TableId, TableSchema
 from headrace.destinations.postgres import PostgresDestination
-from headrace.protocols import Counts, Part, Prepared, Slice
+from headrace.protocols import Part, Prepared, Slice
 from headrace.secret import Secret
 from headrace.testing.postgres import clean_environment
 from headrace.transform.fold import RECORD

@@ -252,3 +252,24 @@ def shape_in(kind: str, payload: bytes | str) -> TableSchema | None:
     if kind == "schema":
         return TableSchema.from_json(payload)
     return CopyMark.from_json(payload).schema if kind == "marker" else None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Where the changes of a slice went, for one model. `read` is the sum of all others."""
+
+    read: int = 0
+    applied: int = 0
+    superseded: int = 0
+    filtered: int = 0
+    quarantined: int = 0
+    waiting: int = 0
+    blocked: int = 0
+
+    def closes(self) -> bool:
+        """Whether every change that was read is accounted for."""
+        parts = self.applied + self.superseded + self.filtered + self.quarantined
+        return self.read == parts + self.waiting + self.blocked
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))

@@ -204,6 +204,11 @@ class Project:
         """The folder of model files; it need not exist."""
         return self.root / MODELS_FOLDER
 
+    @property
+    def versions(self) -> Path:
+        """The folder that keeps every version of a model's file."""
+        return self.state / "versions"
+
 
 def state_folder(root: Path, env: str | None = None) -> Path:
     """Return the folder of all that Headrace remembers of a project in an environment; by default in the one

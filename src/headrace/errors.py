@@ -130,6 +130,12 @@ class LogTrimmed(LogError):
     """The log no longer holds what is asked for."""
 
 
+class StagingBehind(LogTrimmed):
+    """Staging lacks entries that retention has deleted; it goes on once every table has been copied again."""
+
+    verdict = Verdict.RETRY
+
+
 class CursorLost(LogTrimmed):
     """A consumer's next entries were deleted, since it held up more than `hold_max`."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal
 
@@ -33,6 +34,7 @@ from headrace.transform.model import RowModel, preparing
 logger = logging.getLogger("headrace.joining")
 
 _STREAMED: tuple[Kind, ...] = ("rows", "truncate")
+_SLICES = 3  # of the log, that one step of a rebuild takes: a transaction for each would take longer
 Step = Literal["wait", "begin", "slice", "attach"]
 
 
@@ -45,6 +47,12 @@ class Joiner:
         self._staging = staging
         self._destination = joins
         self._joins: dict[str, Join] | None = None
+        self._preparer = ThreadPoolExecutor(1, f"{source}.join")
+        self._ahead: tuple[Join, RowModel, Future[tuple[Offset, Prepared]]] | None = None
+
+    def close(self) -> None:
+        """Let what is prepared ahead come to its end."""
+        self._preparer.shutdown()
 
     def know(self, joins: dict[str, Join] | None) -> None:
         """Take over where the joins stand; None to ask the destination when it is needed."""
@@ -89,6 +97,14 @@ class Joiner:
         changes = self._not_copied(model, copy, _of(keys, model, changes), through)
         return in_source_order([_of(keys, model, rows), changes])
 
+    def folded(self, model: RowModel, through: Offset, keys: pa.Array) -> Prepared:
+        """Return what a model makes of all of the history of some source keys: their rows go, and what they
+        came to takes their place."""
+        prepared = model.prepare(self.history(model, through, keys))
+        rows = prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys))
+        records = prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys))
+        return Prepared(reset=False, removed=keys, rows=rows, records=records, counts=prepared.counts)
+
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
         copy = self._staging.copy(model.table, staged)
@@ -99,16 +115,21 @@ class Joiner:
     def rebuild(self, model: RowModel, stand: Offset, *, dry_run: bool) -> None:
         """Have a model that stands at an offset made once more from all of its history, beside itself.
 
-        One that is being rebuilt so already goes on. Raises UserError while it still takes in a copy.
+        One that is being rebuilt so already goes on. Raises UserError while it still takes in a copy, or is
+        being rebuilt in the other way.
         """
         why: Why = "dry run" if dry_run else "rebuild"
         join, copy = self._all().get(model.name), self.stands_on(model)
-        if join is None or copy is None or (join.phase != "done" and join.why == "copy"):
+        is_done = join is not None and join.phase == "done"
+        newest = self._staging.copy(model.table, self._staging.through())
+        if join is None or copy is None or copy != newest or not (is_done or join.why != "copy"):
             raise UserError(
                 f"Model {model.name} still takes in its table's copy.", "Wait; `headrace status` tells."
             )
-        if join.phase == "done" or join.why != why:
+        if is_done:
             self._begin(model, copy, copy.end, stand, why)
+        elif join.why != why:
+            raise UserError(f"Model {model.name} is being rebuilt already ({join.why}).", "Wait for its end.")
 
     def step(
         self,
@@ -134,7 +155,7 @@ class Joiner:
             self._begin(model, copy, live, max(copy.end, reached), why)
             return "begin"
         if _is_there(join):
-            alert(self._attach(join, model, reached))
+            alert(self._attach(join, model, copy, reached))
             return "attach"
         if join.beside and join.phase == "copy" and stands[model.name].offset < join.target:
             return "wait"  # what lags, after a pause say, runs up to the copy by itself
@@ -154,22 +175,38 @@ class Joiner:
     ) -> Sequence[str]:
         # The live table goes on meanwhile, until what grows beside it is where it stands.
         target = stands[model.name].offset if join.beside else join.target
-        if join.phase == "copy":
-            through = self._log.table_slice_end(model.table, join.offset, copy.end, ("copy",))
-            with preparing(model.name):
-                rows = self._staging.read_copied(model.table, copy, join.offset, through)
-                prepared = model.prepare(rows)
-            following = replace(join, offset=through, target=target)
-            if through >= copy.end:
-                following = replace(following, phase="stream", offset=min(copy.after, target))
-        else:
-            through = self._log.table_slice_end(model.table, join.offset, target, _STREAMED)
-            with preparing(model.name):
-                prepared = self._missing(model, copy, join.offset, through)
-            following = replace(join, offset=through, target=target)
+        through, prepared = self._taken(join, model, copy, target)
+        following = replace(join, offset=through, target=target)
+        if join.phase == "copy" and through >= copy.end:
+            following = replace(following, phase="stream", offset=min(copy.after, target))
+        if not _is_there(following):
+            self._ahead = (
+                following,
+                model,
+                self._preparer.submit(self._prepare, following, model, copy, target),
+            )
         issues = self._destination.step(join, following, model, prepared)
         self._keep(following)
         return issues
+
+    def _taken(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+        """Return the next slice's end and outcome: what was prepared ahead, if it is of this step."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:2] == (join, model):
+            return ahead[2].result()
+        return self._prepare(join, model, copy, target)
+
+    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+        through, last = join.offset, copy.end if join.phase == "copy" else target
+        kinds = ("copy",) if join.phase == "copy" else _STREAMED
+        for _ in range(_SLICES if join.why != "copy" else 1):
+            through = self._log.table_slice_end(model.table, through, last, kinds)
+        with preparing(model.name):
+            if join.phase == "copy":
+                return through, model.prepare(
+                    self._staging.read_copied(model.table, copy, join.offset, through)
+                )
+            return through, self._missing(model, copy, join.offset, through)
 
     def _missing(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Prepared:
         """Prepare the changes of a span that the copy does not contain."""
@@ -226,11 +263,12 @@ class Joiner:
             ).to_arrow_table()
         return _without_halves(changes, halves, key)
 
-    def _attach(self, join: Join, model: RowModel, reached: Offset) -> Sequence[str]:
+    def _attach(self, join: Join, model: RowModel, copy: Copy, reached: Offset) -> Sequence[str]:
         mark = self._log.mark(join.target)
         assert mark is not None, f"offset {join.target} is not in the log"
         position, committed_at = self._log.place(join.target)
-        in_sync = join.target >= reached
+        # Behind a gap it is not in sync before its table has been copied again.
+        in_sync = join.target >= reached and copy.floor.epoch == position.epoch
         found, issues = self._destination.attach(join, model, mark, position, committed_at, in_sync=in_sync)
         self._keep(replace(join, phase="done", stands=join.end))
         what = "has joined" if join.why == "copy" else f"is built ({join.why})"

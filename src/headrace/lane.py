@@ -18,26 +18,25 @@ from contextlib import closing
 from dataclasses import replace
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from headrace.ahead import ahead
 from headrace.change import START, Mark, Offset, Position, SourceMark, TableSchema, source_marker
 from headrace.config import Project, SourceConfig
 from headrace.errors import (
-    ForeignDestination,
     HeadraceError,
     LogTrimmed,
     ModelBroken,
     SourceGap,
+    StagingBehind,
     UserError,
 )
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import Destination, ModelState, Part, Prepared, Slice
+from headrace.protocols import Destination, ModelState, Part, Slice
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
-from headrace.sources.postgres.tables import UNFINISHED, held_by_copies, read_states
+from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
@@ -126,40 +125,18 @@ class Lane:
         try:
             entries = self.log.read(self.staging.written(), _LOAD_BYTES)
         except LogTrimmed as error:
-            raise LogTrimmed(
-                f"Staging lacks what follows offset {self.staging.written()}, and retention has deleted it "
-                f"from the log of {self.config.name}.",
-                f"Restore the state folder from a backup, or run `headrace resync {self.config.name}`.",
-            ) from error
+            if not copied_since(self.log, begin := self.log.begin().offset):
+                raise StagingBehind(
+                    f"Staging lacks what follows offset {self.staging.written()}, and retention has deleted "
+                    f"it from the log of {self.config.name}.",
+                    f"Restore the state folder from a backup, or run `headrace resync {self.config.name}`.",
+                ) from error
+            self.staging.skip(begin)
+            return True
         if not entries:
             return False
         self.staging.write(entries)
         return True
-
-    def check_destination(self) -> None:
-        """Refuse a destination whose progress is not of this log.
-
-        Raises ForeignDestination with the remedy, DestinationBusy while another process holds it.
-        """
-        progress = self.destination.progress(self.config.name)
-        if progress is None:
-            return
-        if progress.log_id != self.log.id:
-            raise self.destination.foreign(self.config.name)
-        mark = self.log.mark(progress.offset)
-        begin = self.log.begin().offset
-        if mark is None and progress.offset < begin:
-            raise ForeignDestination(
-                f"{self.destination.name} holds offset {progress.offset} of this log, which begins behind "
-                f"offset {begin} by now: it is an older copy, and what it holds cannot be compared any more.",
-                f"To have it built from staging, {self.destination.fresh}.",
-            )
-        if mark is None or mark.hash != progress.hash:
-            raise ForeignDestination(
-                f"{self.destination.name} holds offset {progress.offset} of this log, but the log here ends "
-                f"at {self.log.end().offset} or differs there: the state folder is an older copy.",
-                f"Restore the newest state folder, or {self.destination.fresh}.",
-            )
 
     def apply(self) -> bool:
         """Apply the next slice, to the models that stand furthest behind; False when all is applied."""
@@ -296,27 +273,44 @@ class Lane:
                     "Wait for it, or mend it; `headrace status` says why.",
                 )
             wanted = pa.array(keys, pa.string())
-            prepared = _only(model.prepare(self.joiner.history(model, stands.offset, wanted)), wanted)
+            prepared = self.joiner.folded(model, stands.offset, wanted)
             return self.destination.redrive(model, prepared, dry_run=dry_run)
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> None:
-        """Begin to build a model once more, beside its live table. Raises UserError where it does not run."""
+        """Begin to build a model once more, beside its live table. Raises UserError where it does not run, or
+        has other columns now: then the pipeline builds it again anyway."""
         with self.applying:
             self.reload_models(now=True)
             self._reload_tables()
-            self._ask_where_models_stand()
-            active = self._active(self.staging.through())
-            model = next((model for model in active if model.name == model_name), None)
-            stand = (self._stands or {}).get(model_name)
-            if model is None or stand is None:
-                raise UserError(
-                    f"Model {model_name} does not run now, or there is none.", "`headrace status` says more."
-                )
+            model, stand = self._asked(model_name)
+            if model is None or stand is None or (stand.state, stand.version) == ("suspended", model.version):
+                words = f"Model {model_name} does not run now, or there is none."
+                raise UserError(words, "`headrace status` says more.")
+            if self.destination.forget_if_reshaped(model, dry_run=True):
+                words = f"Model {model_name} has other columns now: the pipeline builds it again by itself."
+                raise UserError(words, "Run it; `headrace preview` shows what it will be.")
+            self.joiner.know(None)
             self.joiner.rebuild(model, stand.offset, dry_run=dry_run)
+
+    def take_rebuild_further(self, model_name: str) -> bool:
+        """Take one step of a rebuild and nothing else; False when it has come to its end."""
+        with self.applying:
+            model, stand = self._asked(model_name)
+            copy = self.joiner.pending(model, self.staging.through()) if model else None
+            if model is None or stand is None or copy is None:
+                return False
+            self.joiner.step(model, copy, {model_name: stand}, [], stand.offset, self._alert)
+            return True
+
+    def _asked(self, model_name: str) -> tuple[RowModel | None, ModelState | None]:
+        """Return a model with where it stands, as the destination says."""
+        models = (model for model in self._models(self.staging.through()) if model.name == model_name)
+        return next(models, None), self.destination.models(self.config.name).get(model_name)
 
     def close(self) -> None:
         """Close source and log."""
         self._preparer.shutdown()
+        self.joiner.close()
         self.source.close()
         self.log.close()
 
@@ -491,10 +485,3 @@ class Lane:
                 "`headrace quarantine redrive --issue %s`.",
                 issue, model, reason, columns, message, count, issue,
             )  # fmt: skip
-
-
-def _only(prepared: Prepared, keys: pa.Array) -> Prepared:
-    """Restrict an outcome to some keys: their rows go, and what they became comes."""
-    rows = prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys))
-    records = prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys))
-    return Prepared(reset=False, removed=keys, rows=rows, records=records, counts=prepared.counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -31,7 +32,8 @@ class MartState:
     Where `incomplete`, `missing` says why: an input, direct or through other marts, is out of sync or has
     open records. `positions` is a JSON object, by source, of what a table was computed from (offset, commit,
     committed_at); it is empty for a view, which is always as its inputs are. `rows` are those of a table,
-    `seconds` what it took to make it.
+    `seconds` what it took to make it; `made` whether what is there of it in the destination is its own.
+    `inputs` is a JSON object of how often each input had changed by then.
     """
 
     name: str
@@ -44,6 +46,8 @@ class MartState:
     positions: str
     rows: int
     seconds: float
+    made: bool
+    inputs: str = "{}"
 
 
 class Marts(Protocol):
@@ -53,11 +57,11 @@ class Marts(Protocol):
         """Return how each mart stands."""
         ...
 
-    def look(self) -> tuple[dict[str, str], str]:
-        """Return what each model lacks, "" for nothing, and how far each source is applied, as JSON."""
+    def look(self) -> tuple[dict[str, str], dict[str, int]]:
+        """Return what each model lacks, "" for nothing, and how often each model and mart has changed."""
         ...
 
-    def make(self, mart: Mart, former: MartState | None) -> MartState:
+    def make(self, mart: Mart, former: MartState | None, inputs: Sequence[str]) -> MartState:
         """Make or refresh a mart, in one transaction with what is said of it.
 
         What the engine has against it makes it `suspended`, and leaves what there was of it. Other errors

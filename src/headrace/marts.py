@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import replace
 
+from headrace.cells import json_of
 from headrace.mart import Mart, MartState
 from headrace.protocols import Destination
 from headrace.transform.folder import ModelFolder
@@ -28,8 +29,9 @@ class MartKeeper:
         self._circles: set[str] = set()
         self._states: dict[str, MartState] = {}
         self._inputs: dict[str, list[str]] = {}
-        self._seen: dict[str, list[int]] = {}
-        """Of each mart that this process has made, how often its inputs had been changed by then."""
+        self._counts: dict[str, int] = {}
+        self._tried: dict[str, str] = {}
+        """Of each mart that this process has made, or tried to, how often its inputs had changed by then."""
         self._made: dict[str, float] = {}
         self._commits = -1
 
@@ -37,23 +39,32 @@ class MartKeeper:
         """Make what is due: a mart that is new or has changed, and a table an input of which has changed, at
         most every `refresh_every` unless `now`. Raises what the destination raises of its own.
         """
-        files = self._folder.marts()
+        try:
+            self._step(now=now)
+        except BaseException:
+            self._commits = -1  # whatever was to be done is still to be done
+            raise
+
+    def _step(self, *, now: bool) -> None:
+        files, commits = self._folder.marts(), self._destination.commits
         if files is not self._files:
             self._take_over(files)
-        elif self._commits == self._destination.commits and not any(map(self._waits, self._order)):
+        elif self._commits == commits and not any(map(self._waits, self._order)):
             return
         if not self._order and not self._states:
+            self._commits = commits
             return
-        self._commits = self._destination.commits
-        models, positions = self._marts.look()
+        models, self._counts = self._marts.look()
         known = {*models, *(mart.name for mart in self._order)}
         for mart in self._order:
-            self._inputs[mart.name] = inputs_of(mart, known)
-            if self._is_due(mart, positions, now=now):
+            self._inputs[mart.name] = inputs_of(mart, known, self._destination.main)
+            if self._is_due(mart, now=now):
                 self._make(mart)
+                _, self._counts = self._marts.look()
             self._flag(mart, models)
         for name in self._states.keys() - {mart.name for mart in files}:
             self._retire(name)
+        self._commits = commits
 
     def suspended(self) -> dict[str, str]:
         """Return the marts that cannot be made, with their reasons."""
@@ -61,38 +72,37 @@ class MartKeeper:
 
     def _take_over(self, files: tuple[Mart, ...]) -> None:
         self._states = self._marts.all() if files or self._files else {}
-        self._order, circles = in_order(files)
+        self._order, circles = in_order(files, self._destination.main)
         for circle in set(circles) - self._circles:
             alerts.error("MARTS read each other in a circle, and stand still: %s. Break it in one.", circle)
         self._circles = set(circles)
         self._files = files
 
-    def _changes(self, mart: Mart) -> list[int]:
-        return [self._destination.touched[name] for name in self._inputs.get(mart.name, ())]
+    def _changes(self, mart: Mart) -> str:
+        return json_of({name: self._counts.get(name, 0) for name in sorted(self._inputs.get(mart.name, ()))})
 
     def _waits(self, mart: Mart) -> bool:
-        """Whether a mart has inputs that have changed since."""
+        """Whether a mart has inputs that have changed since it was made."""
         state = self._states.get(mart.name)
         can_wait = mart.kind == "table" or (state is not None and state.state == "suspended")
-        return can_wait and self._changes(mart) != self._seen.get(mart.name)
+        if not can_wait:
+            return False
+        tried = self._tried.get(mart.name, state.inputs if state else "")
+        return self._changes(mart) != tried
 
-    def _is_due(self, mart: Mart, positions: str, *, now: bool) -> bool:
+    def _is_due(self, mart: Mart, *, now: bool) -> bool:
         known = self._states.get(mart.name)
         if known is None or known.version != mart.version or known.state == "retired":
             return True
-        if mart.name not in self._seen and known.state == "ok":
-            self._seen[mart.name] = self._changes(mart)
-            return mart.kind == "table" and known.positions != positions
         is_time = now or time.monotonic() - self._made.get(mart.name, 0.0) >= mart.refresh_every
         return is_time and self._waits(mart)
 
     def _make(self, mart: Mart) -> None:
         former, changes = self._states.get(mart.name), self._changes(mart)
-        state = self._marts.make(mart, former)
+        state = self._marts.make(mart, former, self._inputs[mart.name])
         self._states[mart.name] = state
-        self._seen[mart.name] = changes
+        self._tried[mart.name] = state.inputs if state.state == "ok" else changes
         self._made[mart.name] = time.monotonic()
-        self._destination.touched[mart.name] += 1
         if state.state == "suspended" and (former is None or former.reason != state.reason):
             alerts.error(
                 "SUSPENDED mart %s: %s. What there is of it stays. Mend models/%s.sql.",

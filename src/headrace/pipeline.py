@@ -16,13 +16,22 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from headrace.change import TableId
 from headrace.config import Project
 from headrace.destinations import open_destination
-from headrace.errors import DestinationUnavailable, HeadraceError, StateInUse, UserError, Verdict, verdict_of
+from headrace.errors import (
+    DestinationUnavailable,
+    ForeignDestination,
+    HeadraceError,
+    StateInUse,
+    UserError,
+    Verdict,
+    verdict_of,
+)
 from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
 from headrace.marts import MartKeeper
@@ -54,7 +63,12 @@ def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
     Raises ModelError for a model file that does not parse, UserError for one of no source.
     """
     destination = open_destination(project.destination, spill=project.state / "spill")
-    folder = ModelFolder(project.models, {s.name for s in project.sources}, project.destination.type)
+    folder = ModelFolder(
+        project.models,
+        {source.name for source in project.sources},
+        project.destination.type,
+        None if read_only else project.versions,
+    )
     return [Lane(project, source, destination, folder, read_only=read_only) for source in project.sources]
 
 
@@ -323,9 +337,10 @@ class Pipeline:
         ]
 
     def _wait_for_destination(self) -> None:
-        """Check each lane's destination, waiting while it cannot be had."""
+        """Check each lane's destination, waiting while it cannot be had; retry what is suspended."""
         for lane in self.lanes:
-            self._patiently("destination", lane.check_destination)
+            self._patiently("destination", partial(_check_destination, lane))
+            self._patiently("destination", partial(lane.destination.reconsider, lane.config.name))
 
     def _patiently(self, name: str, step: Callable[[], _T]) -> _T | None:
         """Take a step, again while the destination cannot be had; None if stopped before."""
@@ -341,6 +356,32 @@ class Pipeline:
                 logger.info("%s goes on", name)
             return result
         return None
+
+
+def _check_destination(lane: Lane) -> None:
+    """Refuse a destination whose progress is not of this log.
+
+    Raises ForeignDestination with the remedy, DestinationBusy while another process holds it.
+    """
+    progress = lane.destination.progress(lane.config.name)
+    if progress is None:
+        return
+    if progress.log_id != lane.log.id:
+        raise lane.destination.foreign(lane.config.name)
+    mark = lane.log.mark(progress.offset)
+    begin = lane.log.begin().offset
+    if mark is None and progress.offset < begin:
+        raise ForeignDestination(
+            f"{lane.destination.name} holds offset {progress.offset} of this log, which begins behind "
+            f"offset {begin} by now: it is an older copy, and what it holds cannot be compared any more.",
+            f"To have it built from staging, {lane.destination.fresh}.",
+        )
+    if mark is None or mark.hash != progress.hash:
+        raise ForeignDestination(
+            f"{lane.destination.name} holds offset {progress.offset} of this log, but the log here ends "
+            f"at {lane.log.end().offset} or differs there: the state folder is an older copy.",
+            f"Restore the newest state folder, or {lane.destination.fresh}.",
+        )
 
 
 def _watch(lane: Lane) -> Watch:

@@ -9,7 +9,6 @@ a replay is a sink that starts again from an earlier offset.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 from headrace.change import (
     Copy,
     CopyMark,
+    Counts,
     Entry,
     Kind,
     LoggedEntry,
@@ -118,8 +118,11 @@ class Log(Protocol):
         by anyone else after it, however long that takes."""
         ...
 
-    def writing(self) -> AbstractContextManager[object]:
-        """Return what keeps every other thread from writing, so that a note can be read and changed."""
+    def writing(self, patience: float | None = None) -> AbstractContextManager[bool]:
+        """Return what keeps every other thread from writing, so that a note can be read and changed.
+
+        Who cannot wait for a whole append has `patience` for some seconds, and is told whether it has it.
+        """
         ...
 
 
@@ -255,27 +258,6 @@ class Staging(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """Where the changes of a slice went, for one model. `read` is the sum of all others."""
-
-    read: int = 0
-    applied: int = 0
-    superseded: int = 0
-    filtered: int = 0
-    quarantined: int = 0
-    waiting: int = 0
-    blocked: int = 0
-
-    def closes(self) -> bool:
-        """Whether every change that was read is accounted for."""
-        parts = self.applied + self.superseded + self.filtered + self.quarantined
-        return self.read == parts + self.waiting + self.blocked
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
-
-
-@dataclass(frozen=True, slots=True)
 class Prepared:
     """What a model makes of some changes: a value, the same whoever computes it, however often.
 
@@ -383,6 +365,10 @@ class DestinationFinding(NamedTuple):
     remedy: str = ""
 
 
+Scanned = tuple["pa.Schema", "Iterator[pa.RecordBatch]"]
+"""A result that is read batch by batch."""
+
+
 class Destination(Protocol):
     """Where rows arrive, with the progress, the quarantine and the ledger of their arrival.
 
@@ -396,8 +382,8 @@ class Destination(Protocol):
     fresh: str
     """What a user does to have an empty one instead, such as `name a new file in [destination] path`."""
 
-    touched: Counter[str]
-    """How often this process has changed the rows of each model: the marts that read it are due then."""
+    main: str
+    """The schema of models whose name has none."""
     commits: int
     """How many transactions this process has committed."""
 
@@ -429,9 +415,9 @@ class Destination(Protocol):
 
     def scan(
         self, queries: Sequence[str], *, read_only: bool = False
-    ) -> AbstractContextManager[Iterator[pa.RecordBatchReader]]:
-        """Run queries as `read` does, and read their results batch by batch; each reader is read to its end
-        before the next is asked for."""
+    ) -> AbstractContextManager[Iterator[Scanned]]:
+        """Run queries as `read` does, and read their results batch by batch; each is read to its end before
+        the next is asked for. The batches raise DestinationError where a query fails on the way."""
         ...
 
     def place_of(self, model: str) -> tuple[str, str]:
@@ -442,8 +428,8 @@ class Destination(Protocol):
         """Return a model's table as SQL names it."""
         ...
 
-    def misnamed(self, model: str) -> str | None:
-        """Say why no table can have a model's name, None if one can."""
+    def misnamed(self, model: str) -> tuple[str, str] | None:
+        """Say why no table can have a model's name, and the remedy; None if one can."""
         ...
 
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:
@@ -484,15 +470,19 @@ class Destination(Protocol):
         """Mark a version of a model suspended with its reason; True if it was not already so."""
         ...
 
+    def reconsider(self, source: str) -> None:
+        """Have the suspended models of a source tried once more: their tables may be mended."""
+        ...
+
     def retire(self, model: str, source: str) -> None:
         """Mark a model that the project no longer has; its table stays."""
         ...
 
-    def forget_if_reshaped(self, model: Model) -> bool:
-        """Drop a model's table, and its place, where its columns are no longer the model's.
+    def forget_if_reshaped(self, model: Model, *, dry_run: bool = False) -> bool:
+        """Drop a model's table, and its place, where its columns are no longer the model's, unless on a dry
+        run; returns whether they are not.
 
         Its open records become superseded and its ledger rows void: it is built again from staging.
-        Raises ModelBroken where the table cannot be dropped.
         """
         ...
 

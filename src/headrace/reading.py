@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -106,29 +107,38 @@ class Batch:
 
     @property
     def tables(self) -> tuple[TableId, ...]:
-        """The tables that have rows in it, by name."""
+        """The tables that have rows in it, by name. Raises as iterating does."""
         found = self._log._log.raw_rows(
             'SELECT DISTINCT table_schema, table_name FROM entries WHERE "offset" > ? AND "offset" <= ? '
             "AND kind IN ('rows', 'copy')",
             (self.after.offset, self.through.offset),
         )
+        if self._log.begin.offset > self.after.offset:
+            raise self._log._trimmed(self._name, self.after.offset)
         tables = sorted(TableId(*row) for row in found)
         return tuple(table for table in tables if self._chosen is None or table in self._chosen)
 
     @property
     def position(self) -> Position:
         """The place in the source up to which the log has its stream at the batch's end."""
-        return self._log._log.place(self.through.offset)[0]
+        return self._place()[0]
 
     @property
     def committed_at(self) -> int:
         """The commit time (microseconds) that belongs to `position`."""
-        return self._log._log.place(self.through.offset)[1]
+        return self._place()[1]
+
+    def _place(self) -> tuple[Position, int]:
+        """Raises as iterating does."""
+        place = self._log._log.place(self.through.offset)
+        if self._log._log.mark(self.through.offset) is None:
+            raise self._log._trimmed(self._name, self.after.offset)
+        return place
 
     def table(self, name: str | TableId) -> pa.Table:
         """Return all rows of one table, `schema.table`, in memory; columns are those of all its shapes here.
 
-        Raises UserError for a table that the log does not know or the read has not chosen.
+        Raises UserError for a table that the log does not know or the read has not chosen, else as iterating.
         """
         table = self._log._known(name)
         if self._chosen is not None and table not in self._chosen:
@@ -270,7 +280,15 @@ class OpenLog:
     def _joined(self, name: str, after: Offset | Mark | None) -> Mark:
         """Make a consumer's cursor. Retention may pass it before it is there; then it begins anew."""
         while True:
-            cursor = self._cursors.commit(name, self._mark(after))
+            start = self._mark(after)
+            if after is None and (planned := self._cursors.planned(self.id)) > start.offset:
+                start = self._mark(planned)
+            try:
+                cursor = self._cursors.commit(name, start, joins=True)
+            except LogTrimmed:
+                if after is not None:
+                    raise
+                continue  # it has been planned meanwhile
             if self.begin.offset <= cursor.offset:
                 return cursor.mark
             self._cursors.forget(name)
@@ -279,7 +297,7 @@ class OpenLog:
         if after is None:
             return self.begin
         offset = after.offset if isinstance(after, Mark) else after
-        begin, end = self.begin.offset, self.head.offset
+        end = self.head.offset
         if isinstance(after, Mark) and after.log_id != self.id:
             raise LogError(
                 f"This log of {self.source} is {self.id}, not {after.log_id}, which was read through offset "
@@ -291,12 +309,12 @@ class OpenLog:
                 f"The log of {self.source} ends at offset {end}: there is no {offset}.",
                 "If it was there before, the log was restored or cut off: see `headrace log verify`.",
             )
-        if offset < begin:
+        mark = self._log.mark(offset)  # before the beginning, which may pass it meanwhile
+        if offset < (begin := self.begin.offset):
             raise LogTrimmed(
                 f"The log of {self.source} begins behind offset {begin}: what follows {offset} is deleted.",
                 "Import an export, or read staging.",
             )
-        mark = self._log.mark(offset)
         if mark is None or (isinstance(after, Mark) and mark.hash != after.hash):
             raise LogError(
                 f"Offset {offset} of the log of {self.source} has another hash than what was read.",
@@ -326,28 +344,13 @@ class OpenLog:
         if self.begin.offset > after.offset:
             raise self._trimmed(name, after.offset)
         if torn:
-            offset = self._torn_end(after.offset, max_bytes)
+            offset, _ = self._log.reach(after.offset, end, max_bytes, _ALL_ROWS)
         else:
             offset = self._log.slice_end(after.offset, end, max_bytes, _ALL_ROWS)
         mark = self._log.mark(offset)
         if mark is None or self.begin.offset > after.offset:
             raise self._trimmed(name, after.offset)
         return mark if offset > after.offset else None
-
-    def _torn_end(self, after: Offset, max_bytes: int) -> Offset:
-        through, total = after, 0
-        while True:
-            page = self._log.raw_rows(
-                f'SELECT "offset", bytes FROM entries WHERE "offset" > ? ORDER BY "offset" LIMIT {_PAGE}',
-                (through,),
-            )
-            for offset, size in page:
-                total += size
-                if total > max_bytes and through > after:
-                    return through
-                through = int(offset)
-            if len(page) < _PAGE:
-                return through
 
     def _entries(
         self, name: str | None, after: Offset, through: Offset, tables: _Tables
@@ -364,16 +367,21 @@ class OpenLog:
     def _runs(
         self, after: Offset, through: Offset, tables: frozenset[TableId]
     ) -> Iterator[tuple[Offset, Offset]]:
-        """Yield first and last offsets of what is of some tables or of none."""
-        run: list[Offset] = []
-        for item in self._log.headers(after, through):
-            if item.entry.table is None or item.entry.table in tables:
-                run = [*run[:1], item.offset]
-            elif run:
-                yield run[0], run[-1]
-                run = []
-        if run:
-            yield run[0], run[-1]
+        """Yield first and last offsets of what is of some tables or of none. Raises LogTrimmed."""
+        while True:
+            page = self._log.raw_rows(
+                'SELECT "offset", table_schema, table_name FROM entries WHERE "offset" > ? AND "offset" <= ? '
+                f'ORDER BY "offset" LIMIT {_PAGE}',
+                (after, through),
+            )
+            self._log.check_held(after, through)  # after the page was read: none of it was missing
+            for is_chosen, run in groupby(page, lambda row: row[2] is None or TableId(*row[1:]) in tables):
+                if is_chosen:
+                    offsets = [int(row[0]) for row in run]
+                    yield offsets[0], offsets[-1]
+            if len(page) < _PAGE:
+                return
+            after = int(page[-1][0])
 
     def _trimmed(self, name: str | None, after: Offset) -> LogTrimmed:
         cursor = None if name is None else self._cursors.get(name)

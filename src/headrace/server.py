@@ -1,8 +1,8 @@
 """Asking the running pipeline, over a Unix socket: queries, scans, status, redrive, rebuild, tables, …
 
 A request is one line of JSON; the answer is a line of JSON, and for queries an Arrow IPC stream per
-query behind it, each after its length, of a scan without one. While a pipeline runs it alone has the
-destination open; when none runs, queries open the file themselves.
+query behind it, each after its length, or of a scan before a line that says it is whole. While a
+pipeline runs it alone has the destination open; when none runs, queries open the file themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from headrace.errors import HeadraceError, UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from headrace.protocols import Destination
+    from headrace.protocols import Destination, Scanned
 
 logger = logging.getLogger("headrace.server")
 
@@ -35,6 +35,7 @@ _WHERE = "socket"
 _MAX_REQUEST = 16 << 20
 _INLINE_ROWS = 1000  # larger results go as Arrow: rendering them would take time from the pipeline
 _LENGTH = struct.Struct(">q")
+_OK = b'{"ok": true}\n'
 _LONGEST = 107  # bytes of a socket's path on Linux
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
@@ -116,8 +117,8 @@ class Server:
 
     def _answer(self, request: dict[str, Any], stream: Any) -> None:
         if request["op"] == "scan":
-            with self._destination.scan(request["sql"]) as readers:
-                _send_batches(stream, readers)
+            with self._destination.scan(request["sql"]) as results:
+                _send_results(stream, results)
             return
         if request["op"] != "query":
             answer = self._handlers[request["op"]](request)
@@ -127,7 +128,7 @@ class Server:
         if request.get("inline") and len(tables) == 1 and tables[0].num_rows <= _INLINE_ROWS:
             stream.write(_inline(tables[0]))
             return
-        stream.write(b'{"ok": true}\n')
+        stream.write(_OK)
         for table in tables:
             _send_table(stream, table)
 
@@ -204,14 +205,16 @@ def read(project: Project, queries: Sequence[str]) -> list[pa.Table]:
 
 
 @contextmanager
-def scan(project: Project, queries: Sequence[str]) -> Iterator[Iterator[pa.RecordBatchReader]]:
-    """Run queries on the destination in one read transaction, as `read` does, but yield their results batch
-    by batch: they need not fit in memory. Each reader is read to its end before the next is asked for.
+def scan(project: Project, queries: Sequence[str]) -> Iterator[Iterator[Scanned]]:
+    """Run queries on the destination in one read transaction, as `read` does, but read their results (schema
+    and batches) batch by batch: they need not fit in memory. Each is read to its end before the next is asked
+    for.
 
-    Raises what `read` raises.
+    Raises what `read` raises; the batches raise HeadraceError where a query fails on the way, or the pipeline
+    ends: a result that was read to its end is whole.
     """
+    connection = socket.socket(socket.AF_UNIX)
     try:
-        connection = socket.socket(socket.AF_UNIX)
         connection.connect(str(socket_path(project.state)))
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
@@ -219,20 +222,22 @@ def scan(project: Project, queries: Sequence[str]) -> Iterator[Iterator[pa.Recor
 
         with (
             closing(open_destination(project.destination)) as destination,
-            destination.scan(queries, read_only=True) as readers,
+            destination.scan(queries, read_only=True) as results,
         ):
-            yield readers
+            yield results
         return
-    import pyarrow as pa
-
     with connection, connection.makefile("rwb") as stream:
         _exchange(stream, {"op": "scan", "sql": list(queries)})
-        yield (pa.ipc.open_stream(stream) for _ in queries)
+        yield (_receive_result(stream) for _ in queries)
 
 
 def _exchange(stream: Any, request: dict[str, Any]) -> dict[str, Any]:
     stream.write(json.dumps(request).encode() + b"\n")
     stream.flush()
+    return _answered(stream)
+
+
+def _answered(stream: Any) -> dict[str, Any]:
     answer: dict[str, Any] = rows_from_json(
         stream.readline() or b'{"error": "the pipeline ended", "remedy": ""}'
     )
@@ -252,17 +257,37 @@ def _send_table(stream: Any, table: pa.Table) -> None:
     stream.write(data)
 
 
-def _send_batches(stream: Any, readers: Iterator[pa.RecordBatchReader]) -> None:
-    """Send results one behind another, each a stream of Arrow IPC that tells its own end."""
+def _send_results(stream: Any, results: Iterator[Scanned]) -> None:
+    """Send results one behind another: each a stream of Arrow IPC and a line that says it is whole, since a
+    stream that breaks off looks as if it had ended."""
     import pyarrow as pa
 
-    reader = next(readers, None)  # what does not run at all is told before the first byte of a result
-    stream.write(b'{"ok": true}\n')
-    while reader is not None:
-        with pa.ipc.new_stream(stream, reader.schema) as writer:
-            for batch in reader:
+    result = next(results, None)  # what does not run at all is told before the first byte of a result
+    stream.write(_OK)
+    while result is not None:
+        schema, batches = result
+        with pa.ipc.new_stream(stream, schema) as writer:
+            for batch in batches:
                 writer.write_batch(batch)
-        reader = next(readers, None)
+        stream.write(_OK)
+        result = next(results, None)
+
+
+def _receive_result(stream: Any) -> Scanned:
+    import pyarrow as pa
+
+    reader = pa.ipc.open_stream(stream)
+    return reader.schema, _received(stream, reader)
+
+
+def _received(stream: Any, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    try:
+        yield from reader
+    except (pa.ArrowException, OSError) as error:
+        raise HeadraceError("The pipeline ended while it answered.", "Try again.") from error
+    _answered(stream)
 
 
 def _receive_table(stream: Any) -> pa.Table:

@@ -1,8 +1,10 @@
-"""A lock that nobody is kept out of by one who takes it again and again."""
+"""Locks that nobody waits for longer than needed."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Turns:
@@ -21,3 +23,14 @@ class Turns:
 
     def __exit__(self, *_: object) -> None:
         self._turn.release()
+
+
+@contextmanager
+def held(lock: threading.RLock, patience: float | None = None) -> Iterator[bool]:
+    """Hold a lock, and give True; where it cannot be had within `patience` seconds, go on without it."""
+    is_held = lock.acquire(timeout=-1 if patience is None else patience)
+    try:
+        yield is_held
+    finally:
+        if is_held:
+            lock.release()

@@ -243,11 +243,11 @@ def _compare_model(
         for name, rows in (("expected_raw", prepared.rows), ("found_raw", table)):
             db.execute(f"CREATE TABLE {name[:-4]} (_source_key VARCHAR, {columns})")
             db.register(name, rows)
-            cells = [
-                f"{as_type(rows, cell, type_)} AS {quoted(cell)}" for cell, type_ in model.types().items()
-            ]
+            # What a model makes of no changes has no columns.
+            typed = ((cell, type_) for cell, type_ in model.types().items() if cell in rows.column_names)
+            cells = (f"{as_type(rows, cell, type_)} AS {quoted(cell)}" for cell, type_ in typed)
             db.execute(
-                f"INSERT INTO {name[:-4]} BY NAME SELECT _source_key, {', '.join(cells)} FROM {name} "
+                f"INSERT INTO {name[:-4]} BY NAME SELECT {', '.join(('_source_key', *cells))} FROM {name} "
                 "WHERE _source_key NOT IN (SELECT key FROM waiting)"
             )
         where = f"model {model.name} at offset {state['offset']}"

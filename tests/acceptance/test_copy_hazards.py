@@ -88,9 +88,7 @@ def test_equal_rows_are_counted_while_writers_disturb_their_copy(
         assert len({at.commit for at, _ in done}) == 1, "blocks hold under one snapshot only"
     Pipeline(project).run_once()
     proved(project)
-    ((count, key),) = rows_of(
-        project, "SELECT count(*), max(_source_key) FROM shop.bag WHERE a = 7 AND b = 'b1'"
-    )
+    ((key,),) = rows_of(project, "SELECT max(_source_key) FROM shop.bag WHERE a = 7 AND b = 'b1'")
     with duckdb.connect(str(project.destination.path)) as table:
         table.execute(
             "DELETE FROM shop.bag WHERE rowid IN (SELECT rowid FROM shop.bag WHERE _source_key = ? LIMIT 2)",
@@ -99,7 +97,7 @@ def test_equal_rows_are_counted_while_writers_disturb_their_copy(
     assert main(["tables", "resync", "bag", "--project", str(tmp_path)]) == 0
     with caplog.at_level("INFO"):
         Pipeline(project).run_once()
-    assert f": {2 * count - 2} rows written" in caplog.text, "those of the key whose count differs"
+    assert ": 0 added, 0 removed, 1 changed" in caplog.text, "the key whose count differs"
     proved(project)
 
 

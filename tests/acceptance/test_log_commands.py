@@ -217,7 +217,14 @@ def test_debeziums_sequences_begin_anew_with_an_epoch(project: Path, writer: SQL
     at = Position(0, 425, 0)
     writer.append([Entry("message", None, at, at, 0, 0, 0, json.dumps(heard).encode())])
     writer.append([rows(wider, [("c", 430, 1, ("0", ""))])])
-    assert sequences("--from", "0/1A4")[-1] == '["420","381"]', "what a standby says is no commit"
+    for where in ("0/1A4", "0/1A5", "0/1AE"):
+        assert sequences("--from", where)[-1] == '["420","381"]', "what a standby says is no commit"
+    alone = {"prefix": "app", "content": "outside of transactions", "lsn": 434, "txid": 0}
+    at = Position(0, 435, 0)
+    writer.append([Entry("message", None, at, at, 0, 0, 0, json.dumps(alone).encode())])
+    writer.append([rows(wider, [("c", 440, 1, ("1", ""))])])
+    for where in ("start", "0/1AE", "0/1B8"):
+        assert sequences("--from", where)[-1] == '["434","391"]', "its LSN stands for its commit"
     writer.append([source_marker(Position(1, 0, 0), SourceMark("resync", "epoch 1 begins"))])
     first = writer.end().offset
     for commit in (220, 230):
@@ -225,6 +232,19 @@ def test_debeziums_sequences_begin_anew_with_an_epoch(project: Path, writer: SQL
         writer.append([replace(entry, first=Position(1, commit, 1), last=Position(1, commit, 1))])
     for where in ("start", str(first), str(first + 1)):
         assert sequences("--from", where)[-2:] == ['[null,"171"]', '["220","181"]'], where
+
+
+def test_debeziums_sequence_of_what_follows_deleted_entries_is_unknown(
+    project: Path, writer: SQLiteLog
+) -> None:
+    writer.trim(writer.end().offset)
+    heard = {"prefix": "headrace", "content": "heard", "lsn": 425, "txid": 0}
+    at = Position(0, 425, 0)
+    writer.append([Entry("message", None, at, at, 0, 0, 0, json.dumps(heard).encode())])
+    writer.append([rows(shape(ORDERS, "id", "note", version=2), [("c", 430, 1, ("0", ""))])])
+    for where in ("start", "0/1AE"):
+        (one,) = told("replay", "--format", "debezium", "--from", where, cwd=project)
+        assert one["value"]["source"]["sequence"] == '[null,"381"]'
 
 
 def test_parquet_has_a_file_per_table_with_all_shapes(project: Path, writer: SQLiteLog) -> None:

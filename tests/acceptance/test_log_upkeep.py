@@ -179,6 +179,14 @@ def test_without_staging_a_trimmed_log_says_what_is_missing(
     with pytest.raises(LogTrimmed, match="Staging lacks") as caught:
         Pipeline(load_project(project.root)).run_once()
     assert "resync" in caught.value.remedy
+    insert(db, 3001, 2)
+    db.execute("DELETE FROM t WHERE id <= 5")
+    assert main(["resync", "shop", "--project", str(project.root)]) == 0
+    assert_verified(project)
+    insert(db, 4001, 2)
+    assert_verified(project)
+    project.destination.path.unlink()
+    assert_verified(project)
 
 
 @pytest.mark.usefixtures("often")
@@ -285,7 +293,7 @@ def test_a_model_that_is_mended_while_the_log_is_trimmed_goes_on(
     delete, others = lane.log.trim, []
 
     def apply_now() -> None:
-        lane._folder.current(now=True)
+        lane.folder.current(now=True)
         lane.apply()
 
     def meanwhile(through: Offset, pinned: Iterable[Offset]) -> int:
@@ -511,9 +519,13 @@ def test_consumers_that_cannot_be_read_hold_the_log_until_they_can_be(
     caplog.set_level(logging.WARNING)
     cursors = project.log_path("shop").with_suffix(".cursors")
     anchors = project.root / "anchors.jsonl"
-    with running(project) as pipeline:
+    with running(project):
         insert_and_trim(project, db, 1001, 5)
-        cursors.mkdir()  # as little of a database as one that only another user may read
+    for file in cursors.parent.glob(f"{cursors.name}*"):
+        file.unlink()
+    cursors.mkdir()  # as little of a database as one that only another user may read
+    insert(db, 1501, 5)
+    with running(project) as pipeline:
         until(lambda: "shop.upkeep" in pipeline.status()["waiting"], what="not told")
         begin, anchored = begins(project), len(anchors.read_text().splitlines())
         insert(db, 2001, 5)

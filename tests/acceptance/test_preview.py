@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import psycopg
+import pyarrow as pa
 import pytest
 
 from headrace.authoring.files import find_model
 from headrace.authoring.preview import Preview
 from headrace.authoring.preview import preview as preview_model
 from headrace.config import Project
-from headrace.errors import ModelBroken, UserError
+from headrace.errors import HeadraceError, ModelBroken, UserError
 from headrace.pipeline import Pipeline
-from headrace.server import read, scan
+from headrace.server import is_running, read, read_rows, scan
 from headrace.testing.postgres import PostgresServer
 from pipelines import running, until
 from projects import SALES, here, sales_project, sql
@@ -173,6 +175,7 @@ def test_a_running_pipeline_goes_on_meanwhile_and_makes_no_difference(
                 i += 1
 
     with running(project):
+        until(lambda: is_running(project))
         until(lambda: "sales: in_sync" in here("models", "show", "sales", cwd=project.root).out)
         worker = threading.Thread(target=work)
         worker.start()
@@ -189,18 +192,38 @@ def test_a_running_pipeline_goes_on_meanwhile_and_makes_no_difference(
     assert len(offsets) > 1
 
 
+def scanned(project: Project, queries: list[str]) -> list[pa.Table]:
+    with scan(project, queries) as results:
+        return [pa.Table.from_batches(list(batches), schema) for schema, batches in results]
+
+
 def test_what_a_scan_reads_is_what_a_query_reads(project: Project) -> None:
     queries = ["SELECT * FROM range(25000) t(i)", "SELECT 1 AS one WHERE false", "SELECT 'x' AS text"]
     with running(project):
-        until(project.destination.path.exists)
-        with scan(project, queries) as readers:
-            scanned = [reader.read_all() for reader in readers]
-        assert scanned == read(project, queries)
+        until(lambda: is_running(project))
+        assert scanned(project, queries) == read(project, queries)
         for bad in ("SELECT nothing", "DROP TABLE headrace.models"):
-            with pytest.raises(UserError), scan(project, [bad]) as readers:
-                next(readers)
-    with scan(project, queries) as readers:
-        assert [reader.read_all() for reader in readers] == scanned
+            with pytest.raises(UserError):
+                scanned(project, [bad])
+    assert scanned(project, queries) == read(project, queries)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_scan_that_fails_on_the_way_is_no_end(
+    project: Project, caplog: pytest.LogCaptureFixture, *, live: bool
+) -> None:
+    Pipeline(project).run_once()
+    # The bad value stands behind many good ones, so that batches have gone out by then.
+    text = "CASE WHEN i = 299999 THEN 'secret' ELSE i::VARCHAR END"
+    bad = f"SELECT CAST({text} AS INT) AS n FROM range(300000) t(i)"
+    with running(project) if live else nullcontext():
+        until(lambda: is_running(project) is live)
+        with scan(project, [bad]) as results:
+            batches = next(results)[1]
+            assert next(batches).num_rows > 0
+            with pytest.raises(HeadraceError, match="failed on the way") as caught:
+                list(batches)
+    assert "secret" not in str(caught.value) + caplog.text
 
 
 def test_before_anything_ran_and_in_json(project: Project) -> None:
@@ -210,3 +233,19 @@ def test_before_anything_ran_and_in_json(project: Project) -> None:
     assert answer["first"] == [{"order_id": 1, "status": "NEW", "amount": 1.5}]
     assert answer["causes"][0]["keys"] == ["3"]
     assert answer["difference"]["changed"] == {"rows": 0, "keys": []}
+
+
+def test_a_reader_that_goes_away_in_the_middle_does_no_harm(project: Project, server: PostgresServer) -> None:
+    with running(project):
+        until(lambda: is_running(project))
+        with scan(project, ["SELECT i, repeat('x', 100) AS x FROM range(300000) t(i)"]) as results:
+            assert next(next(results)[1]).num_rows > 0
+        sql(server, "INSERT INTO orders VALUES (7, 'paid', '7')")
+        until(lambda: rows(project, "SELECT count(*) FROM sales") == [(2,)])
+
+
+def rows(project: Project, query: str) -> list[tuple[object, ...]]:
+    try:
+        return [tuple(row) for row in read_rows(project, query)[1]]
+    except UserError:  # the table is not there yet
+        return []

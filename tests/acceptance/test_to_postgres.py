@@ -92,9 +92,19 @@ def assert_verified(warehouse: Warehouse) -> None:
 def test_all_commands_work_on_a_postgres_destination(warehouse: Warehouse) -> None:
     findings = answer(warehouse, "check")["findings"]
     assert [f["level"] for f in findings if f["area"] == "destination"] == ["ok"]
+    settings = warehouse.folder / "headrace.toml"
+    text = settings.read_text()
+    settings.write_text(
+        text.replace("${env:WAREHOUSE_URL}", os.environ["WAREHOUSE_URL"].replace("warehouse", "source"))
+    )
+    code, out = headrace(warehouse, "check")
+    assert code == 2
+    assert "the destination is the database of source shop" in out
+    settings.write_text(text)
     code, out = headrace(warehouse, "query", "SELECT 1")
     assert (code, "There is no destination at postgresql://" in out) == (2, True)
-    assert headrace(warehouse, "run", "--once")[0] == 0
+    code, out = headrace(warehouse, "run", "--once")
+    assert (code, "2 of 2 models in sync, 0 open records" in out) == (0, True), out
     assert_verified(warehouse)
     counted = answer(warehouse, "query", "SELECT count(*) AS n, min(tags[3]) AS t FROM shop.orders")
     assert counted == {"n": 3000, "t": "1"}
@@ -178,3 +188,7 @@ def test_a_model_whose_table_refuses_is_suspended_and_the_others_go_on(warehouse
     states = dict(warehouse.destination.execute("SELECT model, state FROM headrace.models").fetchall())
     assert states == {"shop.orders": "suspended", "shop.lines": "in_sync"}
     assert warehouse.destination.execute("SELECT count(*) FROM shop.lines").fetchone() == (6,)
+    assert headrace(warehouse, "run", "--once")[0] != 0, "tried again, and refused again"
+    warehouse.destination.execute("ALTER TABLE shop.orders DROP CONSTRAINT orders_amount_check")
+    assert headrace(warehouse, "run", "--once")[0] == 0
+    assert_verified(warehouse)

@@ -10,7 +10,9 @@ import psycopg
 import pytest
 
 pytest.register_assert_rewrite(
-    "headrace.testing.destination_suite", "headrace.testing.destination_joins_suite"
+    "headrace.testing.destination_suite",
+    "headrace.testing.destination_joins_suite",
+    "headrace.testing.destination_marts_suite",
 )
 
 from headrace.destinations.duckdb import DuckDBDestination  # noqa: E402

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psycopg
@@ -237,6 +238,21 @@ def test_foreign_keys_of_others_hold_where_they_can_wait(
     assert table(destination, "SELECT id, note FROM public.notes") == [(1, "mine")]
 
 
+def test_tables_that_refer_to_each_other_arrive_in_any_order_and_the_one_that_changed_is_blamed(
+    destination: PostgresDestination, db: psycopg.Connection
+) -> None:
+    other = model_of("other", "SELECT id::BIGINT AS id FROM raw.shop.t")
+    destination.apply(slice_of(0, (MODEL, [row(1)]), (other, [row(1)])))
+    db.execute("ALTER TABLE shop.t ADD PRIMARY KEY (id)")
+    db.execute("ALTER TABLE other ADD FOREIGN KEY (id) REFERENCES shop.t DEFERRABLE")
+    destination.apply(slice_of(1, (other, [row(2)]), (MODEL, [row(2)])))
+    for change, blamed in (((other, [row(3)]), "other"), ((MODEL, [row(1, None, _op="d")]), "shop.t")):
+        with pytest.raises(ModelBroken, match="other_id_fkey") as caught:
+            destination.apply(slice_of(2, change))
+        assert caught.value.model == blamed
+    assert table(destination) == [(1, "a"), (2, "a")]
+
+
 def test_views_of_users_stay_and_what_they_forbid_breaks_the_model(
     destination: PostgresDestination, db: psycopg.Connection
 ) -> None:
@@ -295,8 +311,6 @@ def test_a_key_with_a_nul_breaks_its_model_alone(destination: PostgresDestinatio
 def test_a_name_that_postgres_would_cut_off_is_refused(
     destination: PostgresDestination, name: str, words: str
 ) -> None:
-    from dataclasses import replace
-
     assert words in str(destination.misnamed(name))
     with pytest.raises(ModelBroken, match=words):
         destination.apply(slice_of(0, (replace(MODEL, name=name), [row(1)])))

@@ -4,6 +4,8 @@
     log_survival.py power FOLDER CUTS SEED   cut the power of such writers; needs root and a mount namespace
     log_survival.py full FOLDER              fill a small file system, make room, go on
     log_survival.py trim FOLDER              trim a log that has filled its disk to the last block
+    log_survival.py lost FOLDER              lose a consumer that holds a log which has filled its disk
+    log_survival.py again FOLDER             open, after its end, a log which has filled its disk
     log_survival.py open FOLDER              open a log where there is no room for what SQLite has beside it
 
 A power cut is the EXT4 shutdown ioctl without a flush of its journal: what was not synced is gone. A sync
@@ -15,23 +17,32 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import random
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 from headrace.change import Entry, Kind
+from headrace.config import LogConfig
 from headrace.errors import LogError, LogFull
+from headrace.lane import Lane
 from headrace.log import database
+from headrace.log.consumers import Cursors
 from headrace.log.proof import verify
+from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
 from headrace.testing.logs import change
+from headrace.turns import Turns
+from headrace.upkeep import Upkeep
 
 SEGMENT = 200_000
 _SHUTDOWN = (2 << 30) | (4 << 16) | (ord("X") << 8) | 125  # EXT4_IOC_SHUTDOWN
@@ -230,7 +241,7 @@ def opened(folder: Path) -> list[str]:
             try:
                 SQLiteLog(at / "log.db", read_only=read_only).close()
             except LogError as error:
-                said.append(type(error).__name__)
+                said.append(f"{type(error).__name__}: {error.remedy}")
         ballast.unlink()
         again = SQLiteLog(at / "log.db", segment_bytes=SEGMENT)
         said.append(str(again.append([change(2)]).offset))
@@ -262,14 +273,86 @@ def trimmed(folder: Path) -> dict[str, int]:
     return told
 
 
+class _OneLane:
+    """A lane of which all is applied."""
+
+    def __init__(self, log: SQLiteLog) -> None:
+        self.log = log
+        self.applying = Turns()
+
+    def needs(self) -> Needs:
+        return Needs(self.log.end().offset, frozenset())
+
+
+def lost(folder: Path) -> dict[str, object]:
+    """Fill a disk to the last block with a log that a consumer holds for more than it may; step by step."""
+    image, at = made(folder, 64)
+    alarms: list[str] = []
+    alarm = logging.Handler()
+    alarm.emit = lambda record: alarms.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("headrace.alert").addHandler(alarm)
+    with mounted(image, at):
+        log = _of_megabytes(at, 40)
+        config = LogConfig(keep=None, keep_bytes=20 << 20, hold_max=1 << 20)
+        upkeep = Upkeep(cast(Lane, _OneLane(log)), config, threading.Event())
+        cursors = Cursors(at / "log.cursors")
+        mark = log.mark(3)
+        assert mark is not None
+        cursors.commit("slow", mark)
+        assert len(upkeep._consumers()) == 1
+        filled_up(at)
+        upkeep.step()
+        told: dict[str, object] = {"begin": log.begin().offset, "reserve": _reserved(at)}
+        upkeep.step()
+        upkeep.close()
+        told |= {"lost": [cursor.reason for cursor in cursors.all() if cursor.lost], "alarms": alarms}
+        cursors.close()
+        log.close()
+    return told
+
+
+def opened_again(folder: Path) -> dict[str, object]:
+    """Fill a disk to the last block beside a log that is closed, open it, fill up again, and trim, where a
+    consumer has to be looked up."""
+    image, at = made(folder, 64)
+    with mounted(image, at):
+        log = _of_megabytes(at, 40)
+        cursors = Cursors(at / "log.cursors")
+        mark = log.mark(20)
+        assert mark is not None
+        cursors.commit("reports", mark)
+        cursors.close()
+        log.close()
+        filled_up(at)
+        log = SQLiteLog(at / "log.db", segment_bytes=4 << 20)
+        told: dict[str, object] = {"opened": _reserved(at)}
+        filled_up(at, "more")
+        config = LogConfig(keep=None, keep_bytes=1)
+        upkeep = Upkeep(cast(Lane, _OneLane(log)), config, threading.Event())
+        upkeep.step()
+        upkeep.close()
+        told |= {"begin": log.begin().offset, "trimmed": _reserved(at)}
+        told["end"] = log.append([change(41)]).offset
+        log.close()
+    return told
+
+
+def _of_megabytes(at: Path, size: int) -> SQLiteLog:
+    """Return a log of groups of 1 MB each."""
+    log = SQLiteLog(at / "log.db", segment_bytes=4 << 20)
+    for commit in range(1, size + 1):
+        log.append([change(commit, payload=os.urandom(1 << 20))])
+    return log
+
+
 def _reserved(at: Path) -> int:
     reserve = at / "log.reserve"
     return reserve.stat().st_blocks * 512 if reserve.exists() else 0
 
 
-def filled_up(at: Path) -> Path:
+def filled_up(at: Path, name: str = "ballast") -> Path:
     """Take all the room of a file system, to the last block."""
-    ballast = at / "ballast"
+    ballast = at / name
     with ballast.open("wb", buffering=0) as file:
         for piece in (1 << 20, 1 << 12):
             with suppress(OSError):
@@ -300,6 +383,10 @@ def main() -> None:
         print(json.dumps({**asdict(power(Path(folder), *map(int, numbers))), "hashes": None}))
     elif verb == "trim":
         print(json.dumps(trimmed(Path(folder))))
+    elif verb == "lost":
+        print(json.dumps(lost(Path(folder))))
+    elif verb == "again":
+        print(json.dumps(opened_again(Path(folder))))
     elif verb == "open":
         print(json.dumps(opened(Path(folder))))
     else:

@@ -54,8 +54,9 @@ def test_a_log_whose_disk_is_full_says_so_and_goes_on(tmp_path: Path) -> None:
     assert held["freed"] > 1_000_000
 
 
-def test_a_log_that_is_opened_on_a_full_disk_waits_for_room(tmp_path: Path) -> None:
-    assert apart("open", tmp_path, timeout=120) == ["LogFull", "LogFull", "2"]
+def test_a_log_that_is_opened_without_any_room_says_what_to_do(tmp_path: Path) -> None:
+    refused = "LogFull: Make room, and start again."
+    assert apart("open", tmp_path, timeout=120) == [refused, refused, "2"]
 
 
 def test_a_log_that_has_filled_its_disk_can_be_trimmed(tmp_path: Path) -> None:
@@ -64,3 +65,18 @@ def test_a_log_that_has_filled_its_disk_can_be_trimmed(tmp_path: Path) -> None:
     assert told["reserve"] == told["reserve_after"] == 8 << 20
     assert told["size"] < 140 << 20, "the reserve is no part of the log"
     assert told["entries"] == 1
+
+
+def test_a_consumer_that_holds_too_much_does_not_keep_a_full_disk_full(tmp_path: Path) -> None:
+    told = apart("lost", tmp_path, timeout=120)
+    assert told["begin"] > 15
+    assert told["reserve"] >= 1 << 20, "it was not made again"
+    assert [reason for reason in told["lost"] if "more than hold_max" in reason]
+    assert len([alarm for alarm in told["alarms"] if alarm.startswith("LOST consumer slow")]) == 1
+
+
+def test_a_log_that_has_filled_its_disk_is_opened_again_and_trimmed(tmp_path: Path) -> None:
+    told = apart("again", tmp_path, timeout=120)
+    assert 1 << 19 <= told["opened"] < 1 << 20, "it kept no room for the trim"
+    assert (told["begin"], told["end"]) == (20, 41)
+    assert told["trimmed"] >= 1 << 20

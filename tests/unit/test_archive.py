@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -530,6 +531,41 @@ def test_an_import_that_was_killed_between_its_renames_is_finished(
         SQLiteLog(into)
     done = restore(files_in(out), into)
     assert (done.head, done.entries) == (log.end(), log.end().offset)
+    assert names(into.parent) == ["shop.db", "shop.segments"]
+    assert read(into) == content(log)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EIO, "the disk is gone"), KeyboardInterrupt()])
+@pytest.mark.parametrize("when", ["sync", "rename"])
+def test_an_import_that_fails_between_its_renames_is_finished(
+    log: SQLiteLog, out: Path, into: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch,
+    fault: BaseException, when: str,
+) -> None:  # fmt: skip
+    fill(log, clock)
+    export(log, out)
+    rename, sync = Path.rename, archive.sync_folder
+
+    def failing_rename(path: Path, to: Path) -> Path:
+        if when == "rename" and path.suffix == ".segments":
+            raise fault
+        return rename(path, to)
+
+    def failing_sync(path: Path) -> None:
+        if when == "sync" and path == into.parent:
+            raise fault
+        sync(path)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "rename", failing_rename)
+        broken.setattr(archive, "sync_folder", failing_sync)
+        for _ in range(2):  # the second one is to finish the first
+            with pytest.raises(type(fault)):
+                restore(files_in(out), into)
+            if when == "rename":
+                assert names(into.parent) == [".shop.importing", "shop.db"]
+    if when == "rename" or ".shop.importing" in names(into.parent):
+        done = restore(files_in(out), into)
+        assert done.head == log.end()
     assert names(into.parent) == ["shop.db", "shop.segments"]
     assert read(into) == content(log)
 

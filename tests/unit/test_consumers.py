@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -127,6 +128,46 @@ def test_consumers_whose_file_is_damaged_are_unknown_for_a_while(tmp_path: Path)
         assert verdict_of(caught.value) is Verdict.RETRY
         path.unlink()
         assert cursors.all() == []
+
+
+def test_a_file_of_consumers_that_was_replaced_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "s.cursors"
+    with closing(Cursors(path)) as theirs:
+        theirs.commit("old", Mark("L", 5, "five"))
+    with closing(Cursors(path)) as pipeline:
+        assert [cursor.name for cursor in pipeline.all()] == ["old"]
+        for file in list(tmp_path.iterdir()):
+            file.rename(tmp_path / f"was-{file.name}")
+        for _ in range(2):
+            with pytest.raises(ConsumersUnknown, match="is missing"):
+                pipeline.all()
+        with pytest.raises(LogError, match="is missing"):
+            pipeline.commit("old", Mark("L", 6, "six"))
+        shutil.copy(tmp_path / "was-s.cursors", path)
+        with closing(Cursors(path)) as theirs:
+            theirs.commit("new", Mark("L", 1, "one"))
+            for _ in range(2):
+                assert [cursor.name for cursor in pipeline.all()] == ["new", "old"]
+            theirs.commit("new", Mark("L", 2, "two"))
+            assert pipeline.mark_lost("new", 2, "it held 12 bytes")
+            assert [cursor.lost for cursor in theirs.all()] == [True, False]
+
+
+def test_a_file_of_consumers_that_was_restored_in_place_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "s.cursors"
+    with closing(Cursors(path)) as theirs:
+        theirs.commit("old", Mark("L", 5, "five"))
+    whole = path.read_bytes()
+    with closing(Cursors(path)) as pipeline:
+        assert len(pipeline.all()) == 1
+        with closing(Cursors(path)) as theirs:
+            theirs._made().rows("DROP TABLE cursors")
+            with pytest.raises(ConsumersUnknown, match="no such table"):
+                pipeline.all()
+        for file in tmp_path.glob("s.cursors-*"):
+            file.unlink()
+        path.write_bytes(whole)
+        assert [cursor.name for cursor in pipeline.all()] == ["old"]
 
 
 def test_a_cursor_is_durable_and_only_goes_on(tmp_path: Path) -> None:
@@ -464,10 +505,10 @@ def test_a_new_name_begins_where_the_log_does_however_that_moves_meanwhile(
     trims = [5, 12]
     commit = Cursors.commit
 
-    def late(self: Cursors, name: str, mark: Mark) -> Cursor:
+    def late(self: Cursors, name: str, mark: Mark, *, joins: bool) -> Cursor:
         if trims:
             writer.trim(trims.pop(0))
-        return commit(self, name, mark)
+        return commit(self, name, mark, joins=joins)
 
     monkeypatch.setattr(Cursors, "commit", late)
     batches = log.read("reports")
@@ -516,6 +557,62 @@ def test_a_consumer_whose_entries_go_while_it_reads_is_lost(writer: SQLiteLog, l
         list(batch)
     with pytest.raises(CursorLost):
         next(batches)
+
+
+@pytest.mark.parametrize("through", [12, 18])
+@pytest.mark.parametrize(("name", "error"), [("reports", CursorLost), (None, LogTrimmed)])
+def test_chosen_tables_lack_nothing_that_was_deleted(
+    writer: SQLiteLog, log: OpenLog, through: int, name: str | None, error: type[LogTrimmed]
+) -> None:
+    (batch,) = log.read(name, after=2)
+    (chosen,) = log.read(name, after=2, tables=["orders"])
+    writer.trim(through)
+    for ask in (lambda: batch.table("orders"), lambda: list(chosen), lambda: batch.tables):
+        with pytest.raises(error):
+            ask()
+
+
+def test_chosen_tables_lack_nothing_that_goes_while_they_are_read(
+    writer: SQLiteLog, log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headrace.reading, "_PAGE", 3)
+    (batch,) = log.read(None, tables=["orders"])
+    items = iter(batch)
+    before = [next(items) for _ in range(3)]
+    writer.trim(before[-1].offset)
+    assert [item.offset for item in items] == list(range(before[-1].offset + 2, writer.end().offset + 1, 2))
+    (batch,) = log.read(None, tables=["orders"])
+    items = iter(batch)
+    next(items)
+    writer.trim(18)
+    with pytest.raises(LogTrimmed):
+        list(items)
+
+
+def test_the_place_of_a_batch_that_was_deleted_is_not_told(writer: SQLiteLog, log: OpenLog) -> None:
+    first = next(log.read(None, max_bytes=1))
+    assert (first.position, first.committed_at) == (Position(0, 10, 1), 10 * SECOND)
+    writer.trim(12)
+    for ask in (lambda: first.position, lambda: first.committed_at):
+        with pytest.raises(LogTrimmed):
+            ask()
+
+
+@pytest.mark.parametrize("name", ["reports", None])
+def test_a_mark_that_is_deleted_while_it_is_compared_is_not_of_another_log(
+    writer: SQLiteLog, log: OpenLog, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    if name:
+        next(log.read(name, max_bytes=1)).commit()
+    mark = log._log.mark
+
+    def late(offset: int) -> Mark | None:
+        writer.trim(12)
+        return mark(offset)
+
+    monkeypatch.setattr(log._log, "mark", late)
+    with pytest.raises(CursorLost if name else LogTrimmed, match="deleted"):
+        log.read(name, after=None if name else 2)
 
 
 def test_another_log_is_noticed(writer: SQLiteLog, log: OpenLog, tmp_path: Path) -> None:

@@ -273,12 +273,17 @@ def test_places_are_where_a_scan_finds_them(many: SQLiteLog) -> None:
 
 def test_times_that_go_back_are_cut_at_the_first_that_reaches(log: SQLiteLog) -> None:
     log.append([schema(1, SHAPE)])
-    for commit, second in ((10, 10), (20, 25), (30, 24), (40, 40)):
+    for commit, second in ((10, 10), (20, 25), (30, 23), (40, 40)):
         entry = rows(SHAPE, [("c", commit, 1, (str(commit), "s", ""))])
         log.append([replace(entry, committed_at=second * SECOND)])
     assert cut_at_time(log, 24 * SECOND).commit == (0, 20)
     assert cut_at_time(log, 26 * SECOND).commit == (0, 40)
     assert cut_at_time(log, 41 * SECOND) == Cut(5)
+    log.trim(4)
+    for second in (24, 25):
+        with pytest.raises(LogTrimmed, match="that time has been deleted"):
+            cut_at_time(log, second * SECOND)
+    assert cut_at_time(log, 26 * SECOND).commit == (0, 40)
 
 
 def test_places_that_are_deleted_are_refused(many: SQLiteLog) -> None:

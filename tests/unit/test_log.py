@@ -14,9 +14,20 @@ import apsw
 import pytest
 
 from headrace.change import Entry
-from headrace.errors import LogBusy, LogDamaged, LogError, LogFull, LogNotDurable, Verdict, verdict_of
+from headrace.errors import (
+    LogBusy,
+    LogDamaged,
+    LogError,
+    LogFull,
+    LogNotDurable,
+    LogTrimmed,
+    Verdict,
+    verdict_of,
+)
+from headrace.log import proof
 from headrace.log.database import Database
 from headrace.log.proof import verify
+from headrace.log.segments import segment_path
 from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import _forget_empty_logs
 from headrace.testing.logs import armed, change, everything, group
@@ -308,8 +319,6 @@ def test_a_proof_beside_a_writer_that_has_begun_further_segments(log: SQLiteLog)
 
 def test_a_proof_beside_a_trim_is_begun_again(log: SQLiteLog, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(log, groups=300, size=1)
-    from headrace.log import proof
-
     rows = proof._rows
     trims = iter([300, 500])
 
@@ -320,6 +329,68 @@ def test_a_proof_beside_a_trim_is_begun_again(log: SQLiteLog, monkeypatch: pytes
     monkeypatch.setattr(proof, "_rows", trimmed)
     found = verify(log)
     assert (found.begin.offset, found.entries) == (500, 100)
+
+
+def trims_each_walk(log: SQLiteLog, monkeypatch: pytest.MonkeyPatch, *, late: bool = False) -> list[int]:
+    """Have retention delete a group as each walk begins; `late`: before that group is read. Returns where
+    walks began."""
+    walks: list[int] = []
+    rows = proof._rows
+
+    def trimmed(log: SQLiteLog, after: int, through: int) -> Iterator[object]:
+        found = rows(log, after, through)
+        if after == (begin := log.begin().offset):
+            walks.append(after)
+            read = [] if late else [next(found)]
+            log.trim(begin + 2)
+            yield from read
+        yield from found
+
+    monkeypatch.setattr(proof, "_rows", trimmed)
+    return walks
+
+
+def test_damage_is_told_at_once_while_retention_trims(
+    log: SQLiteLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(log, groups=100)
+    newest = segment_path(log.segments, max(segments(log)))
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    walks = trims_each_walk(log, monkeypatch)
+    with pytest.raises(LogDamaged, match="hash of offset 200 does not hold"):
+        verify(log)
+    assert len(walks) == 1
+
+
+def test_a_proof_that_retention_overtakes_each_time_is_given_up(
+    log: SQLiteLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "_ATTEMPTS", 3)
+    filled(log, groups=10, size=1)
+    walks = trims_each_walk(log, monkeypatch, late=True)
+    with pytest.raises(LogTrimmed, match="faster than it is read"):
+        verify(log)
+    assert walks == [0, 2, 4]
+
+
+def test_a_segment_that_retention_removes_beside_a_proof_is_not_missed(
+    log: SQLiteLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(log, groups=20)
+    trims = iter([10])
+
+    def path_of(folder: Path, segment: int) -> Path:
+        log.trim(next(trims, 0))
+        return segment_path(folder, segment)
+
+    monkeypatch.setattr(proof, "segment_path", path_of)
+    assert verify(log).end.offset == 40
+    assert log.begin().offset == 10
+    segment_path(log.segments, min(segments(log))).write_bytes(b"short")
+    with pytest.raises(LogDamaged):
+        verify(log)
 
 
 # -- the disk ------------------------------------------------------------------------------------------

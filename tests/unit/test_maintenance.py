@@ -427,6 +427,58 @@ def test_a_checkpoint_without_its_commits_is_kept(tmp_path: Path) -> None:
     assert content(again.read(T, 0, END)) == expected(1, 45)
 
 
+@pytest.fixture(scope="module")
+def cleaned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A table with two checkpoints in its past, and all that was ever deleted from its log."""
+    folder = tmp_path_factory.mktemp("cleaned")
+    staging = opened(folder)
+    deleted: dict[str, bytes] = {}
+    for begin in (1, 13):
+        load(staging, begin, begin + 11)
+        Maintenance(staging, threading.Event(), share=1.0, grace=3600).compact(T)
+        log = raw(staging).path / "_delta_log"
+        deleted |= {path.name: path.read_bytes() for path in log.glob("*[0-9].*")}
+        maintain(staging).compact(T)
+    load(staging, 25, 28)
+    left = {path.name for path in log.iterdir()}
+    return folder, {name: content for name, content in deleted.items() if name not in left}
+
+
+@given(data=st.data())
+def test_any_deletion_that_a_power_cut_undoes_changes_nothing(
+    tmp_path_factory: pytest.TempPathFactory, cleaned: tuple[Path, dict[str, bytes]], data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    shutil.copytree(cleaned[0], folder, dirs_exist_ok=True)
+    log = folder / "raw/shop/public/t/_delta_log"
+    most = data.draw(st.sampled_from([0, 1, 2, len(cleaned[1])]))
+    lost = data.draw(st.sets(st.sampled_from(sorted(cleaned[1])), max_size=most))
+    for name in cleaned[1].keys() - lost:
+        (log / name).write_bytes(cleaned[1][name])
+    staging = opened(folder)
+    assert (content(staging.read(T, 0, END)), raw(staging).version) == (expected(1, 28), 28)
+    load(staging, 29, 31)
+    maintain(staging).compact(T)
+    assert content(opened(folder).read(T, 0, END)) == expected(1, 31)
+    shutil.rmtree(folder)
+
+
+def test_a_table_that_an_older_version_made_gets_the_properties_of_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "delta.deletedFileRetentionDuration"
+    with monkeypatch.context() as older:
+        older.delitem(table._PROPERTIES, name)
+        staging = opened(tmp_path)
+        load(staging, 1, 20)
+    path = raw(staging).path
+    assert name not in DeltaTable(path).metadata().configuration
+    maintain(staging).compact(T)
+    assert DeltaTable(path).metadata().configuration[name] == "interval 1 hours"
+    load(staging, 21, 24)
+    assert content(opened(tmp_path).read(T, 0, END)) == expected(1, 24)
+
+
 @pytest.mark.parametrize("how", ["truncated", "empty"])
 def test_a_merge_whose_commit_was_torn_is_undone(tmp_path: Path, how: str) -> None:
     staging = opened(tmp_path)

@@ -219,7 +219,9 @@ def test_a_circle_is_told_and_the_others_go_on(shop: Shop, caplog: pytest.LogCap
     shop.step()
     assert shop.ask("SELECT n FROM good, a") == [(2,)]
     texts = {"a": "b", "b": "a", "c": "clean"}
-    order, circles = in_order(read_mart(n, f"SELECT 1 FROM {m}", "duckdb") for n, m in texts.items())
+    order, circles = in_order(
+        (read_mart(n, f"SELECT 1 FROM {m}", "duckdb") for n, m in texts.items()), "main"
+    )
     assert [mart.name for mart in order] == ["c"]
     assert circles in (["a → b → a"], ["b → a → b"])
 
@@ -247,7 +249,9 @@ def test_what_a_file_reads_tells_whether_it_is_a_mart(tmp_path: Path) -> None:
     folder = ModelFolder(tmp_path, {"shop"})
     assert [text.name for text in folder.current()] == ["m"]
     (mart,) = folder.marts()
-    assert set(mart.reads) == {"m", "shop.customers"}
+    assert set(mart.reads) == {"m", "shop.customers", "clean"}, (
+        "a WITH may have the name of what it is made of"
+    )
     (tmp_path / "o.sql").write_text("SELECT 1 AS x FROM raw.shop.orders JOIN m ON true")
     with pytest.raises((ModelError, UserError), match=r"o\.sql: a row model reads one raw table"):
         ModelFolder(tmp_path, {"shop"})

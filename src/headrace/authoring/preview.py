@@ -316,12 +316,9 @@ def _take_live(project: Project, found: Found, scratch: DuckDBDestination, share
         f'SELECT state, "offset", open_records FROM headrace.models WHERE model = {literal(found.name)}',
         f"SELECT {', '.join(map(quoted, columns))} FROM {scratch.table_of(found.name)} WHERE {where}",
     ]
-    try:
-        with scan(project, queries) as readers:
-            states = next(readers).read_all().to_pylist()
-            _fill(scratch, columns, next(readers))
-    except (pa.ArrowException, OSError) as error:
-        raise HeadraceError("The live table could not be read to its end.", "Try again.") from error
+    with scan(project, queries) as results:
+        states = [row for batch in next(results)[1] for row in batch.to_pylist()]
+        _fill(scratch, columns, next(results)[1])
     shown = {name: type_ for name, type_ in columns.items() if name != "_source_key"}
     state: dict[str, Any] = states[0] if states else {}
     return _Live(shown, **state)

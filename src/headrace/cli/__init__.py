@@ -48,6 +48,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "headrace.cli.rebuild:rebuild",
         "Make a model's table once more from staging, beside the live one, and swap.",
     ),
+    "rollback": (
+        "headrace.cli.rebuild:rollback",
+        "Put back an earlier version of a model's file, and rebuild its table.",
+    ),
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
     "staging": ("", "List the raw tables and what they were; compact them."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),

@@ -108,6 +108,12 @@ def _destination(project: Project) -> Iterator[Finding]:
         fault = _folder_fault(config.path.parent)
         yield Finding("fail", *fault) if fault else Finding("ok", f"{config.path} can be made")
         return
+    if config.url:
+        there = place_of(config.url.reveal())
+        for source in project.sources:
+            if place_of(source.url.reveal())[1:] == there[1:]:
+                what = f"the destination is the database of source {source.name}: what is applied is captured"
+                yield Finding("fail", what, "Name another database in [destination] url.")
     destination = open_destination(config)
     try:
         for finding in destination.inspect():
@@ -206,11 +212,9 @@ def _collisions(
     for schema in sorted({*shapes, *schemas} & set(OWN_SCHEMAS)):
         what = f"a source or model would fill the schema {schema}, which has another use in the destination"
         yield Finding("fail", what, "Give it another name.")
-    faults = (
-        destination.misnamed(name) for name in ["headrace.models", "models", *(name for name, _ in names)]
-    )
-    for words in sorted({words for words in faults if words}):
-        yield Finding("fail", words, f"Name it otherwise, or {destination.fresh}.")
+    named = ["headrace.models", "models", *(name for name, _ in names)]
+    faults = {fault for name in named if (fault := destination.misnamed(name))}
+    yield from (Finding("fail", *fault) for fault in sorted(faults))
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
@@ -132,6 +133,17 @@ class Stretch:
                 found.append(np.array([entry.last.commit]))
         return np.concatenate(found)
 
+    def last_before(self) -> list[Group]:
+        """Return the last group before it that has commits, if the log still holds one."""
+        found = self.log.raw_rows(
+            'SELECT "offset" FROM entries WHERE "offset" <= ? '
+            "AND kind IN ('rows', 'truncate', 'message') "
+            "AND NOT (kind = 'message' AND min_txid = 0 AND CAST(payload AS TEXT) ->> 'prefix' = ?) "
+            'ORDER BY "offset" DESC LIMIT 1',
+            (self.begin.offset, OWN),
+        )
+        return [group_of(self.log, int(offset)) for (offset,) in found]
+
     def _payload(self, item: LoggedEntry) -> bytes:
         return next(self.log.entries(item.offset - 1, item.offset)).entry.payload
 
@@ -221,12 +233,13 @@ def _place(item: LoggedEntry, commit: int, ordinal: int, committed_at: int) -> d
 
 
 def _debezium(stretch: Stretch, out: TextIO, prefix: str, database: str) -> None:
-    before = stretch.log.place(stretch.begin.offset)[0]
-    envelope = Envelope(prefix, database, last_commit=before[:2] if before.commit else None)
-    for group in stretch.groups():
+    envelope = Envelope(prefix, database)
+    for group in chain(stretch.last_before(), stretch.groups()):
         commits = stretch.commits(group)
         if commits.size:
             envelope.see(stretch.log.place(group.through)[0].epoch, commits)
+        if group.through <= stretch.begin.offset:
+            continue  # it is here for its commits only
         for item in stretch.entries(group):
             for event in _events(stretch, envelope, item):
                 record = {

@@ -16,6 +16,7 @@ from headrace.config import Project, load_project
 from headrace.errors import UserError
 from headrace.keys import literal
 from headrace.server import ask, is_running, read_rows
+from headrace.transform.header import version_of
 
 _POLL = 0.3
 _TELL_EVERY = 5.0
@@ -56,6 +57,60 @@ def rebuild(
         _print(outcome)
 
 
+def rollback(
+    model: str,
+    *,
+    to: Annotated[
+        str | None, Parameter(help="The version to go back to, see `headrace models show`.")
+    ] = None,
+    project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
+    json: Annotated[bool, Parameter(help="Print the outcome as JSON.", negative="")] = False,
+) -> None:
+    """Put back a model's file as it was before, and rebuild its table with it.
+
+    By default the version goes back that made the table before the file's present one. What the file is
+    now is kept as a version, too, if a pipeline has ever run with it.
+
+    Parameters
+    ----------
+    model
+        The name of a model that has a file.
+    """
+    settings = load_project(project)
+    path = settings.models / f"{model}.sql"
+    version = to or _former(settings, model, path)
+    kept = settings.versions / model / f"{version}.sql"
+    if not kept.is_file():
+        known = sorted(file.stem for file in kept.parent.glob("*.sql"))
+        raise UserError(
+            f"There is no version {version} of {model}.", f"Kept are: {', '.join(known) or 'none'}."
+        )
+    making = path.with_suffix(".sql.new")
+    making.write_bytes(kept.read_bytes())
+    making.rename(path)
+    print(f"models/{model}.sql is version {version} again", file=sys.stderr)
+    rebuild(model, project=project, json=json)
+
+
+def _former(settings: Project, model: str, path: Path) -> str:
+    """Return the version that made a table before the one that its file has now."""
+    now = version_of(path.read_text()) if path.is_file() else ""
+    _, rows = read_rows(
+        settings,
+        f"SELECT model_version FROM headrace.ledger WHERE model = {literal(model)} "
+        "GROUP BY model_version ORDER BY max(recorded_at) DESC",
+    )
+    made = [str(version) for (version,) in rows]
+    made = made[made.index(now) + 1 :] if now in made else made
+    former = next((v for v in made if v != now and (settings.versions / model / f"{v}.sql").is_file()), None)
+    if former is None:
+        raise UserError(
+            f"No earlier version of {model} is known.",
+            "`headrace models show` names those that made its table.",
+        )
+    return former
+
+
 def _source_of(settings: Project, model: str) -> str:
     _, rows = read_rows(settings, "SELECT model, source, state FROM headrace.models ORDER BY model")
     known = {str(name): (str(source), str(state)) for name, source, state in rows}
@@ -72,23 +127,30 @@ def _rebuilds(settings: Project, model: str) -> int:
 
 
 def _wait(settings: Project, model: str, before: int) -> None:
-    """Wait for the running pipeline, telling how far it is. Raises UserError when the model is suspended."""
+    """Wait for the running pipeline, telling how far it is. Raises UserError where it comes to no end."""
     name, told = literal(model), time.monotonic()
     query = (
-        f"SELECT (SELECT count(*) FROM headrace.rebuilds WHERE model = {name}), m.state, m.reason, j.phase, "
-        f'j."offset", j.target FROM headrace.models m JOIN headrace.joins j USING (model) '
-        f"WHERE model = {name}"
+        f"SELECT (SELECT count(*) FROM headrace.rebuilds WHERE model = {name}), m.state, m.version, "
+        'm.reason, j.phase, j.why, j."offset", j.target FROM headrace.models m '
+        f"JOIN headrace.joins j USING (model) WHERE model = {name}"
     )
+    first: tuple[Any, ...] | None = None
     while True:
-        _, rows = read_rows(settings, query)
-        for done, state, reason, phase, offset, target in rows:
-            if done > before:
-                return
-            if state == "suspended":
-                raise UserError(f"Model {model} is suspended: {reason}", "Mend it: the rebuild then goes on.")
-            if time.monotonic() - told > _TELL_EVERY:
-                told = time.monotonic()
-                print(f"{phase}: at offset {offset} of {target}", file=sys.stderr)
+        if not is_running(settings):
+            raise UserError("The pipeline has ended.", "The rebuild goes on with its next start.")
+        row = next(iter(read_rows(settings, query)[1]), None)
+        if row is not None and row[0] > before:
+            return
+        if row is None or row[4] == "done" or row[5] == "copy":
+            words = f"The rebuild of {model} was given up: its table or its columns are others now."
+            raise UserError(words, "`headrace status` says how it stands.")
+        _, state, version, reason, phase, _, offset, target = row
+        first = first or (state, version, reason)
+        if state == "suspended" and (state, version, reason) != first:
+            raise UserError(f"Model {model} is suspended: {reason}", "Mend it: the rebuild then goes on.")
+        if time.monotonic() - told > _TELL_EVERY:
+            told = time.monotonic()
+            print(f"{phase}: at offset {offset} of {target}", file=sys.stderr)
         time.sleep(_POLL)
 
 
@@ -101,10 +163,8 @@ def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> None:
         if lane is None:
             raise UserError(f"There is no [source.{source}] any more.", "Its models cannot be rebuilt.")
         lane.rebuild(model, dry_run=dry_run)
-        while lane.apply():
+        while lane.take_rebuild_further(model):
             pass
-        if reason := lane.suspended().get(model):
-            raise UserError(f"Model {model} is suspended: {reason}", "Mend it: the rebuild then goes on.")
     finally:
         pipeline.close()
 

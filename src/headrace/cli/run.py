@@ -128,8 +128,8 @@ def _summary(project: Project) -> str:
             project,
             [
                 'SELECT source, "offset", commit FROM headrace.progress ORDER BY source',
-                "SELECT count(*) FILTER (state <> 'retired') AS n, "
-                "count(*) FILTER (state = 'in_sync') AS good, "
+                "SELECT count(*) FILTER (WHERE state <> 'retired') AS n, "
+                "count(*) FILTER (WHERE state = 'in_sync') AS good, "
                 "coalesce(sum(open_records), 0)::BIGINT AS bad FROM headrace.models",
             ],
         )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from headrace.change import Mark, Offset, Position
+from headrace.change import Counts, Mark, Offset, Position
 from headrace.destinations.multiset import take_off
 from headrace.destinations.session import Session
 from headrace.destinations.tables import LEDGER_COUNTS, OPEN, QUARANTINE, RECORD_COLUMNS
 from headrace.errors import DestinationError
 from headrace.keys import literal
-from headrace.protocols import Counts, Model, Part, Prepared, Slice
+from headrace.protocols import Model, Part, Prepared, Slice
 
 
 @dataclass(slots=True)
@@ -171,6 +171,18 @@ def stand(
 def numbers(counts: Counts) -> list[int]:
     """Return counts in the order of the ledger's columns."""
     return [getattr(counts, name) for name in LEDGER_COUNTS]
+
+
+def count_changes(db: Session, names: Collection[str]) -> None:
+    """Count that a transaction changes the rows of models and marts, in the transaction itself."""
+    listed = ", ".join(map(literal, sorted(names)))
+    counted = db.change(f"UPDATE headrace.changes SET changes = changes + 1 WHERE name IN ({listed})")
+    if counted < len(names):
+        rows = ", ".join(f"({literal(name)})" for name in sorted(names))
+        db.execute(
+            f"INSERT INTO headrace.changes SELECT name, 1 FROM (VALUES {rows}) AS v(name) "
+            "WHERE name NOT IN (SELECT name FROM headrace.changes)"
+        )
 
 
 def insert(db: Session, table: str, rows: Sequence[Sequence[object]]) -> None:

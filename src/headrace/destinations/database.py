@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import pyarrow as pa
 
-from headrace.change import Mark
-from headrace.destinations.books import Books, insert, move_progress, numbers, read_progress, record
+from headrace.change import Counts, Mark
+from headrace.destinations.books import (
+    Books,
+    count_changes,
+    insert,
+    move_progress,
+    numbers,
+    read_progress,
+    record,
+)
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
 from headrace.destinations.session import Session, Unfit
@@ -18,15 +25,7 @@ from headrace.destinations.tables import OPEN
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
-from headrace.protocols import (
-    Counts,
-    DestinationFinding,
-    Model,
-    ModelState,
-    Prepared,
-    Slice,
-    Table,
-)
+from headrace.protocols import DestinationFinding, Model, ModelState, Prepared, Scanned, Slice, Table
 
 _REFUSES = "cannot take the model's rows"
 
@@ -43,8 +42,6 @@ class Database(ABC):
         self._shaped: dict[str, dict[str, str]] = {}
         self.joins = Joins(self)
         self.marts = Marts(self)
-        self.touched: Counter[str] = Counter()
-        """How often the rows of a model were changed by this process: marts that read it are due then."""
         self.commits = 0
 
     # -- what an engine adds
@@ -69,11 +66,10 @@ class Database(ABC):
         """See `Destination.read`."""
 
     @contextmanager
-    def scan(
-        self, queries: Sequence[str], *, read_only: bool = False
-    ) -> Iterator[Iterator[pa.RecordBatchReader]]:
+    def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
         """See `Destination.scan`."""
-        yield (table.to_reader() for table in self.read(queries, read_only=read_only))
+        tables = self.read(queries, read_only=read_only)
+        yield ((table.schema, iter(table.to_batches())) for table in tables)
 
     @abstractmethod
     def exists(self) -> bool:
@@ -84,7 +80,7 @@ class Database(ABC):
         """See `Destination.inspect`."""
 
     @abstractmethod
-    def misnamed(self, model: str) -> str | None:
+    def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
 
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:
@@ -111,7 +107,9 @@ class Database(ABC):
         return ".".join(map(quoted, self.place_of(model)))
 
     @contextmanager
-    def writing(self, source: str, *, memory: int = 0, keep: bool = True) -> Iterator[Session]:
+    def writing(
+        self, source: str, *, memory: int = 0, keep: bool = True, steady: bool = False
+    ) -> Iterator[Session]:
         """Open a transaction that changes what is of a source; committed at the end, unless not to `keep`.
 
         Raises ModelBroken where a constraint that waited for the end refuses a model's rows.
@@ -120,13 +118,15 @@ class Database(ABC):
             with self.open(memory=memory) as db:
                 if not self._shaped:
                     self.set_up(db)
-                db.begin(source)
+                db.begin(source, steady=steady)
                 yield db
+                if db.changed:
+                    count_changes(db, db.changed)
                 db.commit() if keep else db.rollback()
         except Unfit as error:
-            names = {self.place_of(name): name for name in self._shaped}
             self._shaped.clear()
-            model = names.get(error.table) or names.get(self.referred_by(*error.table, error.constraint))
+            touched = db.touched
+            model = touched.get(error.table) or touched.get(self.referred_by(*error.table, error.constraint))
             if model is None:
                 raise DestinationError(f"{self.name} refuses the slice: {error}.") from error
             raise _broken(model, str(error)) from error
@@ -234,6 +234,13 @@ class Database(ABC):
                 insert(db, "models", [(model, source, version, "suspended", reason, 0, 0, 0, 0, 0)])
             return True
 
+    def reconsider(self, source: str) -> None:
+        """See `Destination.reconsider`."""
+        with self.writing(source) as db:
+            db.execute(
+                "UPDATE headrace.models SET version = '' WHERE source = $1 AND state = 'suspended'", [source]
+            )
+
     def retire(self, model: str, source: str) -> None:
         """See `Destination.retire`."""
         with self.writing(source) as db:
@@ -241,13 +248,13 @@ class Database(ABC):
                 "UPDATE headrace.models SET state = 'retired', updated_at = now() WHERE model = $1", [model]
             )
 
-    def forget_if_reshaped(self, model: Model) -> bool:
+    def forget_if_reshaped(self, model: Model, *, dry_run: bool = False) -> bool:
         """See `Destination.forget_if_reshaped`."""
         self._shaped.clear()
         with self.writing(model.source) as db:
             known = db.columns(*self.place_of(model.name))
-            if not known or known == db.types(model):
-                return False
+            if not known or known == db.types(model) or dry_run:
+                return bool(known) and known != db.types(model)
             with self._blaming(model.name, "cannot be built again"):
                 db.execute(f"DROP TABLE {self.table_of(model.name)}")
             db.execute(
@@ -258,6 +265,7 @@ class Database(ABC):
             db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
             db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
             db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
+            db.changed.add(model.name)
         return True
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:
@@ -299,6 +307,7 @@ class Database(ABC):
             with self._blaming(model.name, "cannot take the model's columns"):
                 self._shape(db, model)
             self._shaped[model.name] = model.types()
+        db.touched[self.place_of(model.name)] = model.name
 
     def _shape(self, db: Session, model: Table) -> None:
         """Make the model's table, or add what it lacks; columns that the model lost stay, null from now."""
@@ -338,7 +347,7 @@ class Database(ABC):
     def _change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         target = self.table_of(model.name)
         if prepared.counts.read:
-            self.touched[model.name] += 1
+            db.changed.add(model.name)
         if prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
         if len(prepared.removed):
@@ -353,7 +362,7 @@ class Database(ABC):
 
     def exchange_rows(self, db: Session, model: Model, statements: Sequence[str]) -> int:
         """Run statements that change a model's rows; returns how many."""
-        self.touched[model.name] += 1
+        db.changed.add(model.name)
         with self._blaming(model.name):
             return sum(db.change(statement) for statement in statements)
 
@@ -370,4 +379,6 @@ class Database(ABC):
 
 
 def _broken(model: str, words: str, what: str = _REFUSES) -> ModelBroken:
-    return ModelBroken(model, f"Table {model} {what}: {words}", "Drop or mend the table.")
+    return ModelBroken(
+        model, f"Table {model} {what}: {words}", "Mend or drop the table, then start the pipeline again."
+    )

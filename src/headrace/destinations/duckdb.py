@@ -26,7 +26,7 @@ from headrace.destinations.session import Session
 from headrace.destinations.tables import CREATE
 from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
 from headrace.keys import literal
-from headrace.protocols import DestinationFinding, Table
+from headrace.protocols import DestinationFinding, Scanned, Table
 
 _READING = {
     duckdb.StatementType.SELECT,
@@ -51,6 +51,8 @@ QUERY_MEMORY = 512 << 20
 
 _SCAN_ROWS = 10_000
 """Rows in memory at once of a result that is scanned."""
+
+"""A result that is read batch by batch."""
 
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
@@ -137,9 +139,7 @@ class DuckDBDestination(Database):
             raise UserError(str(error).strip()) from error
 
     @contextmanager
-    def scan(
-        self, queries: Sequence[str], *, read_only: bool = False
-    ) -> Iterator[Iterator[pa.RecordBatchReader]]:
+    def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
         """See `Destination.scan`. Results need not fit in memory."""
         _refuse_writing(queries)
         with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
@@ -164,12 +164,13 @@ class DuckDBDestination(Database):
         except DestinationError as error:
             yield DestinationFinding("fail", str(error), error.remedy)
 
-    def misnamed(self, model: str) -> str | None:
+    def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
         schema = self.place_of(model)[0]
         if schema.casefold() != self.path.stem.casefold():
             return None
-        return f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
+        what = f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
+        return what, f'Name another: [destination] path = "{schema.casefold()}_warehouse.duckdb"'
 
     def fault_of(self, error: Exception) -> str | None:
         """See `Database.fault_of`."""
@@ -187,10 +188,15 @@ class _DuckDBSession:
 
     def __init__(self, db: duckdb.DuckDBPyConnection) -> None:
         self._db = db
+        self.touched: dict[tuple[str, str], str] = {}
+        self.changed: set[str] = set()
 
-    def begin(self, source: str) -> None:
-        del source  # the file has one writer
+    def begin(self, source: str, *, steady: bool = False) -> None:
+        del source, steady  # the file has one writer, and transactions see one state
         self._db.execute("BEGIN")
+
+    def resolve_in(self, schema: str) -> None:
+        pass  # they are of `main` anyway
 
     def commit(self) -> None:
         self._db.execute("COMMIT")
@@ -252,11 +258,20 @@ def _refuse_writing(queries: Sequence[str]) -> None:
             raise UserError("Only queries are answered: the destination is written by the pipeline alone.")
 
 
-def _scanned(db: duckdb.DuckDBPyConnection, query: str) -> pa.RecordBatchReader:
+def _scanned(db: duckdb.DuckDBPyConnection, query: str) -> Scanned:
     try:
-        return db.sql(query).to_arrow_reader(_SCAN_ROWS)
+        reader = db.sql(query).to_arrow_reader(_SCAN_ROWS)
     except duckdb.Error as error:
         raise UserError(str(error).strip()) from error
+    return reader.schema, _batches(reader)
+
+
+def _batches(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from reader
+    except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow passes an engine's error on as these
+        # Its message may quote a cell.
+        raise DestinationError("A query of the destination failed on the way.", "Try again.") from error
 
 
 def _spills_to(db: duckdb.DuckDBPyConnection) -> str:

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from headrace.cells import json_of
-from headrace.change import Mark, Position
+from headrace.change import Counts, Mark, Position
 from headrace.destinations.books import heal, insert, move_progress, numbers, record, record_from, stand
 from headrace.destinations.multiset import take_off
 from headrace.destinations.session import Session
@@ -23,7 +23,7 @@ from headrace.errors import DestinationError
 from headrace.failpoints import failpoint
 from headrace.join import Difference, Join
 from headrace.keys import literal, quoted
-from headrace.protocols import Counts, Model, Prepared
+from headrace.protocols import Model, Prepared
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database
@@ -63,9 +63,12 @@ class Joins:
         with self._destination.writing(join.source) as db:
             # Of an earlier join, which may have been of other columns.
             self._destination.drop_table(db, _Target(_beside(model), {}))
+            if not join.beside:
+                self._destination.marts.give_way(db, model.name)
             db.execute(f"DELETE FROM {JOINING} WHERE model = $1", [model.name])
             self._destination.make_table(db, target)
             db.execute(f"DELETE FROM {table} WHERE _source = $1", [join.source])
+            db.changed.add(target.name)
             _void(db, join)
             if not join.beside:
                 stand(db, model, 0, Position(0, 0, 0), 0, in_sync=False)
@@ -172,14 +175,16 @@ class Joins:
             for key, how in db.execute("SELECT k, how FROM _hr_examples ORDER BY how, k")
         }
         names = list(model.types())
+        # As text: a client may not have every value that an engine has, such as a date that is infinity.
+        cells = ", ".join(f"CAST({quoted(name)} AS VARCHAR)" for name in names)
         for table, when in ((live, "before"), (beside, "after")):
             rows = db.execute(
-                f"SELECT _source_key, {', '.join(map(quoted, names))} FROM {table} "
+                f"SELECT _source_key, {cells} FROM {table} "
                 f"WHERE _source = $1 AND _source_key IN (SELECT k FROM _hr_examples)",
                 [join.source],
             )
-            for key, *cells in rows:
-                examples[key][when].append(dict(zip(names, cells, strict=True)))
+            for key, *row in rows:
+                examples[key][when].append(dict(zip(names, row, strict=True)))
         ((rows_made,),) = db.execute(f"SELECT count(*) FROM {beside}")
         ((opened,),) = db.execute(f"SELECT count(*) FROM {JOINING} WHERE model = $1 AND {OPEN}", [model.name])
         counts = (rows_made, opened, *astuple(difference))

@@ -59,7 +59,7 @@ _IDLE = 3
 """Connections that are kept for the next use."""
 
 _OLDEST = 140_000
-_PASSES = (*RETRY_SQLSTATES, "55", "25")
+_PASSES = (*RETRY_SQLSTATES, "55P03", "55006", "25006")
 """Beside what always passes: locks that are not had in time, and a server that is read-only for now."""
 _OF_A_TABLE = ("0A", "22", "23", "2B", "42", "54", "P0")
 """Classes of what is wrong with a table or with its rows."""
@@ -104,7 +104,7 @@ class PostgresDestination(Database):
         }
         self._idle: list[Connection] = []
         self._turn = threading.Lock()
-        self._closing = weakref.finalize(self, _close_all, self._idle)
+        weakref.finalize(self, _close_all, self._idle)
 
     # -- connections
 
@@ -191,7 +191,7 @@ class PostgresDestination(Database):
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             words = without_passwords(str(error)).strip().splitlines()[0]
             return DestinationUnavailable(f"{self.name} broke off: {words}", "Headrace keeps trying.")
-        if state[:2] in _PASSES:
+        if state.startswith(_PASSES):
             return DestinationUnavailable(f"{self.name}: {words_of(error)}.", "Headrace keeps trying.")
         remedy = "Give the role the rights that docs/destinations.md lists." if state == "42501" else ""
         return DestinationError(f"{self.name}: {words_of(error)}.", remedy)
@@ -232,8 +232,8 @@ class PostgresDestination(Database):
             db.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)}")
 
     def _shape(self, db: Session, model: Table) -> None:
-        if words := self.misnamed(model.name):
-            raise ModelBroken(model.name, f"Model {model.name}: {words}.", "Give it another name.")
+        if fault := self.misnamed(model.name):
+            raise ModelBroken(model.name, f"Model {model.name}: {fault[0]}.", fault[1])
         super()._shape(db, model)
         cascading = db.execute(
             "SELECT conname, conrelid::regclass::text FROM pg_constraint WHERE contype = 'f' "
@@ -260,14 +260,15 @@ class PostgresDestination(Database):
             )
         return cast("tuple[str, str]", found[0]) if found else (schema, table)
 
-    def misnamed(self, model: str) -> str | None:
+    def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
         schema, table = self.place_of(model)
         for name in (schema, table):
             if len(name.encode()) > LONGEST_NAME:
-                return f"{name} has more than the {LONGEST_NAME} bytes that Postgres allows a name"
+                what = f"{name} has more than the {LONGEST_NAME} bytes that Postgres allows a name"
+                return what, "Write a model with a shorter name for its table."
         if schema.startswith("pg_"):
-            return f"Postgres keeps schemas that begin with pg_, such as {schema}, for itself"
+            return f"Postgres keeps schemas that begin with pg_, such as {schema}, for itself", "Rename it."
         return None
 
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:
@@ -294,7 +295,7 @@ class PostgresDestination(Database):
                 judged = self._judged(error)
                 if isinstance(judged, DestinationUnavailable):
                     raise judged from error
-                raise UserError(str(error).strip()) from error
+                raise UserError(error.diag.message_primary or str(error).strip()) from error
 
     def inspect(self) -> Iterator[DestinationFinding]:
         """See `Destination.inspect`."""
@@ -342,7 +343,7 @@ class PostgresDestination(Database):
 
 def _is_set_up(db: Session) -> bool:
     # The last of the tables that are made.
-    return db.execute("SELECT to_regclass('headrace.joins') IS NOT NULL") == [(True,)]
+    return db.execute("SELECT to_regclass('headrace.marts') IS NOT NULL") == [(True,)]
 
 
 def _close_all(connections: list[Connection]) -> None:

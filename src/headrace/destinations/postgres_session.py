@@ -58,13 +58,21 @@ class PostgresSession:
     def __init__(self, db: Connection, name: str) -> None:
         self._db = db
         self._name = name
+        self.touched: dict[tuple[str, str], str] = {}
+        self.changed: set[str] = set()
         self._held: pa.Table | None = None  # what the temporary table _hr_given is made of
 
-    def begin(self, source: str) -> None:
+    def begin(self, source: str, *, steady: bool = False) -> None:
         """See `Session.begin`. What a lost connection left running is waited for here."""
-        run(self._db, "BEGIN")
+        run(self._db, "BEGIN ISOLATION LEVEL REPEATABLE READ" if steady else "BEGIN")
         run(self._db, "SET CONSTRAINTS ALL DEFERRED")
+        # Source keys are long texts: to hash them costs less than to sort them.
+        run(self._db, "SET LOCAL enable_mergejoin = off")
         self.lock(source)
+
+    def resolve_in(self, schema: str) -> None:
+        """See `Session.resolve_in`."""
+        run(self._db, f"SET LOCAL search_path = {quoted(schema)}")
 
     def lock(self, what: str) -> None:
         """Wait until no other transaction works on this."""
@@ -137,7 +145,6 @@ class PostgresSession:
         run(self._db, f"CREATE TEMP TABLE _hr_given ({columns}) ON COMMIT DROP")
         times = {name: "TIMESTAMP WITH TIME ZONE" for name, type_ in types.items() if type_ == "timestamptz"}
         self._copy("_hr_given", given, times, {})
-        run(self._db, "ANALYZE _hr_given")
         self._held = given
 
     def append(self, target: str, types: Mapping[str, str], source: str, rows: pa.Table) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 
 import duckdb
@@ -15,7 +16,7 @@ import pyarrow as pa
 from pyarrow import csv
 
 from headrace.change import Column
-from headrace.keys import quoted
+from headrace.keys import literal, quoted
 from headrace.pgtypes import mirror_expression
 
 _SAME = {
@@ -57,7 +58,9 @@ _NESTED = re.compile(r"(STRUCT|MAP|UNION|VARIANT)\b.*", re.DOTALL)
 
 _FIRST_DAY, _LAST_DAY = "'4713-11-24 (BC)'", "'5874897-12-31'"
 """Between these are Postgres' dates; its timestamps end later than DuckDB's."""
-_BATCH = 16_384
+_local = threading.local()
+
+_BATCH = 32_768
 """Rows that are written to a COPY at a time."""
 
 
@@ -113,29 +116,38 @@ def _text(cell: str, type_: str) -> str:
     return f"{cell}::VARCHAR"
 
 
+def _engine() -> duckdb.DuckDBPyConnection:
+    """Return a session of this thread's DuckDB, which takes longer to make than a small slice to write."""
+    connection: duckdb.DuckDBPyConnection | None = getattr(_local, "connection", None)
+    if connection is None:
+        connection = _local.connection = duckdb.connect()
+    cursor = connection.cursor()
+    cursor.execute("SET TimeZone = 'UTC'")
+    return cursor
+
+
 def as_csv(rows: pa.Table, types: Mapping[str, str], constants: Mapping[str, str]) -> Iterator[bytes]:
     """Yield a table as CSV without a header in pieces, columns in the table's order behind `constants`.
 
     `types` are DuckDB's, of those columns that may be none of Arrow's own; an empty field is null.
     """
     foreign = {name for name in rows.column_names if types.get(name, "VARCHAR") not in _SAME}
-    if foreign:
-        typed = {name: f"CAST({quoted(name)} AS {types[name]})" for name in foreign}
-        cells = (
+    typed = {name: f"CAST({quoted(name)} AS {types[name]})" for name in foreign}
+    cells = ", ".join(
+        [f"{literal(value)} AS {quoted(name)}" for name, value in constants.items()]
+        + [
             f"{_text(typed[name], types[name])} AS {quoted(name)}" if name in foreign else quoted(name)
             for name in rows.column_names
-        )
-        with duckdb.connect() as db:
-            db.execute("SET TimeZone = 'UTC'")
-            db.register("rows", rows)
-            rows = db.sql(f"SELECT {', '.join(cells)} FROM rows").to_arrow_table()
-    for name, value in reversed(list(constants.items())):
-        rows = rows.add_column(0, name, pa.repeat(value, rows.num_rows))
+        ]
+    )
     options = csv.WriteOptions(include_header=False)
-    for batch in rows.to_batches(max_chunksize=_BATCH):
-        sink = io.BytesIO()
-        csv.write_csv(batch, sink, options)
-        yield sink.getvalue()
+    with _engine() as db:
+        # Piece by piece: while the server takes one, the next is made.
+        for start in range(0, rows.num_rows, _BATCH):
+            db.register("rows", rows.slice(start, _BATCH))
+            sink = io.BytesIO()
+            csv.write_csv(db.sql(f"SELECT {cells} FROM rows").to_arrow_table(), sink, options)
+            yield sink.getvalue()
 
 
 def from_csv(data: bytes, names: Sequence[str], types: Sequence[str]) -> pa.Table:
@@ -156,8 +168,7 @@ def from_csv(data: bytes, names: Sequence[str], types: Sequence[str]) -> pa.Tabl
     else:
         rows = pa.table({place: pa.array([], pa.string()) for place in places})
     cells = [f"{_value(place, type_)} AS {place}" for place, type_ in zip(places, types, strict=True)]
-    with duckdb.connect() as db:
-        db.execute("SET TimeZone = 'UTC'")
+    with _engine() as db:
         db.register("rows", rows)
         return db.sql(f"SELECT {', '.join(cells)} FROM rows").to_arrow_table().rename_columns(list(names))
 

@@ -25,8 +25,15 @@ class Session(Protocol):
     row_id: str
     """The hidden column that tells a table's rows apart, and grows with each insert, more or less."""
 
-    def begin(self, source: str) -> None:
-        """Begin a transaction, which alone changes what is of a source until it ends."""
+    touched: dict[tuple[str, str], str]
+    """The tables (schema, name) that were changed here, with the models that they are of."""
+
+    changed: set[str]
+    """Models and marts whose rows the transaction changes: those that read them are due after it."""
+
+    def begin(self, source: str, *, steady: bool = False) -> None:
+        """Begin a transaction, which alone changes what is of a source until it ends. If `steady`, all of its
+        statements see one state of the database."""
         ...
 
     def commit(self) -> None:
@@ -36,6 +43,10 @@ class Session(Protocol):
 
     def rollback(self) -> None:
         """Undo the transaction."""
+        ...
+
+    def resolve_in(self, schema: str) -> None:
+        """Let names without a schema be those of this one, until the transaction ends."""
         ...
 
     def execute(

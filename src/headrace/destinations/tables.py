@@ -46,8 +46,10 @@ CREATE TABLE IF NOT EXISTS headrace.rebuilds (
   model VARCHAR, source VARCHAR, version VARCHAR, dry_run BOOLEAN, "offset" BIGINT, rows BIGINT,
   open_records BIGINT, added BIGINT, removed BIGINT, changed BIGINT, examples VARCHAR, rebuilt_at TIMESTAMPTZ
 );
+CREATE TABLE IF NOT EXISTS headrace.changes (name VARCHAR, changes BIGINT);
 CREATE TABLE IF NOT EXISTS headrace.marts (
   mart VARCHAR, version VARCHAR, kind VARCHAR, state VARCHAR, reason VARCHAR, incomplete BOOLEAN,
-  missing VARCHAR, positions VARCHAR, "rows" BIGINT, seconds DOUBLE PRECISION, refreshed_at TIMESTAMPTZ
+  missing VARCHAR, positions VARCHAR, "rows" BIGINT, seconds DOUBLE PRECISION, made BOOLEAN,
+  inputs VARCHAR, refreshed_at TIMESTAMPTZ
 );
 """

@@ -304,7 +304,8 @@ def restore(files: Iterable[Path], into: Path) -> Archived:
     """Make a log, at `into`, of the files of an export, in whatever order they are given.
 
     Raises UserError where there is a log, or files of several; LogDamaged, with file and offset, where
-    anything is not what was written, or missing. Then nothing is left behind.
+    anything is not what was written, or missing. Then nothing is left behind; where it ends between the
+    database and its segments, for whatever reason, the next one finishes it.
     """
     parts = _in_order(files)
     name = f"{parts[0].source}.db"
@@ -320,7 +321,8 @@ def restore(files: Iterable[Path], into: Path) -> Archived:
         try:
             return _finished(making, into, parts) or _begun(making, into, parts)
         finally:
-            shutil.rmtree(making)
+            if not _waits(making, into):
+                shutil.rmtree(making)
 
 
 def _begun(making: Path, into: Path, parts: Sequence[Part]) -> Archived:
@@ -341,25 +343,33 @@ def _begun(making: Path, into: Path, parts: Sequence[Part]) -> Archived:
 
 
 def _finished(making: Path, into: Path, parts: Sequence[Part]) -> Archived | None:
-    """Finish an import that was killed with its database in place and its segments not; None if there is no
+    """Finish an import that ended with its database in place and its segments not; None if there is no
     such one. Nothing is removed that is not in `making`."""
-    segments, waiting = into.with_suffix(".segments"), making / f"{into.stem}.segments"
-    if not into.exists() or segments.exists() or not waiting.exists() or (making / into.name).exists():
+    if not _waits(making, into):
         return None
+    segments, waiting = into.with_suffix(".segments"), making / f"{into.stem}.segments"
     waiting.rename(segments)
     try:
         made = _proven(into, parts)
-    except LogFull:
+    except BaseException as error:
+        is_another = isinstance(error, LogError) and not isinstance(error, LogFull)
+        segments.rename(making / "of another database" if is_another else waiting)
+        if is_another:
+            raise _taken(f"{into} is there already.") from None
         raise
-    except LogError:
-        segments.rename(waiting)  # they are not those of this database
-        raise _taken(f"{into} is there already.") from None
     sync_folder(into.parent)
     last = parts[-1].reached
     if made.head != (parts[0].log_id, last.offset, last.hash):
         words = f"{into} is there already: an import that was killed is finished now"
         raise _taken(f"{words}: it ends at offset {made.head.offset}.")
     return made
+
+
+def _waits(making: Path, into: Path) -> bool:
+    """Whether a database is in place and its segments, in `making`, are not."""
+    name = into.with_suffix(".segments").name
+    is_here = into.exists() and not (making / into.name).exists()
+    return is_here and (making / name).exists() and not into.with_name(name).exists()
 
 
 def _taken(words: str) -> UserError:

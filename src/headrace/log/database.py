@@ -37,7 +37,7 @@ class Database:
         """Open the file at `path`; unless `read_only`, create it with the tables of `script`.
 
         Raises LogError when it is missing, unreadable or not of format `version`, LogDamaged when it is
-        not what was written.
+        not what was written, LogFull without room for what SQLite has beside it.
         """
         self.path = path
         self._read_only = read_only
@@ -47,8 +47,11 @@ class Database:
             raise LogError(f"There is no log at {path}.", "Start the pipeline once with `headrace run`.")
         if not read_only and path.parent.exists():
             path.touch(0o600)  # before SQLite makes it: the files beside it have its mode
-        with self.told():
-            self._prepare(script, version)
+        try:
+            with self.told():
+                self._prepare(script, version)
+        except LogFull as error:
+            raise LogFull(str(error), "Make room, and start again.") from error
 
     def rows(self, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """Run one statement and return all its rows: no read transaction is left open.

@@ -95,7 +95,7 @@ class Index:
         """See `Log.slice_end`."""
         if (stop := self._stop_after(after)) is not None:
             return min(stop, limit)
-        through, end = self._reach(after, limit, max_bytes, max_rows)
+        through, end = self.reach(after, limit, max_bytes, max_rows)
         if end > after or through == limit:
             return end
         following = self._ending(after + 1)
@@ -142,7 +142,7 @@ class Index:
         )
         return int(row[0]) if row else None
 
-    def _reach(self, after: Offset, limit: Offset, max_bytes: int, max_rows: int) -> tuple[Offset, Offset]:
+    def reach(self, after: Offset, limit: Offset, max_bytes: int, max_rows: int) -> tuple[Offset, Offset]:
         """Return the last entry up to `limit` that keeps `(after, …]` within `max_bytes` of payload and
         `max_rows` rows, at least one if there is one, and the last group end up to there."""
         through = end = after

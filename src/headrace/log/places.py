@@ -54,8 +54,9 @@ def cut_at_time(log: SQLiteLog, moment: int) -> Cut:
 
     Raises LogTrimmed when that one has been deleted, which its successors cannot tell from others.
     """
-    begin = log.begin().offset
-    if begin and log.place(begin)[1] >= moment:
+    # The greatest time of what was deleted: that of its last position may be an earlier one.
+    newest = log.raw_rows('SELECT at FROM stops ORDER BY "offset" DESC LIMIT 1')
+    if newest and newest[0][0] >= moment:
         raise _trimmed(log, "that time")
     first = _first(log, "high_at", lambda row: row[0] >= moment)
     if first is None:

@@ -28,6 +28,7 @@ from headrace.log.segments import Place, segment_path
 from headrace.log.sqlite import SQLiteLog
 
 _PAGE = 200
+_ATTEMPTS = 100  # each ends with what one step of retention deletes
 _YEAR_10000 = 253_402_300_800_000_000  # microseconds: what follows is no time that can be told
 
 
@@ -241,20 +242,26 @@ def verify(log: SQLiteLog) -> Verified:
     Raises LogDamaged with the first bad offset: a page's checksum, a hash, a missing, swapped or repeated
     entry, positions that go back from one group to the next or are
     not those of the stream, a last group without an end, a database
-    whose indexes do not fit, bytes in a segment that no entry accounts for.
+    whose indexes do not fit, bytes in a segment that no entry accounts for. Raises LogTrimmed where
+    retention overtakes it again and again.
     """
-    while True:
-        begin = log.begin()
+    for _ in range(_ATTEMPTS):
+        walk = _Walk(log, log.begin())
         try:
-            return _verified(log, begin)
-        except (LogDamaged, LogTrimmed):
-            if log.begin() == begin:
-                raise  # otherwise it was trimmed meanwhile
+            return _verified(log, walk)
+        except LogDamaged:
+            if walk.expected > log.begin().offset:
+                raise  # otherwise what it looked at was deleted meanwhile, rightly
+        except LogTrimmed:
+            pass
+    raise LogTrimmed(
+        f"Retention deletes the log of {log.source} faster than it is read: it was begun {_ATTEMPTS} times.",
+        "Try again later.",
+    )
 
 
-def _verified(log: SQLiteLog, begin: Mark) -> Verified:
-    end = log.end()
-    walk = _Walk(log, begin)
+def _verified(log: SQLiteLog, walk: _Walk) -> Verified:
+    begin, end = walk.begin, log.end()
     for row, key_filter, high in _rows(log, begin.offset, end.offset):
         walk.take(row, key_filter, high)
     if walk.expected <= end.offset:
@@ -271,7 +278,7 @@ class _Walk:
     """One step per entry, in order."""
 
     def __init__(self, log: SQLiteLog, begin: Mark) -> None:
-        self._log = log
+        self._log, self.begin = log, begin
         self._previous = bytes.fromhex(begin.hash)
         stop = log.raw_rows(
             'SELECT epoch, "commit", ordinal, at, committed_at FROM stops WHERE "offset" = ?', (begin.offset,)
@@ -345,12 +352,13 @@ def _check_kept(log: SQLiteLog, begin: Mark) -> None:
 def _check_segments(log: SQLiteLog) -> None:
     """Each segment but the newest ends with its last payload; that one may hold what is being written."""
     ends = log.raw_rows(
-        "SELECT segment, max(start + bytes) FROM entries WHERE segment IS NOT NULL GROUP BY 1 ORDER BY 1"
+        'SELECT segment, max(start + bytes), max("offset") FROM entries WHERE segment IS NOT NULL '
+        "GROUP BY 1 ORDER BY 1"
     )
-    for segment, end in ends[:-1]:
+    for segment, end, last in ends[:-1]:
         path = segment_path(log.segments, segment)
         size = path.stat().st_size if path.exists() else 0
-        if size != end:
+        if size != end and last > log.begin().offset:  # otherwise it was removed meanwhile
             raise _damaged(log, f"{path.name} has {size} bytes and should have {end}")
 
 

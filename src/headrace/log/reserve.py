@@ -1,4 +1,4 @@
-"""Room that a log keeps for its own retention: without any, SQLite can delete nothing."""
+"""Room that a log keeps for its own retention: without any, SQLite can open and delete nothing."""
 
 from __future__ import annotations
 
@@ -9,24 +9,41 @@ from pathlib import Path
 RESERVE_BYTES = 32 << 20
 """More than the WAL takes before it is used again, with the largest step of a trim."""
 
+_PARTS = 8
+
 
 class Reserve:
-    """A file that holds nothing but room; it is given up when a trim finds none, and made again after it."""
+    """A file that holds nothing but room; it is given up where there is none, and made again after that."""
 
     def __init__(self, path: Path, size: int) -> None:
         self._path = path
         self._size = size
 
     def keep(self) -> None:
-        """Have the file there, unless there is no room for it."""
+        """Have the file there, as large as there is room for, unless that is less than half of it.
+
+        Smaller it is where something else has needed room of it, such as what SQLite has beside a file.
+        """
         with suppress(OSError):
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(file, 0, self._size)
-            except OSError:
-                self._path.unlink()
+                self._allocate(file)
             finally:
                 os.close(file)
+
+    def _allocate(self, file: int) -> None:
+        had = os.fstat(file).st_size
+        for size in (self._size * part // _PARTS for part in range(_PARTS, _PARTS // 2 - 1, -1)):
+            if size <= had:
+                return
+            try:
+                os.posix_fallocate(file, 0, size)
+            except OSError:
+                os.ftruncate(file, had)  # it may have got a part
+            else:
+                return
+        if not had:
+            self._path.unlink()
 
     def give_up(self) -> bool:
         """Remove the file; say whether there was one."""

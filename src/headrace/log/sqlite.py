@@ -51,6 +51,7 @@ from headrace.log.segments import (
     segment_path,
     segments_in,
 )
+from headrace.turns import held
 
 SEGMENT_BYTES = 128 << 20
 _LARGE = 128 << 10  # bytes of a payload that is hashed while it is written and synced
@@ -88,13 +89,13 @@ class SQLiteLog(Index):
             self._check_not_lost()
         self._broken: LogNotDurable | None = None
         self._is_known = True
-        self._db = Database(path, script=SCRIPT, version=FORMAT, read_only=read_only)
+        self._reserve = Reserve(path.with_suffix(".reserve"), min(RESERVE_BYTES, segment_bytes // 4))
+        self._db = self._opened()
         if not read_only and self.note("log.id") is None:
             self.set_note("log.id", uuid.uuid4().hex)
         self.id = self.note("log.id") or ""
         self._reader = SegmentReader(self.segments)
         self._writer: SegmentWriter | None = None
-        self._reserve = Reserve(path.with_suffix(".reserve"), min(RESERVE_BYTES, segment_bytes // 4))
         self._hasher = ThreadPoolExecutor(1, f"{self.source}.hash")
         self._end = self._read_end()
         self._high = self._read_high()
@@ -104,6 +105,15 @@ class SQLiteLog(Index):
             self._keep_reserve()
             with suppress(LogFull):  # it can be read, and trimmed, all the same
                 self._db.rows("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _opened(self) -> Database:
+        """Open the database, on a full disk in the room of the reserve."""
+        try:
+            return Database(self.path, script=SCRIPT, version=FORMAT, read_only=self._read_only)
+        except LogFull:
+            if self._read_only or not self._reserve.give_up():
+                raise
+        return Database(self.path, script=SCRIPT, version=FORMAT)
 
     def append(self, entries: Iterable[Entry]) -> Mark:
         """See `Log.append`. Entries are taken one at a time: a group need not fit in memory.
@@ -219,8 +229,8 @@ class SQLiteLog(Index):
     def read(self, after: Offset, max_bytes: int) -> Sequence[LoggedEntry]:
         """See `Log.read`."""
         end = self.end().offset
-        self._check_held(after, end)
-        through = self._reach(after, end, max_bytes, MAX_SLICE_ROWS)[0]
+        self.check_held(after, end)
+        through = self.reach(after, end, max_bytes, MAX_SLICE_ROWS)[0]
         return list(self.entries(after, through))
 
     def entries(
@@ -230,7 +240,7 @@ class SQLiteLog(Index):
 
         Raises LogTrimmed where they have been deleted, LogDamaged where one is not what was written.
         """
-        self._check_held(after, through)
+        self.check_held(after, through)
         chosen = ["1"]
         values: list[object] = []
         if table is not None:
@@ -246,7 +256,7 @@ class SQLiteLog(Index):
                 'AND "offset" > ? AND "offset" <= ? ORDER BY "offset" LIMIT 100',
                 (*values, after, through),
             )
-            self._check_held(after, through)  # after the page was read: none of it was missing
+            self.check_held(after, through)  # after the page was read: none of it was missing
             for found in page:
                 row, key_filter = row_of(found[:-1]), found[-1] or b""
                 after = row.offset
@@ -254,7 +264,8 @@ class SQLiteLog(Index):
             if len(page) < 100:
                 return
 
-    def _check_held(self, after: Offset, through: Offset) -> None:
+    def check_held(self, after: Offset, through: Offset) -> None:
+        """See that nothing of `(after, through]` has been deleted. Raises LogTrimmed."""
         if after < (begin := self.begin().offset) and after < through:
             raise LogTrimmed(
                 f"The log of {self.source} begins behind offset {begin}: what is asked for, from {after + 1} "
@@ -309,9 +320,9 @@ class SQLiteLog(Index):
         with self._sound():
             self._db.rows("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, value))
 
-    def writing(self) -> AbstractContextManager[object]:
+    def writing(self, patience: float | None = None) -> AbstractContextManager[bool]:
         """See `Log.writing`."""
-        return self._writing
+        return held(self._writing, patience)
 
     def raw_rows(self, sql: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """Ask the database itself, as `headrace.log.proof` and the archive do."""
@@ -368,15 +379,21 @@ class SQLiteLog(Index):
         try:
             freed = self._trim(through, pins)
         except LogFull:
-            with self._writing:
-                if not self._reserve.give_up():
+            with self.reserve_given_up() as is_given_up:
+                if not is_given_up:
                     raise
-                try:
-                    return self._trim(through, pins)
-                finally:
-                    self._keep_reserve()
+                return self._trim(through, pins)
         self._keep_reserve()
         return freed
+
+    @contextmanager
+    def reserve_given_up(self) -> Iterator[bool]:
+        """Have the room of the reserve, if it is there, and keep every append from it meanwhile."""
+        with self._writing:
+            try:
+                yield self._reserve.give_up()
+            finally:
+                self._keep_reserve()
 
     def _trim(self, through: Offset, pinned: set[Offset]) -> int:
         with self._sound():

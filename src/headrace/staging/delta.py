@@ -153,6 +153,12 @@ class DeltaStaging:
             self._through = max(self._through, pending.group_end)
             self._moved.notify_all()
 
+    def skip(self, offset: Offset) -> None:
+        """Go on behind an offset although entries before it are missing: copies that come later hold them."""
+        with self._moved:
+            self._written = max(self._written, offset)
+            self._through = max(self._through, offset)
+
     def written(self) -> Offset:
         """See `Staging.written`."""
         return self._written

@@ -50,23 +50,28 @@ class _Stopped(Exception):
 
 
 class _Pace:
-    """Sleeps in proportion to the time worked."""
+    """Sleeps in proportion to the time worked, which is this thread's CPU time and as much again: delta-rs
+    commits in threads of its own. `worked` is the time that passed without the sleep, in seconds."""
 
     def __init__(self, stop: threading.Event, share: float) -> None:
         self._stop = stop
         self._share = share
-        self._since = time.monotonic()
         self.worked = 0.0
+        self._go_on()
+
+    def _go_on(self) -> None:
+        self._since, self._cpu_since = time.monotonic(), time.thread_time()
 
     def __call__(self, *, now: bool = False) -> None:
         """Pause as is due, or only once it is worth it unless `now`; raises _Stopped."""
-        worked = time.monotonic() - self._since
-        if worked < _SLICE and not now:
+        passed = time.monotonic() - self._since
+        busy = min(passed, 2 * (time.thread_time() - self._cpu_since))
+        if busy < _SLICE and not now:
             return
-        if self._stop.wait(worked * (1 / self._share - 1)):
+        if self._stop.wait(busy * (1 / self._share - 1)):
             raise _Stopped
-        self.worked += worked
-        self._since = time.monotonic()
+        self.worked += passed
+        self._go_on()
 
 
 class Maintenance:
@@ -85,8 +90,8 @@ class Maintenance:
         self._working = threading.Lock()
 
     def step(self, seconds: float = 1.0, *, paced: bool = True) -> bool:
-        """Do what is due at table after table, until `seconds` are worked or `stop` is set; say whether
-        more may be due. A merge that has begun is finished.
+        """Do what is due at table after table, until `seconds` are worked; say whether more may be due.
+        A merge that has begun is finished, unless `stop` is set: then it is given up.
 
         Pauses, unless it is not `paced`, so that it takes no more than its share.
         """

@@ -149,9 +149,9 @@ class JoinSuite:
         assert (first, second, facts) == (True, False, [3, 1, 1, 1, 1])
         shown = {item["key"]: (item["how"], item["before"], item["after"]) for item in json.loads(examples)}
         assert shown == {
-            "2": ("changed", [{"id": 2, "v": 2}], [{"id": 2, "v": 7}]),
-            "3": ("removed", [{"id": 3, "v": 3}], []),
-            "4": ("added", [], [{"id": 4, "v": 4}]),
+            "2": ("changed", [{"id": "2", "v": "2"}], [{"id": "2", "v": "7"}]),
+            "3": ("removed", [{"id": "3", "v": "3"}], []),
+            "4": ("added", [], [{"id": "4", "v": "4"}]),
         }
         assert destination.models("shop")["shop.t"].open_records == 1
 

@@ -26,6 +26,7 @@ from headrace.failpoints import VARIABLE
 from headrace.keys import quoted
 from headrace.protocols import Destination, Slice
 from headrace.testing.destination_joins_suite import BagSuite, JoinSuite
+from headrace.testing.destination_marts_suite import MartSuite
 from headrace.testing.destinations import (
     LOG,
     MODEL,
@@ -160,6 +161,10 @@ class OwnerSuite:
         assert destination.suspend("shop.t", "shop", "v2", "a reason")
         state = destination.models("shop")["shop.t"]
         assert (state.state, state.version, state.reason) == ("suspended", "v2", "a reason")
+        destination.reconsider("other")
+        assert destination.models("shop")["shop.t"].version == "v2"
+        destination.reconsider("shop")
+        assert destination.models("shop")["shop.t"].version not in ("v1", "v2"), "so it is tried again"
         destination.retire("shop.t", "shop")
         assert destination.models("shop")["shop.t"].state == "retired"
 
@@ -424,7 +429,7 @@ def same_rows(destination: Destination, model: RowModel, cells: Sequence[Cells])
             )
 
 
-class DestinationSuite(OwnerSuite, BooksSuite, TableSuite, BagSuite, JoinSuite):
+class DestinationSuite(OwnerSuite, BooksSuite, TableSuite, BagSuite, JoinSuite, MartSuite):
     """The contract as a whole."""
 
     @pytest.fixture

@@ -343,6 +343,25 @@ class ReaderSuite:
             thread.join(60)
         assert log.note("n") == "150"
 
+    def test_who_has_little_patience_goes_on_without_writing(self, logs: Logs) -> None:
+        log = logs.make()
+        told: list[bool] = []
+
+        def look() -> None:
+            with log.writing(0.05) as is_held:
+                told.append(is_held)
+
+        def other() -> None:
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join(10)
+
+        with log.writing():
+            other()
+            look()
+        other()
+        assert told == [False, True, True]
+
     def test_a_reader_beside_a_trim_misses_nothing_unseen(self, logs: Logs) -> None:
         """It gets entry after entry, or is told that they are gone: never a gap."""
         log = logs.make()

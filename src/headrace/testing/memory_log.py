@@ -29,6 +29,7 @@ from headrace.change import (
 from headrace.errors import LogDamaged, LogNotDurable, LogTrimmed
 from headrace.failpoints import failpoint
 from headrace.log.entries import NO_HASH, NOTHING, High, entry_hash, header_of
+from headrace.turns import held
 
 MAX_SLICE_ROWS = 100_000
 _MAX_SLICE_BYTES = 16 << 20
@@ -90,9 +91,9 @@ class MemoryLog:
         with self._writing:
             self._notes[key] = value
 
-    def writing(self) -> AbstractContextManager[object]:
+    def writing(self, patience: float | None = None) -> AbstractContextManager[bool]:
         """See `Log.writing`."""
-        return self._writing
+        return held(self._writing, patience)
 
     def trim(self, through: Offset, pinned: Iterable[Offset] = ()) -> int:
         """See `Log.trim`. Every end of a group stays as a stop, whether pinned or not."""

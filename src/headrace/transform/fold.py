@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.change import Counts
 from headrace.keys import key_before, key_of_row, literal, quoted
-from headrace.protocols import Counts, Prepared
+from headrace.protocols import Prepared
 
 if TYPE_CHECKING:
     from headrace.transform.evaluate import Evaluation

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from headrace.errors import HeadraceError, ModelError, UserError
 from headrace.mart import Mart
+from headrace.transform.header import version_of
 from headrace.transform.mart import read_file
 from headrace.transform.sql import ModelText
 
+logger = logging.getLogger("headrace.models")
 alerts = logging.getLogger("headrace.alert")
 
 _LOOK_EVERY = 1.0
@@ -24,15 +26,19 @@ _Listing = tuple[tuple[str, int, int], ...]
 class ModelFolder:
     """The models of a project as their files are now. Safe to share between threads."""
 
-    def __init__(self, path: Path, sources: Collection[str], dialect: str = "duckdb") -> None:
+    def __init__(
+        self, path: Path, sources: Collection[str], dialect: str = "duckdb", versions: Path | None = None
+    ) -> None:
         """Read every `*.sql` in `path`, which need not exist; `sources` are those a model may read, `dialect`
-        is the SQL of the destination, in which marts are written.
+        is the SQL of the destination, in which marts are written. In the folder `versions` each version is
+        kept as NAME/VERSION.sql.
 
         Raises ModelError for the first file that does not parse, UserError for one of no source.
         """
         self._path = path
         self._sources = sources
         self._dialect = dialect
+        self._versions = versions
         self._lock = threading.Lock()
         self._looked = time.monotonic()
         self._listing = self._seen = self._list()
@@ -81,6 +87,7 @@ class ModelFolder:
 
     def _read(self, name: str) -> ModelText | Mart:
         text = read_file(self._path / name, self._dialect)
+        self._keep(self._path / name, text.version)
         if isinstance(text, ModelText) and text.source not in self._sources:
             raise UserError(
                 f"Model {text.name} reads raw.{text.source}.{text.table}, but there is no "
@@ -88,6 +95,20 @@ class ModelFolder:
                 f"Sources are: {', '.join(sorted(self._sources))}.",
             )
         return text
+
+    def _keep(self, path: Path, version: str) -> None:
+        """Keep a version's text, so that it can be gone back to."""
+        if self._versions is None or (kept := self._versions / path.stem / f"{version}.sql").exists():
+            return
+        try:
+            content = path.read_bytes()
+            if version_of(content.decode()) == version:  # it may have been written to since
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                making = kept.with_suffix(".new")
+                making.write_bytes(content)
+                making.rename(kept)
+        except (OSError, UnicodeDecodeError) as error:
+            logger.warning("version %s of %s is not kept: %s", version, path.name, type(error).__name__)
 
     def _reload(self, listing: _Listing) -> None:
         before = dict.fromkeys(self._listing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 import tomllib
 from collections.abc import Sequence
@@ -11,6 +12,11 @@ from typing import Any
 from headrace.errors import ModelError
 
 _HEADER = re.compile(r"\A\s*/\*\s*headrace\b(.*?)\*/", re.DOTALL)
+
+
+def version_of(text: str) -> str:
+    """Return the version of a file: a hash of its text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def settings_of(file: str, text: str, keys: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -13,7 +12,7 @@ from sqlglot import exp
 from headrace.document import Invalid
 from headrace.errors import ModelError
 from headrace.mart import Mart
-from headrace.transform.header import settings_of
+from headrace.transform.header import settings_of, version_of
 from headrace.transform.sql import ModelText, read_model
 from headrace.values import duration
 
@@ -22,17 +21,16 @@ _REFRESH_EVERY = "10s"
 
 
 def tables_in(text: str, dialect: str) -> list[tuple[str, ...]] | None:
-    """Return the paths of the tables that a query reads, without those of its own WITH; None if it is no
-    query."""
+    """Return the paths of the tables that a query reads, those of its own WITH among them, which may have the
+    names of what they are made of; None if it is no query."""
     try:
         parsed = sqlglot.parse_one(text, read=dialect)
     except sqlglot.errors.SqlglotError:
         return None
     if not isinstance(parsed, exp.Query):
         return None
-    own = {cte.alias_or_name.lower() for cte in parsed.find_all(exp.CTE)}
-    paths = [tuple(part.name for part in table.parts) for table in parsed.find_all(exp.Table)]
-    return [path for path in paths if path != ("",) and not (len(path) == 1 and path[0].lower() in own)]
+    paths = (tuple(part.name for part in table.parts) for table in parsed.find_all(exp.Table))
+    return [path for path in paths if path != ("",)]
 
 
 def read_file(path: Path, dialect: str, name: str = "") -> ModelText | Mart:
@@ -50,6 +48,8 @@ def read_file(path: Path, dialect: str, name: str = "") -> ModelText | Mart:
 def read_mart(name: str, text: str, dialect: str) -> Mart:
     """Read a mart. Raises ModelError, naming the file, where it is no single query."""
     file = f"{name}.sql"
+    if "." in name:
+        raise ModelError(f"{file}: the name of a mart has no dot.", "Name the file otherwise.")
     settings = settings_of(file, text, _KEYS)
     try:
         statements = [part for part in sqlglot.parse(text, read=dialect) if part is not None]
@@ -75,17 +75,17 @@ def read_mart(name: str, text: str, dialect: str) -> Mart:
         every = duration("0s", "30d")(settings.get("refresh_every", _REFRESH_EVERY))
     except Invalid as error:
         raise ModelError(f"{file}: refresh_every: {error}.") from error
-    version = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    version = version_of(text)
     return Mart(name, text.rstrip().rstrip(";"), tuple(reads), kind, every, version)
 
 
-def in_order(marts: Iterable[Mart]) -> tuple[list[Mart], list[str]]:
+def in_order(marts: Iterable[Mart], main: str) -> tuple[list[Mart], list[str]]:
     """Return marts so that each comes behind those that it reads, without those that read each other in a
-    circle, and these circles: `a → b → a`."""
+    circle, and these circles: `a → b → a`. `main` is the schema of those that name none."""
     known = {mart.name: mart for mart in marts}
     circles = list[str]()
     while True:
-        inputs = {name: inputs_of(mart, known) for name, mart in known.items()}
+        inputs = {name: inputs_of(mart, known, main) for name, mart in known.items()}
         try:
             return [known[name] for name in TopologicalSorter(inputs).static_order()], circles
         except CycleError as error:
@@ -93,8 +93,9 @@ def in_order(marts: Iterable[Mart]) -> tuple[list[Mart], list[str]]:
             known = {name: mart for name, mart in known.items() if name not in error.args[1]}
 
 
-def inputs_of(mart: Mart, known: Collection[str]) -> list[str]:
-    """Return which of the tables `known` a mart reads; the engine takes upper and lower case for the same."""
-    folded = {name.casefold(): name for name in known}
-    found = (folded.get(name.casefold().removeprefix("main.")) for name in mart.reads)
-    return [name for name in found if name is not None]
+def inputs_of(mart: Mart, known: Collection[str], main: str) -> list[str]:
+    """Return which of the tables `known` a mart reads, `main` being the schema of those that name none; an
+    engine may take upper and lower case for the same."""
+    folded = {name.casefold(): name for name in known if name != mart.name}
+    found = (folded.get(name.casefold().removeprefix(f"{main.casefold()}.")) for name in mart.reads)
+    return list(dict.fromkeys(name for name in found if name is not None))

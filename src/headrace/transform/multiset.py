@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import TableSchema
+from headrace.change import Counts, TableSchema
 from headrace.keys import identity
-from headrace.protocols import Counts, Prepared
+from headrace.protocols import Prepared
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import NOTHING, records_of, undecided, with_fatal
 

@@ -7,7 +7,6 @@ nothing again (rendering corrupts some statements). DuckDB's own parser decides 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
-from headrace.transform.header import settings_of
+from headrace.transform.header import settings_of, version_of
 
 _KEYS = ("key", "contract")
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
@@ -85,7 +84,7 @@ def read_model(path: Path, name: str = "") -> ModelText:
     types, checks = _contract(path.name, settings.get("contract", {}), [name for name, _ in outputs])
     key = _key(path.name, settings, outputs)
     checks = (*(Check(column, "") for column in key if Check(column, "") not in checks), *checks)
-    version = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    version = version_of(text)
     return ModelText(name or path.stem, source, table, alias, outputs, where, key, types, checks, version)
 
 

@@ -57,6 +57,12 @@ def held_by_copies(log: LogIndex) -> Offset:
     return min(begun.values())
 
 
+def copied_since(log: LogIndex, offset: Offset) -> bool:
+    """Whether a copy of every captured table has begun behind an offset: it holds what was before."""
+    begun = {table: at for at, table, _, _, mark in log.copy_marks() if mark.kind == "begin"}
+    return all(begun.get(table, 0) > offset for table in captured_tables(log))
+
+
 class TableStates:
     """The states, changed by one process; safe to use from any thread."""
 
