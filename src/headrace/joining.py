@@ -12,6 +12,7 @@ no such key, the row was gone by then, and so the changes themselves end with it
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -47,6 +48,7 @@ class Joiner:
         self._staging = staging
         self._destination = joins
         self._joins: dict[str, Join] | None = None
+        self._asking = threading.Lock()
         self._preparer = ThreadPoolExecutor(1, f"{source}.join")
         self._ahead: tuple[Join, RowModel, Future[tuple[Offset, Prepared]]] | None = None
 
@@ -56,7 +58,8 @@ class Joiner:
 
     def know(self, joins: dict[str, Join] | None) -> None:
         """Take over where the joins stand; None to ask the destination when it is needed."""
-        self._joins = joins
+        with self._asking:
+            self._joins = joins
 
     def stands_on(self, model: RowModel) -> Copy | None:
         """Return the copy that a model's table is made of, or None before it has joined one."""
@@ -279,9 +282,11 @@ class Joiner:
         return issues
 
     def _all(self) -> dict[str, Join]:
-        if self._joins is None:
-            self._joins = self._destination.of(self._source)
-        return self._joins
+        # Whether a lane is idle is asked from another thread: what that has read must not come behind a step.
+        with self._asking:
+            if self._joins is None:
+                self._joins = self._destination.of(self._source)
+            return self._joins
 
     def _keep(self, join: Join) -> None:
         self._all()[join.model] = join

@@ -142,7 +142,9 @@ POINTS = {
     "destination.apply.commit": "once",
     "destination.apply.committed": "once",
     "destination.redrive.commit": "redrive",
-    "log.trim.committed": "trim",
+    "destination.mart.commit": "suite",
+    "destination.postgres.commit": "suite",
+    "log.trim.committed": "suite",
     "staging.merge_written": "maintain",
     "staging.merge_synced": "maintain",
     "staging.checkpoint_written": "maintain",
@@ -151,8 +153,8 @@ POINTS = {
     "staging.commit_cleaned": "maintain",
     "staging.swept": "maintain",
 }
-"""Every failpoint of the code, and what passes it: `trim` is passed in the log's own conformance suite,
-`maintain` in the unit tests of staging's maintenance."""
+"""Every failpoint of the code, and what passes it: `suite` is passed in the conformance suites of logs and
+destinations, `maintain` in the unit tests of staging's maintenance."""
 
 ONCE = [name for name, kind in POINTS.items() if kind == "once"]
 COPY = [name for name, kind in POINTS.items() if kind in ("copy", "once")]
