@@ -146,12 +146,13 @@ def test_all_commands_work_on_a_postgres_destination(warehouse: Warehouse) -> No
 def test_a_running_pipeline_goes_on_over_kills_and_a_resync_writes_what_differs(
     warehouse: Warehouse,
 ) -> None:
+    assert headrace(warehouse, "run", "--once")[0] == 0
     for place in ("destination.apply.commit", "destination.postgres.commit", "destination.apply.committed"):
+        warehouse.source.execute("UPDATE orders SET amount = amount + 1 WHERE id % 7 = 0")
         command = [sys.executable, "-m", "headrace", "run", "--once", "--project", str(warehouse.folder)]
         environment = {**os.environ, VARIABLE: f"{place}=kill"}
         done = subprocess.run(command, env=environment, capture_output=True, timeout=90, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        warehouse.source.execute("UPDATE orders SET amount = amount + 1 WHERE id % 7 = 0")
     with running(load_project(warehouse.folder)):
         until(lambda: applied(warehouse) == 3000)
         assert_verified(warehouse)
