@@ -17,7 +17,6 @@ Exit code 0 when all agree, 1 when something differs; a warehouse that is behind
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import sqlite3
@@ -38,6 +37,7 @@ from typing import Any
 
 import duckdb
 import psycopg
+from blake3 import blake3
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 Duck = duckdb.DuckDBPyConnection
@@ -147,7 +147,7 @@ ENTRIES = (
 
 
 def walk_log(path: Path, work: Work) -> Log:
-    """Walk the chain: BLAKE2b-256 over the hash before, the header as compact JSON, filter and payload."""
+    """Walk the chain: BLAKE3 over the hash before, the header as compact JSON, filter and payload."""
     log, faults, payloads = Log(), list[str](), Payloads(path.with_suffix(".segments"))
     ended, previous = 1, bytes(32)
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
@@ -166,7 +166,7 @@ def walk_log(path: Path, work: Work) -> Log:
                     [path.stem, *header, len(key_filter or b"")], separators=(",", ":"), ensure_ascii=False
                 )
                 body = before + told.encode() + (key_filter or b"") + payloads.read(size, *place)
-                if hashlib.blake2b(body, digest_size=32).digest() != digest:
+                if blake3(body).digest() != digest:
                     faults.append(f"the hash of offset {offset} does not hold")
                 log.hashes[offset] = digest.hex()
                 if not is_kept:  # the shapes and markers that retention has kept stand by themselves

@@ -8,7 +8,6 @@ A file is complete in this order: its rows under a temporary name, its footer, t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,14 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from blake3 import blake3
 
 from headrace.change import Offset
 from headrace.errors import LogDamaged, LogError
 from headrace.log.database import sync_folder
 from headrace.log.entries import HIGH, NO_HASH, NOTHING, Header, High, entry_hash
 
-ARCHIVE_FORMAT = 1
+ARCHIVE_FORMAT = 2
 ROW_GROUP_BYTES = 32 << 20
 """How many bytes of payload are in memory at once, unless one payload is larger."""
 
@@ -282,4 +282,4 @@ def _told(path: Path, what: str) -> Iterator[None]:
 
 
 def _digest(text: bytes) -> bytes:
-    return hashlib.blake2b(text, digest_size=32).hexdigest().encode()
+    return blake3(text).hexdigest().encode()

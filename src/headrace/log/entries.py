@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from blake3 import blake3
+
 from headrace.change import START, STREAMED, Entry, Kind, LoggedEntry, Offset, Position, TableId
 from headrace.log.segments import Place
 
-FORMAT = 4
+FORMAT = 5
 NO_HASH = "0" * 64
 """What stands in the place of the hash before the first entry."""
 
@@ -165,9 +166,9 @@ def header_of(offset: Offset, entry: Entry, appended_at: int, ends_group: bool) 
 
 
 def entry_hash(previous: bytes, source: str, header: Header, key_filter: bytes, body: bytes) -> bytes:
-    """Hash an entry: BLAKE2b-256 over the hash before it, then a compact JSON array of the source, the header
-    and the filter's length, then filter and payload."""
-    digest = hashlib.blake2b(previous, digest_size=32)
+    """Hash an entry: BLAKE3 over the hash before it, then a compact JSON array of the source, the header and
+    the filter's length, then filter and payload."""
+    digest = blake3(previous)
     head = [source, *header, len(key_filter)]
     digest.update(json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode())
     digest.update(key_filter)

@@ -16,7 +16,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +53,6 @@ from headrace.log.segments import (
 from headrace.turns import held
 
 SEGMENT_BYTES = 128 << 20
-_LARGE = 128 << 10  # bytes of a payload that is hashed while it is written and synced
 _TRIM_STEP = 5000  # entries that one transaction deletes
 _VACUUM_PAGES = 5000  # 20 MB that one trim gives back of the database at the most: appends wait meanwhile
 _ENDS = f"""
@@ -96,7 +94,6 @@ class SQLiteLog(Index):
         self.id = self.note("log.id") or ""
         self._reader = SegmentReader(self.segments)
         self._writer: SegmentWriter | None = None
-        self._hasher = ThreadPoolExecutor(1, f"{self.source}.hash")
         self._end = self._read_end()
         self._high = self._read_high()
         if not read_only:
@@ -162,13 +159,11 @@ class SQLiteLog(Index):
         offset, previous = end.offset + 1, bytes.fromhex(end.hash)
         header = header_of(offset, entry, *fate)
         high = high.through(header)
-        facts = (previous, self.source, header, entry.filter, entry.payload)
-        hashed = self._hasher.submit(entry_hash, *facts) if len(entry.payload) >= _LARGE else None
         inline = entry.kind in INLINE
         place = (None, None) if inline else self._writer.write(offset, entry.payload)
         if fate[1]:
             self._writer.sync()
-        digest = hashed.result() if hashed else entry_hash(*facts)
+        digest = entry_hash(previous, self.source, header, entry.filter, entry.payload)
         body = entry.payload if inline else None
         self._db.rows(INSERT, (*header, *high, digest, previous, len(entry.payload), *place, body))
         if entry.filter:
@@ -439,7 +434,6 @@ class SQLiteLog(Index):
 
     def close(self) -> None:
         """Close every file of this object, whichever thread opened it."""
-        self._hasher.shutdown()
         self._reader.close()
         if self._writer is not None:
             self._writer.close()
