@@ -17,8 +17,10 @@ pytest.register_assert_rewrite(
 
 from headrace.destinations.duckdb import DuckDBDestination  # noqa: E402
 from headrace.destinations.postgres import PostgresDestination  # noqa: E402
+from headrace.mart import Mart  # noqa: E402
 from headrace.secret import Secret  # noqa: E402
 from headrace.testing.destination_suite import DestinationSuite  # noqa: E402
+from headrace.testing.destinations import NUMBERS, row, slice_of, table  # noqa: E402
 from headrace.testing.postgres import PostgresServer  # noqa: E402
 
 STEPS = (
@@ -95,3 +97,18 @@ class TestPostgres(DestinationSuite):
     @pytest.fixture
     def destinations(self, server: PostgresServer) -> Postgreses:
         return Postgreses(server)
+
+    def test_a_constraint_on_a_mart_that_waits_for_the_end_suspends_it(
+        self, destination: PostgresDestination
+    ) -> None:
+        destination.apply(slice_of(0, (NUMBERS, [row(1, "1"), row(2, "1")])))
+        mart = Mart("each", "SELECT v FROM shop.t", ("shop.t",), "table", 0.0, "v1")
+        destination.apply(slice_of(1, (NUMBERS, [row(2, None, _op="d")])))
+        state = destination.marts.make(mart, None, ["shop.t"])
+        with destination.open() as db:
+            db.execute("ALTER TABLE public.each ADD UNIQUE (v) DEFERRABLE INITIALLY DEFERRED")
+        destination.apply(slice_of(2, (NUMBERS, [row(3, "1")])))
+        state = destination.marts.make(mart, state, ["shop.t"])
+        assert state.state == "suspended"
+        assert "each_v_key" in state.reason
+        assert table(destination, "SELECT count(*) FROM each") == [(1,)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from headrace.cells import json_of
 from headrace.destinations.session import Session
+from headrace.errors import ModelBroken
 from headrace.failpoints import failpoint
 from headrace.keys import quoted
 from headrace.mart import Mart, MartState
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _MEMORY = 512 << 20
 _LOCK = "marts"
 """What marts are changed under, in the place of a source."""
-_NEW = "headrace_marts.new"
+_NEW = "headrace.new_mart"  # in a schema that no model has
 _COLUMNS = 'mart, version, kind, state, reason, incomplete, missing, positions, "rows", seconds, made, inputs'
 
 
@@ -64,7 +65,7 @@ class Marts:
         for anew in (False, True) if made and mart.kind == "view" else (False,):
             try:
                 return self._make(mart, former, inputs, anew=anew)
-            except _Refused as error:
+            except (_Refused, ModelBroken) as error:
                 words = str(error)
         return self._suspend(mart, former, words)
 
@@ -73,6 +74,7 @@ class Marts:
         with self._destination.writing(_LOCK, memory=_MEMORY, steady=True) as db:
             is_view = mart.kind == "view"
             counts = _changes(db)
+            db.touched[self._destination.place_of(mart.name)] = mart.name
             db.resolve_in(self._destination.main)
             with self._refusing():
                 if former is not None and former.made and (anew or former.kind != mart.kind):
@@ -140,8 +142,7 @@ class Marts:
         """Fill a new table, then exchange rows, or tables where the columns differ."""
         place, new = self._destination.place_of(mart.name), self._destination.place_of(_NEW)
         live, beside = (self._destination.table_of(name) for name in (mart.name, _NEW))
-        for schema in (place[0], new[0]):
-            self._destination.make_schema(db, schema)
+        self._destination.make_schema(db, place[0])
         db.execute(f"DROP TABLE IF EXISTS {beside}")
         db.execute(f"CREATE TABLE {beside} AS {mart.query}")
         ((rows,),) = db.execute(f"SELECT count(*) FROM {beside}")

@@ -71,6 +71,8 @@ _INDEXES = f"""
 CREATE UNIQUE INDEX ON headrace.progress (source);
 CREATE UNIQUE INDEX ON headrace.models (model);
 CREATE UNIQUE INDEX ON headrace.joins (model);
+CREATE UNIQUE INDEX ON headrace.changes (name);
+CREATE UNIQUE INDEX ON headrace.marts (mart);
 CREATE UNIQUE INDEX ON headrace.quarantine (id);
 CREATE INDEX ON headrace.quarantine USING hash (key) WHERE {OPEN};
 CREATE INDEX ON headrace.quarantine (issue);
@@ -249,7 +251,7 @@ class PostgresDestination(Database):
                 "Make it ON DELETE NO ACTION DEFERRABLE.",
             )
 
-    def referred_by(self, schema: str, table: str, constraint: str) -> tuple[str, str]:
+    def referred_by(self, schema: str, table: str, constraint: str) -> tuple[str, str] | None:
         """See `Database.referred_by`."""
         with self.open() as db:
             found = db.execute(
@@ -258,7 +260,7 @@ class PostgresDestination(Database):
                 "WHERE k.conname = $1 AND k.conrelid = to_regclass($2)",
                 [constraint, f"{quoted(schema)}.{quoted(table)}"],
             )
-        return cast("tuple[str, str]", found[0]) if found else (schema, table)
+        return cast("tuple[str, str]", found[0]) if found else None
 
     def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""

@@ -7,6 +7,7 @@ to stop.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,15 +32,15 @@ _PAGE = 1000  # headers that are read at once
 _MINE = "table_schema = ? AND table_name = ?"
 
 
-class Index:
+class Index(ABC):
     """The questions that a log answers from its headers."""
 
     _db: Database
     id: str
 
+    @abstractmethod
     def end(self) -> Mark:
         """See `Log.end`."""
-        raise NotImplementedError
 
     def begin(self) -> Mark:
         """See `Log.begin`."""
