@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,23 @@ def test_a_query_beside_an_apply_that_has_spilled_disturbs_neither(tmp_path: Pat
         assert destination.read(["SELECT 1 AS one"])[0].to_pylist() == [{"one": 1}]
         with destination.connected() as other:
             assert other.execute("SELECT count(*) FROM t").fetchall() == [(2_000_000,)]
+
+
+def test_what_was_promised_memory_has_it_while_others_come_and_go(tmp_path: Path) -> None:
+    """The engine has one limit for all connections of a file."""
+    destination = DuckDBDestination(tmp_path / "w.duckdb", spill=tmp_path / "spill")
+    done = threading.Event()
+
+    def others() -> None:
+        while not done.is_set():
+            destination.progress("shop")
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        with destination.connected(memory=1 << 30) as db:
+            one_large_value = "SELECT length(string_agg(md5(range::VARCHAR), '')) FROM range(4000000)"
+            assert db.execute(one_large_value).fetchall() == [(128_000_000,)]
+    finally:
+        done.set()
+        thread.join()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,14 @@ class DuckDBDestination(Database):
         self.path = path
         self.name = str(path)
         self._spill = spill
+        self._granted: dict[int, int] = {}
+        """Bytes of memory that each open connection was promised."""
 
     @contextmanager
     def open(self, *, memory: int = 0) -> Iterator[Session]:
         """See `Database.open`; makes the file if need be."""
         with self.connected(memory=memory) as db:
-            yield _DuckDBSession(db)
+            yield _DuckDBSession(db, self._grant)
 
     @contextmanager
     def connected(self, *, read_only: bool = False, memory: int = 0) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -110,13 +112,21 @@ class DuckDBDestination(Database):
             connection.execute("SET enable_progress_bar = false")
             connection.execute("SET allocator_flush_threshold = '16MB'")
             connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
-            connection.execute(f"SET memory_limit = '{max(memory, MEMORY)}B'")
+            self._grant(connection, max(memory, MEMORY))
             if self._spill is not None and _spills_to(connection) != str(self._spill):
                 connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
             yield connection
         finally:
             with _opening:
+                self._granted.pop(id(connection), None)
                 connection.close()
+
+    def _grant(self, connection: duckdb.DuckDBPyConnection, size: int) -> None:
+        """Let a connection take `size` bytes. The engine has one limit for all of a file: that of the one that
+        was promised most."""
+        with _opening:
+            self._granted[id(connection)] = size
+            connection.execute(f"SET memory_limit = '{max(self._granted.values())}B'")
 
     def _not_ours(self, text: str) -> DestinationError:
         return DestinationError(
@@ -186,8 +196,11 @@ class _DuckDBSession:
 
     row_id = "rowid"
 
-    def __init__(self, db: duckdb.DuckDBPyConnection) -> None:
+    def __init__(
+        self, db: duckdb.DuckDBPyConnection, grant: Callable[[duckdb.DuckDBPyConnection, int], None]
+    ) -> None:
         self._db = db
+        self._grant = grant
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
 
@@ -219,7 +232,7 @@ class _DuckDBSession:
     def append(self, target: str, types: Mapping[str, str], source: str, rows: pa.Table) -> None:
         del types
         if rows.nbytes > MEMORY // 2:  # one large value, say
-            self._db.execute(f"SET memory_limit = '{MEMORY + 8 * rows.nbytes}B'")
+            self._grant(self._db, MEMORY + 8 * rows.nbytes)
         self.execute(
             f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_given", given=rows
         )
