@@ -299,7 +299,9 @@ class Lane:
             copy = self.joiner.pending(model, self.staging.through()) if model else None
             if model is None or stand is None or copy is None:
                 return False
-            self.joiner.step(model, copy, {model_name: stand}, [], stand.offset, self._alert)
+            progress = self.destination.progress(self.config.name)
+            reached = progress.offset if progress else 0
+            self.joiner.step(model, copy, {model_name: stand}, [], reached, self._alert)
             return True
 
     def _asked(self, model_name: str) -> tuple[RowModel | None, ModelState | None]:

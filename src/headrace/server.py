@@ -1,4 +1,4 @@
-"""Asking the running pipeline, over a Unix socket: queries, scans, status, redrive, rebuild, tables, …
+"""Asking the running pipeline, over a Unix socket: queries, how it stands, and what people have done by it.
 
 A request is one line of JSON; the answer is a line of JSON, and for queries an Arrow IPC stream per
 query behind it, each after its length, or of a scan before a line that says it is whole. While a

@@ -229,6 +229,30 @@ def test_the_command_shows_the_difference_and_a_dry_run_changes_nothing(
     shop.assert_is_all_of_history()
 
 
+def test_a_model_that_is_behind_its_source_stays_so_when_it_is_rebuilt(
+    shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is in sync shows one commit of the source; this one shows an earlier one."""
+    (shop.folder / "models" / "other.sql").write_text(TEXTS[0])
+    shop.lane.log.append([entry(SHAPE, [("c", 11, 1, ("1", "5"))])])
+    shop.bring()
+    shop.put(TEXTS[0].replace("replace(v", "replace(gone"))
+    shop.lane.reload_models(now=True)
+    shop.lane.log.append([entry(SHAPE, [("c", 12, 1, ("2", "6"))])])
+    shop.bring()
+    assert "m" in shop.lane.suspended()
+    shop.put(TEXTS[1])
+    shop.lane.close()
+    assert main(["rebuild", "m", "--project", str(shop.folder)]) == 0
+    assert "m has 1 rows" in capsys.readouterr().out
+    shop.lane = shop._open()
+    states = shop.ask("SELECT model, state FROM headrace.models WHERE model IN ('m', 'other')")
+    assert states == [("m", "joining"), ("other", "in_sync")]
+    shop.bring()
+    assert shop.ask("SELECT model, state FROM headrace.models WHERE model = 'm'") == [("m", "in_sync")]
+    assert shop.ask("SELECT id, n FROM m") == [(1, 50), (2, 60)]
+
+
 def test_a_rollback_puts_the_former_version_back_and_rebuilds(
     shop: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -122,8 +122,8 @@ class DuckDBDestination(Database):
                 connection.close()
 
     def _grant(self, connection: duckdb.DuckDBPyConnection, size: int) -> None:
-        """Let a connection take `size` bytes. The engine has one limit for all of a file: that of the one that
-        was promised most."""
+        """Let a connection take `size` bytes. The engine has one limit for all connections of a file: the
+        most that any of them was promised."""
         with _opening:
             self._granted[id(connection)] = size
             connection.execute(f"SET memory_limit = '{max(self._granted.values())}B'")
