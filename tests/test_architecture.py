@@ -15,10 +15,45 @@ PACKAGE = SOURCE / "headrace"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns", "scrub"},
-    {"protocols", "join", "mart", "payload", "pgtypes", "keyfilter", "cells", "debezium", "ahead"},
+    {
+        "change",
+        "errors",
+        "config",
+        "values",
+        "document",
+        "secret",
+        "failpoints",
+        "keys",
+        "turns",
+        "scrub",
+        "schema_policy",
+    },
+    {
+        "protocols",
+        "join",
+        "mart",
+        "payload",
+        "pgtypes",
+        "keyfilter",
+        "cells",
+        "debezium",
+        "ahead",
+        "evolution",
+    },
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
-    {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "marts", "authoring"},
+    {
+        "joining",
+        "binding",
+        "lane",
+        "pipeline",
+        "reading",
+        "server",
+        "verify",
+        "memory",
+        "upkeep",
+        "marts",
+        "authoring",
+    },
     {"cli", "console", "testing"},
 ]
 FOLDERS = FLOORS[2]

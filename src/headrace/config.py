@@ -29,6 +29,7 @@ from headrace.document import (
     read_texts,
 )
 from headrace.errors import ConfigError
+from headrace.schema_policy import Rules, parse_rules
 from headrace.secret import Secret, place_of
 
 __all__ = [
@@ -109,6 +110,7 @@ class SourceConfig:
     restart_age_alarm: float = 900.0
     failover: bool | None = None
     standby_url: Secret | None = None
+    schema_changes: Rules = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +386,7 @@ def _sources(document: Document, secret: _SecretParsers) -> tuple[SourceConfig, 
         "restart_age_alarm": values.duration("10s", "24h"),
         "failover": values.boolean,
         "standby_url": secret.url,
+        "schema_changes": lambda value: value,
     }
     tables = document.values.get("source", {})
     example = '[source.shop] with url = "${env:SHOP_URL}"'
@@ -404,6 +407,9 @@ def _sources(document: Document, secret: _SecretParsers) -> tuple[SourceConfig, 
             document.fail((*path, "url"), 'missing; add for example url = "${env:SHOP_URL}"')
         if "where" in given:
             given["where"] = _conditions(document, (*path, "where"), given["where"])
+        if "schema_changes" in given:
+            changes = (*path, "schema_changes")
+            given["schema_changes"] = parse_rules(document, changes, given["schema_changes"])
         if given.get("hash") and "hash_salt" not in table:
             example_salt = 'missing; hash needs it: hash_salt = "${env:HEADRACE_HASH_SALT}"'
             document.fail((*path, "hash_salt"), example_salt)

@@ -327,10 +327,7 @@ class Database(ABC):
             if name not in known:
                 db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
             elif known[name] != type_:
-                db.execute(
-                    f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_} "
-                    f"USING CAST({column} AS {type_})"
-                )
+                db.retype(target, column, type_)
 
     def make_schema(self, db: Session, schema: str) -> None:
         """Make a schema where it is missing."""
