@@ -11,6 +11,7 @@ from headrace.change import TableId, TableSchema
 from headrace.config import MODELS_FOLDER, Project
 from headrace.errors import HeadraceError, ModelError, UserError
 from headrace.log.sqlite import SQLiteLog
+from headrace.mart import Mart
 from headrace.sources.postgres.tables import captured_tables
 from headrace.transform.mart import read_file
 from headrace.transform.model import RowModel, bind, mirror
@@ -35,16 +36,20 @@ class Found:
     path: Path | None = None
 
 
-def read_models(project: Project) -> Iterator[tuple[str, ModelText | HeadraceError]]:
-    """Yield the name of every row model's file in use with what it says, or of any file what is wrong."""
+def read_files(project: Project) -> Iterator[tuple[str, ModelText | Mart | HeadraceError]]:
+    """Yield the name of every file in use with what it says, or with what is wrong."""
     for path in sorted(project.models.glob(f"*{_SUFFIX}")):
         try:
-            text = read_file(path, project.destination.type)
+            yield path.stem, read_file(path, project.destination.type)
         except HeadraceError as error:
             yield path.stem, error
-        else:
-            if isinstance(text, ModelText):
-                yield path.stem, text
+
+
+def read_models(project: Project) -> Iterator[tuple[str, ModelText | HeadraceError]]:
+    """Yield the name of every row model's file in use with what it says, or of any file what is wrong."""
+    for name, text in read_files(project):
+        if not isinstance(text, Mart):
+            yield name, text
 
 
 def all_models(project: Project, shapes: Mapping[str, Shapes]) -> Iterator[Found]:
