@@ -215,9 +215,11 @@ def test_a_circle_is_told_and_the_others_go_on(shop: Shop, caplog: pytest.LogCap
     shop.put(good="SELECT count(*) AS n FROM clean", a="SELECT 1 AS x FROM b", b="SELECT 1 AS x FROM a")
     shop.step()
     assert "in a circle, and stand still: " in caplog.text
+    assert set(shop.keeper.suspended()) == {"a", "b"}
     shop.put(b="SELECT 2 AS x")
     shop.step()
     assert shop.ask("SELECT n FROM good, a") == [(2,)]
+    assert not shop.keeper.suspended()
     texts = {"a": "b", "b": "a", "c": "clean"}
     order, circles = in_order(
         (read_mart(n, f"SELECT 1 FROM {m}", "duckdb") for n, m in texts.items()), "main"
