@@ -478,11 +478,11 @@ class Destination(Protocol):
         """Mark a model that the project no longer has; its table stays."""
         ...
 
-    def forget_if_reshaped(self, model: Model, *, dry_run: bool = False) -> bool:
-        """Drop a model's table, and its place, where its columns are no longer the model's, unless on a dry
-        run; returns whether they are not.
-
-        Its open records become superseded and its ledger rows void: it is built again from staging.
+    def forget_if_reshaped(self, model: Model, *, mend: bool = False, dry_run: bool = False) -> bool:
+        """Drop a model's table, and its place, where its columns are no longer the model's (to `mend` it:
+        where others have changed them), unless on a dry run; returns whether they are not. Its open records
+        become superseded and its ledger rows void: it is built again from staging. Raises ModelBroken where
+        others have changed them, but to mend it.
         """
         ...
 
