@@ -66,6 +66,7 @@ def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
     folder = ModelFolder(
         project.models,
         {source.name for source in project.sources},
+        destination.folded,
         project.destination.type,
         None if read_only else project.versions,
     )

@@ -115,6 +115,10 @@ class Database(ABC):
         schema, dot, table = model.partition(".")
         return (schema, table) if dot else (self.main, schema)
 
+    def folded(self, model: str) -> tuple[str, str]:
+        """See `Destination.folded`."""
+        return self.place_of(model)
+
     def table_of(self, model: str) -> str:
         """See `Destination.table_of`."""
         return ".".join(map(quoted, self.place_of(model)))

@@ -203,6 +203,11 @@ class DuckDBDestination(Database):
         except DestinationError as error:
             yield DestinationFinding("fail", str(error), error.remedy)
 
+    def folded(self, model: str) -> tuple[str, str]:
+        """See `Destination.folded`: upper and lower case are one."""
+        schema, table = self.place_of(model)
+        return schema.casefold(), table.casefold()
+
     def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
         schema = self.place_of(model)[0]
