@@ -57,7 +57,7 @@ __all__ = [
 
 STATE_FOLDER = ".headrace"
 ENVIRONMENT = "HEADRACE_ENV"
-"""The environment variable that names a project's environment, where the call does not."""
+"""The environment variable of a project's environment."""
 MODELS_FOLDER = "models"
 
 MAX_SECRET_FILE_BYTES = 64 << 10
@@ -147,13 +147,16 @@ class StagingConfig:
 class DestinationConfig:
     """`[destination]`: where models are applied to.
 
-    Of type `duckdb`, the file `path`, absolute. Of type `postgres`, the database of `url`: models without a
-    schema in their name are tables of `schema`; a statement waits for a lock for `lock_timeout` seconds and
-    takes `statement_timeout` seconds at most (0: no limit).
+    Of type `duckdb`, the file `path`, absolute; unless `publish` is None, it is where a copy for readers is
+    made, absolute, at most every `publish_every` seconds. Of type `postgres`, the database of `url`: models
+    without a schema in their name are tables of `schema`; a statement waits for a lock for `lock_timeout`
+    seconds and takes `statement_timeout` seconds at most (0: no limit).
     """
 
     type: Literal["duckdb", "postgres"]
     path: Path
+    publish: Path | None = None
+    publish_every: float = 10.0
     url: Secret | None = None
     schema: str = "public"
     lock_timeout: float = 30.0
@@ -232,16 +235,18 @@ def load_project(folder: Path, *, env: str | None = None, secrets: bool = True) 
     secret = _SecretParsers(root, read=secrets)
     sources = _sources(document, secret)
     log = _log(document, root, secret)
-    staging = document.section("staging", {"path": values.path_in(root, "folder"), **_STAGING})
+    share, grace = values.share, values.duration("0s", "24h")
+    folder_of = values.path_in(root, "folder")
+    staging = document.section("staging", {"path": folder_of, "maintenance_cpu": share, "grace": grace})
     destination = _destination(document, root, secret)
-    scale = document.section("scale", _SCALE)
+    scale = document.section("scale", {"freshness": values.duration("100ms", "24h")})
     document.raise_mistakes()
     return Project(
         root=root,
         sources=sources,
         log=LogConfig(**log),
         staging=StagingConfig(**{"path": state_folder(root, env) / "staging", **staging}),
-        destination=DestinationConfig(**{"type": "duckdb", "path": root / "warehouse.duckdb", **destination}),
+        destination=DestinationConfig(**destination),
         scale=ScaleConfig(**scale),
         env=env,
     )
@@ -290,12 +295,6 @@ def select_tables(patterns: Iterable[str], available: Iterable[TableId]) -> tupl
     return tuple(sorted({table for table in available if chosen(table)}))
 
 
-# ------------------------------------------------------------------------------------- the source
-
-_STAGING: dict[str, Parser] = {"maintenance_cpu": values.share, "grace": values.duration("0s", "24h")}
-_SCALE = {"freshness": values.duration("100ms", "24h")}
-
-
 class _SecretParsers:
     """Parsers of the values in which references are filled in; unless `read`, of their form alone."""
 
@@ -340,7 +339,11 @@ def _log(document: Document, root: Path, secret: _SecretParsers) -> dict[str, An
 
 def _destination(document: Document, root: Path, secret: _SecretParsers) -> dict[str, Any]:
     of_type: dict[str, dict[str, Parser]] = {
-        "duckdb": {"path": values.path_in(root, "file")},
+        "duckdb": {
+            "path": values.path_in(root, "file"),
+            "publish": values.path_in(root, "file"),
+            "publish_every": values.duration("100ms", "24h"),
+        },
         "postgres": {
             "url": secret.url,
             "schema": values.publication,
@@ -357,6 +360,11 @@ def _destination(document: Document, root: Path, secret: _SecretParsers) -> dict
     destination = document.section("destination", type_ | known)
     if named == "postgres" and "url" not in section:
         document.fail(("destination", "url"), 'missing; add for example url = "${env:WAREHOUSE_URL}"')
+    destination = {"type": "duckdb", "path": root / "warehouse.duckdb", **destination}
+    if "publish_every" in destination and "publish" not in section:
+        document.fail(("destination", "publish_every"), "needs publish, to say where the copy goes")
+    if destination.get("publish") == destination["path"]:
+        document.fail(("destination", "publish"), "is the destination's own file; name another")
     return destination
 
 

@@ -182,7 +182,8 @@ class Joiner:
         following = replace(join, offset=through, target=target)
         if join.phase == "copy" and through >= copy.end:
             following = replace(following, phase="stream", offset=min(copy.after, target))
-        if not _is_there(following):
+        # The last slice is prepared when it is its turn: it ends where the live table is then.
+        if following.phase == "copy" or self._slice_end(following, model, copy, target) < target:
             self._ahead = (
                 following,
                 model,
@@ -199,11 +200,15 @@ class Joiner:
             return ahead[2].result()
         return self._prepare(join, model, copy, target)
 
-    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+    def _slice_end(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> Offset:
         through, last = join.offset, copy.end if join.phase == "copy" else target
         kinds = ("copy",) if join.phase == "copy" else _STREAMED
         for _ in range(_SLICES if join.why != "copy" else 1):
             through = self._log.table_slice_end(model.table, through, last, kinds)
+        return through
+
+    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+        through = self._slice_end(join, model, copy, target)
         with preparing(model.name):
             if join.phase == "copy":
                 return through, model.prepare(

@@ -152,9 +152,13 @@ POINTS = {
     "staging.checkpoint_proven": "maintain",
     "staging.commit_cleaned": "maintain",
     "staging.swept": "maintain",
+    "publish.piece": "publish",
+    "publish.copied": "publish",
+    "publish.synced": "publish",
+    "publish.renamed": "publish",
 }
 """Every failpoint of the code, and what passes it: `suite` is passed in the conformance suites of logs and
-destinations, `maintain` in the unit tests of staging's maintenance."""
+destinations, `maintain` in the unit tests of staging's maintenance, `publish` in those of publishing."""
 
 ONCE = [name for name, kind in POINTS.items() if kind == "once"]
 COPY = [name for name, kind in POINTS.items() if kind in ("copy", "once")]

@@ -43,6 +43,12 @@ class Database(ABC):
         self.joins = Joins(self)
         self.marts = Marts(self)
         self.commits = 0
+        self._quiet = 0
+
+    @property
+    def changes(self) -> int:
+        """How many transactions of this process have changed more than how far a source is applied."""
+        return self.commits - self._quiet
 
     # -- what an engine adds
 
@@ -180,6 +186,7 @@ class Database(ABC):
                 books.close()
                 move_progress(db, work.source, work.through, work.position, work.committed_at)
                 failpoint("destination.apply.commit")
+            self._quiet += not db.changed
         except CommitUnknown:
             # Asked behind whatever is left of that transaction: either it is done, or it never will be.
             if self._settled(work.source) != work.through:
