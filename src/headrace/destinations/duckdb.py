@@ -109,6 +109,10 @@ class DuckDBDestination(Database):
                 "Check that the folder exists and can be written, and that there is room on the disk.",
             ) from error
         except duckdb.Error as error:
+            if "different configuration" in str(error):  # one reads only, the other writes
+                raise DestinationBusy(
+                    f"{self.path} is open elsewhere in this process.", "It passes as that is closed."
+                ) from error
             raise self._not_ours(str(error)) from error
         try:
             connection.execute("SET TimeZone = 'UTC'")
