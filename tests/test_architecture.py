@@ -15,7 +15,19 @@ PACKAGE = SOURCE / "headrace"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns", "scrub"},
+    {
+        "change",
+        "errors",
+        "config",
+        "values",
+        "document",
+        "secret",
+        "references",
+        "failpoints",
+        "keys",
+        "turns",
+        "scrub",
+    },
     {"protocols", "join", "mart", "payload", "pgtypes", "keyfilter", "cells", "debezium", "ahead"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {
