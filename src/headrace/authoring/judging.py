@@ -19,7 +19,7 @@ from headrace.config import Project
 from headrace.errors import HeadraceError, UserError
 from headrace.keys import quoted
 from headrace.payload import BEFORE, UNCHANGED
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.model import RowModel, engine
 
