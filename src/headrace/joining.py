@@ -26,7 +26,8 @@ from headrace.change import Copy, Kind, Offset
 from headrace.errors import UserError
 from headrace.join import Join, Joins, Why
 from headrace.keys import identity, key_before, key_of_row, literal, quoted
-from headrace.protocols import LogIndex, ModelState, Prepared
+from headrace.prepared import Prepared
+from headrace.protocols import LogIndex, ModelState
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged

@@ -115,6 +115,10 @@ class DuckDBDestination(Database):
                 "Check that the folder exists and can be written, and that there is room on the disk.",
             ) from error
         except duckdb.Error as error:
+            if "different configuration" in str(error):  # one reads only, the other writes
+                raise DestinationBusy(
+                    f"{self.path} is open elsewhere in this process.", "It passes as that is closed."
+                ) from error
             raise self._not_ours(str(error)) from error
         try:
             connection.execute("SET TimeZone = 'UTC'")
@@ -168,7 +172,7 @@ class DuckDBDestination(Database):
         `read_only` opens the file so (where no apply of this process may have it open). Raises
         UserError for anything but a query, and for what the engine says of one.
         """
-        _refuse_writing(queries)
+        refuse_writing(queries)
         try:
             with self.gate.passed(), self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
                 db.execute("BEGIN TRANSACTION READ ONLY")
@@ -179,7 +183,7 @@ class DuckDBDestination(Database):
     @contextmanager
     def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
         """See `Destination.scan`. Results need not fit in memory."""
-        _refuse_writing(queries)
+        refuse_writing(queries)
         with self.gate.passed(), self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
             db.execute("BEGIN TRANSACTION READ ONLY")
             yield (_scanned(db, query) for query in queries)
@@ -301,7 +305,8 @@ class _DuckDBSession:
         pass  # no index: a scan of one column costs less than an index that every change moves
 
 
-def _refuse_writing(queries: Sequence[str]) -> None:
+def refuse_writing(queries: Sequence[str]) -> None:
+    """Raise UserError for what is no query, or no SQL."""
     for query in queries:
         try:
             kinds = {statement.type for statement in duckdb.extract_statements(query)}
