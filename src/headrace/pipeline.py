@@ -66,6 +66,7 @@ def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
     folder = ModelFolder(
         project.models,
         {source.name for source in project.sources},
+        destination.folded,
         project.destination.type,
         None if read_only else project.versions,
     )
@@ -189,8 +190,8 @@ class Pipeline:
         return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"])
 
     def _rebuild(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._lane(request["source"]).rebuild(request["model"], dry_run=request["dry_run"])
-        return {}
+        lane = self._lane(request["source"])
+        return {"beside": lane.rebuild(request["model"], dry_run=request["dry_run"])}
 
     def _change_tables(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
