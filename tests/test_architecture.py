@@ -39,6 +39,7 @@ FLOORS = [
         "verify",
         "memory",
         "upkeep",
+        "upstream",
         "marts",
         "authoring",
         "raw",
