@@ -51,6 +51,7 @@ FLOORS = [
         "verify",
         "memory",
         "upkeep",
+        "upstream",
         "marts",
         "authoring",
         "raw",

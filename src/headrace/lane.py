@@ -76,9 +76,11 @@ class Lane:
         self.destination = destination
         spool = project.state / "spool" / config.name
         self.source = PostgresSource(config, project.log.max_group_bytes, project.log.group_linger, spool)
-        self.log = SQLiteLog(project.log_path(config.name), read_only=read_only)
-        self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
-        self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
+        reading = read_only or config.upstream is not None
+        self.log = SQLiteLog(project.log_path(config.name), read_only=reading)
+        root = project.staging_path(config.name)
+        self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
+        self.staging.follow(self.log)
         self.joiner = Joiner(config.name, self.log, self.staging, destination.joins)
         self.folder = folder
         self._current = folder.current()
@@ -121,7 +123,9 @@ class Lane:
         return durable_commit(self.log) > lsn
 
     def load(self) -> bool:
-        """Stage what comes next; False when all of the log is staged."""
+        """Stage what comes next, or see what another project has; False when nothing was to be done."""
+        if self.config.upstream:
+            return self.staging.follow(self.log)
         try:
             entries = self.log.read(self.staging.written(), _LOAD_BYTES)
         except LogTrimmed as error:

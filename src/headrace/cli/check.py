@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
-from headrace.authoring.files import read_files
+from headrace.authoring.files import logged_shapes, read_files
 from headrace.change import TableId, TableSchema
 from headrace.config import (
     MODELS_FOLDER,
@@ -27,6 +27,7 @@ from headrace.config import (
 from headrace.destinations import open_destination
 from headrace.errors import HeadraceError
 from headrace.mart import Mart
+from headrace.raw.query import Session
 from headrace.secret import place_of
 from headrace.sources.postgres.catalog import list_tables, read_shapes
 from headrace.sources.postgres.connection import connect
@@ -69,15 +70,31 @@ def examine(project: Project) -> Iterator[Line]:
     fresh = not project.state.exists()
     for source in project.sources:
         area = f"source {source.name}"
+        if source.upstream:
+            yield Line(area, _readable(project, source))
+            shapes[source.name] = logged_shapes(project, source.name) or None
+            continue
         yield from (Line(area, finding) for finding in inspect(source, fresh=fresh))
         shapes[source.name] = _shapes(source)
-    yield from (Line("sources", finding) for finding in _shared_slots(project.sources))
+    own = [source for source in project.sources if not source.upstream]
+    yield from (Line("sources", finding) for finding in _shared_slots(own))
     yield from (Line("destination", finding) for finding in _destination(project))
     yield from (Line("state", finding) for finding in _folders(project))
     yield from (Line("models", finding) for finding in _models(project, shapes))
 
 
 # ---------------------------------------------------------------------------------------- sources
+
+
+def _readable(project: Project, source: SourceConfig) -> Finding:
+    """Whether the log and the staging of another project can be read."""
+    try:
+        with Session(project) as session:
+            _, staging = session.source(source.name)
+            return Finding("ok", f"{source.place} can be read, through offset {staging.through()}")
+    except (HeadraceError, OSError) as error:
+        remedy = error.remedy if isinstance(error, HeadraceError) else "Mend its rights."
+        return Finding("fail", f"{source.place} cannot be read: {str(error).rstrip('.')}", remedy)
 
 
 def _shapes(source: SourceConfig) -> Shapes | None:
@@ -120,7 +137,7 @@ def _destination(project: Project) -> Iterator[Finding]:
     if config.url:
         there = place_of(config.url.reveal())
         for source in project.sources:
-            if place_of(source.url.reveal())[1:] == there[1:]:
+            if not source.upstream and place_of(source.url.reveal())[1:] == there[1:]:
                 what = f"the destination is the database of source {source.name}: what is applied is captured"
                 yield Finding("fail", what, "Name another database in [destination] url.")
     destination = open_destination(config)
