@@ -58,7 +58,7 @@ __all__ = [
 
 STATE_FOLDER = ".headrace"
 ENVIRONMENT = "HEADRACE_ENV"
-"""The environment variable that names a project's environment, where the call does not."""
+"""The environment variable of a project's environment."""
 MODELS_FOLDER = "models"
 
 MAX_SOURCE_NAME = 40
@@ -151,13 +151,16 @@ class StagingConfig:
 class DestinationConfig:
     """`[destination]`: where models are applied to.
 
-    Of type `duckdb`, the file `path`, absolute. Of type `postgres`, the database of `url`: models without a
-    schema in their name are tables of `schema`; a statement waits for a lock for `lock_timeout` seconds and
-    takes `statement_timeout` seconds at most (0: no limit).
+    Of type `duckdb`, the file `path`, absolute; unless `publish` is None, it is where a copy for readers is
+    made, absolute, at most every `publish_every` seconds. Of type `postgres`, the database of `url`: models
+    without a schema in their name are tables of `schema`; a statement waits for a lock for `lock_timeout`
+    seconds and takes `statement_timeout` seconds at most (0: no limit).
     """
 
     type: Literal["duckdb", "postgres"]
     path: Path
+    publish: Path | None = None
+    publish_every: float = 10.0
     url: Secret | None = None
     schema: str = "public"
     lock_timeout: float = 30.0
@@ -258,16 +261,18 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
     secret = SecretParsers(root, read=secrets)
     sources = _sources(document, secret, None if is_upstream else (root, env))
     log = _log(document, root, secret)
-    staging = document.section("staging", {"path": values.path_in(root, "folder"), **_STAGING})
+    share, grace = values.share, values.duration("0s", "24h")
+    folder_of = values.path_in(root, "folder")
+    staging = document.section("staging", {"path": folder_of, "maintenance_cpu": share, "grace": grace})
     destination = _destination(document, root, secret)
-    scale = document.section("scale", _SCALE)
+    scale = document.section("scale", {"freshness": values.duration("100ms", "24h")})
     document.raise_mistakes()
     return Project(
         root=root,
         sources=sources,
         log=LogConfig(**log),
         staging=StagingConfig(**{"path": state_folder(root, env) / "staging", **staging}),
-        destination=DestinationConfig(**{"type": "duckdb", "path": root / "warehouse.duckdb", **destination}),
+        destination=DestinationConfig(**destination),
         scale=ScaleConfig(**scale),
         env=env,
     )
@@ -318,9 +323,6 @@ def select_tables(patterns: Iterable[str], available: Iterable[TableId]) -> tupl
 
 # ------------------------------------------------------------------------------------- the source
 
-_STAGING: dict[str, Parser] = {"maintenance_cpu": values.share, "grace": values.duration("0s", "24h")}
-_SCALE = {"freshness": values.duration("100ms", "24h")}
-
 
 def _log(document: Document, root: Path, secret: SecretParsers) -> dict[str, Any]:
     parsers: dict[str, Parser] = {
@@ -342,7 +344,11 @@ def _log(document: Document, root: Path, secret: SecretParsers) -> dict[str, Any
 
 def _destination(document: Document, root: Path, secret: SecretParsers) -> dict[str, Any]:
     of_type: dict[str, dict[str, Parser]] = {
-        "duckdb": {"path": values.path_in(root, "file")},
+        "duckdb": {
+            "path": values.path_in(root, "file"),
+            "publish": values.path_in(root, "file"),
+            "publish_every": values.duration("100ms", "24h"),
+        },
         "postgres": {
             "url": secret.url,
             "schema": values.publication,
@@ -359,6 +365,11 @@ def _destination(document: Document, root: Path, secret: SecretParsers) -> dict[
     destination = document.section("destination", type_ | known)
     if named == "postgres" and "url" not in section:
         document.fail(("destination", "url"), 'missing; add for example url = "${env:WAREHOUSE_URL}"')
+    destination = {"type": "duckdb", "path": root / "warehouse.duckdb", **destination}
+    if "publish_every" in destination and "publish" not in section:
+        document.fail(("destination", "publish_every"), "needs publish, to say where the copy goes")
+    if destination.get("publish") == destination["path"]:
+        document.fail(("destination", "publish"), "is the destination's own file; name another")
     return destination
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from headrace.change import Mark, Offset, Position
 
 if TYPE_CHECKING:
-    from headrace.protocols import Model, Prepared
+    from headrace.prepared import Prepared
+    from headrace.protocols import Model
 
 Phase = Literal["copy", "stream", "done"]
 Why = Literal["copy", "rebuild", "dry run"]

@@ -26,7 +26,8 @@ from headrace.change import Copy, Kind, Offset
 from headrace.errors import UserError
 from headrace.join import Join, Joins, Why
 from headrace.keys import identity, key_before, key_of_row, literal, quoted
-from headrace.protocols import LogIndex, ModelState, Prepared
+from headrace.prepared import Prepared
+from headrace.protocols import LogIndex, ModelState
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
@@ -182,7 +183,8 @@ class Joiner:
         following = replace(join, offset=through, target=target)
         if join.phase == "copy" and through >= copy.end:
             following = replace(following, phase="stream", offset=min(copy.after, target))
-        if not _is_there(following):
+        # The last slice is prepared when it is its turn: it ends where the live table is then.
+        if following.phase == "copy" or self._slice_end(following, model, copy, target) < target:
             self._ahead = (
                 following,
                 model,
@@ -199,11 +201,15 @@ class Joiner:
             return ahead[2].result()
         return self._prepare(join, model, copy, target)
 
-    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+    def _slice_end(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> Offset:
         through, last = join.offset, copy.end if join.phase == "copy" else target
         kinds = ("copy",) if join.phase == "copy" else _STREAMED
         for _ in range(_SLICES if join.why != "copy" else 1):
             through = self._log.table_slice_end(model.table, through, last, kinds)
+        return through
+
+    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+        through = self._slice_end(join, model, copy, target)
         with preparing(model.name):
             if join.phase == "copy":
                 return through, model.prepare(

@@ -280,13 +280,17 @@ class Lane:
             prepared = self.joiner.folded(model, stands.offset, wanted)
             return self.destination.redrive(model, prepared, dry_run=dry_run)
 
-    def rebuild(self, model_name: str, *, dry_run: bool = False) -> None:
-        """Begin to build a model once more, beside its live table. Raises UserError where it does not run, or
+    def rebuild(self, model_name: str, *, dry_run: bool = False) -> bool:
+        """Begin to build a model once more, beside its live table; returns False for a table that others have
+        changed: it is dropped, and the pipeline builds it anew. Raises UserError where it does not run, or
         has other columns now: then the pipeline builds it again anyway."""
         with self.applying:
             self.reload_models(now=True)
             self._reload_tables()
             model, stand = self._asked(model_name)
+            if model is not None and not dry_run and self.destination.forget_if_reshaped(model, mend=True):
+                self._stands = None
+                return False
             if model is None or stand is None or (stand.state, stand.version) == ("suspended", model.version):
                 words = f"Model {model_name} does not run now, or there is none."
                 raise UserError(words, "`headrace status` says more.")
@@ -295,6 +299,7 @@ class Lane:
                 raise UserError(words, "Run it; `headrace preview` shows what it will be.")
             self.joiner.know(None)
             self.joiner.rebuild(model, stand.offset, dry_run=dry_run)
+            return True
 
     def take_rebuild_further(self, model_name: str) -> bool:
         """Take one step of a rebuild and nothing else; False when it has come to its end."""

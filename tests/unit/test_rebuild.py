@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from headrace.cli import main
 from headrace.config import load_project
 from headrace.errors import UserError
 from headrace.lane import Lane
+from headrace.log import index
 from headrace.pipeline import open_lanes
 from headrace.transform.header import version_of
 
@@ -167,7 +169,9 @@ def test_whatever_happens_meanwhile_a_rebuild_ends_as_the_fold_of_all_history(
     shop.lane.close()
 
 
-def test_the_live_table_goes_on_while_it_is_rebuilt(shop: Shop) -> None:
+def test_the_live_table_goes_on_while_it_is_rebuilt(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never stands still: what is built comes to where it is nevertheless."""
+    monkeypatch.setattr(index, "_MAX_SLICE_BYTES", 1)
     chance = random.Random(1)
     for _ in range(20):
         shop.change(chance)
@@ -175,10 +179,10 @@ def test_the_live_table_goes_on_while_it_is_rebuilt(shop: Shop) -> None:
     shop.lane.rebuild("m")
     stands = []
     while not shop.rebuilds():
-        if len(stands) < 10:
-            shop.change(chance)
-            shop.load()
+        shop.change(chance)
+        shop.load()
         assert shop.lane.apply()
+        assert len(stands) < 50, "it comes to no end"
         stands += shop.ask("SELECT \"offset\" FROM headrace.models WHERE model = 'm'")
     assert len(set(stands)) > 3, "it stood still meanwhile"
     shop.bring()
@@ -289,3 +293,33 @@ def test_what_cannot_be_rebuilt_is_refused(shop: Shop) -> None:
         pass
     with pytest.raises(UserError, match="still takes in its table's copy"):
         shop.lane.rebuild("m")
+
+
+@pytest.mark.parametrize("statement", ["ALTER TABLE m DROP COLUMN n", "DROP TABLE m"])
+def test_a_table_that_somebody_changed_stands_still_until_it_is_built_anew(
+    shop: Shop, capsys: pytest.CaptureFixture[str], statement: str
+) -> None:
+    chance = random.Random(3)
+    for _ in range(20):
+        shop.change(chance)
+    shop.bring()
+    with duckdb.connect(str(shop.folder / "warehouse.duckdb")) as db:
+        db.execute(statement)
+    for _ in range(2):  # a pipeline that starts anew tries once more, and writes nothing either
+        shop.change(chance)
+        shop.bring()
+        assert "somebody else" in shop.lane.suspended()["m"]
+        shop.lane.destination.reconsider("shop")
+        shop.reopen()
+    shop.bring()
+    shop.lane.close()
+    assert main(["rebuild", "m", "--dry-run", "--project", str(shop.folder)]) == 1
+    assert "somebody else" in capsys.readouterr().err
+    assert main(["rebuild", "m", "--project", str(shop.folder)]) == 0
+    assert "is dropped. The pipeline builds it anew" in capsys.readouterr().err
+    shop.lane = shop._open()
+    shop.bring()
+    assert shop.lane.suspended() == {}
+    assert dict(shop.ask("SELECT id::VARCHAR, n FROM m")).keys() <= shop.state.keys()
+    shop.assert_is_all_of_history()
+    shop.lane.close()

@@ -27,7 +27,8 @@ def ci(
 
     Exit code 1 if a model does not parse or bind, a test fails, or an output column is gone, has another type
     or may be null now, against schemas/models.lock. Needs no database, no state and no secrets. With --json:
-    ok, models (model, problems, breaks), tests (as `headrace test` has them); of --record: files, breaks.
+    ok, models (model, problems, breaks, unbound), tests (as `headrace test` has them); of --record: files,
+    breaks.
 
     Parameters
     ----------
@@ -50,6 +51,8 @@ def ci(
         print(f"{'ok  ' if result.ok else 'FAIL'} {MODELS_FOLDER}/{result.model}.sql")
         for problem in (*result.problems, *result.breaks):
             print(f"     {problem}")
+        if result.unbound:
+            print(f"     not bound here: {result.unbound}")
     if any(result.breaks for result in results):
         print("What breaks on purpose is accepted with `headrace ci --record`.")
     print_outcomes(outcomes)

@@ -23,10 +23,12 @@ import pyarrow as pa
 
 from headrace.destinations.database import Database
 from headrace.destinations.session import Session
+from headrace.destinations.shapes import drifts
 from headrace.destinations.tables import CREATE
 from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
 from headrace.keys import literal
 from headrace.protocols import DestinationFinding, Scanned, Table
+from headrace.turns import Gate
 
 _READING = {
     duckdb.StatementType.SELECT,
@@ -52,8 +54,6 @@ QUERY_MEMORY = 512 << 20
 _SCAN_ROWS = 10_000
 """Rows in memory at once of a result that is scanned."""
 
-"""A result that is read batch by batch."""
-
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
 _opening = threading.Lock()
@@ -65,19 +65,25 @@ class DuckDBDestination(Database):
     fresh = "name a new file in [destination] path"
     main = "main"
 
-    def __init__(self, path: Path, *, spill: Path | None = None) -> None:
-        """What does not fit into memory goes to the folder `spill`, by default beside the file."""
+    def __init__(self, path: Path, *, spill: Path | None = None, published: Path | None = None) -> None:
+        """What does not fit into memory goes to the folder `spill`, by default beside the file; `published`
+        is where a copy for readers is kept, if there is one."""
         super().__init__()
         self.path = path
         self.name = str(path)
+        self.gate = Gate()
+        """Passed by whoever has the file open in this process."""
         self._spill = spill
+        self._published = published
         self._granted: dict[int, int] = {}
         """Bytes of memory that each open connection was promised."""
+        self._left = self._signature()
+        self._is_foreign = True  # or was changed, since this process looked at its tables
 
     @contextmanager
     def open(self, *, memory: int = 0) -> Iterator[Session]:
         """See `Database.open`; makes the file if need be."""
-        with self.connected(memory=memory) as db:
+        with self.gate.passed(), self.connected(memory=memory) as db:
             yield _DuckDBSession(db, self._grant)
 
     @contextmanager
@@ -89,7 +95,10 @@ class DuckDBDestination(Database):
         """
         try:
             with _opening:
+                # While this process has it open, nobody else can change it.
+                self._is_foreign |= not self._granted and self._signature() != self._left
                 connection = duckdb.connect(str(self.path), read_only=read_only)
+                self._granted[id(connection)] = 0
         except duckdb.IOException as error:
             text = str(error)
             if "could not set lock" in text.lower():
@@ -106,6 +115,10 @@ class DuckDBDestination(Database):
                 "Check that the folder exists and can be written, and that there is room on the disk.",
             ) from error
         except duckdb.Error as error:
+            if "different configuration" in str(error):  # one reads only, the other writes
+                raise DestinationBusy(
+                    f"{self.path} is open elsewhere in this process.", "It passes as that is closed."
+                ) from error
             raise self._not_ours(str(error)) from error
         try:
             connection.execute("SET TimeZone = 'UTC'")
@@ -120,6 +133,25 @@ class DuckDBDestination(Database):
             with _opening:
                 self._granted.pop(id(connection), None)
                 connection.close()
+                self._left = self._signature()
+
+    def _signature(self) -> list[tuple[int, int, int] | None]:
+        """Return what differs once another process has changed the file."""
+        found: list[tuple[int, int, int] | None] = []
+        for path in (self.path, self.path.with_name(f"{self.path.name}.wal")):
+            try:
+                status = path.stat()
+            except OSError:
+                found.append(None)
+            else:
+                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        return found
+
+    def tables_may_differ(self) -> bool:
+        """See `Database.tables_may_differ`."""
+        with _opening:
+            self._is_foreign, was = False, self._is_foreign
+        return was
 
     def _grant(self, connection: duckdb.DuckDBPyConnection, size: int) -> None:
         """Let a connection take `size` bytes. The engine has one limit for all connections of a file: the
@@ -142,7 +174,7 @@ class DuckDBDestination(Database):
         """
         refuse_writing(queries)
         try:
-            with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
+            with self.gate.passed(), self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
                 db.execute("BEGIN TRANSACTION READ ONLY")
                 return [db.sql(query).to_arrow_table() for query in queries]
         except duckdb.Error as error:
@@ -152,7 +184,7 @@ class DuckDBDestination(Database):
     def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
         """See `Destination.scan`. Results need not fit in memory."""
         refuse_writing(queries)
-        with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
+        with self.gate.passed(), self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
             db.execute("BEGIN TRANSACTION READ ONLY")
             yield (_scanned(db, query) for query in queries)
 
@@ -167,20 +199,32 @@ class DuckDBDestination(Database):
     def inspect(self) -> Iterator[DestinationFinding]:
         """See `Destination.inspect`. Of a file that is not there nothing is said."""
         try:
-            with self.open():
+            with self.open() as db:
                 yield DestinationFinding("ok", f"{self.path} opens")
+                yield from drifts(self, db)
         except DestinationBusy as error:
             yield DestinationFinding("warn", str(error), error.remedy)
         except DestinationError as error:
             yield DestinationFinding("fail", str(error), error.remedy)
 
+    def folded(self, model: str) -> tuple[str, str]:
+        """See `Destination.folded`: upper and lower case are one."""
+        schema, table = self.place_of(model)
+        return schema.casefold(), table.casefold()
+
     def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
         schema = self.place_of(model)[0]
-        if schema.casefold() != self.path.stem.casefold():
-            return None
-        what = f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
-        return what, f'Name another: [destination] path = "{schema.casefold()}_warehouse.duckdb"'
+        files = {"path": (self.path, "warehouse"), "publish": (self._published, "published")}
+        for key, (file, role) in files.items():
+            if file is not None and schema.casefold() == file.stem.casefold():
+                what = f"the destination's file has the name of its schema {schema}"
+                name = f"{schema.casefold()}_{role}.duckdb"
+                return (
+                    f"{what}: DuckDB cannot tell them apart",
+                    f'Name another: [destination] {key} = "{name}"',
+                )
+        return None
 
     def fault_of(self, error: Exception) -> str | None:
         """See `Database.fault_of`."""
@@ -237,13 +281,13 @@ class _DuckDBSession:
             f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_given", given=rows
         )
 
-    def columns(self, schema: str, table: str) -> dict[str, str]:
+    def columns(self, schema: str, table: str, *, hidden: bool = False) -> dict[str, str]:
         return dict(
             self.execute(
                 "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = $1 "
-                "AND table_name = $2 AND column_name NOT IN ('_source', '_source_key') "
+                "AND table_name = $2 AND (column_name NOT IN ('_source', '_source_key') OR $3) "
                 "ORDER BY ordinal_position",
-                [schema, table],
+                [schema, table, hidden],
             )
         )
 

@@ -23,7 +23,8 @@ from headrace.errors import DestinationError
 from headrace.failpoints import failpoint
 from headrace.join import Difference, Join
 from headrace.keys import literal, quoted
-from headrace.protocols import Model, Prepared
+from headrace.prepared import Prepared
+from headrace.protocols import Model
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database

@@ -72,14 +72,17 @@ class Evaluation:
 
     def rows(self, settled: pa.Array | None) -> pa.Table:
         """Return the good rows as `_source_key` and outputs; only those numbered in `settled`, if given."""
-        outputs = ", ".join(f"{quoted(name)}" for name, _, _ in self._model.outputs)
-        where = f"NOT ({self.bad()}) AND NOT _hr_filtered"
+        where = ""
         if settled is not None:
             self._db.register("settled", pa.table({"n": settled}))
-            where += " AND _hr_n IN (SELECT n FROM settled)"
-        return self._db.sql(
-            f"SELECT _hr_k AS _source_key, {outputs} FROM judged WHERE {where}"
-        ).to_arrow_table()
+            where = "WHERE _hr_n IN (SELECT n FROM settled)"
+        return self._db.sql(f"SELECT * EXCLUDE (_hr_n) FROM ({self.good()}) {where}").to_arrow_table()
+
+    def good(self) -> str:
+        """Return the query of the good rows: `_hr_n`, `_source_key` and the outputs."""
+        outputs = ", ".join(f"{quoted(name)}" for name, _, _ in self._model.outputs)
+        where = f"NOT ({self.bad()}) AND NOT _hr_filtered"
+        return f"SELECT _hr_n, _hr_k AS _source_key, {outputs} FROM judged WHERE {where}"
 
     def faults(self, events: pa.Table) -> Iterator[tuple[int, str, str, str, str]]:
         """Yield (n, stage, reason, columns, message) for each of these bad events that was judged;
