@@ -123,8 +123,8 @@ class Database:
             ) from error
         except apsw.ReadOnlyError as error:
             raise LogError(
-                f"{self.path} can be read by this user only while its pipeline runs, whose files beside it are "
-                "needed.",
+                f"{self.path} can be read by this user only while its pipeline runs, which has files beside "
+                "it.",
                 "Start the pipeline there, or run as the user that it runs as.",
             ) from error
         except (apsw.CantOpenError, apsw.IOError) as error:
