@@ -18,7 +18,8 @@ FLOORS = [
     {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns", "scrub"},
     {"protocols", "join", "mart", "payload", "pgtypes", "keyfilter", "cells", "debezium", "ahead"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
-    {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "marts", "authoring"},
+    {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "marts", "authoring"}
+    | {"place"},
     {"cli", "console", "testing"},
 ]
 FOLDERS = FLOORS[2]

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from headrace.cells import json_of
 from headrace.change import CopyMark, LoggedEntry, SourceMark, TableSchema
-from headrace.cli.log_where import time_text
+from headrace.place import time_text
 from headrace.cli.tables import print_json_lines, print_table
 from headrace.errors import UserError
 from headrace.log.consumers import Cursor, Cursors

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from headrace.cells import json_of
-from headrace.cli.log_where import lsn_of, moment_of, time_text
+from headrace.place import lsn_of, moment_of, time_text
 from headrace.cli.tables import print_table
 from headrace.errors import UserError
 from headrace.log.finding import (

@@ -18,7 +18,7 @@ from cyclopts import Parameter
 
 from headrace.change import STREAMED, LoggedEntry, Offset, SourceMark, TableId, TableSchema
 from headrace.cli.log_parquet import ParquetFiles
-from headrace.cli.log_where import WHERE, cut_before, cut_behind, time_text
+from headrace.place import WHERE, cut_before, cut_behind, time_text
 from headrace.debezium import Envelope, Event
 from headrace.errors import UserError
 from headrace.log.finding import OWN
