@@ -19,7 +19,7 @@ FLOORS = [
     {"protocols", "join", "mart", "payload", "pgtypes", "keyfilter", "cells", "debezium", "ahead"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "marts", "authoring"}
-    | {"place"},
+    | {"place", "history", "rebuilding"},
     {"cli", "console", "testing"},
 ]
 FOLDERS = FLOORS[2]

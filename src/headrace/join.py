@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from headrace.change import Mark, Offset, Position
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from headrace.protocols import Model, Prepared
 
-Phase = Literal["copy", "stream", "done"]
+Phase = Literal["newest", "older copy", "older", "copy", "stream", "done"]
 Why = Literal["copy", "rebuild", "dry run"]
 
 
@@ -20,9 +22,11 @@ class Join:
     """How far a model has taken in a copy, which the log holds between the offsets `begin` and `end`.
 
     The phase `copy` reads the copied rows, `stream` the changes that they do not contain, through
-    `target`; `offset` is how far the phase is. `stands` is the end of the copy that the live table is
-    made of, 0 if it is filled in place. `why`: a new copy, or all of history once more under the model as
-    it is now, which a dry run only compares with the live table.
+    `target`; `offset` is how far the phase is. Where the newest change of a key decides, all of history
+    through `target` goes quicker: `newest` reads these alone, `older copy` and `older` what else there is of
+    keys whose newest change is bad, and `stream` goes on from there. `stands` is the end of the copy that the
+    live table is made of, 0 if it is filled in place. `why`: a new copy, or all of history once more under
+    the model as it is now, which a dry run only compares with the live table.
     """
 
     model: str
@@ -56,6 +60,11 @@ class Joins(Protocol):
 
     def of(self, source: str) -> dict[str, Join]:
         """Return the newest join of every model of a source."""
+        ...
+
+    def bad_keys(self, join: Join, limit: int) -> pa.Array | None:
+        """Return the source keys of which what grows beside the live table has met bad changes; None if they
+        are more than `limit`."""
         ...
 
     def start(self, join: Join, model: Model) -> None:

@@ -79,7 +79,7 @@ class Lane:
         self.log = SQLiteLog(project.log_path(config.name), read_only=read_only)
         self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
         self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
-        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins)
+        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins, project.state / "spill")
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]

@@ -13,6 +13,8 @@ from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from headrace.cells import json_of
 from headrace.change import Counts, Mark, Position
 from headrace.destinations.books import heal, insert, move_progress, numbers, record, record_from, stand
@@ -55,6 +57,14 @@ class Joins:
             self._destination.set_up(db)
             rows = db.execute(joins_of(source))
         return {str(row[0]): Join(*row) for row in rows}
+
+    def bad_keys(self, join: Join, limit: int) -> pa.Array | None:
+        """See `headrace.join.Joins.bad_keys`."""
+        with self._destination.open() as db:
+            rows = db.execute(
+                f"SELECT DISTINCT key FROM {JOINING} WHERE model = $1 LIMIT {limit + 1}", [join.model]
+            )
+        return None if len(rows) > limit else pa.array([key for (key,) in rows], pa.string())
 
     def start(self, join: Join, model: Model) -> None:
         """Start a join with an empty table, in place or beside; one that did not end is given up."""

@@ -60,8 +60,8 @@ def fold(
     live = changes.slice(int(resets[-1]) + 1) if len(resets) else changes
     if not total:
         return NOTHING
-    events = _events(db, key, live)
-    points = _points(db, key, events)
+    events = numbered(db, key, live)
+    points = effects(db, key, events)
     settled, removed = _lasts(points)
     bad = pa.array([], pa.int64())
     verdicts = evaluation.run(undecided(events, settled))
@@ -88,7 +88,7 @@ def fold(
     )
 
 
-def _events(db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table) -> pa.Table:
+def numbered(db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table) -> pa.Table:
     """Add `_hr_n`, the place in the slice, and `_hr_k`, the source key."""
     if len(key) == 1:
         keys = changes[key[0]]
@@ -99,7 +99,7 @@ def _events(db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table
     return changes.append_column("_hr_n", numbers).append_column("_hr_k", keys)
 
 
-def _points(db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table) -> pa.Table:
+def effects(db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table) -> pa.Table:
     """Return every effect: `n`, its key `k`, whether the row is `gone` by it, whether the key is the event's
     `own`. A change of the key itself has two effects: the old key's row goes, the new key's comes.
     """
