@@ -38,7 +38,7 @@ SELECT op AS _op, 1000 + (n // {small}) * 100 AS _commit, n % {small} + 1 AS _or
   id::VARCHAR AS id,
   CASE WHEN op <> 'd' THEN (id * 7919 % 100000)::VARCHAR END AS customer_id,
   CASE WHEN op <> 'd' THEN ((hash(n + 1) % 10000000) / 100)::DECIMAL(12,2)::VARCHAR END AS amount,
-  CASE WHEN op <> 'd' THEN ['new', 'paid', 'packed', 'sent', 'back'][(hash(n + 2) % 5)::BIGINT + 1] END AS status,
+  CASE WHEN op <> 'd' THEN ['new', 'paid', 'sent', 'back'][(hash(n + 2) % 4)::BIGINT + 1] END AS status,
   CASE WHEN op <> 'd' THEN strftime(
     make_timestamp(1600000000000000 + id * 977001), '%Y-%m-%d %H:%M:%S.%f+00') END AS placed_at
 FROM (
