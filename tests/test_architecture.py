@@ -19,7 +19,7 @@ FLOORS = [
     {"protocols", "join", "mart", "payload", "pgtypes", "keyfilter", "cells", "debezium", "ahead"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "marts", "authoring"}
-    | {"place", "history", "rebuilding"},
+    | {"place", "history", "rebuilding", "snapshot"},
     {"cli", "console", "testing"},
 ]
 FOLDERS = FLOORS[2]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from headrace.change import Mark, Offset, Position
 
@@ -55,6 +55,17 @@ class Difference:
     changed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A table of the past: its rows, its records that were open then, and in how many source keys the live
+    table differs from it, with examples; None where that has other columns or is not there."""
+
+    rows: int
+    open_records: int
+    difference: Difference | None
+    examples: Sequence[dict[str, Any]]
+
+
 class Joins(Protocol):
     """The joins of a destination's models: how their tables take in a copy, see `Join`."""
 
@@ -86,5 +97,16 @@ class Joins(Protocol):
 
         Returns in how many source keys the two differed, and the ids of issues that are new. A dry run
         leaves the live table as it is. Of a rebuild headrace.rebuilds tells the same, with examples.
+        """
+        ...
+
+    def write_snapshot(
+        self, model: Model, into: str | None, commit: int, slices: Iterable[Prepared]
+    ) -> Snapshot:
+        """Make a table that stays as it is, of slices that come one after another, in one transaction, which
+        `into` None takes back at its end. `commit` is what overtakes records meanwhile.
+
+        Raises UserError for a name that is in use, ModelBroken for a table that cannot take the rows, and
+        whatever taking the slices raises; then there is no table.
         """
         ...

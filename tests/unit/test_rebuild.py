@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import suppress
@@ -84,6 +85,14 @@ class Shop:
             self.state[key] = value
         self.lane.log.append([entry(self.shape, made)])
 
+    def truncate(self) -> None:
+        """Commit a truncate at the source, and capture it."""
+        self.commit += 1
+        at = Position(0, self.commit, 1)
+        told = json.dumps({"lsn": self.commit, "txid": self.commit}).encode()
+        self.lane.log.append([Entry("truncate", TABLE, at, at, self.commit, 1, 1, told)])
+        self.state.clear()
+
     def load(self) -> None:
         while self.lane.load():
             pass
@@ -120,6 +129,7 @@ class Shop:
 def small_slices() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headrace.log.index.MAX_SLICE_ROWS", 5)
+        patch.setattr("headrace.history.PIECE_ROWS", 2)
         yield
 
 
@@ -140,7 +150,9 @@ def test_whatever_happens_meanwhile_a_rebuild_ends_as_the_fold_of_all_history(
     known, text = 0, 0
     for _ in range(30):
         what = chance.choice(["change", "change", "load", "apply", "apply", "rebuild", "reopen", "edit"])
-        if what == "change":
+        if what == "change" and chance.random() < 0.1:
+            shop.truncate()
+        elif what == "change":
             shop.change(chance, chance.randint(1, 3))
         elif what == "load":
             shop.load()
