@@ -82,9 +82,9 @@ class Joins(Protocol):
         """Start a join with an empty table, in place or beside; one that did not end is given up."""
         ...
 
-    def step(self, join: Join, following: Join, model: Model, prepared: Prepared) -> Sequence[str]:
-        """Take in one slice of a phase and move to `following`, in one transaction; returns the ids of
-        issues that are new.
+    def step(self, join: Join, following: Join, model: Model, pieces: Iterable[Prepared]) -> Sequence[str]:
+        """Take in one slice of a phase, piece by piece, and move to `following`, in one transaction; returns
+        the ids of issues that are new. Whatever taking the pieces raises is raised here, and nothing changes.
 
         Raises DestinationError when the join does not stand at `join`: another pipeline moved it.
         """

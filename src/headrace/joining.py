@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
@@ -42,6 +42,9 @@ _FIRST: tuple[Phase, ...] = ("copy", "newest")
 _STREAMED: tuple[Kind, ...] = ("rows", "truncate")
 _SLICES = 3  # of the log, that one step of a rebuild takes: a transaction for each would take longer
 _PATIENCE = 0.2  # seconds that a step waits for what is being found: others are to be applied meanwhile
+_Slice = tuple[Offset, Iterable[Prepared]]
+"""How far a slice goes, and what becomes of it."""
+_AT_ONCE = 500_000  # rows; a slice of more is one large transaction, which is prepared as it is taken
 Step = Literal["wait", "begin", "prepare", "slice", "attach"]
 
 
@@ -59,7 +62,7 @@ class Joiner:
         self._joins: dict[str, Join] | None = None
         self._asking = threading.Lock()
         self._preparer = ThreadPoolExecutor(1, f"{source}.join")
-        self._ahead: tuple[Join, RowModel, Future[tuple[Offset, Prepared]]] | None = None
+        self._ahead: tuple[Join, RowModel, Future[_Slice]] | None = None
         self._spill = spill
         self._rebuilding: tuple[Join, RowModel, Rebuilding] | None = None
         self._stopped = threading.Event()
@@ -208,19 +211,17 @@ class Joiner:
         taken = self._taken(join, model, copy, join.target if join.phase in PHASES else live)
         if taken is None:
             return "prepare"
-        through, prepared = taken
+        through, pieces = taken
         following = _following(replace(join, offset=through), copy, live)
         # Which keys have bad changes is known when all of the newest ones are applied.
         if not _is_there(following) and (join.phase == following.phase or join.phase != PHASES[0]):
             self._submit(following, model, copy, following.target)
-        issues = self._destination.step(join, following, model, prepared)
+        issues = self._destination.step(join, following, model, pieces)
         self._keep(following)
         alert(issues)
         return "slice"
 
-    def _taken(
-        self, join: Join, model: RowModel, copy: Copy, target: Offset
-    ) -> tuple[Offset, Prepared] | None:
+    def _taken(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice | None:
         """Return the next slice's end and outcome: what was prepared ahead, if it is of this step. None while
         what to read is still being found."""
         if self._ahead is None or self._ahead[:2] != (join, model):
@@ -237,19 +238,23 @@ class Joiner:
         slice_ = self._preparer.submit(self._prepare, join, model, copy, target)
         self._ahead = (join, model, slice_)
 
-    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice:
         with preparing(model.name):
             if join.phase in PHASES:
-                return self._rebuilt(join, model, copy).prepare(join.phase, join.offset, join.target)
+                reading = self._rebuilt(join, model, copy)
+                through, prepared = reading.prepare(join.phase, join.offset, join.target)
+                return through, [prepared]
             through, last = join.offset, copy.end if join.phase == "copy" else target
             kinds = ("copy",) if join.phase == "copy" else _STREAMED
             for _ in range(_SLICES if join.why != "copy" else 1):
                 through = self._log.table_slice_end(model.table, through, last, kinds)
             if join.phase == "copy":
-                return through, model.prepare(
-                    self._staging.read_copied(model.table, copy, join.offset, through)
-                )
-            return through, self._missing(model, copy, join.offset, through)
+                rows = self._staging.read_copied(model.table, copy, join.offset, through)
+                return through, [model.prepare(rows)]
+            if self._staging.count(model.table, join.offset, through) > _AT_ONCE:
+                return through, self._pieces(model, copy, join.offset, through)
+            read = self._staging.read(model.table, join.offset, through)
+            return through, [self._missing(model, copy, read)]
 
     def _rebuilt(self, join: Join, model: RowModel, copy: Copy) -> Rebuilding:
         """Return what reads a model's history through a join's target; it stays from slice to slice."""
@@ -263,9 +268,13 @@ class Joiner:
             self._rebuilding = (same, model, Rebuilding(self._staging, model, copy, history, bad_keys))
         return self._rebuilding[2]
 
-    def _missing(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Prepared:
-        """Prepare the changes of a span that the copy does not contain."""
-        read = self._staging.read(model.table, after, through)
+    def _pieces(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Iterator[Prepared]:
+        with preparing(model.name):
+            for read in self._staging.pieces(model.table, after, through):
+                yield self._missing(model, copy, read)
+
+    def _missing(self, model: RowModel, copy: Copy, read: pa.Table) -> Prepared:
+        """Prepare those of some changes that the copy does not contain."""
         changes = self._not_copied(model, copy, read, copy.end)
         prepared = model.prepare(changes)
         left_out = read.num_rows - changes.num_rows

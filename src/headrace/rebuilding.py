@@ -69,9 +69,11 @@ class Rebuilding:
         """
         if self._next != (phase, after):
             self._pieces = self._begin(phase, after, through)
+        self._next = None  # whatever fails from here on is read again
         changes, reached = next(self._pieces)
+        prepared = self._prepared(phase, changes)
         self._next = (phase, reached)
-        return reached, self._prepared(phase, changes)
+        return reached, prepared
 
     def _begin(self, phase: Phase, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:
         if phase == "newest":

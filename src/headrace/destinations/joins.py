@@ -85,28 +85,28 @@ class Joins:
                 stand(db, model, 0, Position(0, 0, 0), 0, in_sync=False)
             _save(db, join)
 
-    def step(self, join: Join, following: Join, model: Model, prepared: Prepared) -> Sequence[str]:
-        """Take in one slice of a phase and move to `following`, in one transaction; returns the ids of
-        issues that are new.
-
-        Raises DestinationError when the join does not stand at `join`: another pipeline moved it.
-        """
+    def step(self, join: Join, following: Join, model: Model, pieces: Iterable[Prepared]) -> Sequence[str]:
+        """See `headrace.join.Joins.step`."""
         through = following.offset if following.phase == join.phase else join.end
         records = JOINING if join.beside else QUARANTINE
         head = (join.source, model.name)
         target = _target(join, model)
         table = self._destination.table_of(target.name)
+        healed, counts, issues = 0, Counts(), list[str]()
         with self._destination.writing(join.source) as db:
             _check(db, join)
             self._destination.make_table(db, target)
-            healed = heal(db, model.name, prepared, join.end, records)
-            healed += take_off(db, join.source, model.name, table, prepared, join.end, records)
-            self._destination.change_rows(db, join.source, target, prepared)
-            issues = record(db, model, prepared.records, records)
+            for prepared in pieces:
+                healed += heal(db, model.name, prepared, join.end, records)
+                healed += take_off(db, join.source, model.name, table, prepared, join.end, records)
+                self._destination.change_rows(db, join.source, target, prepared)
+                issues += record(db, model, prepared.records, records)
+                counts += prepared.counts
+                del prepared  # before the next one is made
             # The live table has accounted for the changes already, and for the rows of its own copy.
             if join.why == "copy" and (join.phase == "copy" or not join.beside):
                 kind = "copy" if join.phase == "copy" else "apply"
-                rows = [(*head, kind, join.offset, through, *numbers(prepared.counts), model.version)]
+                rows = [(*head, kind, join.offset, through, *numbers(counts), model.version)]
                 if healed:
                     moved = numbers(Counts(superseded=healed, quarantined=-healed))
                     rows.append((*head, "superseded", join.offset, through, *moved, model.version))
