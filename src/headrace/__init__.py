@@ -4,13 +4,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headrace.raw.project import open_project as open_project
     from headrace.reading import open_log as open_log
 
 # Before Arrow is loaded: some of it, such as compression, takes no pool but this. See `headrace.memory`.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "open_log"]
+__all__ = ["__version__", "open_log", "open_project"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from headrace.reading import open_log
 
         return open_log
+    if name == "open_project":
+        from headrace.raw.project import open_project
+
+        return open_project
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

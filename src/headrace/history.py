@@ -24,7 +24,7 @@ from headrace.keys import literal
 from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, copied, streamed
 from headrace.staging.delta import DeltaStaging
-from headrace.transform.fold import effects, numbered
+from headrace.transform.fold import events_of, points_of
 
 PIECE_ROWS = 250_000
 """How many rows of a selection are in memory at once, or fewer of many bytes."""
@@ -192,7 +192,7 @@ class History:
         try:
             with duckdb.connect() as db:
                 for rows in self._ranked(scan, going_on):
-                    points = effects(db, self._key, numbered(db, self._key, rows))
+                    points = points_of(db, self._key, events_of(db, self._key, rows))
                     ranks = rows["_hr_rank"].to_numpy()[points["n"].to_numpy()]
                     stays = pc.and_not(points["own"], points["gone"]).to_numpy(zero_copy_only=False)
                     made = pa.table({"k": points["k"], "v": pa.array(ranks * 2 + stays)}, schema=_EFFECTS)

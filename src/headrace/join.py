@@ -11,7 +11,8 @@ from headrace.change import Mark, Offset, Position
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from headrace.protocols import Model, Prepared
+    from headrace.prepared import Prepared
+    from headrace.protocols import Model
 
 Phase = Literal["newest", "older copy", "older", "copy", "stream", "done"]
 Why = Literal["copy", "rebuild", "dry run"]

@@ -28,7 +28,8 @@ from headrace.errors import UserError
 from headrace.history import History
 from headrace.join import Join, Joins, Phase, Why
 from headrace.keys import identity
-from headrace.protocols import LogIndex, ModelState, Prepared
+from headrace.prepared import Prepared
+from headrace.protocols import LogIndex, ModelState
 from headrace.rebuilding import PHASES, Rebuilding, newest_decides, only
 from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, in_source_order
@@ -213,8 +214,7 @@ class Joiner:
             return "prepare"
         through, pieces = taken
         following = _following(replace(join, offset=through), copy, live)
-        # Which keys have bad changes is known when all of the newest ones are applied.
-        if not _is_there(following) and (join.phase == following.phase or join.phase != PHASES[0]):
+        if self._may_be_prepared(join, following, model, copy):
             self._submit(following, model, copy, following.target)
         issues = self._destination.step(join, following, model, pieces)
         self._keep(following)
@@ -234,9 +234,24 @@ class Joiner:
         self._ahead = None
         return slice_.result()
 
+    def _may_be_prepared(self, join: Join, following: Join, model: RowModel, copy: Copy) -> bool:
+        """Whether the next slice is known already while the one before it is applied."""
+        if following.phase == "stream":
+            # The last slice is prepared when it is its turn: it ends where the live table is then.
+            return self._slice_end(following, model, copy, following.target) < following.target
+        # Which keys have bad changes is known when all of the newest ones are applied.
+        return join.phase == following.phase or join.phase != PHASES[0]
+
     def _submit(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> None:
         slice_ = self._preparer.submit(self._prepare, join, model, copy, target)
         self._ahead = (join, model, slice_)
+
+    def _slice_end(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> Offset:
+        through, last = join.offset, copy.end if join.phase == "copy" else target
+        kinds = ("copy",) if join.phase == "copy" else _STREAMED
+        for _ in range(_SLICES if join.why != "copy" else 1):
+            through = self._log.table_slice_end(model.table, through, last, kinds)
+        return through
 
     def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice:
         with preparing(model.name):
@@ -244,10 +259,7 @@ class Joiner:
                 reading = self._rebuilt(join, model, copy)
                 through, prepared = reading.prepare(join.phase, join.offset, join.target)
                 return through, [prepared]
-            through, last = join.offset, copy.end if join.phase == "copy" else target
-            kinds = ("copy",) if join.phase == "copy" else _STREAMED
-            for _ in range(_SLICES if join.why != "copy" else 1):
-                through = self._log.table_slice_end(model.table, through, last, kinds)
+            through = self._slice_end(join, model, copy, target)
             if join.phase == "copy":
                 rows = self._staging.read_copied(model.table, copy, join.offset, through)
                 return through, [model.prepare(rows)]

@@ -2,9 +2,9 @@
 
 For each source five threads: three repeat one verb of its lane each, capture, load, and apply, which has a
 part prepared while it takes the one before; two keep log and staging small. One more watches the source and
-does nothing but ring, and one for all keeps the marts. A thread that fails is judged by its error's verdict:
-RETRY backs off and tries again for ever, alerting once when it lasts; anything else stops that thread alone,
-with its reason, while the others go on.
+does nothing but ring; one for all keeps the marts, and one a copy for readers where there is to be one. A
+thread that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
+when it lasts; anything else stops that thread alone, with its reason, while the others go on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any, TypeVar
 
 from headrace.change import TableId
 from headrace.config import Project
-from headrace.destinations import open_destination
+from headrace.destinations import open_destination, open_publisher
 from headrace.errors import (
     DestinationUnavailable,
     ForeignDestination,
@@ -95,6 +95,7 @@ class Pipeline:
             self._maintenance = {lane.config.name: self._maintainer(lane) for lane in self.lanes}
             self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
             self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
+            self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._wait_for_destination()
         except BaseException:
             _forget_empty_logs(project.state)
@@ -113,6 +114,8 @@ class Pipeline:
                 self._start(lane, verb)
             self._guard(lane.config.name, self._watches[lane.config.name])
         self._begin("marts", self._step_marts)
+        if self._publisher is not None:
+            self._begin("publish", self._step_publish)
         ended: BaseException | None = None
         try:
             while ended is None and not self.stop.wait(_POLL):
@@ -121,6 +124,8 @@ class Pipeline:
             self.stop.set()
             for thread in self._threads:
                 thread.join()
+            for fault in self._published_once():
+                alerts.error("%s", fault.paragraph())
             server.close()
             self.close()
         if ended is not None:
@@ -135,6 +140,7 @@ class Pipeline:
         try:
             faults = [fault for lane in self.lanes for fault in self._once(lane)]
             faults += self._marts_once()
+            faults += self._published_once()
             for fault in faults[1:]:
                 alerts.error("%s", fault.paragraph())
             if faults:
@@ -145,7 +151,8 @@ class Pipeline:
 
     def status(self) -> dict[str, Any]:
         """Return what only the running process knows: `pid`, threads `stopped` and `waiting` with their
-        reasons, the offset through which each source is `staged`, and the `alarms` of its watch."""
+        reasons, the offset through which each source is `staged`, the `alarms` of its watch, and whether the
+        copy for readers, if there is one, `is_current`."""
         stopped = {name: str(error) for name, error in self._errors.items()}
         staged = {lane.config.name: lane.staging.through() for lane in self.lanes}
         alarms = {name: watch.alarms() for name, watch in self._watches.items()}
@@ -155,6 +162,7 @@ class Pipeline:
             "waiting": dict(self._waits),
             "staged": staged,
             "alarms": alarms,
+            "is_current": self._publisher is not None and self._publisher.is_current(),
         }
 
     def close(self) -> None:
@@ -279,6 +287,11 @@ class Pipeline:
         self._marts.step()
         self.stop.wait(_POLL)
 
+    def _step_publish(self) -> None:
+        assert self._publisher is not None
+        if not self._publisher.step():
+            self.stop.wait(_POLL)
+
     def _guard(self, name: str, watch: Watch) -> None:
         """Start the thread that watches over a source."""
         self._threads.append(threading.Thread(target=watch.run, args=(self.stop,), name=f"{name}.watch"))
@@ -356,6 +369,15 @@ class Pipeline:
             UserError(f"Mart {mart} is suspended: {reason}", "Mend it and run again.")
             for mart, reason in self._marts.suspended().items()
         ]
+
+    def _published_once(self) -> list[HeadraceError]:
+        """Let readers have what is there at the end; returns why they have it not."""
+        try:
+            if self._publisher is not None:
+                self._publisher.step(now=True)
+        except HeadraceError as error:
+            return [error]
+        return []
 
     def _wait_for_destination(self) -> None:
         """Check each lane's destination, waiting while it cannot be had; retry what is suspended."""

@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 from headrace.change import Copy, Offset
 from headrace.history import History, Selection
 from headrace.join import Phase
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.staging.contained import not_contained
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.kind import LATEST
 from headrace.transform.model import RowModel
 
 PHASES: tuple[Phase, ...] = ("newest", "older copy", "older")
@@ -35,7 +36,7 @@ def newest_decides(model: RowModel) -> bool:
 
     Not so where rows are only told apart by their content, or a table shows more than the present.
     """
-    return bool(model.schema.key)
+    return bool(model.schema.key) and model.kind == LATEST
 
 
 class Rebuilding:

@@ -10,19 +10,21 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import astuple, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from headrace.change import Copy
+from headrace.change import START, Copy
 from headrace.errors import UserError
 from headrace.history import History
 from headrace.log.sqlite import SQLiteLog
-from headrace.place import AsOf, as_of, time_text
-from headrace.protocols import Destination, Prepared
+from headrace.prepared import Prepared
+from headrace.protocols import Destination
+from headrace.raw.place import LSN, Place, moment_of, place_of
 from headrace.rebuilding import PHASES, Rebuilding, newest_decides
-from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.staging.contained import not_contained
 from headrace.staging.copies import copied
 from headrace.staging.delta import DeltaStaging
@@ -40,7 +42,7 @@ class Past:
     staging: DeltaStaging
     model: RowModel
     copy: Copy
-    at: AsOf
+    at: Place
 
     def prepared(self, spill: Path, stopped: threading.Event) -> Generator[Prepared]:
         """Yield what the model makes of it, to be applied in this order. Raises ModelBroken, and
@@ -80,14 +82,18 @@ class Past:
 
 
 def past_of(log: SQLiteLog, staging: DeltaStaging, model: RowModel, text: str) -> Past:
-    """Return what a model's table was made of at a place that a person names, see `headrace.place`.
+    """Return what a model's table was made of at a place that a person names: an offset, an LSN, or a time.
 
-    Raises UserError for a place that names nothing, is not staged yet, or lies before the table was copied
-    whole; LogTrimmed for one that only the deleted part of the log could tell.
+    Raises UserError for what names no place, for one that is not staged yet or lies before the table was
+    copied whole, and for a model whose table holds its past itself.
     """
-    at = as_of(log, text)
-    if at.through > (staged := staging.through()):
-        raise UserError(f"{text} is not staged yet: staging has come to offset {staged}.", "Wait.")
+    if model.kind.materialize != "latest":
+        raise UserError(
+            f"{model.name} is {model.kind.materialize}: its table shows the past by itself.",
+            "Ask for rows by `valid_from` and `valid_to`, or by `_commit`.",
+        )
+    _refuse_beyond(log, text)
+    at = place_of(log, staging, text)
     copy = staging.copy(model.table, at.through)
     if copy is None or (at.before is not None and copy.ceiling[:2] >= at.before):
         raise UserError(
@@ -95,6 +101,22 @@ def past_of(log: SQLiteLog, staging: DeltaStaging, model: RowModel, text: str) -
             "Name a later place.",
         )
     return Past(staging, model, copy, at)
+
+
+def _refuse_beyond(log: SQLiteLog, text: str) -> None:
+    """Raise UserError for an LSN or a time that the log has not come to: nobody knows what will be there."""
+    position, committed_at = log.last_commit() or (START, 0)
+    if text.isdecimal() and text.isascii():
+        return
+    if LSN.fullmatch(text):
+        beyond, reached = parse_lsn(text) > position.commit, f"LSN {format_lsn(position.commit)}"
+    else:
+        beyond, reached = moment_of(text) > committed_at, f"commits of {_time(committed_at)}"
+    if beyond:
+        raise UserError(
+            f"{text} lies beyond what is captured: the log of {log.source} has come to {reached}.",
+            "Name an earlier place.",
+        )
 
 
 def _first_known(log: SQLiteLog, staging: DeltaStaging, model: RowModel) -> str:
@@ -106,10 +128,12 @@ def _first_known(log: SQLiteLog, staging: DeltaStaging, model: RowModel) -> str:
     offset, copy = next(ends, (0, None))
     if copy is None:
         return "its copy is not complete yet."
-    committed_at = time_text(log.place(offset)[1], "seconds")
-    return (
-        f"its copy was complete at offset {offset}, LSN {format_lsn(copy.ceiling.commit)} ({committed_at})."
-    )
+    at = _time(log.place(offset)[1])
+    return f"its copy was complete at offset {offset}, LSN {format_lsn(copy.ceiling.commit)} ({at})."
+
+
+def _time(micros: int) -> str:
+    return datetime.fromtimestamp(micros // 1_000_000, UTC).isoformat()
 
 
 def write_snapshot(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,6 +26,7 @@ from headrace.cli import main
 from headrace.config import load_project
 from headrace.errors import UserError
 from headrace.lane import Lane
+from headrace.log import index
 from headrace.pipeline import open_lanes
 from headrace.snapshot import past_of, write_snapshot
 from headrace.transform.header import version_of
@@ -249,7 +254,9 @@ def test_the_command_shows_the_past_and_puts_it_into_a_table(
     shop.lane = shop._open()
 
 
-def test_the_live_table_goes_on_while_it_is_rebuilt(shop: Shop) -> None:
+def test_the_live_table_goes_on_while_it_is_rebuilt(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never stands still: what is built comes to where it is nevertheless."""
+    monkeypatch.setattr(index, "_MAX_SLICE_BYTES", 1)
     chance = random.Random(1)
     for _ in range(20):
         shop.change(chance)
@@ -257,10 +264,10 @@ def test_the_live_table_goes_on_while_it_is_rebuilt(shop: Shop) -> None:
     shop.lane.rebuild("m")
     stands = []
     while not shop.rebuilds():
-        if len(stands) < 10:
-            shop.change(chance)
-            shop.load()
+        shop.change(chance)
+        shop.load()
         assert shop.lane.apply()
+        assert len(stands) < 50, "it comes to no end"
         stands += shop.ask("SELECT \"offset\" FROM headrace.models WHERE model = 'm'")
     assert len(set(stands)) > 3, "it stood still meanwhile"
     shop.bring()
@@ -284,6 +291,34 @@ def test_a_rebuild_that_fails_at_any_step_goes_on(
     shop.reopen()
     shop.bring()
     assert shop.rebuilds() == 1
+    shop.assert_is_all_of_history()
+
+
+def test_a_killed_rebuild_goes_on_where_it_was(shop: Shop) -> None:
+    """Also before and between the older changes of keys whose newest change is bad."""
+    chance = random.Random(3)
+    for _ in range(12):
+        shop.change(chance, 4)
+        shop.load()  # a file of its own, so that there are pieces
+    shop.put(TEXTS[1])
+    shop.bring()
+    shop.put(TEXTS[0])
+    shop.lane.close()
+    run = f"main(['rebuild', 'm', '--project', {str(shop.folder)!r}])"
+    code = f"from headrace import history; history.PIECE_ROWS = 3\nfrom headrace.cli import main; exit({run})"
+    armed = os.environ | {failpoints.VARIABLE: "destination.join.commit=kill@4"}
+    stood = list[tuple[int, int]]()
+    while (ended := subprocess.run([sys.executable, "-c", code], env=armed, check=False).returncode) != 0:
+        assert ended == -signal.SIGKILL
+        shop.lane = shop._open()
+        ((phase, offset),) = shop.ask("SELECT phase, \"offset\" FROM headrace.joins WHERE model = 'm'")
+        shop.lane.close()
+        stood.append((("newest", "older copy", "older").index(phase), offset))
+        assert stood == sorted(set(stood)), "it began anew"
+    assert len({phase for phase, _ in stood}) > 1
+    shop.lane = shop._open()
+    assert shop.rebuilds() == 1
+    assert shop.ask("SELECT count(*) > 0 FROM headrace.quarantine WHERE status = 'quarantined'") == [(True,)]
     shop.assert_is_all_of_history()
 
 

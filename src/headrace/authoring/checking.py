@@ -57,7 +57,7 @@ def check_models(project: Project) -> Iterator[Result]:
     """
     shapes = {source.name: read_shapes(project, source.name) for source in project.sources}
     promises = read_promises(project) or {}
-    made = _make(project, shapes)
+    made, _ = _make(project, shapes)
     for name, now in made.items():
         if isinstance(now, Promise):
             breaks = breaking(name, promises[name], now) if name in promises else ()
@@ -84,7 +84,7 @@ def record(project: Project) -> Recorded:
     known = {name: tables or read_shapes(project, name) for name, tables in shapes.items()}
     before = read_promises(project) or {}
     promises = dict[str, Promise]()
-    made = _make(project, known)
+    made, _ = _make(project, known)
     for name, now in made.items():
         if isinstance(now, HeadraceError):
             raise now
@@ -98,9 +98,18 @@ def record(project: Project) -> Recorded:
     return Recorded((*files, write_promises(project, promises)), tuple(breaks))
 
 
-def _make(project: Project, shapes: Mapping[str, Shapes]) -> dict[str, Promise | HeadraceError | str]:
+def output_columns(project: Project, shapes: Mapping[str, Shapes]) -> dict[str, dict[str, str]]:
+    """Return the columns of every table that models, mirrors and marts make, as far as they can be told from
+    the shapes of raw tables."""
+    made, mirrors = _make(project, shapes)
+    return mirrors | {name: now.types() for name, now in made.items() if isinstance(now, Promise)}
+
+
+def _make(
+    project: Project, shapes: Mapping[str, Shapes]
+) -> tuple[dict[str, Promise | HeadraceError | str], dict[str, dict[str, str]]]:
     """Return of every model in use what it puts out, what is wrong with it, or in words why that cannot be
-    told here."""
+    told here; and the columns of mirrors."""
     made = dict[str, Promise | HeadraceError | str]()
     marts = list[Mart]()
     read = set()
@@ -114,16 +123,17 @@ def _make(project: Project, shapes: Mapping[str, Shapes]) -> dict[str, Promise |
             made[name] = error
         if isinstance(text, ModelText):
             read.add((text.source, text.table))
-    tables = {name: promise.types() for name, promise in made.items() if isinstance(promise, Promise)}
+    mirrors = dict[str, dict[str, str]]()
     for source, found in shapes.items():
         unread = (schema for schema in found.values() if (source, schema.table.label) not in read)
-        tables |= {model.name: model.types() for model in (mirror(source, schema) for schema in unread)}
+        mirrors |= {model.name: model.types() for model in (mirror(source, schema) for schema in unread)}
+    tables = mirrors | {name: now.types() for name, now in made.items() if isinstance(now, Promise)}
     for bound in bind_marts(marts, tables, project.destination.type):
         if bound.fault:
             made[bound.mart] = ModelError(f"Mart {bound.mart} does not bind: {bound.unbound}.")
         else:
             made[bound.mart] = bound.unbound or promise_of_mart(bound.columns)
-    return made
+    return made, mirrors
 
 
 def _promise(text: ModelText | HeadraceError, shapes: Mapping[str, Shapes]) -> Promise:

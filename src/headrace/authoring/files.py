@@ -70,7 +70,18 @@ def all_models(project: Project, shapes: Mapping[str, Shapes]) -> Iterator[Found
 
 
 def find_model(project: Project, wanted: str) -> Found:
-    """Find a model by its name (`sales`, `shop.orders` for a mirror), or by a path to a file.
+    """Find a row model; see `find_any`. Raises UserError for a mart."""
+    found = find_any(project, wanted)
+    if isinstance(found, Mart):
+        raise UserError(
+            f"{found.name} is a mart: it is computed from tables of the destination.",
+            f'`headrace query "FROM {found.name}"` shows it, `headrace status` how it stands.',
+        )
+    return found
+
+
+def find_any(project: Project, wanted: str) -> Found | Mart:
+    """Find a model or a mart by its name (`sales`, `shop.orders` for a mirror), or by a path to a file.
 
     A name is first that of a file in use, then of one that is not (`sales.sql.off`), then of a mirror;
     whether the table of a mirror is captured is not looked at. Raises ModelError for a file that does not
@@ -84,11 +95,8 @@ def find_model(project: Project, wanted: str) -> Found:
         if path.is_file():
             name = path.name.removesuffix(OFF).removesuffix(_SUFFIX)
             text = read_file(path, project.destination.type, name)
-            if not isinstance(text, ModelText):
-                raise UserError(
-                    f"{name} is a mart: it is computed from tables of the destination.",
-                    f'`headrace query "FROM {name}"` shows it, `headrace status` how it stands.',
-                )
+            if isinstance(text, Mart):
+                return text
             return Found(text.name, text.source, text.table, text, path)
     source, dot, table = wanted.partition(".")
     if dot and source in {item.name for item in project.sources}:

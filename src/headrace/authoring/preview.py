@@ -30,7 +30,7 @@ from headrace.errors import HeadraceError, UserError
 from headrace.joining import Joiner
 from headrace.keys import identity, literal, quoted
 from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.server import read, scan
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.staging.delta import DeltaStaging

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,14 @@ from typing import Annotated, NamedTuple
 from cyclopts import Parameter
 
 from headrace.change import TableId, TableSchema
-from headrace.config import MODELS_FOLDER, Project, SourceConfig, load_project, select_tables
+from headrace.config import (
+    MODELS_FOLDER,
+    DestinationConfig,
+    Project,
+    SourceConfig,
+    load_project,
+    select_tables,
+)
 from headrace.destinations import open_destination
 from headrace.errors import HeadraceError
 from headrace.secret import place_of
@@ -107,6 +115,7 @@ def _destination(project: Project) -> Iterator[Finding]:
     if config.is_there is False:
         fault = _folder_fault(config.path.parent)
         yield Finding("fail", *fault) if fault else Finding("ok", f"{config.path} can be made")
+        yield from _published(config)
         return
     if config.url:
         there = place_of(config.url.reveal())
@@ -120,6 +129,19 @@ def _destination(project: Project) -> Iterator[Finding]:
             yield Finding(finding.level, " ".join(finding.what.split()).rstrip("."), finding.remedy)
     finally:
         destination.close()
+    yield from _published(config)
+
+
+def _published(config: DestinationConfig) -> Iterator[Finding]:
+    if config.publish is None:
+        return
+    folder = config.publish.parent
+    fault = _folder_fault(folder)
+    if fault is None and not folder.is_dir():
+        fault = f"there is no folder {folder} for the published copy", f"mkdir -p {shlex.quote(str(folder))}"
+    if fault is None and config.publish.is_dir():
+        fault = f"{config.publish} is a folder", "Name a file in [destination] publish."
+    yield Finding("fail", *fault) if fault else Finding("ok", f"{config.publish} can be published")
 
 
 def _folders(project: Project) -> Iterator[Finding]:

@@ -13,12 +13,12 @@ from cyclopts import Parameter
 
 from headrace.cells import json_of
 from headrace.change import CopyMark, LoggedEntry, SourceMark, TableSchema
+from headrace.cli.log_where import time_text
 from headrace.cli.tables import print_json_lines, print_table
 from headrace.errors import UserError
 from headrace.log.consumers import Cursor, Cursors
 from headrace.log.places import told
 from headrace.log.sqlite import SQLiteLog
-from headrace.place import time_text
 from headrace.reading import OpenLog, find_logs, only_log, rows_of
 from headrace.sources.postgres.health import age_text, size_text
 from headrace.sources.postgres.lsn import format_lsn

@@ -18,13 +18,13 @@ from cyclopts import Parameter
 
 from headrace.change import STREAMED, LoggedEntry, Offset, SourceMark, TableId, TableSchema
 from headrace.cli.log_parquet import ParquetFiles
+from headrace.cli.log_where import WHERE, cut_before, cut_behind, time_text
 from headrace.debezium import Envelope, Event
 from headrace.errors import UserError
 from headrace.log.finding import OWN
 from headrace.log.places import Cut, Group, Shapes, group_of, groups, lone_commit, parted, told
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import HEAD, decode_rows
-from headrace.place import WHERE, cut_before, cut_behind, time_text
 from headrace.reading import columns_of, only_log, table_named, with_place
 from headrace.sources.postgres.lsn import format_lsn
 

@@ -12,11 +12,11 @@ from cyclopts import Parameter
 
 from headrace.cells import json_of
 from headrace.change import Offset, TableId
+from headrace.cli.log_where import time_text
 from headrace.cli.tables import print_table
 from headrace.config import Project, SourceConfig, load_project
 from headrace.errors import UserError
 from headrace.log.sqlite import SQLiteLog
-from headrace.place import time_text
 from headrace.server import ask
 from headrace.sources.postgres.health import size_text
 from headrace.sources.postgres.lsn import format_lsn

@@ -53,7 +53,9 @@ def status(
     - `project`; `running`, `pid`; `stopped` and `waiting`: reasons by thread (source.verb); `alarms`: what
       the watch of the running pipeline finds, a list of paragraphs by source.
     - `destination`: `path` (of a server, its address), `error` (null, or why it could not be asked),
-      `bytes` of a file.
+      `bytes` of a file; `published`, the copy for readers if there is to be one: `path`, `error` (null, or
+      why it cannot be read), `age_s` since it was made (null: not yet), `is_current` (the pipeline has
+      changed nothing since), and by source, in `sources`, what is `visible` in it.
     - `disk`: `free` bytes, `per_day` (what logs and raw tables add, from what the last day brought), `days`
       until it is full; the destination's growth is not in it.
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
@@ -106,11 +108,32 @@ def gather(project: Project) -> dict[str, Any]:
             "path": project.destination.name,
             "error": error,
             "bytes": path.stat().st_size if project.destination.is_there else None,
+            "published": _published(project.destination.publish, live),
         },
         "disk": forecast(project, [source["storage"] for source in sources]),
         "sources": sources,
         "marts": [_mart(row) for row in tables[3]],
     }
+
+
+def _published(path: Path | None, live: dict[str, Any] | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    from headrace.destinations.publishing import read_published
+
+    report: dict[str, Any] = {"path": str(path), "error": None, "age_s": None, "sources": {}}
+    report["is_current"] = bool(live and live["is_current"])
+    try:
+        copy = read_published(path)
+    except HeadraceError as error:
+        return {**report, "error": str(error)}
+    if copy is not None:
+        names = ("offset", "commit", "committed_at")
+        sources = {
+            source: _visible(dict(zip(names, row, strict=True))) for source, row in copy.sources.items()
+        }
+        report |= {"age_s": _seconds(time.time() - copy.made_at), "sources": sources}
+    return report
 
 
 def _mart(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,12 +278,24 @@ def _print(report: Mapping[str, Any]) -> None:
     if report["destination"]["error"]:
         print(f"destination not asked: {report['destination']['error']}")
     print(f"disk: {disk_words(report['disk'], report['destination']['bytes'])}")
+    if report["destination"]["published"]:
+        print(f"published: {_published_words(report['destination']['published'])}")
     for source in report["sources"]:
         print()
         _print_source(source)
     if report["marts"]:
         print()
         _print_marts(report["marts"])
+
+
+def _published_words(copy: Mapping[str, Any]) -> str:
+    if copy["error"]:
+        return str(copy["error"])
+    if copy["age_s"] is None:
+        return f"{copy['path']} not yet"
+    places = [f"{source} through {at['position']}" for source, at in copy["sources"].items()]
+    since = ", and nothing has changed since" if copy["is_current"] else ""
+    return "; ".join([f"{copy['path']} {age_text(copy['age_s'])} ago{since}", *places])
 
 
 def _print_marts(marts: Rows) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.change import Counts, Mark
 from headrace.destinations.books import (
@@ -21,11 +22,13 @@ from headrace.destinations.books import (
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
 from headrace.destinations.session import Session, Unfit
+from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import OPEN
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
-from headrace.protocols import DestinationFinding, Model, ModelState, Prepared, Scanned, Slice, Table
+from headrace.prepared import Prepared
+from headrace.protocols import DestinationFinding, Model, ModelState, Scanned, Slice, Table
 
 _REFUSES = "cannot take the model's rows"
 
@@ -43,6 +46,12 @@ class Database(ABC):
         self.joins = Joins(self)
         self.marts = Marts(self)
         self.commits = 0
+        self._quiet = 0
+
+    @property
+    def changes(self) -> int:
+        """How many transactions of this process have changed more than how far a source is applied."""
+        return self.commits - self._quiet
 
     # -- what an engine adds
 
@@ -161,25 +170,32 @@ class Database(ABC):
 
         1. progress is compared with what the slice says it starts from;
         2. part by part: the model's table is made or widened, its rows are changed, its open records
-           that a later good change has healed become superseded, its new records are written;
+           that a later good change has healed become superseded, its new records are written; where all
+           states of a row are kept, once for all parts of a model at their end;
         3. the ledger has one row per model, the models' and the source's progress move; commit.
         """
         new_issues: list[str] = []
         try:
             with self.writing(work.source) as db:
                 self._check(db, work)
-                books = Books(db, work)
+                books, steps = Books(db, work), StepBook(self, db, work.source)
                 for part in work.parts:
                     self.make_table(db, part.model)
                     with self._blaming(part.model.name):
                         books.admit(part, self.table_of(part.model.name))
-                        self._change_rows(db, work.source, part.model, part.prepared)
+                        if part.prepared.steps is not None:
+                            steps.add(part.model, part.model, part.prepared)
+                        else:
+                            self._change_rows(db, work.source, part.model, part.prepared)
                         new_issues += books.take(part)
                     failpoint("destination.apply.part")
                     del part  # before the next one is made
+                for settled in steps.settle():
+                    new_issues += books.settle(settled)
                 books.close()
                 move_progress(db, work.source, work.through, work.position, work.committed_at)
                 failpoint("destination.apply.commit")
+            self._quiet += not db.changed
         except CommitUnknown:
             # Asked behind whatever is left of that transaction: either it is done, or it never will be.
             if self._settled(work.source) != work.through:
@@ -350,7 +366,9 @@ class Database(ABC):
         target = self.table_of(model.name)
         if prepared.counts.read:
             db.changed.add(model.name)
-        if prepared.reset:
+        if prepared.deleted is not None:
+            _mark_deleted(db, source, target, prepared.deleted)
+        elif prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
         if len(prepared.removed):
             same = db.same_key("_source_key", "r.key")
@@ -362,7 +380,7 @@ class Database(ABC):
         if prepared.rows.num_rows:
             db.append(target, model.types(), source, prepared.rows)
 
-    def exchange_rows(self, db: Session, model: Model, statements: Sequence[str]) -> int:
+    def exchange_rows(self, db: Session, model: Table, statements: Sequence[str]) -> int:
         """Run statements that change a model's rows; returns how many."""
         db.changed.add(model.name)
         with self._blaming(model.name):
@@ -378,6 +396,26 @@ class Database(ABC):
             if words is None:
                 raise
             raise _broken(model, words, what) from error
+
+
+def _mark_deleted(db: Session, source: str, target: str, deleted: pa.Table) -> None:
+    """Mark rows as deleted, see `Prepared.deleted`."""
+    live = "_source = $1 AND _deleted_at IS NULL"
+    keyed = deleted.filter(pc.is_valid(deleted["key"]))
+    if keyed.num_rows:
+        db.execute(
+            f"UPDATE {target} SET _deleted_at = d.moment FROM _hr_given d "
+            f"WHERE {live} AND {db.same_key('_source_key', 'd.key')}",
+            [source],
+            keyed,
+        )
+    if keyed.num_rows < deleted.num_rows:
+        moment = deleted["moment"].slice(deleted.num_rows - 1)
+        db.execute(
+            f"UPDATE {target} SET _deleted_at = d.moment FROM _hr_given d WHERE {live}",
+            [source],
+            pa.table({"moment": moment}),
+        )
 
 
 def _broken(model: str, words: str, what: str = _REFUSES) -> ModelBroken:

@@ -27,6 +27,7 @@ from headrace.destinations.tables import CREATE
 from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
 from headrace.keys import literal
 from headrace.protocols import DestinationFinding, Scanned, Table
+from headrace.turns import Gate
 
 _READING = {
     duckdb.StatementType.SELECT,
@@ -52,8 +53,6 @@ QUERY_MEMORY = 512 << 20
 _SCAN_ROWS = 10_000
 """Rows in memory at once of a result that is scanned."""
 
-"""A result that is read batch by batch."""
-
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
 _opening = threading.Lock()
@@ -65,19 +64,23 @@ class DuckDBDestination(Database):
     fresh = "name a new file in [destination] path"
     main = "main"
 
-    def __init__(self, path: Path, *, spill: Path | None = None) -> None:
-        """What does not fit into memory goes to the folder `spill`, by default beside the file."""
+    def __init__(self, path: Path, *, spill: Path | None = None, published: Path | None = None) -> None:
+        """What does not fit into memory goes to the folder `spill`, by default beside the file; `published`
+        is where a copy for readers is kept, if there is one."""
         super().__init__()
         self.path = path
         self.name = str(path)
+        self.gate = Gate()
+        """Passed by whoever has the file open in this process."""
         self._spill = spill
+        self._published = published
         self._granted: dict[int, int] = {}
         """Bytes of memory that each open connection was promised."""
 
     @contextmanager
     def open(self, *, memory: int = 0) -> Iterator[Session]:
         """See `Database.open`; makes the file if need be."""
-        with self.connected(memory=memory) as db:
+        with self.gate.passed(), self.connected(memory=memory) as db:
             yield _DuckDBSession(db, self._grant)
 
     @contextmanager
@@ -106,6 +109,10 @@ class DuckDBDestination(Database):
                 "Check that the folder exists and can be written, and that there is room on the disk.",
             ) from error
         except duckdb.Error as error:
+            if "different configuration" in str(error):  # one reads only, the other writes
+                raise DestinationBusy(
+                    f"{self.path} is open elsewhere in this process.", "It passes as that is closed."
+                ) from error
             raise self._not_ours(str(error)) from error
         try:
             connection.execute("SET TimeZone = 'UTC'")
@@ -140,9 +147,9 @@ class DuckDBDestination(Database):
         `read_only` opens the file so (where no apply of this process may have it open). Raises
         UserError for anything but a query, and for what the engine says of one.
         """
-        _refuse_writing(queries)
+        refuse_writing(queries)
         try:
-            with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
+            with self.gate.passed(), self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
                 db.execute("BEGIN TRANSACTION READ ONLY")
                 return [db.sql(query).to_arrow_table() for query in queries]
         except duckdb.Error as error:
@@ -151,8 +158,8 @@ class DuckDBDestination(Database):
     @contextmanager
     def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
         """See `Destination.scan`. Results need not fit in memory."""
-        _refuse_writing(queries)
-        with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
+        refuse_writing(queries)
+        with self.gate.passed(), self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
             db.execute("BEGIN TRANSACTION READ ONLY")
             yield (_scanned(db, query) for query in queries)
 
@@ -177,10 +184,16 @@ class DuckDBDestination(Database):
     def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
         schema = self.place_of(model)[0]
-        if schema.casefold() != self.path.stem.casefold():
-            return None
-        what = f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
-        return what, f'Name another: [destination] path = "{schema.casefold()}_warehouse.duckdb"'
+        files = {"path": (self.path, "warehouse"), "publish": (self._published, "published")}
+        for key, (file, role) in files.items():
+            if file is not None and schema.casefold() == file.stem.casefold():
+                what = f"the destination's file has the name of its schema {schema}"
+                name = f"{schema.casefold()}_{role}.duckdb"
+                return (
+                    f"{what}: DuckDB cannot tell them apart",
+                    f'Name another: [destination] {key} = "{name}"',
+                )
+        return None
 
     def fault_of(self, error: Exception) -> str | None:
         """See `Database.fault_of`."""
@@ -261,7 +274,8 @@ class _DuckDBSession:
         pass  # no index: a scan of one column costs less than an index that every change moves
 
 
-def _refuse_writing(queries: Sequence[str]) -> None:
+def refuse_writing(queries: Sequence[str]) -> None:
+    """Raise UserError for what is no query, or no SQL."""
     for query in queries:
         try:
             kinds = {statement.type for statement in duckdb.extract_statements(query)}

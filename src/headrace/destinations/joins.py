@@ -26,7 +26,8 @@ from headrace.errors import DestinationError, UserError
 from headrace.failpoints import failpoint
 from headrace.join import Difference, Join, Snapshot
 from headrace.keys import literal, quoted
-from headrace.protocols import Model, Prepared
+from headrace.prepared import Prepared
+from headrace.protocols import Model
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database

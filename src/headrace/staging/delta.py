@@ -264,6 +264,10 @@ class DeltaStaging:
         """See `Staging.schemas`."""
         return {shape.table: shape for offset, shape in self._schemas if offset <= through}
 
+    def shapes_of(self, table: TableId) -> list[tuple[Offset, TableSchema]]:
+        """Return every shape of a table with the offset from which on it holds, the oldest first."""
+        return [known for known in self._schemas if known[1].table == table]
+
     def columns(self, table: TableId) -> list[str]:
         """Return the source's columns of a raw table, also those that it has dropped."""
         return [logical_name(name) for name in self._tables[table].columns if name not in META]

@@ -74,14 +74,19 @@ class Evaluation:
 
     def rows(self, settled: pa.Array | None) -> pa.Table:
         """Return the good rows as `_source_key` and outputs; only those numbered in `settled`, if given."""
+        good = self.good()
+        if settled is not None:
+            good = good.filter(pc.is_in(good["_hr_n"], value_set=settled))
+        return good.drop_columns("_hr_n")
+
+    def good(self) -> pa.Table:
+        """Return the good rows: `_hr_n`, `_source_key` and the outputs."""
         judged = self._judged
         assert judged is not None
         apart = pc.or_(self._bad(judged), judged["_hr_filtered"])
-        if settled is not None:
-            apart = pc.or_(apart, pc.invert(pc.is_in(judged["_hr_n"], value_set=settled)))
-        names = [name for name, _, _ in self._model.outputs]
         good = judged.filter(pc.invert(apart)) if pc.any(apart).as_py() else judged
-        return good.select(["_hr_k", *names]).rename_columns(["_source_key", *names])
+        names = [name for name, _, _ in self._model.outputs]
+        return good.select(["_hr_n", "_hr_k", *names]).rename_columns(["_hr_n", "_source_key", *names])
 
     def faults(self, events: pa.Table) -> Iterator[tuple[int, str, str, str, str]]:
         """Yield (n, stage, reason, columns, message) for each of these bad events that was judged;
