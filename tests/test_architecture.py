@@ -44,6 +44,9 @@ FLOORS = [
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {
         "joining",
+        "history",
+        "rebuilding",
+        "snapshot",
         "lane",
         "pipeline",
         "reading",

@@ -81,7 +81,7 @@ class Lane:
         root = project.staging_path(config.name)
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
-        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins)
+        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins, project.state / "spill")
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]

@@ -38,6 +38,7 @@ from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
 from headrace.scrub import scrub
 from headrace.server import Server
+from headrace.snapshot import past_of, write_snapshot
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
 from headrace.staging.maintenance import Maintenance, compact_tables
@@ -190,6 +191,7 @@ class Pipeline:
             "status": lambda _: self.status(),
             "redrive": self._redrive,
             "rebuild": self._rebuild,
+            "snapshot": lambda request: self.snapshot(**{k: v for k, v in request.items() if k != "op"}),
             "tables": self._change_tables,
             "resync": self._resync,
             "compact": self._compact,
@@ -203,6 +205,25 @@ class Pipeline:
     def _rebuild(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
         return {"beside": lane.rebuild(request["model"], dry_run=request["dry_run"])}
+
+    def snapshot(self, source: str, model: str, place: str, into: str | None) -> dict[str, Any]:
+        """Make a table of what a model's was, see `headrace.snapshot`, beside everything that runs.
+
+        Raises what that raises, and UserError for a model that does not run, and when the pipeline stops.
+        """
+        lane = self._lane(source)
+        with lane.applying:
+            lane.reload_models(now=True)
+            now = next((each for each in lane.models() if each.name == model), None)
+        if now is None:
+            words = f"Model {model} does not run now, or there is none."
+            raise UserError(words, "`headrace status` says more.")
+        past = past_of(lane.log, lane.staging, now, place)
+        try:
+            outcome = write_snapshot(past, lane.destination, into, self.project.state / "spill", self.stop)
+        except InterruptedError as error:
+            raise UserError("The pipeline stops.", "Start it, and ask again.") from error
+        return {"model": model, "as_of": place, "into": into, **outcome}
 
     def _change_tables(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])

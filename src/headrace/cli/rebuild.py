@@ -26,6 +26,15 @@ def rebuild(
     model: str,
     *,
     dry_run: Annotated[bool, Parameter(help="Only show the difference.", negative="")] = False,
+    as_of: Annotated[
+        str | None,
+        Parameter(
+            help="Not as it is now: as it stood at an offset (123), an LSN (0/16B3748) or a time (UTC)."
+        ),
+    ] = None,
+    into: Annotated[
+        str | None, Parameter(help="With --as-of: the table to make of it, which then stays as it is.")
+    ] = None,
     project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
     json: Annotated[bool, Parameter(help="Print the outcome as JSON.", negative="")] = False,
 ) -> None:
@@ -36,13 +45,20 @@ def rebuild(
     asked. Interrupted, it goes on with the same command, or with the pipeline's next start. A table that
     others have altered or dropped is dropped instead, and built anew in its place by the pipeline.
 
+    With --as-of nothing live changes: the past is shown, or put into a table of its own.
+
     Parameters
     ----------
     model
         The model's name, or that of a mirrored table: shop.orders.
     """
     settings = load_project(project)
+    if into is not None and as_of is None:
+        raise UserError("--into is for a table of the past.", "Say which: --as-of PLACE.")
     source = _source_of(settings, model)
+    if as_of is not None:
+        _show_past(settings, {"source": source, "model": model, "place": as_of}, into, dry_run, json)
+        return
     begun = time.monotonic()
     before = _rebuilds(settings, model)
     if is_running(settings):
@@ -62,6 +78,44 @@ def rebuild(
         print(json_of(outcome))
     else:
         _print(outcome)
+
+
+def _show_past(
+    settings: Project, request: dict[str, Any], into: str | None, dry_run: bool, json: bool
+) -> None:
+    if (into is None) is not dry_run:
+        raise UserError(
+            "The live table does not go back to what it was.",
+            "Give --into TABLE, which then holds what it was, or --dry-run to see the difference.",
+        )
+    begun = time.monotonic()
+    request["into"] = into
+    if is_running(settings):
+        outcome = ask(settings, {"op": "snapshot", **request})
+        del outcome["ok"]
+    else:
+        from headrace.pipeline import Pipeline
+
+        pipeline = Pipeline(settings)
+        try:
+            outcome = pipeline.snapshot(**request)
+        finally:
+            pipeline.close()
+    outcome["seconds"] = round(time.monotonic() - begun, 1)
+    if json:
+        print(json_of(outcome))
+        return
+    print(
+        f"{outcome['model']} had {outcome['rows']:,} rows and {outcome['open_records']:,} open records in "
+        f"quarantine, as of {outcome['as_of']} ({outcome['seconds']} s)"
+    )
+    if into is not None:
+        print(f"{into} holds them")
+    if outcome["added"] is None:
+        print("The live table has other columns: no difference is shown.")
+        return
+    print("Since then, in the live table:")
+    _print_difference(outcome)
 
 
 def rollback(
@@ -195,6 +249,10 @@ def _print(outcome: dict[str, Any]) -> None:
         f"{outcome['model']} {what} {outcome['rows']:,} rows and {outcome['open_records']:,} open records in "
         f"quarantine, as of offset {outcome['offset']} ({outcome['seconds']} s)"
     )
+    _print_difference(outcome)
+
+
+def _print_difference(outcome: dict[str, Any]) -> None:
     for how in ("added", "removed", "changed"):
         print(f"{how:>9}  {outcome[how]:,}")
         for example in outcome["examples"]:

@@ -209,7 +209,7 @@ class DeltaStaging:
     def copied_parts(self, table: TableId, copy: Copy, columns: Sequence[str]) -> Iterator[pa.Table]:
         """Yield some columns of a copy's rows, in parts of a bounded size."""
         needed = [*columns, "_op", "_offset"]
-        for part in self._chunks(table, copy.begin, copy.end, needed):
+        for part in self.chunks(table, copy.begin, copy.end, needed):
             yield copied(part, copy).select(columns)
 
     def copy(self, table: TableId, through: Offset) -> Copy | None:
@@ -231,7 +231,7 @@ class DeltaStaging:
         """See `Staging.pieces`. Cut between row groups, each of which was one piece when it was written."""
         held: list[pa.Table] = []
         copies = self._copies.between(table, after, through)
-        for part in self._chunks(table, after, through):
+        for part in self.chunks(table, after, through):
             held.append(streamed(part) if copies else part)
             del part
             full = sum(part.nbytes for part in held) >= self.piece_bytes // 2
@@ -248,9 +248,9 @@ class DeltaStaging:
     ) -> tuple[pa.Table, Offset]:
         """Read at least `rows` changes, or `piece_bytes` (if there are as many), that end at offset
         `before`, backwards by whole row groups; return them in order with the offset before the first."""
-        parts = [self._empty(table).select(columns)]
+        parts = [self.empty(table).select(columns)]
         first = 1
-        for part in self._chunks(table, 0, before, [*columns, "_offset"], backwards=True):
+        for part in self.chunks(table, 0, before, [*columns, "_offset"], backwards=True):
             first = part["_offset"][0].as_py()
             parts.insert(1, part.select(columns))
             full = sum(part.nbytes for part in parts) >= self.piece_bytes
@@ -314,11 +314,11 @@ class DeltaStaging:
             self._copies.add(offset, table, at, CopyMark.from_json(text))
 
     def _read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
-        parts = [self._empty(table), *self._chunks(table, after, through)]
+        parts = [self.empty(table), *self.chunks(table, after, through)]
         # A part that was read before a column came lacks it.
         return pa.concat_tables(parts, promote_options="default")
 
-    def _chunks(
+    def chunks(
         self,
         table: TableId,
         after: Offset,
@@ -327,7 +327,8 @@ class DeltaStaging:
         *,
         backwards: bool = False,
     ) -> Iterator[pa.Table]:
-        """Yield the changes of a table by row groups; nothing if there is no such table."""
+        """Yield the changes and copied rows of a table in `(after, through]`, row group by row group; nothing
+        if there is no such table. `columns` as the source names them (None: all)."""
         staged = self._tables.get(table)
         if staged is None:
             return
@@ -335,7 +336,8 @@ class DeltaStaging:
         for part in staged.chunks(after, through, physical, backwards=backwards):
             yield as_the_source_says(part)
 
-    def _empty(self, table: TableId) -> pa.Table:
+    def empty(self, table: TableId) -> pa.Table:
+        """Return no changes of a raw table that there is."""
         columns = self._tables[table].columns
         return as_the_source_says(pa.schema(list(columns.items())).empty_table())
 

@@ -58,7 +58,8 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
         "UPDATE said SET what = CASE v.verdict WHEN 'good' THEN 'row' ELSE v.verdict END FROM verdicts v "
         "WHERE v.n = said.n AND said.own AND said.what IS NULL"
     )
-    db.execute(f"CREATE OR REPLACE TEMP TABLE made AS SELECT *, true AS _own FROM ({evaluation.good()})")
+    db.register("good", evaluation.good())
+    db.execute("CREATE OR REPLACE TEMP TABLE made AS SELECT *, true AS _own FROM good")
     first_bad = db.sql("SELECT min(n) AS n FROM said WHERE what = 'bad' GROUP BY k ORDER BY n")
     records = records_of(evaluation, events, first_bad.to_arrow_table()["n"].combine_chunks())
     if makes == "append" and model.kind.delete == "soft":
@@ -115,9 +116,9 @@ def _tell_deletes(db: duckdb.DuckDBPyConnection, model: RowModel, events: pa.Tab
     outputs = tuple((name, f"TRY({expression})", type_) for name, expression, type_ in model.outputs)
     evaluation = Evaluation(db, replace(model, outputs=outputs, where="", checks=()))
     evaluation.run(gone.select(events.column_names))
+    db.register("good", evaluation.good())
     db.execute(
-        "INSERT INTO made BY NAME SELECT * REPLACE (_hr_n // 2 AS _hr_n), _hr_n % 2 = 1 AS _own "
-        f"FROM ({evaluation.good()})"
+        "INSERT INTO made BY NAME SELECT * REPLACE (_hr_n // 2 AS _hr_n), _hr_n % 2 = 1 AS _own FROM good"
     )
     db.execute("UPDATE said SET what = 'deleted' WHERE what = 'gone'")
 
