@@ -54,6 +54,7 @@ FLOORS = [
         "verify",
         "memory",
         "upkeep",
+        "upstream",
         "marts",
         "authoring",
         "raw",

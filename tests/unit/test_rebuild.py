@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow.compute as pc
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -406,3 +407,33 @@ def test_what_cannot_be_rebuilt_is_refused(shop: Shop) -> None:
         pass
     with pytest.raises(UserError, match="still takes in its table's copy"):
         shop.lane.rebuild("m")
+
+
+@pytest.mark.parametrize("statement", ["ALTER TABLE m DROP COLUMN n", "DROP TABLE m"])
+def test_a_table_that_somebody_changed_stands_still_until_it_is_built_anew(
+    shop: Shop, capsys: pytest.CaptureFixture[str], statement: str
+) -> None:
+    chance = random.Random(3)
+    for _ in range(20):
+        shop.change(chance)
+    shop.bring()
+    with duckdb.connect(str(shop.folder / "warehouse.duckdb")) as db:
+        db.execute(statement)
+    for _ in range(2):  # a pipeline that starts anew tries once more, and writes nothing either
+        shop.change(chance)
+        shop.bring()
+        assert "somebody else" in shop.lane.suspended()["m"]
+        shop.lane.destination.reconsider("shop")
+        shop.reopen()
+    shop.bring()
+    shop.lane.close()
+    assert main(["rebuild", "m", "--dry-run", "--project", str(shop.folder)]) == 1
+    assert "somebody else" in capsys.readouterr().err
+    assert main(["rebuild", "m", "--project", str(shop.folder)]) == 0
+    assert "is dropped. The pipeline builds it anew" in capsys.readouterr().err
+    shop.lane = shop._open()
+    shop.bring()
+    assert shop.lane.suspended() == {}
+    assert dict(shop.ask("SELECT id::VARCHAR, n FROM m")).keys() <= shop.state.keys()
+    shop.assert_is_all_of_history()
+    shop.lane.close()

@@ -42,7 +42,8 @@ def rebuild(
 
     The new table grows beside the live one, which goes on meanwhile. When it has come to where the live
     one stands, one transaction writes what differs, with quarantine and progress. The source is not
-    asked. Interrupted, it goes on with the same command, or with the pipeline's next start.
+    asked. Interrupted, it goes on with the same command, or with the pipeline's next start. A table that
+    others have altered or dropped is dropped instead, and built anew in its place by the pipeline.
 
     With --as-of nothing live changes: the past is shown, or put into a table of its own.
 
@@ -61,10 +62,16 @@ def rebuild(
     begun = time.monotonic()
     before = _rebuilds(settings, model)
     if is_running(settings):
-        ask(settings, {"op": "rebuild", "source": source, "model": model, "dry_run": dry_run})
-        _wait(settings, model, before)
+        request = {"op": "rebuild", "source": source, "model": model, "dry_run": dry_run}
+        is_beside = ask(settings, request)["beside"]
+        if is_beside:
+            _wait(settings, model, before)
     else:
-        _run(settings, source, model, dry_run=dry_run)
+        is_beside = _run(settings, source, model, dry_run=dry_run)
+    if not is_beside:
+        words = f"{model}: its table was changed by others, and is dropped. The pipeline builds it anew"
+        print(f"{words}; `headrace status` tells how far it is.", file=sys.stderr)
+        return
     outcome = _outcome(settings, model)
     outcome["seconds"] = round(time.monotonic() - begun, 1)
     if json:
@@ -208,7 +215,7 @@ def _wait(settings: Project, model: str, before: int) -> None:
         time.sleep(_POLL)
 
 
-def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> None:
+def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> bool:
     from headrace.pipeline import Pipeline
 
     pipeline = Pipeline(settings)
@@ -216,9 +223,10 @@ def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> None:
         lane = next((lane for lane in pipeline.lanes if lane.config.name == source), None)
         if lane is None:
             raise UserError(f"There is no [source.{source}] any more.", "Its models cannot be rebuilt.")
-        lane.rebuild(model, dry_run=dry_run)
-        while lane.take_rebuild_further(model):
+        is_beside = lane.rebuild(model, dry_run=dry_run)
+        while is_beside and lane.take_rebuild_further(model):
             pass
+        return is_beside
     finally:
         pipeline.close()
 

@@ -113,7 +113,7 @@ def _watch(reader: int, stop: threading.Event) -> None:
 
 
 def _start_line(project: Project) -> str:
-    sources = ", ".join(f"{source.name} ({source.url.redacted()})" for source in project.sources)
+    sources = ", ".join(f"{source.name} ({source.place})" for source in project.sources)
     count = len(list(project.models.glob("*.sql")))
     models = (
         f"{count} model{'s' * (count != 1)}, every other table mirrored" if count else "every table mirrored"

@@ -105,8 +105,8 @@ class Session:
                     f"Source {name} has not run yet: nothing is staged.", "Run `headrace run --once` first."
                 )
             log = self._kept.enter_context(closing(SQLiteLog(path, read_only=True)))
-            staging = DeltaStaging(self._project.staging.path, name, log.id, read_only=True)
-            staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+            staging = DeltaStaging(self._project.staging_path(name), name, log.id, read_only=True)
+            staging.follow(log)
             self._opened[name] = log, staging
         return self._opened[name]
 

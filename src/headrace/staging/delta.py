@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from headrace.change import Copy, CopyMark, LoggedEntry, Offset, Position, TableId, TableSchema, shape_in
 from headrace.errors import LogError, UserError
+from headrace.protocols import LogIndex
 from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
 from headrace.staging.folders import decode, encode
 from headrace.staging.naming import logical_name, physical_names
@@ -76,11 +77,7 @@ class DeltaStaging:
         for path in sorted(self._root.glob("*/*/_delta_log")):
             schema, name = path.parent.parent.name, path.parent.name
             self._open(TableId(decode(schema), decode(name)))
-        if HISTORY in self._tables:
-            for row in self._read(HISTORY, 0, self._tables[HISTORY].version).to_pylist():
-                at = Position(row["_epoch"], row["_commit"], row["_ordinal"])
-                table = TableId(row["table_schema"], row["table_name"])
-                self._remember_event(row["_offset"], row["kind"], table, at, row["content"])
+        self._remember_events(0)
 
     def recover(
         self,
@@ -95,13 +92,26 @@ class DeltaStaging:
         that look-up, to what it holds. Groups after that are read from the log again and skipped where
         they are staged already.
         """
+        self._reach(last_offsets, end, before_unstaged)
+        self._check_not_ahead(end)
+
+    def _reach(
+        self,
+        last_offsets: dict[TableId, Offset],
+        end: Offset,
+        before_unstaged: Callable[[TableId, Offset, Offset], Offset],
+    ) -> None:
         schemas = self._version(HISTORY)
         lagging = [
             before_unstaged(table, self._version(table), schemas if table in self._tables else 0)
             for table, last in last_offsets.items()
             if self._version(table) < last
         ]
-        self._through = self._written = min(lagging, default=end)
+        with self._moved:
+            self._through = self._written = min(lagging, default=end)
+            self._moved.notify_all()
+
+    def _check_not_ahead(self, end: Offset) -> None:
         ahead = max((table.version for table in self._tables.values()), default=0)
         if ahead > end:
             raise LogError(
@@ -109,6 +119,21 @@ class DeltaStaging:
                 "restored from an older copy or cut off.",
                 f"Restore the whole state folder, or delete {self._root} to stage the log anew.",
             )
+
+    def follow(self, log: LogIndex) -> bool:
+        """Take over what another process has staged of a log, see `recover`; says whether `through` has
+        moved. Both go on meanwhile."""
+        known, before = self._version(HISTORY), self._through
+        end = log.end().offset  # before it is asked what there is: of all through it that tells
+        last_offsets = log.last_offsets()
+        # Shapes after rows, so that no row is seen without its shape.
+        for table in [table for table, last in last_offsets.items() if self._version(table) < last]:
+            self._open(table)
+        self._open(HISTORY)
+        self._remember_events(known)
+        self._reach(last_offsets, end, log.before_unstaged)
+        self._check_not_ahead(log.end().offset)
+        return self._through > before
 
     def write(self, entries: Sequence[LoggedEntry]) -> None:
         """See `Staging.write`. Commits whenever `piece_bytes` are decoded, and at the end."""
@@ -271,6 +296,14 @@ class DeltaStaging:
     def columns(self, table: TableId) -> list[str]:
         """Return the source's columns of a raw table, also those that it has dropped."""
         return [logical_name(name) for name in self._tables[table].columns if name not in META]
+
+    def _remember_events(self, after: Offset) -> None:
+        """Take over the shapes and markers that are staged behind an offset."""
+        if HISTORY in self._tables:
+            for row in self._read(HISTORY, after, self._tables[HISTORY].version).to_pylist():
+                at = Position(row["_epoch"], row["_commit"], row["_ordinal"])
+                table = TableId(row["table_schema"], row["table_name"])
+                self._remember_event(row["_offset"], row["kind"], table, at, row["content"])
 
     def _remember_event(self, offset: Offset, kind: str, table: TableId, at: Position, text: str) -> None:
         known = self._schemas[-1][0] if self._schemas else 0
