@@ -240,6 +240,9 @@ def test_the_command_shows_the_past_and_puts_it_into_a_table(
     shop.lane = shop._open()
     assert shop.ask("SELECT id, n FROM before.m") == [(1, 5), (2, 6)]
     assert shop.ask("SELECT id, n FROM m") == [(1, 8)]
+    assert shop.ask("SELECT count(*) FROM headrace.shapes WHERE model LIKE '%before%'") == [(0,)], (
+        "it is theirs"
+    )
     assert shop.ask("FROM duckdb_tables() SELECT table_name WHERE schema_name = 'headrace_joining'") == []
     shop.lane.close()
     for arguments, words in (

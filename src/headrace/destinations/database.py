@@ -380,6 +380,12 @@ class Database(ABC):
         db.execute(f"DROP TABLE IF EXISTS {self.table_of(model.name)}")
         record_shape(db, model.name, {})
 
+    def release_table(self, db: Session, model: Table) -> None:
+        """Leave a table that was made here to the user: nothing is known of it any more."""
+        self._shaped.pop(model.name, None)
+        record_shape(db, model.name, {})
+        db.changed.discard(model.name)
+
     def change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         """Write an outcome to a model's table; raises ModelBroken when it cannot take the rows."""
         with self._blaming(model.name):

@@ -169,7 +169,7 @@ class Joins:
             if db.columns(*self._destination.place_of(model.name)) == db.types(model):
                 difference = _compare(db, model, table, live)
                 examples = _examples(db, model, table, live)
-            db.changed.discard(named.name)  # no mart can be due for it
+            self._destination.release_table(db, named)
             failpoint("destination.join.snapshot")
         return Snapshot(rows, opened, difference, examples)
 
