@@ -310,7 +310,7 @@ def test_a_killed_rebuild_goes_on_where_it_was(shop: Shop) -> None:
     shop.lane.close()
     run = f"main(['rebuild', 'm', '--project', {str(shop.folder)!r}])"
     code = f"from headrace import history; history.PIECE_ROWS = 3\nfrom headrace.cli import main; exit({run})"
-    armed = os.environ | {failpoints.VARIABLE: "destination.join.commit=kill@4"}
+    armed = os.environ | {failpoints.VARIABLE: "destination.join.commit=kill@2"}
     stood = list[tuple[int, int]]()
     while (ended := subprocess.run([sys.executable, "-c", code], env=armed, check=False).returncode) != 0:
         assert ended == -signal.SIGKILL
