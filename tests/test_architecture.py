@@ -49,6 +49,7 @@ FLOORS = [
         "snapshot",
         "lane",
         "pipeline",
+        "state",
         "reading",
         "server",
         "verify",
