@@ -14,6 +14,7 @@ from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
+from headrace.authoring.files import model_file, read_models
 from headrace.change import TableId, TableSchema
 from headrace.config import (
     MODELS_FOLDER,
@@ -30,7 +31,7 @@ from headrace.sources.postgres.catalog import list_tables, read_shapes
 from headrace.sources.postgres.connection import connect
 from headrace.sources.postgres.preflight import Finding, inspect
 from headrace.transform.model import bind
-from headrace.transform.sql import ModelText, read_model
+from headrace.transform.sql import ModelText
 
 OWN_SCHEMAS = ("headrace", "headrace_joining", "information_schema", "pg_catalog")
 """Schemas of the destination that no source and no model may fill."""
@@ -173,11 +174,10 @@ def _folder_fault(folder: Path) -> tuple[str, str] | None:
 
 def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[Finding]:
     texts: list[ModelText] = []
-    for path in sorted(project.models.glob("*.sql")):
-        try:
-            text = read_model(path)
-        except HeadraceError as error:
-            yield Finding("fail", _clause(error), error.remedy or f"Mend {MODELS_FOLDER}/{path.name}.")
+    for name, text in read_models(project):
+        if isinstance(text, HeadraceError):
+            file = model_file(project, name).name
+            yield Finding("fail", _clause(text), text.remedy or f"Mend {MODELS_FOLDER}/{file}.")
         else:
             texts.append(text)
             yield _bound(text, shapes)
@@ -187,7 +187,7 @@ def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[F
 
 
 def _bound(text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
-    file = f"{MODELS_FOLDER}/{text.name}.sql"
+    file = f"{MODELS_FOLDER}/{text.file}"
     if text.source not in shapes:
         what = f"model {text.name} reads raw.{text.source}.{text.table}, and there is no source {text.source}"
         return Finding("fail", what, f"{_near(text.source, shapes)} Mend {file}.".strip())
@@ -226,7 +226,7 @@ def _collisions(
         other = filled.setdefault(destination.table_of(name).casefold(), who)
         # Two mirrors of one name are a matter of the source, and said there.
         if other is not who and other.startswith("model "):
-            file = f"{MODELS_FOLDER}/{other.removeprefix('model ')}.sql"
+            file = f"{MODELS_FOLDER}/{model_file(project, other.removeprefix('model ')).name}"
             yield Finding(
                 "fail", f"{other} and {who} would fill one table, {name.casefold()}", f"Rename {file}."
             )

@@ -62,9 +62,17 @@ class Evaluation:
 
         Raises ModelBroken when the query fails even without rows.
         """
+        self.judge(events)
+        return self.verdicts()
+
+    def judge(self, events: pa.Table) -> None:
+        """Judge events, see `run`; the verdicts of all that were judged are in `verdicts`."""
         self._events(events)
         self._ensure_table()
         self._judge(events)
+
+    def verdicts(self) -> pa.Table:
+        """Return `n`, `k` and `verdict` (good, filtered or bad) of each event that was judged."""
         return self._db.sql(
             f"SELECT _hr_n AS n, _hr_k AS k, CASE WHEN {self.bad()} THEN 'bad' "
             f"WHEN _hr_filtered THEN 'filtered' ELSE 'good' END AS verdict FROM judged"
