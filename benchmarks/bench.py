@@ -26,6 +26,8 @@ NAMES = (
     "end_to_end",
     "postgres_apply",
     "snapshot",
+    "models",
+    "rebuild",
     "debezium",
     "latency",
     "idle",

@@ -74,6 +74,8 @@ class Definition:
     contract: Mapping[str, str] | type
     memory: str
     timeout: str
+    settings: Mapping[str, str]
+    """What the header of a SQL model would have besides: `materialize` and `delete`, if they were given."""
 
 
 def model(
@@ -83,6 +85,8 @@ def model(
     contract: Mapping[str, str] | type | None = None,
     memory: str = "512MiB",
     timeout: str = "10s",
+    materialize: str | None = None,
+    delete: str | None = None,
 ) -> Callable[[_Function], _Function]:
     """Mark the function that makes a model's rows; it is returned as it is, and can be called in a test.
 
@@ -99,11 +103,17 @@ def model(
         What the model may take beyond its imports.
     timeout
         How long one row may take, or one batch; the file's import may take six times as long.
+    materialize
+        `"latest"`, `"append"` or `"history"`, as in the header of a SQL model.
+    delete
+        `"hard"` or `"soft"`, as there.
     """
+    given = {"materialize": materialize, "delete": delete}
+    settings = {name: value for name, value in given.items() if value is not None}
+    rules = {} if contract is None else contract
 
     def mark(function: _Function) -> _Function:
-        definition = Definition(reads, tuple(key), {} if contract is None else contract, memory, timeout)
-        setattr(function, _MARK, definition)
+        setattr(function, _MARK, Definition(reads, tuple(key), rules, memory, timeout, settings))
         return function
 
     return mark

@@ -38,11 +38,13 @@ from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
 from headrace.scrub import scrub
 from headrace.server import Server
+from headrace.snapshot import past_of, write_snapshot
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
 from headrace.staging.maintenance import Maintenance, compact_tables
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
+from headrace.upstream import PIN_EVERY, ReadingPlace
 
 logger = logging.getLogger("headrace.pipeline")
 alerts = logging.getLogger("headrace.alert")
@@ -66,6 +68,7 @@ def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
     folder = ModelFolder(
         project.models,
         {source.name for source in project.sources},
+        destination.folded,
         project.destination.type,
         None if read_only else project.versions,
     )
@@ -90,9 +93,13 @@ class Pipeline:
         self._lock = take_state(project.state)
         try:
             self.lanes = open_lanes(project)
-            self._upkeep = {lane.config.name: Upkeep(lane, project.log, self.stop) for lane in self.lanes}
-            self._maintenance = {lane.config.name: self._maintainer(lane) for lane in self.lanes}
-            self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
+            own = [lane for lane in self.lanes if not lane.config.upstream]
+            self._upkeep = {lane.config.name: Upkeep(lane, project.log, self.stop) for lane in own}
+            self._maintenance = {lane.config.name: self._maintainer(lane) for lane in own}
+            self._watches = {lane.config.name: _watch(lane) for lane in own}
+            self._places = {
+                lane.config.name: ReadingPlace(project, lane) for lane in self.lanes if lane.config.upstream
+            }
             self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
             self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._wait_for_destination()
@@ -109,9 +116,13 @@ class Pipeline:
         """
         server = self._serve()
         for lane in self.lanes:
-            for verb in ("capture", "load", "apply", "upkeep", "maintain"):
+            if lane.config.upstream:
+                verbs: tuple[str, ...] = ("load", "apply", "pin")
+            else:
+                verbs = ("capture", "load", "apply", "upkeep", "maintain")
+                self._guard(lane.config.name, self._watches[lane.config.name])
+            for verb in verbs:
                 self._start(lane, verb)
-            self._guard(lane.config.name, self._watches[lane.config.name])
         self._begin("marts", self._step_marts)
         if self._publisher is not None:
             self._begin("publish", self._step_publish)
@@ -168,6 +179,8 @@ class Pipeline:
         """Give back log, staging and state folder."""
         for upkeep in self._upkeep.values():
             upkeep.close()
+        for place in self._places.values():
+            place.step()
         for lane in self.lanes:
             lane.close()
             lane.destination.close()
@@ -178,6 +191,7 @@ class Pipeline:
             "status": lambda _: self.status(),
             "redrive": self._redrive,
             "rebuild": self._rebuild,
+            "snapshot": lambda request: self.snapshot(**{k: v for k, v in request.items() if k != "op"}),
             "tables": self._change_tables,
             "resync": self._resync,
             "compact": self._compact,
@@ -189,17 +203,38 @@ class Pipeline:
         return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"])
 
     def _rebuild(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._lane(request["source"]).rebuild(request["model"], dry_run=request["dry_run"])
-        return {}
+        lane = self._lane(request["source"])
+        return {"beside": lane.rebuild(request["model"], dry_run=request["dry_run"])}
+
+    def snapshot(self, source: str, model: str, place: str, into: str | None) -> dict[str, Any]:
+        """Make a table of what a model's was, see `headrace.snapshot`, beside everything that runs.
+
+        Raises what that raises, and UserError for a model that does not run, and when the pipeline stops.
+        """
+        lane = self._lane(source)
+        with lane.applying:
+            lane.reload_models(now=True)
+            now = next((each for each in lane.models() if each.name == model), None)
+        if now is None:
+            words = f"Model {model} does not run now, or there is none."
+            raise UserError(words, "`headrace status` says more.")
+        past = past_of(lane.log, lane.staging, now, place)
+        try:
+            outcome = write_snapshot(past, lane.destination, into, self.project.state / "spill", self.stop)
+        except InterruptedError as error:
+            raise UserError("The pipeline stops.", "Start it, and ask again.") from error
+        return {"model": model, "as_of": place, "into": into, **outcome}
 
     def _change_tables(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
+        self.project.refuse_reading_only(lane.config.name, "headrace tables")
         lane.source.change_tables(lane.log, [TableId(*table) for table in request["tables"]], request["what"])
         return {}
 
     def _resync(self, request: dict[str, Any]) -> dict[str, Any]:
         """Have a source begin anew, also one that has stopped for good."""
         lane = self._lane(request["source"])
+        self.project.refuse_reading_only(lane.config.name, "headrace resync")
         lane.source.request_resync(lane.log)
         if self._errors.pop(f"{lane.config.name}.capture", None):
             self._start(lane, "capture")
@@ -224,7 +259,10 @@ class Pipeline:
         worked = True
 
         def load() -> None:
-            if not lane.load():
+            loaded = lane.load()
+            if lane.config.upstream:
+                self.stop.wait(_PACE)
+            elif not loaded:
                 lane.log.wait(lane.staging.written(), _POLL)
             elif lane.staging.written() >= lane.log.end().offset:
                 self.stop.wait(_PACE)
@@ -248,12 +286,17 @@ class Pipeline:
             if not self._maintenance[lane.config.name].step():
                 self.stop.wait(EVERY)
 
+        def pin() -> None:
+            self._places[lane.config.name].step()
+            self.stop.wait(PIN_EVERY)
+
         steps = {
             "capture": lambda: lane.capture(self.stop),
             "load": load,
             "apply": apply,
             "upkeep": upkeep,
             "maintain": maintain,
+            "pin": pin,
         }
         self._begin(f"{lane.config.name}.{verb}", steps[verb])
 
@@ -324,8 +367,8 @@ class Pipeline:
         """Run one lane up to the source's present; returns what stopped it."""
         faults: list[HeadraceError] = []
         try:
-            head = lane.source.head()
-            lane.capture(self.stop, until=head)
+            if not lane.config.upstream:
+                lane.capture(self.stop, until=lane.source.head())
         except HeadraceError as error:
             faults.append(error)
         for verb, step in (("load", lane.load), ("apply", lane.apply)):
@@ -334,8 +377,11 @@ class Pipeline:
         if self.stop.is_set():
             return faults
         try:
-            self._upkeep[lane.config.name].step()
-            self._maintenance[lane.config.name].step(_MAINTAIN_ONCE, paced=False)
+            if lane.config.upstream:
+                self._places[lane.config.name].step()
+            else:
+                self._upkeep[lane.config.name].step()
+                self._maintenance[lane.config.name].step(_MAINTAIN_ONCE, paced=False)
         except HeadraceError as error:
             faults.append(error)
         for model, reason in lane.suspended().items():
@@ -440,7 +486,7 @@ def take_state(state: Path) -> IO[str]:
     """
     try:
         (state / "log").mkdir(mode=0o700, parents=True, exist_ok=True)
-        state.chmod(0o700)
+        state.chmod(state.stat().st_mode & 0o770 | 0o700)  # a group may have been let in, to read
         lock = (state / "lock").open("a+")
     except OSError as error:
         raise UserError(

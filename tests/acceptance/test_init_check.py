@@ -424,8 +424,8 @@ def test_models_that_do_not_fit(server: PostgresServer, tmp_path: Path) -> None:
     assert "models/lacks.sql" in only(failed, "amonut")
     assert 'Did you mean "shop"?' in only(failed, "there is no source shp")
     assert 'Did you mean "orders"?' in only(failed, "no such table is captured")
-    assert "Rename models/Good.sql." in only(failed, "model Good and model good")
-    assert "Rename models/shop.accounts.sql." in only(failed, "the mirror of public.accounts")
+    assert only(failed, "models Good and good would fill one table") == "Rename models/good.sql."
+    assert "Rename models/shop.accounts.sql." in only(failed, "among the mirrors of source shop")
     assert len(failed) == 6
 
 

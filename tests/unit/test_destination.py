@@ -44,6 +44,16 @@ def test_a_file_that_another_process_holds_is_busy_and_names_it(destination: Duc
     assert table(destination) == [(1, "a"), (2, "a")]
 
 
+def test_a_file_that_this_process_reads_elsewhere_is_busy_for_a_while(
+    destination: DuckDBDestination,
+) -> None:
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
+    with destination.connected(read_only=True), pytest.raises(DestinationBusy, match="in this process"):
+        destination.apply(slice_of(1, (MODEL, [row(2)])))
+    destination.apply(slice_of(1, (MODEL, [row(2)])))
+    assert table(destination) == [(1, "a"), (2, "a")]
+
+
 @pytest.mark.parametrize(
     "query",
     [

@@ -21,9 +21,10 @@ import pyarrow as pa
 import pytest
 
 from headrace.change import Column, TableId, TableSchema
+from headrace.destinations.duckdb import DuckDBDestination
 from headrace.errors import ModelBroken, ModelError
 from headrace.payload import BEFORE, UNCHANGED
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, bind
 from headrace.transform.python import evaluate, process, worker
@@ -48,6 +49,7 @@ class Out:
     x: str | None
 """
 SECRET = "topsecret"
+FOLD = DuckDBDestination(Path("warehouse.duckdb")).folded
 
 
 def read(folder: Path, text: str, head: str = HEAD) -> PythonText:
@@ -509,6 +511,23 @@ def test_equal_rows_of_a_table_without_a_key_come_out_equal(bound) -> None:
     assert made.rows["x"].to_pylist() == ["id,v", "id,v"]
 
 
+def test_a_history_has_a_version_of_each_good_state_and_stops_at_a_bad_one(bound) -> None:
+    text = """
+    @model(reads="raw.shop.t", key=["id"], materialize="history")
+    def f(row: Row) -> Out | None:
+        if row["v"] == "bad":
+            raise ValueError
+        return Out(int(row["id"]), row["v"])
+    """
+    changes = staged(["a", "b", "bad"])
+    changes = changes.set_column(0, "id", pa.array(["1", "1", "1"]))
+    model = bound(text)
+    made = model.whole(changes)
+    assert set(model.types()) == {"id", "x", "valid_from", "valid_to", "is_current"}
+    assert made.rows["x"].to_pylist() == ["a", "b"]
+    assert bad(made) == {"1": ("transform.python", "")}
+
+
 # ---------------------------------------------------------------------------- versions and helpers
 
 
@@ -520,7 +539,7 @@ def test_the_version_is_of_the_text_and_of_the_helpers_that_it_imports(tmp_path:
     (tmp_path / "_other.py").write_text("")
     function = "def f(row: Row) -> Out: return Out(1, _words.word(row['v']))"
     (tmp_path / "m.py").write_text(f'{HEAD}\nimport _words\n@model(reads="raw.shop.t")\n{function}\n')
-    folder = ModelFolder(tmp_path, {"shop"})
+    folder = ModelFolder(tmp_path, {"shop"}, FOLD)
     (before,) = folder.current(now=True)
     model = bind(before, SCHEMA)
     (tmp_path / "_other.py").write_text("X = 1\n")
@@ -540,7 +559,7 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"m.py and m.sql would be one model|m.sql and m.py would be one model"
     ):
-        ModelFolder(tmp_path, {"shop"})
+        ModelFolder(tmp_path, {"shop"}, FOLD)
 
 
 # -------------------------------------------------------------------------------------- processes

@@ -20,7 +20,7 @@ from headrace.config import Project
 from headrace.errors import HeadraceError, UserError
 from headrace.mart import Mart
 from headrace.payload import BEFORE, UNCHANGED
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.model import RowModel
 

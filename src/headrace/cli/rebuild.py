@@ -27,6 +27,15 @@ def rebuild(
     model: str,
     *,
     dry_run: Annotated[bool, Parameter(help="Only show the difference.", negative="")] = False,
+    as_of: Annotated[
+        str | None,
+        Parameter(
+            help="Not as it is now: as it stood at an offset (123), an LSN (0/16B3748) or a time (UTC)."
+        ),
+    ] = None,
+    into: Annotated[
+        str | None, Parameter(help="With --as-of: the table to make of it, which then stays as it is.")
+    ] = None,
     project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
     json: Annotated[bool, Parameter(help="Print the outcome as JSON.", negative="")] = False,
 ) -> None:
@@ -34,7 +43,10 @@ def rebuild(
 
     The new table grows beside the live one, which goes on meanwhile. When it has come to where the live
     one stands, one transaction writes what differs, with quarantine and progress. The source is not
-    asked. Interrupted, it goes on with the same command, or with the pipeline's next start.
+    asked. Interrupted, it goes on with the same command, or with the pipeline's next start. A table that
+    others have altered or dropped is dropped instead, and built anew in its place by the pipeline.
+
+    With --as-of nothing live changes: the past is shown, or put into a table of its own.
 
     Parameters
     ----------
@@ -42,20 +54,69 @@ def rebuild(
         The model's name, or that of a mirrored table: shop.orders.
     """
     settings = load_project(project)
+    if into is not None and as_of is None:
+        raise UserError("--into is for a table of the past.", "Say which: --as-of PLACE.")
     source = _source_of(settings, model)
+    if as_of is not None:
+        _show_past(settings, {"source": source, "model": model, "place": as_of}, into, dry_run, json)
+        return
     begun = time.monotonic()
     before = _rebuilds(settings, model)
     if is_running(settings):
-        ask(settings, {"op": "rebuild", "source": source, "model": model, "dry_run": dry_run})
-        _wait(settings, model, before)
+        request = {"op": "rebuild", "source": source, "model": model, "dry_run": dry_run}
+        is_beside = ask(settings, request)["beside"]
+        if is_beside:
+            _wait(settings, model, before)
     else:
-        _run(settings, source, model, dry_run=dry_run)
+        is_beside = _run(settings, source, model, dry_run=dry_run)
+    if not is_beside:
+        words = f"{model}: its table was changed by others, and is dropped. The pipeline builds it anew"
+        print(f"{words}; `headrace status` tells how far it is.", file=sys.stderr)
+        return
     outcome = _outcome(settings, model)
     outcome["seconds"] = round(time.monotonic() - begun, 1)
     if json:
         print(json_of(outcome))
     else:
         _print(outcome)
+
+
+def _show_past(
+    settings: Project, request: dict[str, Any], into: str | None, dry_run: bool, json: bool
+) -> None:
+    if (into is None) is not dry_run:
+        raise UserError(
+            "The live table does not go back to what it was.",
+            "Give --into TABLE, which then holds what it was, or --dry-run to see the difference.",
+        )
+    begun = time.monotonic()
+    request["into"] = into
+    if is_running(settings):
+        outcome = ask(settings, {"op": "snapshot", **request})
+        del outcome["ok"]
+    else:
+        from headrace.pipeline import Pipeline
+
+        pipeline = Pipeline(settings)
+        try:
+            outcome = pipeline.snapshot(**request)
+        finally:
+            pipeline.close()
+    outcome["seconds"] = round(time.monotonic() - begun, 1)
+    if json:
+        print(json_of(outcome))
+        return
+    print(
+        f"{outcome['model']} had {outcome['rows']:,} rows and {outcome['open_records']:,} open records in "
+        f"quarantine, as of {outcome['as_of']} ({outcome['seconds']} s)"
+    )
+    if into is not None:
+        print(f"{into} holds them")
+    if outcome["added"] is None:
+        print("The live table has other columns: no difference is shown.")
+        return
+    print("Since then, in the live table:")
+    _print_difference(outcome)
 
 
 def rollback(
@@ -162,7 +223,7 @@ def _wait(settings: Project, model: str, before: int) -> None:
         time.sleep(_POLL)
 
 
-def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> None:
+def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> bool:
     from headrace.pipeline import Pipeline
 
     pipeline = Pipeline(settings)
@@ -170,9 +231,10 @@ def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> None:
         lane = next((lane for lane in pipeline.lanes if lane.config.name == source), None)
         if lane is None:
             raise UserError(f"There is no [source.{source}] any more.", "Its models cannot be rebuilt.")
-        lane.rebuild(model, dry_run=dry_run)
-        while lane.take_rebuild_further(model):
+        is_beside = lane.rebuild(model, dry_run=dry_run)
+        while is_beside and lane.take_rebuild_further(model):
             pass
+        return is_beside
     finally:
         pipeline.close()
 
@@ -195,6 +257,10 @@ def _print(outcome: dict[str, Any]) -> None:
         f"{outcome['model']} {what} {outcome['rows']:,} rows and {outcome['open_records']:,} open records in "
         f"quarantine, as of offset {outcome['offset']} ({outcome['seconds']} s)"
     )
+    _print_difference(outcome)
+
+
+def _print_difference(outcome: dict[str, Any]) -> None:
     for how in ("added", "removed", "changed"):
         print(f"{how:>9}  {outcome[how]:,}")
         for example in outcome["examples"]:

@@ -114,7 +114,7 @@ def _watch(reader: int, stop: threading.Event) -> None:
 
 
 def _start_line(project: Project) -> str:
-    sources = ", ".join(f"{source.name} ({source.url.redacted()})" for source in project.sources)
+    sources = ", ".join(f"{source.name} ({source.place})" for source in project.sources)
     count = len(model_paths(project.models))
     models = (
         f"{count} model{'s' * (count != 1)}, every other table mirrored" if count else "every table mirrored"

@@ -71,7 +71,8 @@ def status(
         `bytes`, `oldest_s`
       - `quarantine`: open records by cause: `issue`, `model`, `reason`, `columns`, `message`,
         `records`, `age_s`
-      - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason; its `holder` is the
+      - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason, or `read_by`, the
+        project whose staging is read; its `holder` is the
         server's oldest open transaction, which keeps `restart_lsn` from moving on.
     - `marts`: `name`, `kind` (view, table), `state` (ok, suspended, retired), `reason`, `incomplete` and what
       is `missing` in its inputs; of a table the `positions` by source that it is of, `rows`, `age_s`.
@@ -189,10 +190,10 @@ def _hops(
     log = SQLiteLog(path, read_only=True)
     try:
         durable, end = durable_commit(log), log.end()
-        staging = DeltaStaging(project.staging.path, source.name, log.id, read_only=True)
+        staging = DeltaStaging(project.staging_path(source.name), source.name, log.id, read_only=True)
         staged = live["staged"].get(source.name) if live else None
         if staged is None:
-            staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+            staging.follow(log)
             staged = staging.through()
         tables = _tables_of_models(project, source, log)
         return {
@@ -252,6 +253,8 @@ def _visible(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slot(source: SourceConfig) -> dict[str, Any]:
+    if source.upstream:
+        return {"name": None, "read_by": str(source.upstream.root)}
     try:
         return {"name": source.slot, **asdict(slot_health(source.url.reveal(), source.slot))}
     except HeadraceError as error:
@@ -386,6 +389,8 @@ def _print_causes(causes: Rows) -> None:
 
 
 def _slot_words(slot: Mapping[str, Any]) -> str:
+    if "read_by" in slot:
+        return f"none: the staging of {slot['read_by']} is read"
     if "unreachable" in slot:
         return f"unreachable: {slot['unreachable']}"
     if not slot["exists"]:

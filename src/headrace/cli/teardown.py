@@ -30,7 +30,8 @@ def teardown(
     pipeline runs on the project.
     """
     settings = load_project(project)
-    sources = [source for source in settings.sources if settings.log_path(source.name).exists()]
+    own = [source for source in settings.sources if not source.upstream]
+    sources = [source for source in own if settings.log_path(source.name).exists()]
     if not sources:
         print("This project has captured nothing: nothing of it is at a source.")
         return 0

@@ -160,15 +160,15 @@ class PostgresSession:
             for piece in as_csv(rows, types, constants):
                 copy.write(piece)
 
-    def columns(self, schema: str, table: str) -> dict[str, str]:
+    def columns(self, schema: str, table: str, *, hidden: bool = False) -> dict[str, str]:
         """See `Session.columns`."""
         return dict(
             self.execute(
                 "SELECT a.attname, format_type(a.atttypid, a.atttypmod) FROM pg_attribute a "
                 "JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
                 "WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped "
-                "AND a.attname NOT IN ('_source', '_source_key') ORDER BY a.attnum",
-                [schema, table],
+                "AND (a.attname NOT IN ('_source', '_source_key') OR $3) ORDER BY a.attnum",
+                [schema, table, hidden],
             )
         )
 

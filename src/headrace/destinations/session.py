@@ -68,8 +68,9 @@ class Session(Protocol):
         DuckDB's words; `_source` is the same for all."""
         ...
 
-    def columns(self, schema: str, table: str) -> dict[str, str]:
-        """Return a table's columns with the engine's types, without hidden ones; empty if there is none."""
+    def columns(self, schema: str, table: str, *, hidden: bool = False) -> dict[str, str]:
+        """Return a table's columns with the engine's types, with `_source` and `_source_key` if `hidden`;
+        empty if there is none."""
         ...
 
     def types(self, table: Table) -> dict[str, str]:

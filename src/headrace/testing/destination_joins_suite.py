@@ -68,7 +68,7 @@ def take_in(destination: Destination, join: Join, model: RowModel, cells: list[C
     half = replace(join, offset=join.begin + 4)
     copied = replace(join, phase="stream", offset=join.end)
     for at, following, rows in ((join, half, cells[:1]), (half, copied, cells[1:])):
-        joins.step(at, following, model, model.prepare(staged(model, rows, at.offset)))
+        joins.step(at, following, model, [model.prepare(staged(model, rows, at.offset))])
         assert joins.of("shop") == {model.name: following}
     return copied
 
@@ -167,9 +167,9 @@ class JoinSuite:
         copied = take_in(destination, FIRST, NUMBERS, [row(1, "1"), row(2, "2")])
         prepared = NUMBERS.prepare(staged(NUMBERS, [row(9, "9")], 0))
         with pytest.raises(DestinationError, match="does not stand at"):
-            destination.joins.step(FIRST, replace(FIRST, offset=4), NUMBERS, prepared)
+            destination.joins.step(FIRST, replace(FIRST, offset=4), NUMBERS, [prepared])
         with armed("destination.join.commit=raise"), pytest.raises(OSError, match="join"):
-            destination.joins.step(copied, replace(copied, offset=11), NUMBERS, prepared)
+            destination.joins.step(copied, replace(copied, offset=11), NUMBERS, [prepared])
         assert destination.joins.of("shop") == {NUMBERS.name: copied}
         assert table(destination) == [(1, 1), (2, 2)]
 

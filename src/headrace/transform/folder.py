@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from headrace.errors import HeadraceError, ModelError, UserError
 from headrace.mart import Mart
 from headrace.transform.header import model_paths
 from headrace.transform.mart import SUFFIXES, read_file, version_in
+from headrace.transform.names import Fold, name_faults, source_faults
 from headrace.transform.python.text import SUFFIX, helper_paths
 from headrace.transform.sql import ModelText
 
@@ -29,24 +30,41 @@ class ModelFolder:
     """The models of a project as their files are now. Safe to share between threads."""
 
     def __init__(
-        self, path: Path, sources: Collection[str], dialect: str = "duckdb", versions: Path | None = None
+        self,
+        path: Path,
+        sources: Collection[str],
+        fold: Fold,
+        dialect: str = "duckdb",
+        versions: Path | None = None,
     ) -> None:
-        """Read every model in `path`, which need not exist; `sources` are those a model may read, `dialect`
-        is the SQL of the destination, in which marts are written. In the folder `versions` each version is
-        kept as NAME/VERSION.sql, or .py.
+        """Read every model in `path`, which need not exist; `sources` are those a model may read, `fold` is
+        what the destination makes of their names, `dialect` its SQL, in which marts are written. In the
+        folder `versions` each version is kept as NAME/VERSION.sql, or .py.
 
-        Raises ModelError for the first file that does not parse, UserError for one of no source.
+        Raises ModelError for the first file that does not parse or cannot have its name, UserError for one
+        of no source, and for a source that cannot have its name.
         """
         self._path = path
         self._sources = sources
+        self._fold = fold
         self._dialect = dialect
         self._versions = versions
         self._lock = threading.Lock()
         self._looked = time.monotonic()
         self._listing = self._seen = self._list()
         self._texts = {Path(name).stem: self._read(name) for name, _, _ in self._listing}
+        for what, remedy in source_faults(sources):
+            raise UserError(f"{what[0].upper()}{what[1:]}.", remedy)
+        for _, fault in self._misnamed(self._texts):
+            raise fault
         self._broken: dict[str, str] = {}
         self._current, self._marts = self._sorted()
+
+    def _misnamed(
+        self, texts: Mapping[str, ModelText | Mart], known: Collection[str] = ()
+    ) -> Iterator[tuple[str, ModelError]]:
+        for name, what, remedy in name_faults(texts, self._sources, self._fold, known):
+            yield name, ModelError(f"{what[0].upper()}{what[1:]}.", remedy)
 
     def marts(self) -> tuple[Mart, ...]:
         """Return the marts, as of when `current` looked last; the same tuple while none has changed."""
@@ -134,6 +152,9 @@ class ModelFolder:
                 self._alert(name, error, kept=known is not None)
                 if known is not None:
                     texts[name] = known
+        for name, fault in [*self._misnamed(texts, self._texts)]:
+            self._alert(name, fault, kept=False)
+            del texts[name]
         self._listing = listing
         if texts != self._texts:
             self._texts = texts

@@ -17,17 +17,20 @@ from headrace.change import Column, TableId, TableSchema
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, mirror_expression
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.scrub import scrub
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
+from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
 from headrace.transform.python.evaluate import PythonEvaluation, PythonRows
 from headrace.transform.python.function import KEPT
 from headrace.transform.python.inputs import META
 from headrace.transform.python.process import Worker
 from headrace.transform.python.text import PythonText
+from headrace.transform.soft import fold_soft
 from headrace.transform.sql import Check, ModelText
+from headrace.transform.stepping import settle, step
 
 _local = threading.local()
 _CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
@@ -69,20 +72,36 @@ class RowModel:
     where: str
     checks: tuple[Check, ...]
     version: str
+    kind: Kind = LATEST
     python: PythonRows | None = None
     """What makes the rows that the expressions are over, where that is Python and not the raw table."""
 
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
         with engine() as db:
-            evaluation = PythonEvaluation(db, self, self.python) if self.python else Evaluation(db, self)
-            if self.schema.key:
-                return fold(db, self.schema.key, changes, evaluation)
-            return fold_multiset(db, self.schema, changes, evaluation)
+            if self.kind.materialize != "latest":
+                return step(db, self, changes)
+            evaluation, key = self.evaluation(db), self.schema.key
+            if not key:
+                return fold_multiset(db, self.schema, changes, evaluation)
+            if self.kind.delete == "soft":
+                return fold_soft(db, key, changes, evaluation)
+            return fold(db, key, changes, evaluation)
+
+    def evaluation(self, db: duckdb.DuckDBPyConnection) -> Evaluation:
+        """Return what judges changes under the model, on a connection of `engine`."""
+        return PythonEvaluation(db, self, self.python) if self.python else Evaluation(db, self)
+
+    def whole(self, changes: pa.Table) -> Prepared:
+        """Return what the whole histories of some keys come to, in a table where nothing was before."""
+        prepared = self.prepare(changes)
+        with engine() as db:
+            return settle(db, prepared)
 
     def limited(self, limits: Sequence[tuple[str, str]]) -> RowModel:
-        """Return the model with `Destination.limits` as further checks."""
-        more = (Check(column, condition) for column, condition in limits)
+        """Return the model with `Destination.limits` of its outputs as further checks."""
+        outputs = {name for name, _, _ in self.outputs}
+        more = (Check(column, condition) for column, condition in limits if column in outputs)
         return replace(self, checks=(*self.checks, *more)) if limits else self
 
     @property
@@ -92,7 +111,7 @@ class RowModel:
 
     def types(self) -> dict[str, str]:
         """See `Model.types`."""
-        return {name: type_ for name, _, type_ in self.outputs}
+        return {name: type_ for name, _, type_ in self.outputs} | dict(self.kind.columns)
 
 
 @contextmanager
@@ -186,12 +205,15 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             where=text.where,
             checks=text.checks,
             version=text.version,
+            kind=text.kind,
         )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(
             (name, expression, _type_name(db, text, type_)) for name, expression, type_ in outputs
         )
     _check_key(text, schema, outputs)
+    if not schema.key:
+        refuse_without_key(text.file, text.kind)
     return replace(model, outputs=outputs)
 
 
@@ -223,6 +245,7 @@ def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
             where=KEPT,
             checks=(*_key_checks(text, schema, types), *text.checks),
             version=text.version,
+            kind=text.kind,
             python=PythonRows(text.name, worker, seen if text.reads is None else text.reads),
         )
         made = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, type_ in types.items())
@@ -231,6 +254,8 @@ def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
             f"NULL::BOOLEAN AS {KEPT}, {made} LIMIT 0"
         )
         _try(db, text, Evaluation(db, model).query("events"))
+    if not schema.key:
+        refuse_without_key(text.file, text.kind)
     return model
 
 

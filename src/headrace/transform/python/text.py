@@ -17,6 +17,7 @@ from typing import Any
 from headrace.document import Invalid
 from headrace.errors import ModelBroken, ModelError
 from headrace.transform.header import version_of
+from headrace.transform.kind import kind_of
 from headrace.transform.python.process import Script, describe
 from headrace.transform.sql import Check, ModelText, rules_of
 from headrace.values import duration, size
@@ -191,6 +192,7 @@ def _filled(text: PythonText, said: Mapping[str, Any]) -> PythonText:
         text,
         outputs=tuple((name, name) for name, _ in types),
         key=key,
+        kind=kind_of(file, definition["settings"], names),
         types=tuple(types),
         checks=tuple(checks),
         takes=said["kind"],
