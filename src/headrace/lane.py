@@ -458,7 +458,7 @@ class Lane:
             named.add(text.name)
             if text.table not in captured:
                 reason = f"raw.{text.source}.{text.table} is not captured."
-                remedy = f"Mend models/{text.name}.sql, or add the table to [source.{text.source}] tables."
+                remedy = f"Mend models/{text.file}, or add the table to [source.{text.source}] tables."
                 self._suspend(text.name, _NO_VERSION, ModelBroken(text.name, reason, remedy))
         for name, state in stands.items():
             if name not in named and state.state != "retired":
