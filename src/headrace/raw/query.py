@@ -100,10 +100,6 @@ class Session:
             path = self._project.log_path(name)
             if name not in known:
                 raise UserError(f"There is no [source.{name}].", f"Sources are: {', '.join(known)}.")
-            if not path.exists():
-                raise UserError(
-                    f"Source {name} has not run yet: nothing is staged.", "Run `headrace run --once` first."
-                )
             log = self._kept.enter_context(closing(SQLiteLog(path, read_only=True)))
             staging = DeltaStaging(self._project.staging_path(name), name, log.id, read_only=True)
             staging.follow(log)
