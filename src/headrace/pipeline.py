@@ -33,7 +33,7 @@ from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
 from headrace.scrub import scrub
 from headrace.server import Server
-from headrace.snapshot import past_of, write_snapshot
+from headrace.snapshot import take_snapshot
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
 from headrace.staging.maintenance import Maintenance, compact_tables
@@ -203,23 +203,9 @@ class Pipeline:
         return {"beside": lane.rebuild(request["model"], dry_run=request["dry_run"])}
 
     def snapshot(self, source: str, model: str, place: str, into: str | None) -> dict[str, Any]:
-        """Make a table of what a model's was, see `headrace.snapshot`, beside everything that runs.
-
-        Raises what that raises, and UserError for a model that does not run, and when the pipeline stops.
-        """
-        lane = self._lane(source)
-        with lane.applying:
-            lane.reload_models(now=True)
-            now = next((each for each in lane.models() if each.name == model), None)
-        if now is None:
-            words = f"Model {model} does not run now, or there is none."
-            raise UserError(words, "`headrace status` says more.")
-        past = past_of(lane.log, lane.staging, now, place)
-        try:
-            outcome = write_snapshot(past, lane.destination, into, self.project.state / "spill", self.stop)
-        except InterruptedError as error:
-            raise UserError("The pipeline stops.", "Start it, and ask again.") from error
-        return {"model": model, "as_of": place, "into": into, **outcome}
+        """See `headrace.snapshot.take_snapshot`."""
+        spill = self.project.state / "spill"
+        return take_snapshot(self._lane(source), model, place, into, spill, self.stop)
 
     def _change_tables(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
