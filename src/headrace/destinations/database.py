@@ -363,10 +363,7 @@ class Database(ABC):
             if name not in known:
                 db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
             elif known[name] != type_:
-                db.execute(
-                    f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_} "
-                    f"USING CAST({column} AS {type_})"
-                )
+                db.retype(target, column, type_)
         if left is None or known != wanted:
             record_shape(db, model.name, db.columns(schema, table, hidden=True))
 

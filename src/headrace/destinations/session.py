@@ -86,6 +86,11 @@ class Session(Protocol):
         """Return expressions of numbers that can be summed; all are equal where the columns (quoted) are."""
         ...
 
+    def retype(self, target: str, column: str, type_: str) -> None:
+        """Give a column of a table (both quoted) another type. Values that it cannot have are null: the
+        table's rows are copied again where the source computed them anew."""
+        ...
+
     def prepare_table(self, target: str) -> None:
         """Add to a model's table that was just made what finding its rows by source key needs."""
         ...
