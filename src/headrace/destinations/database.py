@@ -397,12 +397,7 @@ class Database(ABC):
         elif prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
         if len(prepared.removed):
-            same = db.same_key("_source_key", "r.key")
-            db.execute(
-                f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}",
-                [source],
-                pa.table({"key": prepared.removed}),
-            )
+            db.remove(target, source, pa.table({"key": prepared.removed}))
         if prepared.rows.num_rows:
             db.append(target, model.types(), source, prepared.rows)
 

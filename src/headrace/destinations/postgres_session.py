@@ -153,6 +153,14 @@ class PostgresSession:
         """See `Session.append`."""
         self._copy(target, rows, types, {"_source": source})
 
+    def remove(self, target: str, source: str, keys: pa.Table) -> None:
+        """See `Session.remove`."""
+        same = self.same_key("_source_key", "r.key")
+        self._run(f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}", [source], keys)
+
+    def make_room(self, target: str, keys: int) -> None:
+        """See `Session.make_room`. The server's own settings hold."""
+
     def _copy(
         self, target: str, rows: pa.Table, types: Mapping[str, str], constants: Mapping[str, str]
     ) -> None:
