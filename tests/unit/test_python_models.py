@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,6 +264,9 @@ def test_inputs_and_outputs_may_be_pydantic_models(bound) -> None:
         class In(BaseModel):
             id: int
             v: Decimal
+            at: datetime
+            tags: list[str]
+            raw: bytes | None
 
         class Priced(BaseModel):
             id: int
@@ -270,11 +274,18 @@ def test_inputs_and_outputs_may_be_pydantic_models(bound) -> None:
 
         @model(reads="raw.shop.t", key=["id"])
         def priced(row: In) -> Priced:
+            assert (row.at.utcoffset(), row.tags, row.raw) == (row.at - row.at, ["a"], b"\\0\\xff")
             return Priced(id=row.id, x=row.v)
-        """
+        """,
+        TableSchema(
+            SCHEMA.table, (*SCHEMA.columns, *(Column(n, "text") for n in ("at", "tags", "raw"))), ("id",)
+        ),
     )
     assert model.types() == {"id": "BIGINT", "x": "DECIMAL(5,1)"}
-    made = model.prepare(staged(["1.5", SECRET, "100", None]))
+    changes = staged(["1.5", SECRET, "100", None])
+    for name, text in (("at", "2024-01-01 12:00:00.5+00"), ("tags", '["a"]'), ("raw", r"\x00ff")):
+        changes = changes.append_column(name, pa.array([text] * 4))
+    made = model.prepare(changes)
     assert good(made) == {"1": Decimal("1.5")}
     assert bad(made) == {
         "2": ("transform.cast", "v"),
@@ -644,3 +655,22 @@ def ended(pid: int) -> bool:
 
 def test_a_worker_without_work_stays_for_a_while_only() -> None:
     assert 10 <= worker._IDLE_SECONDS <= 300
+
+
+def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "python-models.md").read_text()
+    codes = [
+        code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@headrace.model" in code
+    ]
+    assert len(codes) == 2
+    columns = (Column("id", "integer"), Column("amount", "text"), Column("status", "text"))
+    for code in codes:
+        (tmp_path / "sales.py").write_text(code)
+        model = bind(read_python(tmp_path / "sales.py"), TableSchema(SCHEMA.table, columns, ("id",)))
+        changes = staged(["9.90", "2", "free"]).rename_columns(["id", "amount", *staged([]).column_names[2:]])
+        made = model.prepare(changes.append_column("status", pa.array(["paid", "draft", "paid"])))
+        assert made.rows.drop_columns("_source_key").to_pylist() == [
+            {"order_id": 1, "amount": Decimal("9.90"), "status": "paid"}
+        ]
+        assert list(bad(made)) == ["3"]
+        model.python.close()
