@@ -266,7 +266,7 @@ def _end(popen: subprocess.Popen[bytes], connection: Connection, life: int, rela
 def _relay(name: str, printed: int, popen: subprocess.Popen[bytes]) -> None:
     """Log what a model prints, line by line, until its process ends."""
     second, said = 0, 0
-    with open(printed, "rb") as lines:  # noqa: PTH123 - a descriptor
+    with open(printed, "rb") as lines:
         while line := lines.readline(_LONGEST_LINE):
             if (now := int(time.monotonic())) != second:
                 if said > _MOST_LINES:
