@@ -28,6 +28,7 @@ FLOORS = [
         "turns",
         "scrub",
         "definition",
+        "schema_policy",
     },
     {
         "protocols",
@@ -41,6 +42,7 @@ FLOORS = [
         "cells",
         "debezium",
         "ahead",
+        "evolution",
     },
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {
@@ -50,6 +52,8 @@ FLOORS = [
         "snapshot",
         "lane",
         "pipeline",
+        "state",
+        "binding",
         "reading",
         "server",
         "verify",

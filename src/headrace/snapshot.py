@@ -19,6 +19,7 @@ import pyarrow as pa
 from headrace.change import START, Copy
 from headrace.errors import UserError
 from headrace.history import History
+from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
 from headrace.prepared import Prepared
 from headrace.protocols import Destination
@@ -79,6 +80,26 @@ class Past:
         for part in staging.pieces(table, copy.after, self.at.through):
             changes = fill_unchanged(staging, table, key, history.kept(part), newest=copy.end)
             yield model.prepare(not_contained(staging, table, key, copy, changes))
+
+
+def take_snapshot(
+    lane: Lane, model: str, place: str, into: str | None, spill: Path, stopped: threading.Event
+) -> dict[str, Any]:
+    """Make a table of what a model's was at a place, beside everything that runs; see `write_snapshot`.
+
+    Raises what `past_of` and that raise, and UserError for a model that does not run, and once `stopped`.
+    """
+    with lane.applying:
+        lane.reload_models(now=True)
+        now = next((each for each in lane.models() if each.name == model), None)
+    if now is None:
+        raise UserError(f"Model {model} does not run now, or there is none.", "`headrace status` says more.")
+    past = past_of(lane.log, lane.staging, now, place)
+    try:
+        outcome = write_snapshot(past, lane.destination, into, spill, stopped)
+    except InterruptedError as error:
+        raise UserError("The pipeline stops.", "Start it, and ask again.") from error
+    return {"model": model, "as_of": place, "into": into, **outcome}
 
 
 def past_of(log: SQLiteLog, staging: DeltaStaging, model: RowModel, text: str) -> Past:

@@ -240,6 +240,9 @@ def test_the_command_shows_the_past_and_puts_it_into_a_table(
     shop.lane = shop._open()
     assert shop.ask("SELECT id, n FROM before.m") == [(1, 5), (2, 6)]
     assert shop.ask("SELECT id, n FROM m") == [(1, 8)]
+    assert shop.ask("SELECT count(*) FROM headrace.shapes WHERE model LIKE '%before%'") == [(0,)], (
+        "it is theirs"
+    )
     assert shop.ask("FROM duckdb_tables() SELECT table_name WHERE schema_name = 'headrace_joining'") == []
     shop.lane.close()
     for arguments, words in (
@@ -307,7 +310,7 @@ def test_a_killed_rebuild_goes_on_where_it_was(shop: Shop) -> None:
     shop.lane.close()
     run = f"main(['rebuild', 'm', '--project', {str(shop.folder)!r}])"
     code = f"from headrace import history; history.PIECE_ROWS = 3\nfrom headrace.cli import main; exit({run})"
-    armed = os.environ | {failpoints.VARIABLE: "destination.join.commit=kill@4"}
+    armed = os.environ | {failpoints.VARIABLE: "destination.join.commit=kill@2"}
     stood = list[tuple[int, int]]()
     while (ended := subprocess.run([sys.executable, "-c", code], env=armed, check=False).returncode) != 0:
         assert ended == -signal.SIGKILL

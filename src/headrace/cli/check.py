@@ -162,7 +162,8 @@ def _published(config: DestinationConfig) -> Iterator[Finding]:
 
 
 def _folders(project: Project) -> Iterator[Finding]:
-    places = dict.fromkeys((project.state, project.staging.path))
+    stages = any(not source.upstream for source in project.sources)
+    places = dict.fromkeys((project.state, *([project.staging.path] if stages else [])))
     for folder in places:
         fault = _folder_fault(folder)
         yield Finding("fail", *fault) if fault else Finding("ok", f"{folder} can be written")
