@@ -25,6 +25,7 @@ NAMES = (
     "catchup",
     "end_to_end",
     "postgres_apply",
+    "merge",
     "snapshot",
     "models",
     "rebuild",

@@ -92,8 +92,11 @@ class Joiner:
         return join.phase == "done" or (join.beside and not _is_there(join))
 
     def _is_void(self, join: Join, model: RowModel, staged: Offset) -> bool:
-        """Whether the model's table was not captured for a while after the copy that it is made of."""
-        return join.stands < self._staging.captured_since(model.table, staged)
+        """Whether the model's table was not captured for a while after the copy that it is made of, or its
+        rows are known by another key now."""
+        copy = self._staging.copy(model.table, join.stands)
+        is_of_another_key = copy is not None and copy.key != model.schema.key
+        return is_of_another_key or join.stands < self._staging.captured_since(model.table, staged)
 
     def joined_at(self, model: RowModel) -> Offset:
         """Return the offset at which a model joined last."""

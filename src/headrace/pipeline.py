@@ -9,16 +9,13 @@ when it lasts; anything else stops that thread alone, with its reason, while the
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from headrace.change import TableId
 from headrace.config import Project
@@ -27,13 +24,11 @@ from headrace.errors import (
     DestinationUnavailable,
     ForeignDestination,
     HeadraceError,
-    StateInUse,
     UserError,
     Verdict,
     verdict_of,
 )
 from headrace.lane import Lane
-from headrace.log.sqlite import SQLiteLog
 from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
 from headrace.scrub import scrub
@@ -42,6 +37,7 @@ from headrace.snapshot import take_snapshot
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
 from headrace.staging.maintenance import Maintenance, compact_tables
+from headrace.state import forget_empty_logs, take_state
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
 from headrace.upstream import PIN_EVERY, ReadingPlace
@@ -104,7 +100,7 @@ class Pipeline:
             self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._wait_for_destination()
         except BaseException:
-            _forget_empty_logs(project.state)
+            forget_empty_logs(project.state)
             self._lock.close()
             raise
 
@@ -449,47 +445,3 @@ def _words(error: BaseException) -> str:
     # A driver's OSError has no number, and may quote a cell.
     is_the_systems = isinstance(error, OSError) and error.errno is not None
     return f"{type(error).__name__}: {error if is_the_systems else scrub(str(error))}"
-
-
-def _forget_empty_logs(state: Path) -> None:
-    """Remove logs that a refused start has just made, so that the right state folder can come back."""
-    for path in (state / "log").glob("*.db"):
-        with suppress(HeadraceError):
-            log = SQLiteLog(path, read_only=True)
-            empty = log.end().offset == 0 and log.note("system") is None
-            log.close()
-            if empty and not any(log.segments.glob("*")):
-                for file in path.parent.glob(f"{path.name}*"):
-                    file.unlink()
-                with suppress(FileNotFoundError):
-                    log.segments.rmdir()
-
-
-def take_state(state: Path) -> IO[str]:
-    """Take a state folder, for as long as what is returned is open.
-
-    Raises StateInUse while another process has it, UserError where it cannot be written.
-    """
-    try:
-        (state / "log").mkdir(mode=0o700, parents=True, exist_ok=True)
-        state.chmod(state.stat().st_mode & 0o770 | 0o700)  # a group may have been let in, to read
-        lock = (state / "lock").open("a+")
-    except OSError as error:
-        raise UserError(
-            f"The state folder {state} cannot be written: {error.strerror}.", "Mend its rights."
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        raise StateInUse(
-            f"Another Headrace (pid {holder}) runs on {state}.",
-            "Stop it first, or ask it: `headrace status`, `headrace query`.",
-        ) from error
-    lock.truncate(0)
-    with suppress(OSError):
-        lock.write(str(os.getpid()))
-        lock.flush()
-    return lock

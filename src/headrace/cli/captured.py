@@ -294,8 +294,8 @@ def _offline(
     project: Project, source: SourceConfig, act: Callable[[PostgresSource, SQLiteLog], None]
 ) -> None:
     """Act on the log of a source as the owner of the state folder."""
-    from headrace.pipeline import take_state
     from headrace.sources.postgres.source import PostgresSource
+    from headrace.state import take_state
 
     with closing(take_state(project.state)):
         path = project.log_path(source.name)

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
-from headrace.authoring.files import logged_shapes, read_files
+from headrace.authoring.files import logged_shapes, model_file, read_files
 from headrace.change import TableId, TableSchema
 from headrace.config import (
     MODELS_FOLDER,
@@ -162,7 +162,8 @@ def _published(config: DestinationConfig) -> Iterator[Finding]:
 
 
 def _folders(project: Project) -> Iterator[Finding]:
-    places = dict.fromkeys((project.state, project.staging.path))
+    stages = any(not source.upstream for source in project.sources)
+    places = dict.fromkeys((project.state, *([project.staging.path] if stages else [])))
     for folder in places:
         fault = _folder_fault(folder)
         yield Finding("fail", *fault) if fault else Finding("ok", f"{folder} can be written")
@@ -192,7 +193,11 @@ def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[F
     texts: dict[str, ModelText | Mart] = {}
     for name, text in read_files(project):
         if isinstance(text, HeadraceError):
-            yield Finding("fail", _clause(text), text.remedy or f"Mend {MODELS_FOLDER}/{name}.sql.")
+            yield Finding(
+                "fail",
+                _clause(text),
+                text.remedy or f"Mend {MODELS_FOLDER}/{model_file(project, name).name}.",
+            )
             continue
         texts[name] = text
         if isinstance(text, ModelText):
@@ -205,7 +210,7 @@ def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[F
 
 
 def _bound(text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
-    file = f"{MODELS_FOLDER}/{text.name}.sql"
+    file = f"{MODELS_FOLDER}/{text.file}"
     if text.source not in shapes:
         what = f"model {text.name} reads raw.{text.source}.{text.table}, and there is no source {text.source}"
         return Finding("fail", what, f"{_near(text.source, shapes)} Mend {file}.".strip())

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from headrace.authoring.files import model_file
 from headrace.cells import json_of
 from headrace.cli.tables import text_of
 from headrace.config import Project, load_project
 from headrace.errors import UserError
 from headrace.keys import literal
 from headrace.server import ask, is_running, read_rows
-from headrace.transform.header import version_of
+from headrace.transform.mart import version_in
 
 _POLL = 0.3
 _TELL_EVERY = 5.0
@@ -138,24 +139,29 @@ def rollback(
         The name of a model that has a file.
     """
     settings = load_project(project)
-    path = settings.models / f"{model}.sql"
+    path = model_file(settings, model)
     version = to or _former(settings, model, path)
-    kept = settings.versions / model / f"{version}.sql"
+    kept = settings.versions / model / f"{version}{path.suffix}"
     if not kept.is_file():
-        known = sorted(file.stem for file in kept.parent.glob("*.sql"))
+        known = sorted(file.stem for file in kept.parent.glob(f"*{path.suffix}"))
         raise UserError(
             f"There is no version {version} of {model}.", f"Kept are: {', '.join(known) or 'none'}."
         )
-    making = path.with_suffix(".sql.new")
+    if version_in(path, kept.read_text(encoding="utf-8")) != version:
+        words = f"Version {version} of {model} had other helper modules than stand in models/ now."
+        raise UserError(
+            words, "Put those back too, from where you keep them: `_*.py` is not kept by version."
+        )
+    making = path.with_name(f"{path.name}.new")
     making.write_bytes(kept.read_bytes())
     making.rename(path)
-    print(f"models/{model}.sql is version {version} again", file=sys.stderr)
+    print(f"models/{path.name} is version {version} again", file=sys.stderr)
     rebuild(model, project=project, json=json)
 
 
 def _former(settings: Project, model: str, path: Path) -> str:
     """Return the version that made a table before the one that its file has now."""
-    now = version_of(path.read_text()) if path.is_file() else ""
+    now = version_in(path, path.read_text(encoding="utf-8")) if path.is_file() else ""
     _, rows = read_rows(
         settings,
         f"SELECT model_version FROM headrace.ledger WHERE model = {literal(model)} "
@@ -163,7 +169,9 @@ def _former(settings: Project, model: str, path: Path) -> str:
     )
     made = [str(version) for (version,) in rows]
     made = made[made.index(now) + 1 :] if now in made else made
-    former = next((v for v in made if v != now and (settings.versions / model / f"{v}.sql").is_file()), None)
+    former = next(
+        (v for v in made if v != now and (settings.versions / model / f"{v}{path.suffix}").is_file()), None
+    )
     if former is None:
         raise UserError(
             f"No earlier version of {model} is known.",

@@ -152,7 +152,7 @@ def compact(
 
 def _compact_here(project: Project, source: str, table: str) -> list[dict[str, Any]]:
     """Compact as the owner of the state folder."""
-    from headrace.pipeline import take_state
+    from headrace.state import take_state
 
     with closing(take_state(project.state)):
         grace = project.staging.grace

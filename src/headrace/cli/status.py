@@ -24,6 +24,7 @@ from headrace.sources.postgres.health import age_text, size_text, slot_health
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.slot import durable_commit
 from headrace.staging.delta import DeltaStaging
+from headrace.transform.header import model_paths
 
 _QUERIES = (
     'SELECT source, "offset", commit, committed_at FROM headrace.progress',
@@ -211,13 +212,14 @@ def _tables_of_models(project: Project, source: SourceConfig, log: SQLiteLog) ->
     """Return the raw table of every model; a file that does not read is left to `headrace check`."""
     labels = {table.label: table for table in log.schemas()}
     tables = {f"{source.name}.{label}": table for label, table in labels.items()}
-    paths = sorted(project.models.glob("*.sql"))
+    paths = model_paths(project.models)
     if paths:
+        from headrace.transform.python.text import outline
         from headrace.transform.sql import read_model
 
         for path in paths:
             try:
-                text = read_model(path)
+                text = outline(path) if path.suffix == ".py" else read_model(path)
             except HeadraceError:
                 continue
             if text.source == source.name and text.table in labels:

@@ -13,9 +13,9 @@ from headrace.cli.tables import print_table
 from headrace.config import Project, SourceConfig, load_project
 from headrace.errors import HeadraceError
 from headrace.log.sqlite import SQLiteLog
-from headrace.pipeline import take_state
 from headrace.sources.postgres.health import size_text
 from headrace.sources.postgres.teardown import Made, drop_made, list_made
+from headrace.state import take_state
 
 
 def teardown(

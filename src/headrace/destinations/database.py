@@ -363,10 +363,7 @@ class Database(ABC):
             if name not in known:
                 db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
             elif known[name] != type_:
-                db.execute(
-                    f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_} "
-                    f"USING CAST({column} AS {type_})"
-                )
+                db.retype(target, column, type_)
         if left is None or known != wanted:
             record_shape(db, model.name, db.columns(schema, table, hidden=True))
 
@@ -400,12 +397,7 @@ class Database(ABC):
         elif prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
         if len(prepared.removed):
-            same = db.same_key("_source_key", "r.key")
-            db.execute(
-                f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}",
-                [source],
-                pa.table({"key": prepared.removed}),
-            )
+            db.remove(target, source, pa.table({"key": prepared.removed}))
         if prepared.rows.num_rows:
             db.append(target, model.types(), source, prepared.rows)
 

@@ -54,6 +54,9 @@ QUERY_MEMORY = 512 << 20
 _SCAN_ROWS = 10_000
 """Rows in memory at once of a result that is scanned."""
 
+_VECTOR, _VECTOR_BYTES = 2048, 20 << 10
+"""Of so many rows that lie together, a transaction that deletes one holds who deleted each: so many bytes."""
+
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
 _opening = threading.Lock()
@@ -157,7 +160,7 @@ class DuckDBDestination(Database):
         """Let a connection take `size` bytes. The engine has one limit for all connections of a file: the
         most that any of them was promised."""
         with _opening:
-            self._granted[id(connection)] = size
+            self._granted[id(connection)] = max(size, self._granted.get(id(connection), 0))
             connection.execute(f"SET memory_limit = '{max(self._granted.values())}B'")
 
     def _not_ours(self, text: str) -> DestinationError:
@@ -245,6 +248,8 @@ class _DuckDBSession:
     ) -> None:
         self._db = db
         self._grant = grant
+        self._keys: dict[str, int] = {}
+        self._rooms: dict[str, int] = {}
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
 
@@ -276,10 +281,26 @@ class _DuckDBSession:
     def append(self, target: str, types: Mapping[str, str], source: str, rows: pa.Table) -> None:
         del types
         if rows.nbytes > MEMORY // 2:  # one large value, say
-            self._grant(self._db, MEMORY + 8 * rows.nbytes)
+            self._grant(self._db, MEMORY + sum(self._rooms.values()) + 8 * rows.nbytes)
         self.execute(
             f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_given", given=rows
         )
+
+    def remove(self, target: str, source: str, keys: pa.Table) -> None:
+        self.make_room(target, keys.num_rows)
+        self.execute(
+            f"DELETE FROM {target} WHERE _source = $1 AND _source_key IN (SELECT key FROM _hr_given)",
+            [source],
+            keys,
+        )
+
+    def make_room(self, target: str, keys: int) -> None:
+        keys = self._keys[target] = keys + self._keys.get(target, 0)
+        if keys * _VECTOR_BYTES <= MEMORY // 4:
+            return
+        ((rows,),) = self.execute(f"SELECT count(*) FROM {target}")
+        self._rooms[target] = min(keys, rows // _VECTOR + 1) * _VECTOR_BYTES
+        self._grant(self._db, MEMORY + sum(self._rooms.values()))
 
     def columns(self, schema: str, table: str, *, hidden: bool = False) -> dict[str, str]:
         return dict(
@@ -300,6 +321,10 @@ class _DuckDBSession:
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         # Two hashes: one of 64 bits may meet by chance, both do not.
         return [f"hash({', '.join(cells)})::HUGEINT" for cells in (columns, [*columns[::-1], "'again'"])]
+
+    def retype(self, target: str, column: str, type_: str) -> None:
+        alter = f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_}"
+        self.execute(f"{alter} USING TRY_CAST({column} AS {type_})")
 
     def prepare_table(self, target: str) -> None:
         pass  # no index: a scan of one column costs less than an index that every change moves

@@ -184,6 +184,8 @@ class Joins:
         chosen = f"_source = {literal(join.source)} AND _source_key IN (SELECT k FROM _hr_differs)"
         delete = f"DELETE FROM {live} WHERE {chosen}"
         insert_ = f"INSERT INTO {live} ({columns}) SELECT {columns} FROM {beside} WHERE {chosen}"
+        ((keys,),) = db.execute("SELECT count(*) FROM _hr_differs")
+        db.make_room(live, keys)
         self._destination.exchange_rows(db, model, [delete, insert_])
 
     def _tell(self, db: Session, join: Join, model: Model, at: Mark, difference: Difference) -> None:

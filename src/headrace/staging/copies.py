@@ -39,7 +39,9 @@ class CopyHistory:
                 found = None if mark.reason == ADDED else found
             elif mark.kind == "end" and begin is not None:
                 floor, ceiling = (Position(at.epoch, commit, 0) for commit in (mark.floor, mark.ceiling))
-                found = Copy(begin[0], offset, begin[1].after, floor, ceiling)
+                shape = begin[1].schema
+                key = shape.key if shape else ()
+                found = Copy(begin[0], offset, begin[1].after, floor, ceiling, key)
         return found
 
     def since(self, table: TableId, through: Offset) -> Offset:

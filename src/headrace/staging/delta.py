@@ -293,6 +293,16 @@ class DeltaStaging:
         """Return every shape of a table with the offset from which on it holds, the oldest first."""
         return [known for known in self._schemas if known[1].table == table]
 
+    def gone_at(self, table: TableId, column: str, through: Offset) -> Offset:
+        """Return the offset of the shape since which a table lacks a column that it once had; 0 where none,
+        of those up to an offset, tells."""
+        found = 0
+        for offset, shape in self._schemas:
+            if shape.table == table and offset <= through:
+                has = any(each.name == column for each in shape.columns)
+                found = 0 if has else found or offset
+        return found
+
     def columns(self, table: TableId) -> list[str]:
         """Return the source's columns of a raw table, also those that it has dropped."""
         return [logical_name(name) for name in self._tables[table].columns if name not in META]

@@ -63,9 +63,17 @@ class Evaluation:
 
         Raises ModelBroken when the query fails even without rows.
         """
+        self.judge(events)
+        return self.verdicts()
+
+    def judge(self, events: pa.Table) -> None:
+        """Judge events, see `run`; the verdicts of all that were judged are in `verdicts`."""
         self._events(events)
         self._try_without_rows()
         self._judge(events)
+
+    def verdicts(self) -> pa.Table:
+        """Return `n`, `k` and `verdict` (good, filtered or bad) of each event that was judged."""
         judged = self._judged
         assert judged is not None
         filtered = pc.if_else(judged["_hr_filtered"], "filtered", "good")

@@ -17,7 +17,6 @@ from headrace import steps
 from headrace.change import Counts
 from headrace.keys import literal, quoted
 from headrace.prepared import Prepared
-from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import (
     NO_ROWS,
     NOTHING,
@@ -50,7 +49,7 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
     db.execute("CREATE OR REPLACE TEMP TABLE happened AS SELECT *, _hr_n AS n FROM arrow_changes")
     db.register("points", points)
     _say(db, model)
-    evaluation = Evaluation(db, model)
+    evaluation = model.evaluation(db)
     asked = db.sql("SELECT n FROM said WHERE own AND what IS NULL ORDER BY n").to_arrow_table()["n"]
     verdicts = evaluation.run(undecided(events, asked))
     db.register("verdicts", with_fatal(evaluation, verdicts, events))
@@ -114,7 +113,7 @@ def _tell_deletes(db: duckdb.DuckDBPyConnection, model: RowModel, events: pa.Tab
     if not gone.num_rows:
         return
     outputs = tuple((name, f"TRY({expression})", type_) for name, expression, type_ in model.outputs)
-    evaluation = Evaluation(db, replace(model, outputs=outputs, where="", checks=()))
+    evaluation = replace(model, outputs=outputs, where="", checks=()).evaluation(db)
     evaluation.run(gone.select(events.column_names))
     db.register("good", evaluation.good())
     db.execute(
