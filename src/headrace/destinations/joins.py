@@ -201,13 +201,14 @@ class _Target:
 
     name: str
     columns: dict[str, str]
+    numbered: str | None = None
 
     def types(self) -> dict[str, str]:
         return self.columns
 
 
 def _target(join: Join, model: Model) -> _Target:
-    return _Target(_beside(model) if join.beside else model.name, model.types())
+    return _Target(_beside(model) if join.beside else model.name, model.types(), model.numbered)
 
 
 def _beside(model: Model) -> str:

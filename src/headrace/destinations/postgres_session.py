@@ -151,8 +151,9 @@ class PostgresSession:
         """See `Session.append`."""
         self._copy(target, rows, types, {"_source": source})
 
-    def remove(self, target: str, source: str, keys: pa.Table) -> None:
-        """See `Session.remove`."""
+    def remove(self, target: str, source: str, keys: pa.Table, number: tuple[str, str] | None = None) -> None:
+        """See `Session.remove`. The index is on the source key."""
+        del number
         same = self.same_key("_source_key", "r.key")
         self._run(f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}", [source], keys)
 

@@ -68,8 +68,10 @@ class Session(Protocol):
         DuckDB's words; `_source` is the same for all."""
         ...
 
-    def remove(self, target: str, source: str, keys: pa.Table) -> None:
-        """Delete a source's rows of some source keys (the only column) from a model's table."""
+    def remove(self, target: str, source: str, keys: pa.Table, number: tuple[str, str] | None = None) -> None:
+        """Delete a source's rows of some source keys (the only column) from a model's table, in which the
+        column `number`, with its type in DuckDB's words, if there is one, is the source key as a whole
+        number."""
         ...
 
     def make_room(self, target: str, keys: int) -> None:
