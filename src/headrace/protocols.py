@@ -271,7 +271,8 @@ class Table(Protocol):
 
     @property
     def numbered(self) -> str | None:
-        """The column that is the source key itself, a whole number, in every row; None if none is."""
+        """The column that is the source key itself, a whole number, in every row; None if none is, or if rows
+        are found otherwise than by deleting them."""
         ...
 
 

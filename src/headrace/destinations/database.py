@@ -356,11 +356,15 @@ class Database(ABC):
         left, found = recorded(db, model.name), db.columns(schema, table, hidden=True)
         refuse_drift(model.name, left, found)
         known = db.columns(schema, table)
+        is_alike = left is not None and left.numbered == model.numbered
+        numbered = model.numbered if not known or is_alike else None
         if not known:
             self.make_schema(db, schema)
             columns = ", ".join(f"{quoted(name)} {type_}" for name, type_ in wanted.items())
             db.execute(f"CREATE TABLE {target} ({columns}, _source VARCHAR, _source_key VARCHAR)")
-            db.prepare_table(target)
+            db.prepare_table(target, numbered)
+        elif left is not None and left.numbered != numbered:
+            db.prepare_table(target, numbered)
         for name, type_ in wanted.items() if known else ():
             column = quoted(name)
             if name not in known:
@@ -370,8 +374,6 @@ class Database(ABC):
                     f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_} "
                     f"USING CAST({column} AS {type_})"
                 )
-        is_alike = left is not None and left.numbered == model.numbered
-        numbered = model.numbered if not known or is_alike else None
         now = Shape(found if known == wanted else db.columns(schema, table, hidden=True), numbered)
         if now != left:
             record_shape(db, model.name, now)

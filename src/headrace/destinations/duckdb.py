@@ -325,7 +325,7 @@ class _DuckDBSession:
         # Two hashes: one of 64 bits may meet by chance, both do not.
         return [f"hash({', '.join(cells)})::HUGEINT" for cells in (columns, [*columns[::-1], "'again'"])]
 
-    def prepare_table(self, target: str) -> None:
+    def prepare_table(self, target: str, number: str | None) -> None:
         pass  # no index: a scan of one column costs less than an index that every change moves
 
 

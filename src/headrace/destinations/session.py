@@ -96,8 +96,9 @@ class Session(Protocol):
         """Return expressions of numbers that can be summed; all are equal where the columns (quoted) are."""
         ...
 
-    def prepare_table(self, target: str) -> None:
-        """Add to a model's table that was just made what finding its rows by source key needs."""
+    def prepare_table(self, target: str, number: str | None) -> None:
+        """Add to a model's table what finding its rows by source key needs, or by the column `number` where
+        that is the key."""
         ...
 
 

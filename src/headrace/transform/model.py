@@ -102,7 +102,8 @@ class RowModel:
     def numbered(self) -> str | None:
         """See `Table.numbered`."""
         key = [column for column in self.schema.columns if column.name in self.schema.key]
-        if len(key) != 1 or not is_whole(key[0].type):
+        plain = self.kind.materialize == "latest" and self.kind.delete == "hard"
+        if not plain or len(key) != 1 or not is_whole(key[0].type):
             return None
         outputs = (output for output in self.outputs if output[2] in _WHOLE)
         reading = (name for name, text, _ in outputs if _reads(text, key[0], self.alias))
