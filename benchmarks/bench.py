@@ -27,6 +27,8 @@ NAMES = (
     "postgres_apply",
     "merge",
     "snapshot",
+    "models",
+    "rebuild",
     "debezium",
     "latency",
     "idle",

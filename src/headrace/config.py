@@ -30,6 +30,7 @@ from headrace.document import (
 )
 from headrace.errors import ConfigError, UserError
 from headrace.references import MAX_SECRET_FILE_BYTES, SecretParsers, read_reference
+from headrace.schema_policy import Rules, parse_rules
 from headrace.secret import Secret
 
 __all__ = [
@@ -107,6 +108,7 @@ class SourceConfig:
     restart_age_alarm: float = 900.0
     failover: bool | None = None
     standby_url: Secret | None = None
+    schema_changes: Rules = ()
     upstream: Project | None = None
 
     @property
@@ -407,6 +409,9 @@ def _sources(
             document.fail((*path, "url"), 'missing; add for example url = "${env:SHOP_URL}"')
         if "where" in given:
             given["where"] = _conditions(document, (*path, "where"), given["where"])
+        if "schema_changes" in given:
+            changes = (*path, "schema_changes")
+            given["schema_changes"] = parse_rules(document, changes, given["schema_changes"])
         if given.get("hash") and "hash_salt" not in table:
             example_salt = 'missing; hash needs it: hash_salt = "${env:HEADRACE_HASH_SALT}"'
             document.fail((*path, "hash_salt"), example_salt)
@@ -459,6 +464,7 @@ def _source_parsers(secret: SecretParsers) -> dict[str, Parser]:
         "restart_age_alarm": values.duration("10s", "24h"),
         "failover": values.boolean,
         "standby_url": secret.url,
+        "schema_changes": lambda value: value,
     }
 
 

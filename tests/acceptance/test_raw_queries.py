@@ -64,7 +64,7 @@ def test_raw_stands_beside_the_destination_as_of_where_that_stands(
         assert changes.out == "_op,id\nu,3\nd,2\n"
         refused = here("query", joined, "--as-of", str(offset), cwd=tmp_path)
         assert refused.code == 2
-        assert "sales is only there as it is now" in refused.err
+        assert '"sales" is only there as it is now' in refused.err
         with pipeline.lanes[0].applying:  # staging goes on, the destination does not
             sql(server, "INSERT INTO orders VALUES (4, 'new', '4')")
             until(

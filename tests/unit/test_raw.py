@@ -17,6 +17,7 @@ from headrace.change import Column, CopyMark, Entry, TableId, TableSchema
 from headrace.errors import UserError
 from headrace.log.sqlite import SQLiteLog
 from headrace.raw.project import OpenProject, open_project
+from headrace.raw.query import names_in
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.staging.delta import DeltaStaging
 
@@ -172,6 +173,15 @@ def test_only_files_with_wanted_offsets_are_read(opened: Opened, monkeypatch: py
     monkeypatch.undo()
 
 
+def test_the_tables_of_a_query_are_told_from_its_other_names() -> None:
+    found = names_in(
+        'WITH c AS (FROM raw.shop."sales.items"), raw AS (SELECT 1) SELECT r.id FROM changes.shop.o r '
+        "JOIN shop.o USING (id), c, raw, sales s WHERE id IN (SELECT id FROM RAW_text.shop.x)"
+    )
+    assert found.raw == (("changes", "shop", "o"), ("raw", "shop", "sales.items"), ("raw_text", "shop", "x"))
+    assert found.others == ('"sales"', '"shop"."o"')
+
+
 @pytest.mark.parametrize(
     ("query", "words"),
     [
@@ -194,5 +204,5 @@ def test_what_cannot_be_read_is_told(
     for as_of in ("yesterday", 99):
         with pytest.raises(UserError):
             project.raw("shop.items", as_of=as_of)
-    with pytest.raises(UserError, match="sales is only there as it is now"):
+    with pytest.raises(UserError, match='"sales" is only there as it is now'):
         project.query("SELECT * FROM raw.shop.items, sales", as_of=3)

@@ -14,7 +14,7 @@ from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
-from headrace.authoring.files import read_files
+from headrace.authoring.files import logged_shapes, model_file, read_files
 from headrace.change import TableId, TableSchema
 from headrace.config import (
     MODELS_FOLDER,
@@ -27,6 +27,7 @@ from headrace.config import (
 from headrace.destinations import open_destination
 from headrace.errors import HeadraceError
 from headrace.mart import Mart
+from headrace.raw.query import Session
 from headrace.secret import place_of
 from headrace.sources.postgres.catalog import list_tables, read_shapes
 from headrace.sources.postgres.connection import connect
@@ -69,15 +70,31 @@ def examine(project: Project) -> Iterator[Line]:
     fresh = not project.state.exists()
     for source in project.sources:
         area = f"source {source.name}"
+        if source.upstream:
+            yield Line(area, _readable(project, source))
+            shapes[source.name] = logged_shapes(project, source.name) or None
+            continue
         yield from (Line(area, finding) for finding in inspect(source, fresh=fresh))
         shapes[source.name] = _shapes(source)
-    yield from (Line("sources", finding) for finding in _shared_slots(project.sources))
+    own = [source for source in project.sources if not source.upstream]
+    yield from (Line("sources", finding) for finding in _shared_slots(own))
     yield from (Line("destination", finding) for finding in _destination(project))
     yield from (Line("state", finding) for finding in _folders(project))
     yield from (Line("models", finding) for finding in _models(project, shapes))
 
 
 # ---------------------------------------------------------------------------------------- sources
+
+
+def _readable(project: Project, source: SourceConfig) -> Finding:
+    """Whether the log and the staging of another project can be read."""
+    try:
+        with Session(project) as session:
+            _, staging = session.source(source.name)
+            return Finding("ok", f"{source.place} can be read, through offset {staging.through()}")
+    except (HeadraceError, OSError) as error:
+        remedy = error.remedy if isinstance(error, HeadraceError) else "Mend its rights."
+        return Finding("fail", f"{source.place} cannot be read: {str(error).rstrip('.')}", remedy)
 
 
 def _shapes(source: SourceConfig) -> Shapes | None:
@@ -120,7 +137,7 @@ def _destination(project: Project) -> Iterator[Finding]:
     if config.url:
         there = place_of(config.url.reveal())
         for source in project.sources:
-            if place_of(source.url.reveal())[1:] == there[1:]:
+            if not source.upstream and place_of(source.url.reveal())[1:] == there[1:]:
                 what = f"the destination is the database of source {source.name}: what is applied is captured"
                 yield Finding("fail", what, "Name another database in [destination] url.")
     destination = open_destination(config)
@@ -145,7 +162,8 @@ def _published(config: DestinationConfig) -> Iterator[Finding]:
 
 
 def _folders(project: Project) -> Iterator[Finding]:
-    places = dict.fromkeys((project.state, project.staging.path))
+    stages = any(not source.upstream for source in project.sources)
+    places = dict.fromkeys((project.state, *([project.staging.path] if stages else [])))
     for folder in places:
         fault = _folder_fault(folder)
         yield Finding("fail", *fault) if fault else Finding("ok", f"{folder} can be written")
@@ -175,7 +193,11 @@ def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[F
     texts: dict[str, ModelText | Mart] = {}
     for name, text in read_files(project):
         if isinstance(text, HeadraceError):
-            yield Finding("fail", _clause(text), text.remedy or f"Mend {MODELS_FOLDER}/{name}.sql.")
+            yield Finding(
+                "fail",
+                _clause(text),
+                text.remedy or f"Mend {MODELS_FOLDER}/{model_file(project, name).name}.",
+            )
             continue
         texts[name] = text
         if isinstance(text, ModelText):
@@ -188,7 +210,7 @@ def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[F
 
 
 def _bound(text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
-    file = f"{MODELS_FOLDER}/{text.name}.sql"
+    file = f"{MODELS_FOLDER}/{text.file}"
     if text.source not in shapes:
         what = f"model {text.name} reads raw.{text.source}.{text.table}, and there is no source {text.source}"
         return Finding("fail", what, f"{_near(text.source, shapes)} Mend {file}.".strip())

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from headrace.authoring.checking import check_models
 from headrace.authoring.checking import record as record_all
+from headrace.authoring.files import model_file
 from headrace.authoring.judging import run_tests
 from headrace.authoring.recorded import read_shapes
 from headrace.cells import json_of
@@ -48,7 +49,7 @@ def ci(
         print(json_of({"ok": ok, "models": models, "tests": tests}))
         return 0 if ok else 1
     for result in results:
-        print(f"{'ok  ' if result.ok else 'FAIL'} {MODELS_FOLDER}/{result.model}.sql")
+        print(f"{'ok  ' if result.ok else 'FAIL'} {MODELS_FOLDER}/{model_file(settings, result.model).name}")
         for problem in (*result.problems, *result.breaks):
             print(f"     {problem}")
         if result.unbound:

@@ -24,6 +24,7 @@ from headrace.sources.postgres.health import age_text, size_text, slot_health
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.slot import durable_commit
 from headrace.staging.delta import DeltaStaging
+from headrace.transform.header import model_paths
 
 _QUERIES = (
     'SELECT source, "offset", commit, committed_at FROM headrace.progress',
@@ -70,7 +71,8 @@ def status(
         `bytes`, `oldest_s`
       - `quarantine`: open records by cause: `issue`, `model`, `reason`, `columns`, `message`,
         `records`, `age_s`
-      - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason; its `holder` is the
+      - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason, or `read_by`, the
+        project whose staging is read; its `holder` is the
         server's oldest open transaction, which keeps `restart_lsn` from moving on.
     - `marts`: `name`, `kind` (view, table), `state` (ok, suspended, retired), `reason`, `incomplete` and what
       is `missing` in its inputs; of a table the `positions` by source that it is of, `rows`, `age_s`.
@@ -188,10 +190,10 @@ def _hops(
     log = SQLiteLog(path, read_only=True)
     try:
         durable, end = durable_commit(log), log.end()
-        staging = DeltaStaging(project.staging.path, source.name, log.id, read_only=True)
+        staging = DeltaStaging(project.staging_path(source.name), source.name, log.id, read_only=True)
         staged = live["staged"].get(source.name) if live else None
         if staged is None:
-            staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+            staging.follow(log)
             staged = staging.through()
         tables = _tables_of_models(project, source, log)
         return {
@@ -210,13 +212,14 @@ def _tables_of_models(project: Project, source: SourceConfig, log: SQLiteLog) ->
     """Return the raw table of every model; a file that does not read is left to `headrace check`."""
     labels = {table.label: table for table in log.schemas()}
     tables = {f"{source.name}.{label}": table for label, table in labels.items()}
-    paths = sorted(project.models.glob("*.sql"))
+    paths = model_paths(project.models)
     if paths:
+        from headrace.transform.python.text import outline
         from headrace.transform.sql import read_model
 
         for path in paths:
             try:
-                text = read_model(path)
+                text = outline(path) if path.suffix == ".py" else read_model(path)
             except HeadraceError:
                 continue
             if text.source == source.name and text.table in labels:
@@ -250,6 +253,8 @@ def _visible(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slot(source: SourceConfig) -> dict[str, Any]:
+    if source.upstream:
+        return {"name": None, "read_by": str(source.upstream.root)}
     try:
         return {"name": source.slot, **asdict(slot_health(source.url.reveal(), source.slot))}
     except HeadraceError as error:
@@ -384,6 +389,8 @@ def _print_causes(causes: Rows) -> None:
 
 
 def _slot_words(slot: Mapping[str, Any]) -> str:
+    if "read_by" in slot:
+        return f"none: the staging of {slot['read_by']} is read"
     if "unreachable" in slot:
         return f"unreachable: {slot['unreachable']}"
     if not slot["exists"]:

@@ -356,28 +356,34 @@ class Database(ABC):
         left, found = recorded(db, model.name), db.columns(schema, table, hidden=True)
         refuse_drift(model.name, left, found)
         known = db.columns(schema, table)
-        is_alike = left is not None and left.numbered == model.numbered
-        numbered = model.numbered if not known or is_alike else None
         if not known:
             self.make_schema(db, schema)
             columns = ", ".join(f"{quoted(name)} {type_}" for name, type_ in wanted.items())
             db.execute(f"CREATE TABLE {target} ({columns}, _source VARCHAR, _source_key VARCHAR)")
-            db.prepare_table(target, numbered)
-        elif left is not None and left.numbered != numbered:
-            db.prepare_table(target, numbered)
         for name, type_ in wanted.items() if known else ():
             column = quoted(name)
             if name not in known:
                 db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
             elif known[name] != type_:
-                db.execute(
-                    f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_} "
-                    f"USING CAST({column} AS {type_})"
-                )
+                db.retype(target, column, type_)
+        numbered = self._number_of(db, model, left) if known else model.numbered
+        if not known or (left is not None and left.numbered != numbered):
+            db.prepare_table(target, numbered)
         now = Shape(found if known == wanted else db.columns(schema, table, hidden=True), numbered)
         if now != left:
             record_shape(db, model.name, now)
         self._numbered[model.name] = numbered
+
+    def _number_of(self, db: Session, model: Table, left: Shape | None) -> str | None:
+        """Return the column of a table that is the source key in all of its rows, also in those of earlier
+        versions of the model; None if none is."""
+        name = model.numbered
+        if name is None or left is None or left.numbered != name:
+            return None
+        # Of another type it may not have every value, which is null then.
+        query = f"SELECT count(*) FROM {self.table_of(model.name)} WHERE {quoted(name)} IS NULL"
+        is_same = left.columns[name] == db.types(model)[name]
+        return name if is_same or db.execute(query) == [(0,)] else None
 
     def make_schema(self, db: Session, schema: str) -> None:
         """Make a schema where it is missing."""
@@ -388,6 +394,12 @@ class Database(ABC):
         self._shaped.pop(model.name, None)
         db.execute(f"DROP TABLE IF EXISTS {self.table_of(model.name)}")
         record_shape(db, model.name, None)
+
+    def release_table(self, db: Session, model: Table) -> None:
+        """Leave a table that was made here to the user: nothing is known of it any more."""
+        self._shaped.pop(model.name, None)
+        record_shape(db, model.name, None)
+        db.changed.discard(model.name)
 
     def change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         """Write an outcome to a model's table; raises ModelBroken when it cannot take the rows."""

@@ -27,6 +27,8 @@ _GIVEN = {pa.string(): "text", pa.int64(): "bigint", pa.bool_(): "boolean"}
 _KEY_PREFIX = 400
 """Characters of a source key that are in its index, whose entries take 2704 bytes at most."""
 
+_CANNOT_COERCE = "42846"
+
 _GIVEN_RELATION = re.compile(r"\b(FROM|JOIN|USING) _hr_given\b")
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -202,6 +204,20 @@ class PostgresSession:
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         """See `Session.fingerprints`. As text, since not every type can be compared."""
         return [f"hashtextextended(ROW({', '.join(columns)})::text, {seed})" for seed in (0, 1)]
+
+    def retype(self, target: str, column: str, type_: str) -> None:
+        """See `Session.retype`."""
+        alter = f"ALTER TABLE {target} ALTER COLUMN {column} TYPE {type_}"
+        self.execute("SAVEPOINT headrace_retype")
+        try:
+            self.execute(f"{alter} USING CAST({column} AS {type_})")
+        except psycopg.Error as error:
+            state = error.sqlstate or ""
+            if not (state.startswith("22") or state == _CANNOT_COERCE):
+                raise
+            self.execute("ROLLBACK TO SAVEPOINT headrace_retype")
+            self.execute(f"{alter} USING CAST(NULL AS {type_})")
+        self.execute("RELEASE SAVEPOINT headrace_retype")
 
     def prepare_table(self, target: str, number: str | None) -> None:
         """See `Session.prepare_table`."""

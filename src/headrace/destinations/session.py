@@ -96,6 +96,11 @@ class Session(Protocol):
         """Return expressions of numbers that can be summed; all are equal where the columns (quoted) are."""
         ...
 
+    def retype(self, target: str, column: str, type_: str) -> None:
+        """Give a column of a table (both quoted) another type. Values that it cannot have are null: the
+        table's rows are copied again where the source computed them anew."""
+        ...
+
     def prepare_table(self, target: str, number: str | None) -> None:
         """Add to a model's table what finding its rows by source key needs, or by the column `number` where
         that is the key."""

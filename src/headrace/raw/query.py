@@ -7,6 +7,7 @@ longer than that, whatever it is; raw then counts up to where the destination st
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,14 +32,12 @@ from headrace.server import scan
 from headrace.staging.delta import DeltaStaging, find_tables
 
 _BATCH = 10_000
-_NAME = r'(?:"(?:[^"]|"")*"|[^\s."]+)'
-_REFERENCE = re.compile(rf"{_NAME}(?:\.{_NAME})*")
-_PART = re.compile(_NAME)
+_PART = re.compile(r'"(?:[^"]|"")*"')
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The tables that a query names: raw ones by catalog, source and label, the others as SQL names them."""
+    """The tables that a query names: raw ones by catalog, source and label, others by their quoted names."""
 
     raw: tuple[tuple[str, str, str], ...]
     others: tuple[str, ...]
@@ -48,20 +47,30 @@ def names_in(sql: str) -> Names:
     """Find the tables that a query names. Raises UserError for anything but a query."""
     refuse_writing([sql])
     with duckdb.connect() as db:
-        try:
-            found = sorted(db.get_table_names(sql, qualified=True))
-        except duckdb.Error as error:
-            raise UserError(str(error).strip()) from error
-    raw, others = list[tuple[str, str, str]](), list[str]()
-    for reference in found:
-        match = _REFERENCE.match(reference)  # behind it may stand an alias
-        assert match is not None, reference
-        parts = [_plain(part) for part in _PART.findall(match[0])]
-        if len(parts) == 3 and parts[0].lower() in CATALOGS:
-            raw.append((parts[0].lower(), parts[1], parts[2]))
-        else:
-            others.append(match[0])
-    return Names(tuple(raw), tuple(dict.fromkeys(others)))
+        ((text,),) = db.execute("SELECT json_serialize_sql($1)", [sql]).fetchall()
+    tree = json.loads(text)
+    if tree["error"]:
+        raise UserError(f"{tree['error_message']}.", "Raw tables are read by SELECT.")
+    tables, named = set[tuple[str, str, str]](), set[str]()
+    for node in _nodes(tree):
+        if node.get("type") == "BASE_TABLE":
+            tables.add((node["catalog_name"], node["schema_name"], node["table_name"]))
+        if isinstance(node.get("cte_map"), dict):
+            named.update(entry["key"].lower() for entry in node["cte_map"]["map"])
+    raw = sorted((c.lower(), s, t) for c, s, t in tables if c.lower() in CATALOGS)
+    others = sorted(
+        ".".join(map(quoted, filter(None, table)))
+        for table in tables
+        if table[0].lower() not in CATALOGS and (table[1] or table[2].lower() not in named)
+    )
+    return Names(tuple(raw), tuple(others))
+
+
+def _nodes(tree: object) -> Iterator[dict[str, Any]]:
+    if isinstance(tree, dict):
+        yield tree
+    for inner in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from _nodes(inner)
 
 
 class Session:
@@ -100,13 +109,9 @@ class Session:
             path = self._project.log_path(name)
             if name not in known:
                 raise UserError(f"There is no [source.{name}].", f"Sources are: {', '.join(known)}.")
-            if not path.exists():
-                raise UserError(
-                    f"Source {name} has not run yet: nothing is staged.", "Run `headrace run --once` first."
-                )
             log = self._kept.enter_context(closing(SQLiteLog(path, read_only=True)))
-            staging = DeltaStaging(self._project.staging.path, name, log.id, read_only=True)
-            staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+            staging = DeltaStaging(self._project.staging_path(name), name, log.id, read_only=True)
+            staging.follow(log)
             self._opened[name] = log, staging
         return self._opened[name]
 
@@ -126,8 +131,8 @@ class Session:
         self.db.execute(f"CREATE VIEW {catalog}.{quoted(source)}.{quoted(label)} AS {query}")
 
     def take(self, tables: Sequence[str]) -> dict[str, Offset]:
-        """Copy tables of the destination, as SQL names them, into the session; returns how far each source
-        was applied to them. Raises what `headrace.server.scan` raises."""
+        """Copy tables of the destination, by their quoted names, into the session; returns how far each
+        source was applied to them. Raises what `headrace.server.scan` raises."""
         typed = self._project.destination.type == "duckdb"
         queries = ['SELECT source, "offset" FROM headrace.progress']
         for table in tables:
@@ -147,8 +152,8 @@ class Session:
     def _fill(self, table: str, types: Mapping[str, str], rows: Scanned) -> None:
         """Make a table of rows that come batch by batch; Arrow alone does not tell every type."""
         schema, batches = rows
-        if "." in table:
-            self.db.execute(f"CREATE SCHEMA IF NOT EXISTS {_PART.findall(table)[0]}")
+        if len(parts := _PART.findall(table)) > 1:
+            self.db.execute(f"CREATE SCHEMA IF NOT EXISTS {parts[0]}")
         _hr_batch = schema.empty_table()
         cells = ", ".join(
             f"{quoted(name)}::{types[name]} AS {quoted(name)}" if name in types else quoted(name)
@@ -212,10 +217,6 @@ def read_query(project: Project, sql: str, as_of: AsOf | None = None) -> pa.Reco
     except BaseException:
         session.close()
         raise
-
-
-def _plain(name: str) -> str:
-    return name[1:-1].replace('""', '"') if name.startswith('"') else name
 
 
 def _rows(result: Scanned) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ def fold(
     events = events_of(db, key, live)
     points = points_of(db, key, events)
     settled, removed = _lasts(points)
-    bad = pa.array([], pa.int64())
+    bad, chosen = pa.array([], pa.int64()), None
     verdicts = evaluation.run(undecided(events, settled))
     verdicts = with_fatal(evaluation, verdicts, events)
     if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
@@ -72,12 +72,13 @@ def fold(
         verdicts = evaluation.run(undecided(events, again))
         verdicts = with_fatal(evaluation, verdicts, events)
         settled, removed, bad = _settle(db, points, verdicts)
+        chosen = settled  # of more rows that were converted
     filtered = _count_in(verdicts, "filtered", settled)
     records = records_of(evaluation, events, bad)
     return Prepared(
         reset=bool(len(resets)),
         removed=removed,
-        rows=evaluation.rows(settled if len(settled) < events.num_rows else None),
+        rows=evaluation.rows(chosen),
         records=records,
         counts=Counts(
             read=total,

@@ -30,7 +30,7 @@ def name_faults(
         text, place = texts[name], fold(name)
         mirrored = f"{text.source}.{text.table}" if isinstance(text, ModelText) else ""
         other = filled.setdefault(place, name)
-        rename = f"Rename models/{name}.sql."
+        rename = f"Rename models/{text.file if isinstance(text, ModelText) else f'{name}.sql'}."
         if other != name:
             yield name, f"models {other} and {name} would fill one table, {'.'.join(place)}", rename
         elif place[0] in OWN_SCHEMAS:
