@@ -150,6 +150,11 @@ def test_a_python_model_is_a_model_like_any_other(
     assert rows(project, open_) == []
     command(capsys, project, "rebuild", "sales")
     assert rows(project, sales)[:2] == [(1, "1.50", "Paid"), (3, "0.00", "New")]
+    assert main(["rollback", "sales", "--to", shown["version"], "--project", str(project.root)]) == 2
+    assert "other helper modules" in capsys.readouterr().err
+    words.write_text(WORDS)
+    command(capsys, project, "rollback", "sales", "--to", shown["version"])
+    assert (file.read_text(), rows(project, sales)[0]) == (MODEL, (1, "1.50", "PAID"))
     report = verify(project)
     assert report.verified, [finding for finding in report.findings if not finding.ok]
 

@@ -4,6 +4,7 @@ source has, also of rows that no later change touches, and nothing was started a
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import psycopg
 import pytest
 
 from headrace.change import TableId
+from headrace.cli.staging import history as staging_history
 from headrace.config import load_project
 from headrace.pipeline import Pipeline
 from headrace.sources.postgres import follow
@@ -223,3 +225,65 @@ def test_a_model_of_a_table_that_has_moved_says_where(world: World) -> None:
         "raw.pg.moved_m is not captured: it is called other.moved_m now."
     )
     assert any("MOVED table public.moved is called other.moved now" in alert for alert in world.alerts)
+
+
+def test_a_policy_holds_the_destination_or_the_models_until_a_person_lets_them_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with PostgresServer(tmp_path / "pg") as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(follow, "WATCH_EVERY", 0.3)
+        for table in ("kept", "waits", "read"):
+            server.psql(f"CREATE TABLE {table} (id integer PRIMARY KEY, v integer, w text)")
+            server.psql(f"INSERT INTO {table} SELECT n, n, 'w' FROM generate_series(1, 9) n")
+        root = tmp_path / "project"
+        (root / "models").mkdir(parents=True)
+        (root / "models" / "reader.sql").write_text("SELECT id::INTEGER AS id, v FROM raw.pg.read")
+        (root / "headrace.toml").write_text(
+            f'[source.pg]\nurl = "{server.url}"\nheartbeat = "500ms"\n'
+            "[source.pg.schema_changes]\n"
+            'column_added = "freeze"\ncolumn_dropped = "freeze"\ntype_changed = "freeze"\n'
+            '"public.waits" = { column_dropped = "suspend" }\n'
+            '[destination]\npath = "warehouse.duckdb"\n'
+        )
+        with running(load_project(root)) as pipeline:
+            (lane,) = pipeline.lanes
+
+            def found(query: str) -> list[dict[str, object]]:
+                (rows,) = lane.destination.read([query])
+                return list(rows.to_pylist())
+
+            until(lambda: len(lane.models()) == 3 and lane.idle(), "copied")
+            server.psql("ALTER TABLE kept ADD COLUMN n integer DEFAULT 7, DROP COLUMN w, ALTER v TYPE text")
+            server.psql("INSERT INTO kept VALUES (10, 'ten', 8), (11, '11', 8)")
+            for table in ("waits", "read"):
+                server.psql(f"ALTER TABLE {table} DROP COLUMN v; INSERT INTO {table} VALUES (10, 'x')")
+            until(lambda: {"pg.waits", "reader"} <= lane.suspended().keys(), "suspended")
+            until(lambda: found("SELECT * FROM pg.kept WHERE id = 11"), "kept goes on")
+            until(lane.idle, "idle")
+            assert [*found("SELECT * EXCLUDE (_source, _source_key) FROM pg.kept WHERE id = 11")] == [
+                {"id": 11, "v": 11, "w": None}
+            ]
+            records = "SELECT key, columns FROM headrace.quarantine WHERE status = 'quarantined'"
+            until(lambda: found(records) == [{"key": "10", "columns": "v"}], "a value that v cannot have")
+            raw = lane.staging.read(TableId("public", "kept"), 0, lane.staging.through()).to_pylist()
+            assert [row["n"] for row in raw if row["id"] == "10"] == ["8"], "raw has it all"
+            assert len(found("SELECT * FROM pg.waits")) == 9, "it stands still"
+            reasons = lane.suspended()
+            assert reasons["pg.waits"] == (
+                "The source altered public.waits: v dropped; schema_changes says suspend."
+            )
+            assert re.search(
+                r'Column "v".*the source has had no column "v" since 0/[0-9A-F]+ \(20',
+                reasons["reader"],
+            )
+            told = [record.getMessage() for record in caplog.records if record.name == "headrace.alert"]
+            assert sum(text.startswith("FROZEN public.kept") for text in told) == 3
+            assert sum("SUSPENDED model pg.waits" in text for text in told) == 1
+            (root / "models" / "reader.sql").write_text("SELECT id::INTEGER AS id, w FROM raw.pg.read")
+            lane.source.change_tables(lane.log, [TableId("public", "waits")], "resume")
+            until(lambda: not lane.suspended() and lane.idle(), "resumed")
+            assert len(found("SELECT * FROM pg.waits")) == 10
+            until(lambda: len(found("SELECT * FROM reader")) == 10, "mended")
+        staging_history("kept", project=root)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[-1] for line in lines if "column_" in line] == ["freeze"] * 2

@@ -62,6 +62,7 @@ class DeltaStaging:
 
         Raises StagingForeign when the folder belongs to another log.
         """
+        self.source = source
         self._root = root / "raw" / encode(source)
         self._log_id = log_id
         self._read_only = read_only

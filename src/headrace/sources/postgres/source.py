@@ -88,7 +88,7 @@ class PostgresSource:
         self._requests: deque[TableId] = deque()
         self._resync = threading.Event()
         self._unannounced: set[TableId] = set()
-        self._left_out: set[TableId] = set()
+        self._left_out: dict[TableId, str] = {}
         self._gone: dict[TableId, int] = {}
         self._plain: Connection | None = None
 
@@ -307,35 +307,31 @@ class PostgresSource:
 
     def _take_in_new(self, log: LogIndex, awaited: Container[TableId]) -> None:
         """Capture tables that the patterns select and that the source did not have until now, but for those
-        `awaited` under another name."""
+        `awaited` under another name. One that cannot be captured is tried again at the next look."""
         db, states = self._catalog(), read_states(log)
-        selected = select_tables(self._config.tables, list_tables(db))
-        for table in selected:
+        for table in select_tables(self._config.tables, list_tables(db)):
             state = states.get(table)
             known = state is not None and not (state.stage == "removed" and state.reason == DROPPED)
-            if known or table in self._left_out or table in awaited:
+            if known or table in awaited or is_known(db, log, table, captured_tables(log)):
                 continue
-            if is_known(db, log, table, captured_tables(log)):
-                continue
-            if action(self._config.schema_changes, table, "table_added") == "freeze":
-                why = "schema_changes says so; `headrace tables add` takes it in"
-            elif obstacle := self._obstacle(log, table):
-                why = obstacle
-            else:
+            obstacle = self._obstacle(log, table)
+            if not obstacle:
                 TableStates(log).move([table], "requested", ADDED)
                 self._requests.append(table)
                 alerts.warning("NEW table %s: it is copied beside the stream, and captured.", table)
-                continue
-            self._left_out.add(table)
-            alerts.warning("NEW table %s is not captured: %s.", table, why.rstrip("."))
+            elif self._left_out.get(table) != obstacle:
+                alerts.warning("NEW table %s is not captured: %s", table, obstacle)
+            self._left_out[table] = obstacle
 
     def _obstacle(self, log: LogIndex, table: TableId) -> str:
         """Publish a table; return what is in the way, '' if it is done."""
+        if action(self._config.schema_changes, table, "table_added") == "freeze":
+            return f"schema_changes says freeze. `headrace tables add {table}` takes it in."
         check_publication(self._catalog(), self._config, log)
         try:
             if publish(self._catalog(), self._config, [table]):
                 expect_publication(self._catalog(), self._config, log)
-        except UserError as error:
+        except (UserError, SourceUnavailable) as error:  # the application may have it locked for long
             return error.paragraph()
         return ""
 

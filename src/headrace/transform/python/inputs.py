@@ -46,7 +46,7 @@ def inputs_of(annotation: Any) -> Inputs:
     if annotation in (None, Any, Row, dict, Mapping) or typing.get_origin(annotation) in (dict, Mapping):
         return _Rows()
     if is_pydantic(annotation):
-        return _Validated(annotation, tuple(fields_of(annotation)))
+        return _validated(annotation)
     return _parsed(annotation)
 
 
@@ -68,15 +68,39 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Validated:
-    """An object of a Pydantic model, which reads texts in its lax mode."""
+    """An object of a Pydantic model, which reads texts in its lax mode, but for those of `parsers`."""
 
     model: Any
     reads: tuple[str, ...]
+    parsers: Mapping[str, Callable[[str], Any]]
 
     def rows(self, batch: pa.RecordBatch) -> tuple[Iterator[Callable[[], Any]], Faults]:
         validate = self.model.model_validate
-        cells = zip(*(batch[name].to_pylist() for name in self.reads), strict=True)
+        cells = zip(*(self._column(name, batch[name].to_pylist()) for name in self.reads), strict=True)
         return (lambda row=row: validate(dict(zip(self.reads, row, strict=True))) for row in cells), {}
+
+    def _column(self, name: str, cells: list[Any]) -> list[Any]:
+        parse = self.parsers.get(name)
+        return [_tried(parse, cell) for cell in cells] if parse else cells
+
+
+def _tried(parse: Callable[[str], Any], cell: Any) -> Any:
+    """Return what a cell says, or the cell: then it is Pydantic that says what is wrong with it."""
+    try:
+        return parse(cell) if isinstance(cell, str) else cell
+    except (ValueError, ArithmeticError):
+        return cell
+
+
+def _validated(row: Any) -> _Validated:
+    fields = fields_of(row)
+    bare = {name: taken_apart(annotation)[0] for name, annotation in fields.items()}
+    parsers = {name: _PARSERS[kind] for name in fields if (kind := _origin(bare[name])) in _NOT_PYDANTICS}
+    return _Validated(row, tuple(fields), parsers)
+
+
+def _origin(bare: Any) -> Any:
+    return typing.get_origin(bare) or bare
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +180,10 @@ _PARSERS: Mapping[Any, Callable[[str], Any]] = {
     dict: json.loads,
     list: json.loads,
 }
+
+
+_NOT_PYDANTICS = (datetime, time, bytes, dict, list)
+"""What Postgres writes otherwise than Pydantic reads: a zone of `+00`, bytes in hex, JSON as a text."""
 
 
 def _parser(bare: Any) -> Callable[[str], Any]:

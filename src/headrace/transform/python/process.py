@@ -48,6 +48,7 @@ _STUCK = 60  # seconds after which a message that cannot be passed on counts as 
 _IMPORT = 6.0  # times the limit of a row
 _ENDING = 10.0
 _LONGEST_LINE = 4096
+_MOST_LINES = 100  # a second, that are logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,14 @@ def _end(popen: subprocess.Popen[bytes], connection: Connection, life: int, rela
 
 def _relay(name: str, printed: int, popen: subprocess.Popen[bytes]) -> None:
     """Log what a model prints, line by line, until its process ends."""
+    second, said = 0, 0
     with open(printed, "rb") as lines:
         while line := lines.readline(_LONGEST_LINE):
-            logger.info("%s: %s", name, line.decode(errors="replace").rstrip())
+            if (now := int(time.monotonic())) != second:
+                if said > _MOST_LINES:
+                    logger.info("%s: … and %d lines more", name, said - _MOST_LINES)
+                second, said = now, 0
+            said += 1
+            if said <= _MOST_LINES:
+                logger.info("%s: %s", name, line.decode(errors="replace").rstrip())
     popen.wait()
