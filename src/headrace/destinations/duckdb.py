@@ -26,7 +26,7 @@ from headrace.destinations.session import Session
 from headrace.destinations.shapes import drifts
 from headrace.destinations.tables import CREATE
 from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
-from headrace.keys import literal
+from headrace.keys import literal, quoted
 from headrace.protocols import DestinationFinding, Scanned, Table
 from headrace.turns import Gate
 
@@ -286,10 +286,13 @@ class _DuckDBSession:
             f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_given", given=rows
         )
 
-    def remove(self, target: str, source: str, keys: pa.Table) -> None:
+    def remove(self, target: str, source: str, keys: pa.Table, number: tuple[str, str] | None = None) -> None:
         self.make_room(target, keys.num_rows)
+        cell, key = "_source_key", "key"
+        if number is not None:  # numbers are read five times as fast; of a key that is none there is no row
+            cell, key = quoted(number[0]), f"TRY_CAST(key AS {number[1]})"
         self.execute(
-            f"DELETE FROM {target} WHERE _source = $1 AND _source_key IN (SELECT key FROM _hr_given)",
+            f"DELETE FROM {target} WHERE _source = $1 AND {cell} IN (SELECT {key} FROM _hr_given)",
             [source],
             keys,
         )
@@ -326,7 +329,7 @@ class _DuckDBSession:
         alter = f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_}"
         self.execute(f"{alter} USING TRY_CAST({column} AS {type_})")
 
-    def prepare_table(self, target: str) -> None:
+    def prepare_table(self, target: str, number: str | None) -> None:
         pass  # no index: a scan of one column costs less than an index that every change moves
 
 

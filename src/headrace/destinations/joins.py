@@ -262,6 +262,10 @@ class _Renamed:
     def version(self) -> str:
         return self.model.version
 
+    @property
+    def numbered(self) -> str | None:
+        return self.model.numbered
+
     def types(self) -> dict[str, str]:
         return self.model.types()
 
@@ -275,13 +279,14 @@ class _Target:
 
     name: str
     columns: dict[str, str]
+    numbered: str | None = None
 
     def types(self) -> dict[str, str]:
         return self.columns
 
 
 def _target(join: Join, model: Model) -> _Target:
-    return _Target(_beside(model) if join.beside else model.name, model.types())
+    return _Target(_beside(model) if join.beside else model.name, model.types(), model.numbered)
 
 
 def _beside(model: Model) -> str:

@@ -344,6 +344,20 @@ class TableSuite:
         model = limited(destination, model_of("typed", text))
         same_rows(destination, model, [row(1, "7"), row(2, None)])
 
+    def test_a_row_goes_by_its_source_key_whatever_number_a_model_has_made_of_it(
+        self, destination: Destination
+    ) -> None:
+        plain = model_of("m", "SELECT id::BIGINT AS id, v FROM raw.shop.t")
+        moved = model_of("m", "SELECT id::BIGINT + 1 AS id, v FROM raw.shop.t")
+        assert (plain.numbered, moved.numbered) == ("id", None)
+        query = f"SELECT id, v, _source_key FROM {destination.table_of('m')} ORDER BY _source_key"
+        destination.apply(slice_of(0, (plain, [row(1), row(2), row(3)]), size=3))
+        destination.apply(slice_of(3, (plain, [row(1, "b"), row(3, None, _op="d")]), size=2))
+        assert table(destination, query) == [(1, "b", "1"), (2, "a", "2")]
+        destination.apply(slice_of(5, (moved, [row(1, "c")])))
+        destination.apply(slice_of(6, (plain, [row(2, "d")])))
+        assert table(destination, query) == [(2, "c", "1"), (2, "d", "2")]
+
     def test_a_source_key_may_be_of_any_length(self, destination: Destination) -> None:
         model = mirror("shop", shape(("v", "text"), key=("v",)))
         keys = [os.urandom(4_000).hex() + end for end in "ab"]

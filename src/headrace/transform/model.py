@@ -16,7 +16,7 @@ import pyarrow as pa
 from headrace.change import Column, TableId, TableSchema
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
-from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, mirror_expression
+from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Prepared
 from headrace.scrub import scrub
 from headrace.transform.evaluate import Evaluation
@@ -33,6 +33,7 @@ from headrace.transform.sql import Check, ModelText
 from headrace.transform.stepping import settle, step
 
 _local = threading.local()
+_WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
 _SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
 
@@ -108,6 +109,17 @@ class RowModel:
     def is_mirror(self) -> bool:
         """Whether the model follows its table's shape instead of a file."""
         return self.version.startswith("mirror:")
+
+    @property
+    def numbered(self) -> str | None:
+        """See `Table.numbered`."""
+        key = [column for column in self.schema.columns if column.name in self.schema.key]
+        plain = self.kind.materialize == "latest" and self.kind.delete == "hard"
+        if not plain or self.python is not None or len(key) != 1 or not is_whole(key[0].type):
+            return None
+        outputs = (output for output in self.outputs if output[2] in _WHOLE)
+        reading = (name for name, text, _ in outputs if _reads(text, key[0], self.alias))
+        return next(reading, None)
 
     def types(self) -> dict[str, str]:
         """See `Model.types`."""
