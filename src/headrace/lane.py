@@ -76,10 +76,12 @@ class Lane:
         self.destination = destination
         spool = project.state / "spool" / config.name
         self.source = PostgresSource(config, project.log.max_group_bytes, project.log.group_linger, spool)
-        self.log = SQLiteLog(project.log_path(config.name), read_only=read_only)
-        self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
-        self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
-        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins)
+        reading = read_only or config.upstream is not None
+        self.log = SQLiteLog(project.log_path(config.name), read_only=reading)
+        root = project.staging_path(config.name)
+        self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
+        self.staging.follow(self.log)
+        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins, project.state / "spill")
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
@@ -123,7 +125,9 @@ class Lane:
         return durable_commit(self.log) > lsn
 
     def load(self) -> bool:
-        """Stage what comes next; False when all of the log is staged."""
+        """Stage what comes next, or see what another project has; False when nothing was to be done."""
+        if self.config.upstream:
+            return self.staging.follow(self.log)
         try:
             entries = self.log.read(self.staging.written(), _LOAD_BYTES)
         except LogTrimmed as error:
@@ -278,13 +282,17 @@ class Lane:
             prepared = self.joiner.folded(model, stands.offset, wanted)
             return self.destination.redrive(model, prepared, dry_run=dry_run)
 
-    def rebuild(self, model_name: str, *, dry_run: bool = False) -> None:
-        """Begin to build a model once more, beside its live table. Raises UserError where it does not run, or
+    def rebuild(self, model_name: str, *, dry_run: bool = False) -> bool:
+        """Begin to build a model once more, beside its live table; returns False for a table that others have
+        changed: it is dropped, and the pipeline builds it anew. Raises UserError where it does not run, or
         has other columns now: then the pipeline builds it again anyway."""
         with self.applying:
             self.reload_models(now=True)
             self._reload_tables()
             model, stand = self._asked(model_name)
+            if model is not None and not dry_run and self.destination.forget_if_reshaped(model, mend=True):
+                self._stands = None
+                return False
             if model is None or stand is None or (stand.state, stand.version) == ("suspended", model.version):
                 words = f"Model {model_name} does not run now, or there is none."
                 raise UserError(words, "`headrace status` says more.")
@@ -293,6 +301,7 @@ class Lane:
                 raise UserError(words, "Run it; `headrace preview` shows what it will be.")
             self.joiner.know(None)
             self.joiner.rebuild(model, stand.offset, dry_run=dry_run)
+            return True
 
     def take_rebuild_further(self, model_name: str) -> bool:
         """Take one step of a rebuild and nothing else; False when it has come to its end."""
@@ -435,7 +444,7 @@ class Lane:
             named.add(text.name)
             if text.table not in captured:
                 reason = f"raw.{text.source}.{text.table} is not captured{self._why(text.table)}."
-                remedy = f"Mend models/{text.name}.sql, or add the table to [source.{text.source}] tables."
+                remedy = f"Mend models/{text.file}, or add the table to [source.{text.source}] tables."
                 self._suspend(text.name, _NO_VERSION, ModelBroken(text.name, reason, remedy))
         for name, state in stands.items():
             if name not in named and state.state != "retired":

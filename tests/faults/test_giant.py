@@ -21,7 +21,7 @@ from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import encode_rows
 from headrace.pipeline import open_lanes
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.transform.model import RowModel
 
 TABLE, OTHER = TableId("public", "orders"), TableId("public", "other")

@@ -12,7 +12,7 @@ import pytest
 from headrace.change import Column, TableId, TableSchema
 from headrace.errors import ModelBroken
 from headrace.payload import BEFORE, UNCHANGED
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.scrub import scrub
 from headrace.transform import model as models
 from headrace.transform.model import RowModel, bind, engine

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from headrace.change import Column, Mark, Position, TableId, TableSchema
 from headrace.destinations.duckdb import DuckDBDestination
 from headrace.payload import BEFORE, UNCHANGED
-from headrace.protocols import Part, Prepared, Slice
+from headrace.prepared import Prepared
+from headrace.protocols import Part, Slice
 from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.sql import read_model
 

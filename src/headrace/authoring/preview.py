@@ -30,7 +30,7 @@ from headrace.errors import HeadraceError, UserError
 from headrace.joining import Joiner
 from headrace.keys import identity, literal, quoted
 from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.server import read, scan
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.staging.delta import DeltaStaging
@@ -268,8 +268,8 @@ def _open_log(project: Project, source: str) -> SQLiteLog:
 
 
 def _staging(project: Project, source: str, log: SQLiteLog) -> DeltaStaging:
-    staging = DeltaStaging(project.staging.path, source, log.id, read_only=True)
-    staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+    staging = DeltaStaging(project.staging_path(source), source, log.id, read_only=True)
+    staging.follow(log)
     return staging
 
 

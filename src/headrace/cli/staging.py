@@ -146,6 +146,9 @@ def compact(
         schema.table; the schema public may be left out. All tables if it is left out.
     """
     settings = load_project(project)
+    for config in settings.sources:
+        if source in ("", config.name):
+            settings.refuse_reading_only(config.name, "headrace staging compact")
     try:
         rows = ask(settings, {"op": "compact", "source": source, "table": table})["tables"]
     except (FileNotFoundError, ConnectionRefusedError):
@@ -157,7 +160,7 @@ def compact(
 
 def _compact_here(project: Project, source: str, table: str) -> list[dict[str, Any]]:
     """Compact as the owner of the state folder."""
-    from headrace.pipeline import take_state
+    from headrace.state import take_state
 
     with closing(take_state(project.state)):
         grace = project.staging.grace
@@ -176,8 +179,10 @@ def _stagings(
         path = project.log_path(config.name)
         if path.exists():
             with closing(SQLiteLog(path, read_only=True)) as log:
-                staging = DeltaStaging(project.staging.path, config.name, log.id, read_only=read_only)
-                staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+                staging = DeltaStaging(
+                    project.staging_path(config.name), config.name, log.id, read_only=read_only
+                )
+                staging.follow(log)
             yield config, staging, staging.through()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -13,7 +14,11 @@ from headrace.destinations.session import Session
 from headrace.destinations.tables import LEDGER_COUNTS, OPEN, QUARANTINE, RECORD_COLUMNS
 from headrace.errors import DestinationError
 from headrace.keys import literal
-from headrace.protocols import Model, Part, Prepared, Slice
+from headrace.prepared import Prepared
+from headrace.protocols import Model, Part, Slice
+
+if TYPE_CHECKING:
+    from headrace.destinations.steps import Settled
 
 
 @dataclass(slots=True)
@@ -66,10 +71,17 @@ class Books:
         account = self._accounts[part.model.name]
         account.counts += part.prepared.counts
         records = part.prepared.records
-        if not records.num_rows:
+        if not records.num_rows or part.prepared.steps is not None:
             return []
         account.open_records += int(records.num_rows)
         return record(self._db, part.model, records)
+
+    def settle(self, settled: Settled) -> list[str]:
+        """Enter what came of a model's steps; return new issues."""
+        account = self._accounts[settled.model.name]
+        account.counts = settled.counts
+        account.open_records += settled.records
+        return settled.issues
 
     def close(self) -> None:
         """Write the ledger and where the models stand now."""
@@ -124,13 +136,14 @@ def _state(part: Part) -> str:
 def heal(db: Session, model: str, prepared: Prepared, commit: int, records: str = QUARANTINE) -> int:
     """Mark the open records, kept in the table `records`, that a later good change has overtaken; returns
     how many."""
-    if not prepared.reset and not len(prepared.removed):
+    keys = [prepared.removed, *([prepared.deleted["key"]] if prepared.deleted is not None else [])]
+    if not prepared.reset and not sum(map(len, keys)):
         return 0
     where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_given)"
     return db.change(
         f"UPDATE {records} SET status = 'superseded', superseded_by = {commit}, "
         f"resolved_at = now() WHERE model = {literal(model)} AND {OPEN} {where}",
-        given=None if prepared.reset else pa.table({"key": prepared.removed}),
+        given=None if prepared.reset else pa.table({"key": pa.chunked_array(keys, pa.string())}),
     )
 
 
@@ -202,9 +215,14 @@ def record(db: Session, model: Model, records: pa.Table, into: str = QUARANTINE)
     """
     if not records.num_rows:
         return []
+    return record_from(db, model, "_hr_given", into, dated(records))
+
+
+def dated(records: pa.Table) -> pa.Table:
+    """Return records as the table of the quarantine holds them."""
     at = records.schema.get_field_index("committed_at")
     times = records["committed_at"].cast(pa.timestamp("us", "UTC"))
-    return record_from(db, model, "_hr_given", into, records.set_column(at, "committed_at", times))
+    return records.set_column(at, "committed_at", times)
 
 
 def record_from(
@@ -221,7 +239,7 @@ def record_from(
           'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
           {source} AS source, {name} AS model, {table} AS table_name,
           stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
-          committed_at, "offset", preview,
+          committed_at, "offset", preview, blocked,
           {literal(model.version)} AS model_version, 'quarantined' AS status FROM {relation} AS i
         ) r LEFT JOIN {into} q ON q.id = r.id""",
         given,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.change import Counts, Mark
 from headrace.destinations.books import (
@@ -21,11 +22,14 @@ from headrace.destinations.books import (
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
 from headrace.destinations.session import Session, Unfit
+from headrace.destinations.shapes import record_shape, recorded, refuse_drift
+from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import OPEN
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
-from headrace.protocols import DestinationFinding, Model, ModelState, Prepared, Scanned, Slice, Table
+from headrace.prepared import Prepared
+from headrace.protocols import DestinationFinding, Model, ModelState, Scanned, Slice, Table
 
 _REFUSES = "cannot take the model's rows"
 
@@ -43,6 +47,12 @@ class Database(ABC):
         self.joins = Joins(self)
         self.marts = Marts(self)
         self.commits = 0
+        self._quiet = 0
+
+    @property
+    def changes(self) -> int:
+        """How many transactions of this process have changed more than how far a source is applied."""
+        return self.commits - self._quiet
 
     # -- what an engine adds
 
@@ -83,6 +93,10 @@ class Database(ABC):
     def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
 
+    @abstractmethod
+    def tables_may_differ(self) -> bool:
+        """Whether others may have changed tables since this was asked last, in an open session."""
+
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:
         """See `Destination.limits`."""
         del model
@@ -104,6 +118,10 @@ class Database(ABC):
         schema, dot, table = model.partition(".")
         return (schema, table) if dot else (self.main, schema)
 
+    def folded(self, model: str) -> tuple[str, str]:
+        """See `Destination.folded`."""
+        return self.place_of(model)
+
     def table_of(self, model: str) -> str:
         """See `Destination.table_of`."""
         return ".".join(map(quoted, self.place_of(model)))
@@ -118,6 +136,8 @@ class Database(ABC):
         """
         try:
             with self.open(memory=memory) as db:
+                if self.tables_may_differ():
+                    self._shaped.clear()
                 if not self._shaped:
                     self.set_up(db)
                 db.begin(source, steady=steady)
@@ -161,25 +181,32 @@ class Database(ABC):
 
         1. progress is compared with what the slice says it starts from;
         2. part by part: the model's table is made or widened, its rows are changed, its open records
-           that a later good change has healed become superseded, its new records are written;
+           that a later good change has healed become superseded, its new records are written; where all
+           states of a row are kept, once for all parts of a model at their end;
         3. the ledger has one row per model, the models' and the source's progress move; commit.
         """
         new_issues: list[str] = []
         try:
             with self.writing(work.source) as db:
                 self._check(db, work)
-                books = Books(db, work)
+                books, steps = Books(db, work), StepBook(self, db, work.source)
                 for part in work.parts:
                     self.make_table(db, part.model)
                     with self._blaming(part.model.name):
                         books.admit(part, self.table_of(part.model.name))
-                        self._change_rows(db, work.source, part.model, part.prepared)
+                        if part.prepared.steps is not None:
+                            steps.add(part.model, part.model, part.prepared)
+                        else:
+                            self._change_rows(db, work.source, part.model, part.prepared)
                         new_issues += books.take(part)
                     failpoint("destination.apply.part")
                     del part  # before the next one is made
+                for settled in steps.settle():
+                    new_issues += books.settle(settled)
                 books.close()
                 move_progress(db, work.source, work.through, work.position, work.committed_at)
                 failpoint("destination.apply.commit")
+            self._quiet += not db.changed
         except CommitUnknown:
             # Asked behind whatever is left of that transaction: either it is done, or it never will be.
             if self._settled(work.source) != work.through:
@@ -250,25 +277,31 @@ class Database(ABC):
                 "UPDATE headrace.models SET state = 'retired', updated_at = now() WHERE model = $1", [model]
             )
 
-    def forget_if_reshaped(self, model: Model, *, dry_run: bool = False) -> bool:
+    def forget_if_reshaped(self, model: Model, *, mend: bool = False, dry_run: bool = False) -> bool:
         """See `Destination.forget_if_reshaped`."""
         self._shaped.clear()
         with self.writing(model.source) as db:
-            known = db.columns(*self.place_of(model.name))
-            if not known or known == db.types(model) or dry_run:
-                return bool(known) and known != db.types(model)
-            with self._blaming(model.name, "cannot be built again"):
-                db.execute(f"DROP TABLE {self.table_of(model.name)}")
-            db.execute(
-                f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
-                f"resolved_at = now() WHERE model = $1 AND {OPEN}",
-                [model.name],
-            )
-            db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
-            db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
-            db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
-            db.changed.add(model.name)
-        return True
+            place = self.place_of(model.name)
+            left, found = recorded(db, model.name), db.columns(*place, hidden=True)
+            if not mend:
+                refuse_drift(model.name, left, found)
+            is_other = left not in (None, found) if mend else db.columns(*place) not in ({}, db.types(model))
+            if is_other and not dry_run:
+                self._forget(db, model)
+        return is_other
+
+    def _forget(self, db: Session, model: Model) -> None:
+        with self._blaming(model.name, "cannot be built again"):
+            self.drop_table(db, model)
+        db.execute(
+            f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
+            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
+            [model.name],
+        )
+        db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
+        db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
+        db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
+        db.changed.add(model.name)
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:
         """See `Destination.issue`."""
@@ -304,7 +337,8 @@ class Database(ABC):
     # -- tables and rows
 
     def make_table(self, db: Session, model: Table) -> None:
-        """Make or widen a model's table; raises ModelBroken when it cannot take the columns."""
+        """Make or widen a model's table; raises ModelBroken when it cannot take the columns, or when others
+        have changed it."""
         if self._shaped.get(model.name) != model.types():
             with self._blaming(model.name, "cannot take the model's columns"):
                 self._shape(db, model)
@@ -316,6 +350,8 @@ class Database(ABC):
         schema, table = self.place_of(model.name)
         target = self.table_of(model.name)
         wanted = db.types(model)
+        left, found = recorded(db, model.name), db.columns(schema, table, hidden=True)
+        refuse_drift(model.name, left, found)
         known = db.columns(schema, table)
         if not known:
             self.make_schema(db, schema)
@@ -328,6 +364,8 @@ class Database(ABC):
                 db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
             elif known[name] != type_:
                 db.retype(target, column, type_)
+        if left is None or known != wanted:
+            record_shape(db, model.name, db.columns(schema, table, hidden=True))
 
     def make_schema(self, db: Session, schema: str) -> None:
         """Make a schema where it is missing."""
@@ -337,6 +375,13 @@ class Database(ABC):
         """Drop a model's table, if there is one."""
         self._shaped.pop(model.name, None)
         db.execute(f"DROP TABLE IF EXISTS {self.table_of(model.name)}")
+        record_shape(db, model.name, {})
+
+    def release_table(self, db: Session, model: Table) -> None:
+        """Leave a table that was made here to the user: nothing is known of it any more."""
+        self._shaped.pop(model.name, None)
+        record_shape(db, model.name, {})
+        db.changed.discard(model.name)
 
     def change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         """Write an outcome to a model's table; raises ModelBroken when it cannot take the rows."""
@@ -347,19 +392,16 @@ class Database(ABC):
         target = self.table_of(model.name)
         if prepared.counts.read:
             db.changed.add(model.name)
-        if prepared.reset:
+        if prepared.deleted is not None:
+            _mark_deleted(db, source, target, prepared.deleted)
+        elif prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
         if len(prepared.removed):
-            same = db.same_key("_source_key", "r.key")
-            db.execute(
-                f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}",
-                [source],
-                pa.table({"key": prepared.removed}),
-            )
+            db.remove(target, source, pa.table({"key": prepared.removed}))
         if prepared.rows.num_rows:
             db.append(target, model.types(), source, prepared.rows)
 
-    def exchange_rows(self, db: Session, model: Model, statements: Sequence[str]) -> int:
+    def exchange_rows(self, db: Session, model: Table, statements: Sequence[str]) -> int:
         """Run statements that change a model's rows; returns how many."""
         db.changed.add(model.name)
         with self._blaming(model.name):
@@ -377,7 +419,27 @@ class Database(ABC):
             raise _broken(model, words, what) from error
 
 
+def _mark_deleted(db: Session, source: str, target: str, deleted: pa.Table) -> None:
+    """Mark rows as deleted, see `Prepared.deleted`."""
+    live = "_source = $1 AND _deleted_at IS NULL"
+    keyed = deleted.filter(pc.is_valid(deleted["key"]))
+    if keyed.num_rows:
+        db.execute(
+            f"UPDATE {target} SET _deleted_at = d.moment FROM _hr_given d "
+            f"WHERE {live} AND {db.same_key('_source_key', 'd.key')}",
+            [source],
+            keyed,
+        )
+    if keyed.num_rows < deleted.num_rows:
+        moment = deleted["moment"].slice(deleted.num_rows - 1)
+        db.execute(
+            f"UPDATE {target} SET _deleted_at = d.moment FROM _hr_given d WHERE {live}",
+            [source],
+            pa.table({"moment": moment}),
+        )
+
+
 def _broken(model: str, words: str, what: str = _REFUSES) -> ModelBroken:
     return ModelBroken(
-        model, f"Table {model} {what}: {words}", "Mend or drop the table, then start the pipeline again."
+        model, f"Table {model} {what}: {words}", "Mend the table, then start the pipeline again."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from headrace.destinations.session import Session
 from headrace.destinations.tables import OPEN, QUARANTINE
 from headrace.keys import literal
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 
 
 def take_off(

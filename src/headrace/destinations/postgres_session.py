@@ -153,6 +153,14 @@ class PostgresSession:
         """See `Session.append`."""
         self._copy(target, rows, types, {"_source": source})
 
+    def remove(self, target: str, source: str, keys: pa.Table) -> None:
+        """See `Session.remove`."""
+        same = self.same_key("_source_key", "r.key")
+        self._run(f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}", [source], keys)
+
+    def make_room(self, target: str, keys: int) -> None:
+        """See `Session.make_room`. The server's own settings hold."""
+
     def _copy(
         self, target: str, rows: pa.Table, types: Mapping[str, str], constants: Mapping[str, str]
     ) -> None:
@@ -162,15 +170,15 @@ class PostgresSession:
             for piece in as_csv(rows, types, constants):
                 copy.write(piece)
 
-    def columns(self, schema: str, table: str) -> dict[str, str]:
+    def columns(self, schema: str, table: str, *, hidden: bool = False) -> dict[str, str]:
         """See `Session.columns`."""
         return dict(
             self.execute(
                 "SELECT a.attname, format_type(a.atttypid, a.atttypmod) FROM pg_attribute a "
                 "JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
                 "WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped "
-                "AND a.attname NOT IN ('_source', '_source_key') ORDER BY a.attnum",
-                [schema, table],
+                "AND (a.attname NOT IN ('_source', '_source_key') OR $3) ORDER BY a.attnum",
+                [schema, table, hidden],
             )
         )
 

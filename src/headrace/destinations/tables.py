@@ -5,7 +5,7 @@ LEDGER_COUNTS = ("read", "applied", "superseded", "filtered", "quarantined", "wa
 RECORD_COLUMNS = (
     "id, issue, source, model, table_name, stage, reason, columns, message, op, is_partial, key, epoch, "
     'commit, ordinal, txid, committed_at, "offset", preview, model_version, status, attempts, '
-    "first_seen, last_attempt"
+    "first_seen, last_attempt, blocked"
 )
 
 QUARANTINE = "headrace.quarantine"
@@ -30,7 +30,7 @@ CREATE TABLE IF NOT EXISTS headrace.quarantine (
   epoch BIGINT, commit BIGINT, ordinal BIGINT, txid BIGINT, committed_at TIMESTAMPTZ,
   "offset" BIGINT, preview VARCHAR, model_version VARCHAR, status VARCHAR, superseded_by BIGINT,
   attempts INTEGER, first_seen TIMESTAMPTZ, last_attempt TIMESTAMPTZ, resolution VARCHAR,
-  resolved_at TIMESTAMPTZ
+  resolved_at TIMESTAMPTZ, blocked BIGINT
 );
 CREATE TABLE IF NOT EXISTS headrace.joining AS SELECT * FROM headrace.quarantine WHERE false;
 CREATE TABLE IF NOT EXISTS headrace.ledger (
@@ -52,4 +52,5 @@ CREATE TABLE IF NOT EXISTS headrace.marts (
   missing VARCHAR, positions VARCHAR, "rows" BIGINT, seconds DOUBLE PRECISION, made BOOLEAN,
   inputs VARCHAR, refreshed_at TIMESTAMPTZ
 );
+CREATE TABLE IF NOT EXISTS headrace.shapes (model VARCHAR, columns VARCHAR);
 """

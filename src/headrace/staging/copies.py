@@ -75,7 +75,8 @@ def beyond(changes: pa.Table, floor: Position) -> pa.Table:
     """
     epochs, commits = changes["_epoch"], changes["_commit"]
     later = pc.and_(pc.equal(epochs, floor.epoch), pc.greater(commits, floor.commit))
-    return changes.filter(pc.or_(pc.greater(epochs, floor.epoch), later))
+    later = pc.or_(pc.greater(epochs, floor.epoch), later)
+    return changes if pc.all(later).as_py() else changes.filter(later)
 
 
 def in_source_order(parts: Iterable[pa.Table]) -> pa.Table:

@@ -25,6 +25,7 @@ from headrace.errors import DestinationError, ForeignDestination, ModelBroken, U
 from headrace.failpoints import VARIABLE
 from headrace.keys import quoted
 from headrace.protocols import Destination, Slice
+from headrace.testing.destination_drift_suite import DriftSuite
 from headrace.testing.destination_joins_suite import BagSuite, JoinSuite
 from headrace.testing.destination_marts_suite import MartSuite
 from headrace.testing.destinations import (
@@ -429,7 +430,7 @@ def same_rows(destination: Destination, model: RowModel, cells: Sequence[Cells])
             )
 
 
-class DestinationSuite(OwnerSuite, BooksSuite, TableSuite, BagSuite, JoinSuite, MartSuite):
+class DestinationSuite(OwnerSuite, BooksSuite, TableSuite, DriftSuite, BagSuite, JoinSuite, MartSuite):
     """The contract as a whole."""
 
     @pytest.fixture

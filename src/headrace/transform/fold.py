@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from headrace.change import Counts
 from headrace.keys import key_before, key_of_row, literal, quoted
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 
 if TYPE_CHECKING:
     from headrace.transform.evaluate import Evaluation
@@ -39,6 +39,7 @@ RECORD = pa.schema(
         "committed_at": pa.int64(),
         "offset": pa.int64(),
         "preview": pa.string(),
+        "blocked": pa.int64(),
     }
 )
 NO_ROWS = pa.table({"_source_key": pa.array([], pa.string())})
@@ -60,23 +61,24 @@ def fold(
     live = changes.slice(int(resets[-1]) + 1) if len(resets) else changes
     if not total:
         return NOTHING
-    events = _events(db, key, live)
-    points = _points(db, key, events)
+    events = events_of(db, key, live)
+    points = points_of(db, key, events)
     settled, removed = _lasts(points)
-    bad = pa.array([], pa.int64())
+    bad, chosen = pa.array([], pa.int64()), None
     verdicts = evaluation.run(undecided(events, settled))
     verdicts = with_fatal(evaluation, verdicts, events)
     if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
-        again = _earlier_of_bad(db, points, verdicts)
+        again = earlier_of_bad(db, points, verdicts)
         verdicts = evaluation.run(undecided(events, again))
         verdicts = with_fatal(evaluation, verdicts, events)
         settled, removed, bad = _settle(db, points, verdicts)
+        chosen = settled  # of more rows that were converted
     filtered = _count_in(verdicts, "filtered", settled)
     records = records_of(evaluation, events, bad)
     return Prepared(
         reset=bool(len(resets)),
         removed=removed,
-        rows=evaluation.rows(settled if len(settled) < events.num_rows else None),
+        rows=evaluation.rows(chosen),
         records=records,
         counts=Counts(
             read=total,
@@ -88,7 +90,7 @@ def fold(
     )
 
 
-def _events(db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table) -> pa.Table:
+def events_of(db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table) -> pa.Table:
     """Add `_hr_n`, the place in the slice, and `_hr_k`, the source key."""
     if len(key) == 1:
         keys = changes[key[0]]
@@ -99,7 +101,7 @@ def _events(db: duckdb.DuckDBPyConnection, key: Sequence[str], changes: pa.Table
     return changes.append_column("_hr_n", numbers).append_column("_hr_k", keys)
 
 
-def _points(db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table) -> pa.Table:
+def points_of(db: duckdb.DuckDBPyConnection, key: Sequence[str], events: pa.Table) -> pa.Table:
     """Return every effect: `n`, its key `k`, whether the row is `gone` by it, whether the key is the event's
     `own`. A change of the key itself has two effects: the old key's row goes, the new key's comes.
     """
@@ -150,7 +152,7 @@ def with_fatal(evaluation: Evaluation, verdicts: pa.Table, events: pa.Table) -> 
     )
 
 
-def _earlier_of_bad(db: duckdb.DuckDBPyConnection, points: pa.Table, verdicts: pa.Table) -> pa.ChunkedArray:
+def earlier_of_bad(db: duckdb.DuckDBPyConnection, points: pa.Table, verdicts: pa.Table) -> pa.ChunkedArray:
     """Return the numbers of all other changes of keys whose last change is bad."""
     db.register("points", points)
     db.register("verdicts", verdicts)
@@ -209,6 +211,7 @@ def records_of(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Ta
                 for name in ("epoch", "commit", "ordinal", "txid", "committed_at", "offset")
             },
             "preview": _previews(rows),
+            "blocked": pa.repeat(pa.scalar(0, pa.int64()), rows.num_rows),
         },
         schema=RECORD,
     )

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from headrace.change import Counts, TableSchema
 from headrace.keys import identity
-from headrace.protocols import Prepared
+from headrace.prepared import Prepared
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import NOTHING, records_of, undecided, with_fatal
 

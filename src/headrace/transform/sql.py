@@ -20,8 +20,9 @@ from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
 from headrace.transform.header import settings_of, version_of
+from headrace.transform.kind import LATEST, Kind, kind_of
 
-_KEYS = ("key", "contract")
+_KEYS = ("key", "contract", "materialize", "delete")
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
@@ -51,7 +52,7 @@ class ModelText:
     """A model file, taken apart.
 
     `outputs` are (name, expression) pairs and `where` is '' or an expression, both verbatim;
-    `types` are the contract's types by output column.
+    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states.
     """
 
     name: str
@@ -64,6 +65,12 @@ class ModelText:
     types: tuple[tuple[str, str], ...]
     checks: tuple[Check, ...]
     version: str
+    kind: Kind = LATEST
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return f"{self.name}.sql"
 
 
 def read_model(path: Path, name: str = "") -> ModelText:
@@ -84,8 +91,10 @@ def read_model(path: Path, name: str = "") -> ModelText:
     types, checks = _contract(path.name, settings.get("contract", {}), [name for name, _ in outputs])
     key = _key(path.name, settings, outputs)
     checks = (*(Check(column, "") for column in key if Check(column, "") not in checks), *checks)
+    kind = kind_of(path.name, settings, [name for name, _ in outputs])
     version = version_of(text)
-    return ModelText(name or path.stem, source, table, alias, outputs, where, key, types, checks, version)
+    name = name or path.stem
+    return ModelText(name, source, table, alias, outputs, where, key, types, checks, version, kind)
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:
@@ -260,15 +269,18 @@ def _contract(
             raise ModelError(
                 f'{file}: the contract of {column!r} must be a string such as "BIGINT NOT NULL".'
             )
-        type_, column_checks = _rules(file, column, rule)
+        type_, column_checks = rules_of(file, column, rule)
         checks += column_checks
         if type_:
             types.append((column, type_))
     return tuple(types), tuple(checks)
 
 
-def _rules(file: str, column: str, rule: str) -> tuple[str, list[Check]]:
-    """Split `DECIMAL(12,2) NOT NULL CHECK (amount >= 0)` into its type and its checks."""
+def rules_of(file: str, column: str, rule: str) -> tuple[str, list[Check]]:
+    """Split `DECIMAL(12,2) NOT NULL CHECK (amount >= 0)` into its type, which may be '', and its checks.
+
+    Raises ModelError, naming the file, for what is no rule.
+    """
     checks: list[Check] = []
     match = _RULE.search(rule)
     type_ = rule[: match.start()].strip() if match else rule.strip()
