@@ -142,11 +142,15 @@ class OwnerSuite:
                 assert destination.read(queries) == before, place
 
     def test_a_table_that_cannot_take_its_model_breaks_this_model_alone(
-        self, destination: Destination
+        self, destination: Destination, destinations: Destinations
     ) -> None:
         second = model_of("second", "SELECT id::BIGINT AS id, v FROM raw.shop.t")
         other = model_of("second", "SELECT v AS id FROM raw.shop.t")
         destination.apply(slice_of(0, (MODEL, [row(1)]), (other, [row(1, "no number")])))
+        target = destination.table_of("second")
+        # A user's, of which the one or the other stands in the way of another type.
+        for statement in ("CREATE INDEX of_id ON {t} (id)", "CREATE VIEW seen AS SELECT id FROM {t}"):
+            destinations.alter(destination, statement.format(t=target))
         with pytest.raises(ModelBroken, match="Table second cannot take the model's columns") as caught:
             destination.apply(slice_of(1, (MODEL, [row(2)]), (second, [row(1)])))
         assert caught.value.model == "second"
