@@ -16,21 +16,11 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 FLOORS = [
     {"change", "errors", "config", "values", "document", "secret", "failpoints", "keys", "turns", "scrub"},
-    {
-        "protocols",
-        "prepared",
-        "steps",
-        "join",
-        "mart",
-        "payload",
-        "pgtypes",
-        "keyfilter",
-        "cells",
-        "debezium",
-        "ahead",
-    },
+    {"protocols", "prepared", "steps", "join", "mart", "payload", "pgtypes", "keyfilter", "cells", "debezium"}
+    | {"ahead"},
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
-    {"joining", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "marts", "authoring"},
+    {"joining", "history", "lane", "pipeline", "reading", "server", "verify", "memory", "upkeep", "marts"}
+    | {"authoring"},
     {"cli", "console", "testing"},
 ]
 FOLDERS = FLOORS[2]

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import duckdb
@@ -24,7 +25,8 @@ import pyarrow.compute as pc
 
 from headrace.change import Copy, Kind, Offset
 from headrace.errors import UserError
-from headrace.join import Join, Joins, Why
+from headrace.history import absences, began, gathered, in_share, of_share, shares, told_at_once
+from headrace.join import Account, Join, Joins, Why
 from headrace.keys import identity, key_before, key_of_row, literal, quoted
 from headrace.prepared import Prepared
 from headrace.protocols import LogIndex, ModelState
@@ -96,15 +98,31 @@ class Joiner:
         copy = self.stands_on(model)
         if copy is None:
             return self.filled(model, _of(keys, model, self._staging.read(model.table, 0, through)), through)
-        rows = self._staging.read_copied(model.table, copy, copy.begin, min(copy.end, through))
-        changes = self._staging.read(model.table, copy.after, through)
-        changes = self._not_copied(model, copy, _of(keys, model, changes), through)
-        return in_source_order([_of(keys, model, rows), changes])
+        copies = self._staging.copies(model.table, copy.end) if model.kind.remembers else [copy]
+        return self._history(model, copies, through, partial(_of, keys, model))
+
+    def _history(
+        self, model: RowModel, copies: Sequence[Copy], through: Offset, chosen: Callable[[pa.Table], pa.Table]
+    ) -> pa.Table:
+        """Return the chosen rows of copies and changes that the first does not contain, in source order; and
+        deletes of what a later copy has no more."""
+        parts = self._staging.pieces(model.table, copies[0].after, through)
+        changes = gathered(self._staging.read(model.table, through, through), map(chosen, parts))
+        changes = self._not_copied(model, copies[0], changes, through)
+        rows = [
+            gathered(changes.slice(0, 0), map(chosen, self._staging.copied_parts(model.table, copy)))
+            for copy in copies
+        ]
+        gone = [
+            absences(model.schema, copy, [changes, *rows[:i]], rows[i], began(self._log, copy))
+            for i, copy in enumerate(copies[1:], 1)
+        ]
+        return in_source_order([*rows, changes, *gone])
 
     def folded(self, model: RowModel, through: Offset, keys: pa.Array) -> Prepared:
         """Return what a model makes of all of the history of some source keys: their rows go, and what they
         came to takes their place."""
-        prepared = model.prepare(self.history(model, through, keys))
+        prepared = model.whole(self.history(model, through, keys))
         rows = prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys))
         records = prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys))
         return Prepared(reset=False, removed=keys, rows=rows, records=records, counts=prepared.counts)
@@ -161,7 +179,7 @@ class Joiner:
         if _is_there(join):
             alert(self._attach(join, model, copy, reached))
             return "attach"
-        if join.beside and join.phase == "copy" and stands[model.name].offset < join.target:
+        if join.beside and join.phase != "stream" and stands[model.name].offset < join.target:
             return "wait"  # what lags, after a pause say, runs up to the copy by itself
         alert(self._advance(join, model, copy, stands))
         return "slice"
@@ -169,6 +187,8 @@ class Joiner:
     def _begin(self, model: RowModel, copy: Copy, stands: Offset, target: Offset, why: Why) -> None:
         span = (copy.begin, copy.end)
         join = Join(model.name, self._source, model.version, *span, stands, "copy", copy.begin, target, why)
+        if model.kind.remembers and len(self._staging.copies(model.table, copy.end)) > 1:
+            join = replace(join, phase="keys", offset=0)
         self._destination.start(join, model)
         self._keep(join)
         what = f"joins the copy of {model.table}" if why == "copy" else f"is built once more: {why}"
@@ -181,15 +201,21 @@ class Joiner:
         target = stands[model.name].offset if join.beside else join.target
         through, prepared = self._taken(join, model, copy, target)
         following = replace(join, offset=through, target=target)
+        accounts: Sequence[Account] | None = None
         if join.phase == "copy" and through >= copy.end:
             following = replace(following, phase="stream", offset=min(copy.after, target))
+        elif join.phase == "keys":
+            accounts = ()
+            if through >= shares(self._staging, model.table, copy):
+                following = replace(following, phase="stream", offset=min(copy.end, target))
+                accounts = told_at_once(self._staging, model.table, copy, beside=join.beside)
         if not _is_there(following):
             self._ahead = (
                 following,
                 model,
                 self._preparer.submit(self._prepare, following, model, copy, target),
             )
-        issues = self._destination.step(join, following, model, prepared)
+        issues = self._destination.step(join, following, model, prepared, accounts)
         self._keep(following)
         return issues
 
@@ -201,6 +227,8 @@ class Joiner:
         return self._prepare(join, model, copy, target)
 
     def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+        if join.phase == "keys":
+            return join.offset + 1, self._share(join, model, copy)
         through, last = join.offset, copy.end if join.phase == "copy" else target
         kinds = ("copy",) if join.phase == "copy" else _STREAMED
         for _ in range(_SLICES if join.why != "copy" else 1):
@@ -211,6 +239,14 @@ class Joiner:
                     self._staging.read_copied(model.table, copy, join.offset, through)
                 )
             return through, self._missing(model, copy, join.offset, through)
+
+    def _share(self, join: Join, model: RowModel, copy: Copy) -> Prepared:
+        """Return what all of the history through a copy's end comes to, of the next share of the keys."""
+        count, copies = shares(self._staging, model.table, copy), self._staging.copies(model.table, copy.end)
+        with preparing(model.name):
+            mine = partial(in_share, model.schema, join.offset, count)
+            whole = model.whole(self._history(model, copies, copy.end, mine))
+            return of_share(whole, join.offset, count)
 
     def _missing(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Prepared:
         """Prepare the changes of a span that the copy does not contain."""

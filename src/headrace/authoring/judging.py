@@ -21,6 +21,7 @@ from headrace.keys import quoted
 from headrace.payload import BEFORE, UNCHANGED
 from headrace.prepared import Prepared
 from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.kind import PLACE
 from headrace.transform.model import RowModel, engine
 
 
@@ -92,7 +93,7 @@ def judge(case: Case, model: RowModel, key: Sequence[str]) -> Iterator[str]:
     Raises UserError for a test that names what is not there.
     """
     prepared = prepare_given(case.given, model)
-    names = case.columns or tuple(model.types())
+    names = case.columns or tuple(name for name in model.types() if name not in PLACE)
     for name in {*names, *(name for row in case.expect for name in row)} - set(model.types()):
         raise UserError(f"The model has no output column {name}.", f"It has: {', '.join(model.types())}.")
     with engine() as db:
@@ -119,7 +120,7 @@ def prepare_given(given: Sequence[Event], model: RowModel) -> Prepared:
 
     Raises UserError for a cell of a column that the table does not have, or a key that is not whole.
     """
-    return model.prepare(_changes(given, model.schema))
+    return model.whole(_changes(given, model.schema))
 
 
 def _texts(db: duckdb.DuckDBPyConnection, table: str, names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -18,10 +18,11 @@ from headrace.change import Counts, Mark, Position
 from headrace.destinations.books import heal, insert, move_progress, numbers, record, record_from, stand
 from headrace.destinations.multiset import take_off
 from headrace.destinations.session import Session
+from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import JOINING, OPEN, QUARANTINE
 from headrace.errors import DestinationError
 from headrace.failpoints import failpoint
-from headrace.join import Difference, Join
+from headrace.join import Account, Difference, Join
 from headrace.keys import literal, quoted
 from headrace.prepared import Prepared
 from headrace.protocols import Model
@@ -75,9 +76,16 @@ class Joins:
                 stand(db, model, 0, Position(0, 0, 0), 0, in_sync=False)
             _save(db, join)
 
-    def step(self, join: Join, following: Join, model: Model, prepared: Prepared) -> Sequence[str]:
+    def step(
+        self,
+        join: Join,
+        following: Join,
+        model: Model,
+        prepared: Prepared,
+        accounts: Sequence[Account] | None = None,
+    ) -> Sequence[str]:
         """Take in one slice of a phase and move to `following`, in one transaction; returns the ids of
-        issues that are new.
+        issues that are new. `accounts` are what the ledger is to say instead of the slice's own counts.
 
         Raises DestinationError when the join does not stand at `join`: another pipeline moved it.
         """
@@ -91,12 +99,12 @@ class Joins:
             self._destination.make_table(db, target)
             healed = heal(db, model.name, prepared, join.end, records)
             healed += take_off(db, join.source, model.name, table, prepared, join.end, records)
-            self._destination.change_rows(db, join.source, target, prepared)
-            issues = record(db, model, prepared.records, records)
+            counts, issues = self._take(db, join, model, prepared, records)
             # The live table has accounted for the changes already, and for the rows of its own copy.
-            if join.why == "copy" and (join.phase == "copy" or not join.beside):
-                kind = "copy" if join.phase == "copy" else "apply"
-                rows = [(*head, kind, join.offset, through, *numbers(prepared.counts), model.version)]
+            if join.why == "copy" and (join.phase != "stream" or not join.beside):
+                own = Account("copy" if join.phase == "copy" else "apply", join.offset, through, counts)
+                told = [own] if accounts is None else accounts
+                rows = [(*head, *each[:3], *numbers(each.counts), model.version) for each in told]
                 if healed:
                     moved = numbers(Counts(superseded=healed, quarantined=-healed))
                     rows.append((*head, "superseded", join.offset, through, *moved, model.version))
@@ -104,6 +112,19 @@ class Joins:
             _save(db, following)
             failpoint("destination.join.commit")
         return [] if join.beside else issues
+
+    def _take(
+        self, db: Session, join: Join, model: Model, prepared: Prepared, records: str
+    ) -> tuple[Counts, Sequence[str]]:
+        """Write an outcome to the table that a join fills; returns where the changes went, and new issues."""
+        target = _target(join, model)
+        if prepared.steps is None:
+            self._destination.change_rows(db, join.source, target, prepared)
+            return prepared.counts, record(db, model, prepared.records, records)
+        steps = StepBook(self._destination, db, join.source, records)
+        steps.add(model, target, prepared)
+        (settled,) = steps.settle()
+        return settled.counts, settled.issues
 
     def attach(
         self, join: Join, model: Model, at: Mark, position: Position, committed_at: int, *, in_sync: bool
@@ -256,14 +277,18 @@ def _exchange_records(db: Session, join: Join, model: Model) -> list[str]:
 
 
 def _balance(db: Session, join: Join, model: Model) -> None:
-    """Let the ledger say how many records are open, where a join has changed that."""
+    """Let the ledger say how many records are open, and what they block, where a join has changed that."""
     name = literal(model.name)
-    records = f"SELECT count(*) FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
-    known = (
-        f"SELECT coalesce(sum(quarantined), 0) FROM headrace.ledger WHERE model = {name} AND kind <> 'void'"
+    ((records, behind),) = db.execute(
+        "SELECT count(*), coalesce(sum(blocked), 0)::BIGINT "
+        f"FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
     )
-    ((difference,),) = db.execute(f"SELECT (({records}) - ({known}))::BIGINT")
-    if difference:
+    ((known, known_behind),) = db.execute(
+        "SELECT coalesce(sum(quarantined), 0)::BIGINT, coalesce(sum(blocked), 0)::BIGINT "
+        f"FROM headrace.ledger WHERE model = {name} AND kind <> 'void'"
+    )
+    opened, blocked = records - known, behind - known_behind
+    if opened or blocked:
         kind = "resync" if join.why == "copy" else "rebuild"
-        moved = numbers(Counts(superseded=-difference, quarantined=difference))
+        moved = numbers(Counts(superseded=-opened - blocked, quarantined=opened, blocked=blocked))
         insert(db, "ledger", [(model.source, model.name, kind, 0, 0, *moved, model.version)])

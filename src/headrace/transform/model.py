@@ -172,8 +172,11 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
     """Bind a model file to the shape of its table.
 
     Raises ModelBroken with the engine's own words when an expression names a missing column or
-    does not type-check, and ModelError when its key is not the source's key.
+    does not type-check, and ModelError when its key is not the source's key, or its
+    kind takes a key that the table does not have.
     """
+    if not schema.key:
+        refuse_without_key(f"{text.name}.sql", text.kind)
     types = dict(text.types)
     with engine() as db:
         _empty_events(db, schema)
@@ -198,8 +201,6 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             (name, expression, _type_name(db, text, type_)) for name, expression, type_ in outputs
         )
     _check_key(text, schema, outputs)
-    if not schema.key:
-        refuse_without_key(f"{text.name}.sql", text.kind)
     return replace(model, outputs=outputs)
 
 
