@@ -78,7 +78,8 @@ def _say(db: duckdb.DuckDBPyConnection, model: RowModel) -> None:
     db.execute(
         f"CREATE OR REPLACE TEMP TABLE said AS SELECT p.*, {what} AS what "
         "FROM points p JOIN happened e ON e.n = p.n LEFT JOIN ("
-        "SELECT _epoch, _commit, max(_ordinal) AS ordinal FROM truncates GROUP BY ALL) t ON t._epoch = e._epoch AND t._commit = e._commit"
+        "SELECT _epoch, _commit, max(_ordinal) AS ordinal FROM truncates GROUP BY ALL) t "
+        "ON t._epoch = e._epoch AND t._commit = e._commit"
     )
     if model.kind.materialize == "append":
         # A copied row that says what is known already is no change.
