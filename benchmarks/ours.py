@@ -7,6 +7,7 @@ opened, just before the source is read.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import threading
 import time
@@ -58,6 +59,20 @@ def copy(folder: str) -> None:
     _tell(lane, 0, time.monotonic() - begin)
 
 
+def rebuild(folder: str, model: str) -> None:
+    """Build a model once more, without a pipeline."""
+    lane = _lane(folder)
+    lane.apply()
+    begin, cpu = time.monotonic(), time.process_time()
+    lane.rebuild(model)
+    while lane.take_rebuild_further(model):
+        pass
+    seconds, cpu = time.monotonic() - begin, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_rss_mb": peak}))
+    lane.close()
+
+
 def _lane(folder: str) -> Lane:
     economise()
     project = load_project(Path(folder))
@@ -80,4 +95,5 @@ def _stop_on_sigterm(stop: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    {"once": once, "pipeline": pipeline, "capture": capture, "copy": copy}[sys.argv[1]](*sys.argv[2:])
+    verbs = {"once": once, "pipeline": pipeline, "capture": capture, "copy": copy, "rebuild": rebuild}
+    verbs[sys.argv[1]](*sys.argv[2:])

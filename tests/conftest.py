@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 # HEADRACE_EXAMPLES=1000 searches longer than a normal run has time for.
 settings.register_profile(
     "headrace",
-    max_examples=int(os.environ.get("HEADRACE_EXAMPLES", "30")),
+    max_examples=int(os.environ.get("HEADRACE_EXAMPLES", "20")),
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

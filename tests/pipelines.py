@@ -13,7 +13,7 @@ from headrace.config import Project
 from headrace.pipeline import Pipeline, open_lanes
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0, what: str = "") -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0, what: str = "") -> None:
     """Wait for a condition, with bounds that a busy machine does not reach."""
     deadline = time.monotonic() + seconds
     while not condition():

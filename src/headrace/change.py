@@ -174,7 +174,7 @@ class Copy:
 
     Its rows are the copied ones in `(begin, end)`. Changes through `floor` are contained in it; those
     beyond `ceiling` are not, and stand behind the offset `after`; in between it is the position of a
-    key's copied row that tells.
+    key's copied row that tells. `key` names the columns by which the table's rows were known then.
     """
 
     begin: Offset
@@ -182,6 +182,7 @@ class Copy:
     after: Offset
     floor: Position
     ceiling: Position
+    key: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

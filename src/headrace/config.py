@@ -28,8 +28,10 @@ from headrace.document import (
     _lines,
     read_texts,
 )
-from headrace.errors import ConfigError
-from headrace.secret import Secret, place_of
+from headrace.errors import ConfigError, UserError
+from headrace.references import MAX_SECRET_FILE_BYTES, SecretParsers, read_reference
+from headrace.schema_policy import Rules, parse_rules
+from headrace.secret import Secret
 
 __all__ = [
     "ENVIRONMENT",
@@ -57,15 +59,11 @@ __all__ = [
 
 STATE_FOLDER = ".headrace"
 ENVIRONMENT = "HEADRACE_ENV"
-"""The environment variable that names a project's environment, where the call does not."""
+"""The environment variable of a project's environment."""
 MODELS_FOLDER = "models"
 
-MAX_SECRET_FILE_BYTES = 64 << 10
 MAX_SOURCE_NAME = 40
 """Characters; `headrace_<source>` then fits the 63 bytes that Postgres allows a slot's name."""
-
-MIN_SECRET = 16
-"""Characters of a salt or a key."""
 
 _URL_REMEDY = "It is postgresql://user:password@host:port/database."
 
@@ -82,6 +80,7 @@ class SourceConfig:
     `tables` are patterns for `select_tables`; `publication` is any Postgres identifier, to be quoted.
     Copies: how many connections read at once, how many bytes per second all of them may read (0: no
     limit), how large a chunk is on the source's disk (bytes), how old a snapshot grows (seconds).
+    With an `upstream` nothing is captured: that project's staging of the same source is read.
     `exclude` and `hash` are patterns `schema.table.column` of columns that are left out or hashed with
     `hash_salt`; `where` holds pairs of a pattern of tables and the condition of the rows to capture.
     """
@@ -109,6 +108,13 @@ class SourceConfig:
     restart_age_alarm: float = 900.0
     failover: bool | None = None
     standby_url: Secret | None = None
+    schema_changes: Rules = ()
+    upstream: Project | None = None
+
+    @property
+    def place(self) -> str:
+        """Where its changes come from, for people."""
+        return f"the staging of {self.upstream.root}" if self.upstream else self.url.redacted()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +153,16 @@ class StagingConfig:
 class DestinationConfig:
     """`[destination]`: where models are applied to.
 
-    Of type `duckdb`, the file `path`, absolute. Of type `postgres`, the database of `url`: models without a
-    schema in their name are tables of `schema`; a statement waits for a lock for `lock_timeout` seconds and
-    takes `statement_timeout` seconds at most (0: no limit).
+    Of type `duckdb`, the file `path`, absolute; unless `publish` is None, it is where a copy for readers is
+    made, absolute, at most every `publish_every` seconds. Of type `postgres`, the database of `url`: models
+    without a schema in their name are tables of `schema`; a statement waits for a lock for `lock_timeout`
+    seconds and takes `statement_timeout` seconds at most (0: no limit).
     """
 
     type: Literal["duckdb", "postgres"]
     path: Path
+    publish: Path | None = None
+    publish_every: float = 10.0
     url: Secret | None = None
     schema: str = "public"
     lock_timeout: float = 30.0
@@ -197,7 +206,25 @@ class Project:
 
     def log_path(self, source: str) -> Path:
         """Return the file of a source's log; it need not exist."""
-        return self.state / "log" / f"{source}.db"
+        upstream = self._upstream(source)
+        return upstream.log_path(source) if upstream else self.state / "log" / f"{source}.db"
+
+    def staging_path(self, source: str) -> Path:
+        """Return the folder of the raw tables of a source and others."""
+        upstream = self._upstream(source)
+        return upstream.staging.path if upstream else self.staging.path
+
+    def refuse_reading_only(self, source: str, what: str) -> None:
+        """Raise UserError for what only who captures a source can do."""
+        if upstream := self._upstream(source):
+            raise UserError(
+                f"This project only reads the staging of source {source}: {what} is for the one that "
+                "captures it.",
+                f"Run it there: --project {upstream.root}" + (f" --env {upstream.env}" * bool(upstream.env)),
+            )
+
+    def _upstream(self, source: str) -> Project | None:
+        return next((known.upstream for known in self.sources if known.name == source), None)
 
     @property
     def models(self) -> Path:
@@ -226,22 +253,28 @@ def load_project(folder: Path, *, env: str | None = None, secrets: bool = True) 
     Raises `ConfigError` that lists every mistake, a line `FILE:LINE: …` for each; none of them quotes a
     secret or what an environment variable or secret file holds.
     """
-    root = Path(folder).expanduser().resolve()
     env = os.environ.get(ENVIRONMENT, "") if env is None else env
+    return _load(Path(folder).expanduser().resolve(), env, secrets=secrets)
+
+
+def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> Project:
+    """Read a project; of one that `is_upstream` of another, only the sources that it captures itself."""
     document = Document(read_texts(root, env))
-    secret = _SecretParsers(root, read=secrets)
-    sources = _sources(document, secret)
+    secret = SecretParsers(root, read=secrets)
+    sources = _sources(document, secret, None if is_upstream else (root, env))
     log = _log(document, root, secret)
-    staging = document.section("staging", {"path": values.path_in(root, "folder"), **_STAGING})
+    share, grace = values.share, values.duration("0s", "24h")
+    folder_of = values.path_in(root, "folder")
+    staging = document.section("staging", {"path": folder_of, "maintenance_cpu": share, "grace": grace})
     destination = _destination(document, root, secret)
-    scale = document.section("scale", _SCALE)
+    scale = document.section("scale", {"freshness": values.duration("100ms", "24h")})
     document.raise_mistakes()
     return Project(
         root=root,
         sources=sources,
         log=LogConfig(**log),
         staging=StagingConfig(**{"path": state_folder(root, env) / "staging", **staging}),
-        destination=DestinationConfig(**{"type": "duckdb", "path": root / "warehouse.duckdb", **destination}),
+        destination=DestinationConfig(**destination),
         scale=ScaleConfig(**scale),
         env=env,
     )
@@ -262,7 +295,7 @@ def read_url(text: str, root: Path) -> Secret:
     Raises `ConfigError`, which quotes nothing of it.
     """
     try:
-        return _url(text, Path(root))
+        return read_reference(text, Path(root))
     except Invalid as error:
         raise ConfigError(f"The url {'; '.join(error.args)}.", _URL_REMEDY) from None
 
@@ -292,35 +325,8 @@ def select_tables(patterns: Iterable[str], available: Iterable[TableId]) -> tupl
 
 # ------------------------------------------------------------------------------------- the source
 
-_STAGING: dict[str, Parser] = {"maintenance_cpu": values.share, "grace": values.duration("0s", "24h")}
-_SCALE = {"freshness": values.duration("100ms", "24h")}
 
-
-class _SecretParsers:
-    """Parsers of the values in which references are filled in; unless `read`, of their form alone."""
-
-    def __init__(self, root: Path, *, read: bool) -> None:
-        self._root = root
-        self._read = read
-
-    def url(self, value: object) -> Secret:
-        return _url(value, self._root) if self._read else self._unread(value)
-
-    def salt(self, value: object) -> Secret:
-        return _secret(value, self._root) if self._read else self._unread(value)
-
-    def web_address(self, value: object) -> Secret:
-        if not self._read:
-            return self._unread(value)
-        return Secret(values.web_address(_filled(values.string(value), self._root)))
-
-    @staticmethod
-    def _unread(value: object) -> Secret:
-        values.string(value)
-        return Secret("")
-
-
-def _log(document: Document, root: Path, secret: _SecretParsers) -> dict[str, Any]:
+def _log(document: Document, root: Path, secret: SecretParsers) -> dict[str, Any]:
     parsers: dict[str, Parser] = {
         "max_group_bytes": values.size("64KiB", "1GiB"),
         "group_linger": values.duration("0ms", "10s"),
@@ -338,9 +344,13 @@ def _log(document: Document, root: Path, secret: _SecretParsers) -> dict[str, An
     return log
 
 
-def _destination(document: Document, root: Path, secret: _SecretParsers) -> dict[str, Any]:
+def _destination(document: Document, root: Path, secret: SecretParsers) -> dict[str, Any]:
     of_type: dict[str, dict[str, Parser]] = {
-        "duckdb": {"path": values.path_in(root, "file")},
+        "duckdb": {
+            "path": values.path_in(root, "file"),
+            "publish": values.path_in(root, "file"),
+            "publish_every": values.duration("100ms", "24h"),
+        },
         "postgres": {
             "url": secret.url,
             "schema": values.publication,
@@ -357,11 +367,81 @@ def _destination(document: Document, root: Path, secret: _SecretParsers) -> dict
     destination = document.section("destination", type_ | known)
     if named == "postgres" and "url" not in section:
         document.fail(("destination", "url"), 'missing; add for example url = "${env:WAREHOUSE_URL}"')
+    destination = {"type": "duckdb", "path": root / "warehouse.duckdb", **destination}
+    if "publish_every" in destination and "publish" not in section:
+        document.fail(("destination", "publish_every"), "needs publish, to say where the copy goes")
+    if destination.get("publish") == destination["path"]:
+        document.fail(("destination", "publish"), "is the destination's own file; name another")
     return destination
 
 
-def _sources(document: Document, secret: _SecretParsers) -> tuple[SourceConfig, ...]:
-    parsers: dict[str, Parser] = {
+def _sources(
+    document: Document, secret: SecretParsers, here: tuple[Path, str] | None
+) -> tuple[SourceConfig, ...]:
+    """Parse the sources; `here`, root and environment, is where other projects are looked for."""
+    own, root = _source_parsers(secret), here[0] if here else Path()
+    # What a project does not capture it needs no secrets of: an environment may lie over one that does.
+    reading = _source_parsers(SecretParsers(root, read=False)) | {
+        "staging_of": values.path_in(root, "folder"),
+        "staging_env": values.string,
+    }
+    tables = document.values.get("source", {})
+    example = '[source.shop] with url = "${env:SHOP_URL}"'
+    if not isinstance(tables, dict) or not tables:
+        document.fail(("source",), f"a project needs at least one source: add {example}", section=True)
+        return ()
+    found = []
+    for name, table in tables.items():
+        path = ("source", name)
+        if not isinstance(table, dict):
+            document.fail(path, f"a source is a table with a name of its own, such as {example}")
+            continue
+        if not re.fullmatch("[a-z][a-z0-9_]*", name) or len(name) > MAX_SOURCE_NAME:
+            rule = f"a source's name is 1 to {MAX_SOURCE_NAME} of a-z, 0-9 and _, and begins with a letter"
+            document.fail(path, rule, section=True)
+        if "staging_of" in table:
+            given = document.table(path, table, reading)
+            if here and "staging_of" in given and (upstream := _upstream(document, path, given, here)):
+                found.append(source_config(name, Secret(""), upstream=upstream))
+            continue
+        given = document.table(path, table, own)
+        if "url" not in table:
+            document.fail((*path, "url"), 'missing; add for example url = "${env:SHOP_URL}"')
+        if "where" in given:
+            given["where"] = _conditions(document, (*path, "where"), given["where"])
+        if "schema_changes" in given:
+            changes = (*path, "schema_changes")
+            given["schema_changes"] = parse_rules(document, changes, given["schema_changes"])
+        if given.get("hash") and "hash_salt" not in table:
+            example_salt = 'missing; hash needs it: hash_salt = "${env:HEADRACE_HASH_SALT}"'
+            document.fail((*path, "hash_salt"), example_salt)
+        if "url" in given:
+            found.append(source_config(name, **given))
+    return tuple(found)
+
+
+def _upstream(
+    document: Document, path: tuple[str, ...], given: dict[str, Any], here: tuple[Path, str]
+) -> Project | None:
+    """Return the project whose staging a source reads, or note why it cannot be."""
+    root, env, name = given["staging_of"], given.get("staging_env", ""), path[-1]
+    fault = ""
+    try:
+        if (root.resolve(), env) == here:
+            fault = "is this project itself; another environment of it needs staging_env or --env"
+        else:
+            project = _load(root.resolve(), env, secrets=False, is_upstream=True)
+            if all(source.name != name for source in project.sources):
+                fault = f"{root} captures no source {name}"
+    except ConfigError as error:
+        fault = f"{root} cannot be read: {error.paragraph()}"
+    if fault:
+        document.fail((*path, "staging_of"), fault)
+    return None if fault else project
+
+
+def _source_parsers(secret: SecretParsers) -> dict[str, Parser]:
+    return {
         "type": values.only("postgres"),
         "url": secret.url,
         "tables": values.patterns,
@@ -384,32 +464,8 @@ def _sources(document: Document, secret: _SecretParsers) -> tuple[SourceConfig, 
         "restart_age_alarm": values.duration("10s", "24h"),
         "failover": values.boolean,
         "standby_url": secret.url,
+        "schema_changes": lambda value: value,
     }
-    tables = document.values.get("source", {})
-    example = '[source.shop] with url = "${env:SHOP_URL}"'
-    if not isinstance(tables, dict) or not tables:
-        document.fail(("source",), f"a project needs at least one source: add {example}", section=True)
-        return ()
-    found = []
-    for name, table in tables.items():
-        path = ("source", name)
-        if not isinstance(table, dict):
-            document.fail(path, f"a source is a table with a name of its own, such as {example}")
-            continue
-        if not re.fullmatch("[a-z][a-z0-9_]*", name) or len(name) > MAX_SOURCE_NAME:
-            rule = f"a source's name is 1 to {MAX_SOURCE_NAME} of a-z, 0-9 and _, and begins with a letter"
-            document.fail(path, rule, section=True)
-        given = document.table(path, table, parsers)
-        if "url" not in table:
-            document.fail((*path, "url"), 'missing; add for example url = "${env:SHOP_URL}"')
-        if "where" in given:
-            given["where"] = _conditions(document, (*path, "where"), given["where"])
-        if given.get("hash") and "hash_salt" not in table:
-            example_salt = 'missing; hash needs it: hash_salt = "${env:HEADRACE_HASH_SALT}"'
-            document.fail((*path, "hash_salt"), example_salt)
-        if "url" in given:
-            found.append(source_config(name, **given))
-    return tuple(found)
 
 
 def _conditions(document: Document, path: tuple[str, ...], raw: object) -> tuple[tuple[str, str], ...]:
@@ -422,71 +478,3 @@ def _conditions(document: Document, path: tuple[str, ...], raw: object) -> tuple
         if fault:
             document.fail((*path, pattern), fault)
     return tuple(document.table(path, raw, parsers).items())
-
-
-def _secret(value: object, root: Path) -> Secret:
-    text = _filled(values.string(value), root)
-    if len(text) < MIN_SECRET:
-        raise Invalid(f"must have at least {MIN_SECRET} characters; a shorter secret can be guessed")
-    return Secret(text)
-
-
-def _url(value: object, root: Path) -> Secret:
-    text = _filled(values.string(value), root)
-    try:
-        place_of(text)
-    except ValueError as error:
-        raise Invalid(str(error)) from None
-    return Secret(text)
-
-
-def _filled(text: str, root: Path) -> str:
-    """Fill in what `${kind:name}` stands for."""
-    missing: list[str] = []
-
-    def fill(reference: re.Match[str]) -> str:
-        try:
-            return _referred(reference["kind"], reference["name"], root)
-        except Invalid as error:
-            missing.extend(error.args)
-            return ""
-
-    unclosed = re.sub(r"\$\{[^{}]*\}", "", text)
-    if "${" in unclosed:
-        missing.append("a ${ without its }")
-    text = re.sub(r"\$\{(?P<kind>[^{}:]*):?(?P<name>[^{}]*)\}", fill, text)
-    if missing:
-        raise Invalid(*missing)
-    return text
-
-
-def _referred(kind: str, name: str, root: Path) -> str:
-    """Give what `${kind:name}` stands for."""
-    if kind == "file" and name.strip() and name.isprintable():
-        return _secret_file(name, root)
-    if kind != "env" or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-        # What stands between the braces is not quoted: it may be a part of a password.
-        raise Invalid("unknown ${…}; there are ${env:NAME} and ${file:PATH} (write $ itself as %24)")
-    value = os.environ.get(name)
-    if not value:
-        state = "not set" if value is None else "empty"
-        raise Invalid(f"${{env:{name}}}: the environment variable {name} is {state}")
-    return value
-
-
-def _secret_file(name: str, root: Path) -> str:
-    path = root / values.home(name)
-    fault = ""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_SECRET_FILE_BYTES + 1).decode().rstrip("\r\n")
-    except OSError as error:
-        fault = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError:
-        fault = "is not UTF-8 text"
-    else:
-        if not text or len(text) > MAX_SECRET_FILE_BYTES:
-            fault = f"is larger than {MAX_SECRET_FILE_BYTES} bytes" if text else "is empty"
-    if fault:
-        raise Invalid(f"${{file:{name}}}: {path} {fault}")
-    return text

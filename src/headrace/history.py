@@ -1,137 +1,262 @@
-"""All of a table's history in staging, over more than one copy of it.
+"""A table's history, of which only what decides is read whole.
 
-What a table keeps of earlier states cannot come from its newest copy. So it is the fold of every copy and
-every change in the order of their positions, where a copy says two things: its rows stand where they were
-read, and what it has no more was gone by then. A table that was copied once joins its copy as any other does;
-of several copies and the changes between them, whole histories are folded, those of a share of the keys at a
-time.
+Of all changes of a key the newest decides, unless it is bad. The columns of the key tell which it is: they
+are read first, all of them, and then only the rows that were found. Where the newest change of a key is bad,
+all changes of such keys are found the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import duckdb
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from headrace.change import Copy, Counts, Offset, Position, TableId, TableSchema
-from headrace.join import Account
-from headrace.keys import identity, quoted
-from headrace.prepared import Prepared
-from headrace.protocols import LogIndex
+from headrace.change import Copy, Offset, TableId
+from headrace.keys import literal
+from headrace.staging.contained import not_contained
+from headrace.staging.copies import beyond, copied, streamed
 from headrace.staging.delta import DeltaStaging
-from headrace.transform.model import engine
+from headrace.transform.fold import events_of, points_of
 
-_SHARE_ROWS = 500_000
-"""Changes and copied rows of the keys that are folded at once, about."""
+PIECE_ROWS = 250_000
+"""How many rows of a selection are in memory at once, or fewer of many bytes."""
 
-_LAST = (1 << 62) - 1
-"""An ordinal behind those of every change of a commit."""
-
-
-def gathered(none: pa.Table, parts: Iterable[pa.Table]) -> pa.Table:
-    """Return parts as one table, with the columns of `none`, a table without rows."""
-    return pa.concat_tables([none, *(part for part in parts if part.num_rows)], promote_options="default")
-
-
-def began(log: LogIndex, copy: Copy) -> int:
-    """Return when a copy began, in microseconds."""
-    return next(moment for offset, _, _, moment, _ in log.copy_marks() if offset == copy.begin)
+_PIECE_BYTES = 48 << 20
+_MEMORY = 256 << 20  # bytes that finding may take before it spills
+_FOUND = 100_000  # numbers in memory at once, beside the bits
+_COPIED = 1 << 61  # what a copied row ranks below a streamed change with the same number
+_EFFECTS = pa.schema({"k": pa.string(), "v": pa.int64()})
+_HEAD = ("_op", "_epoch", "_commit", "_offset", "_before")
 
 
-def absences(
-    schema: TableSchema, copy: Copy, before: Sequence[pa.Table], rows: pa.Table, moment: int
-) -> pa.Table:
-    """Return a delete, at a copy's floor, of each key that was there `before` and is not among its rows.
+class Span(NamedTuple):
+    """The changes in `(after, through]`: so many `rows`, numbered from `first`."""
 
-    Where a change of the key stands between the copy's snapshots, the stream itself tells how it ends.
-    """
-    own, other = identity(schema)
-    floor, ceiling = (f"({at.epoch}, {at.commit})" for at in (copy.floor, copy.ceiling))
-    key = ", ".join(map(quoted, schema.key))
-    cells = ", ".join(f"any_value({quoted(name)}) AS {quoted(name)}" for name in schema.key)
-    with engine() as db:
-        db.register("before_it", pa.concat_tables(before, promote_options="default"))
-        db.register("in_it", rows)
-        db.execute(
-            f"""CREATE TEMP TABLE earlier AS SELECT *, (_epoch, _commit) AS place,
-            (_epoch, _commit, _ordinal) AS whole FROM (
-              SELECT {own} AS k, _op IN ('d', 't') AS gone, _op = 't' AS every,
-                _epoch, _commit, _ordinal, {key} FROM before_it UNION ALL BY NAME
-              SELECT {other} AS k, true AS gone, false AS every, _epoch, _commit, _ordinal
-              FROM before_it WHERE _before IS NOT NULL AND {other} <> {own})"""
-        )
-        missing = db.sql(
-            f"""SELECT {cells} FROM earlier
-            WHERE NOT every AND k NOT IN (SELECT {own} FROM in_it) AND k NOT IN (
-              SELECT k FROM earlier WHERE NOT every AND place > {floor} AND place <= {ceiling})
-            AND place <= {floor} GROUP BY k HAVING NOT arg_max(gone, whole) AND max(whole) > coalesce(
-              (SELECT max(whole) FROM earlier WHERE every AND place <= {floor}), (-1, 0, 0))"""
-        ).to_arrow_table()
-    return _deletes(missing, Position(*copy.floor[:2], _LAST), copy.end, moment)
+    after: Offset
+    through: Offset
+    first: int
+    rows: int
 
 
-def _deletes(keys: pa.Table, at: Position, offset: Offset, moment: int) -> pa.Table:
-    columns = {"_epoch": at.epoch, "_commit": at.commit, "_ordinal": at.ordinal, "_offset": offset}
-    columns |= {"_committed_at": moment, "_txid": 0}
-    deletes = keys.append_column("_op", pa.repeat("d", keys.num_rows))
-    for name, value in columns.items():
-        deletes = deletes.append_column(name, pa.repeat(pa.scalar(value, pa.int64()), keys.num_rows))
-    return deletes
+class Selection:
+    """Some of a table's changes, by a bit for each change there is."""
+
+    def __init__(
+        self, staging: DeltaStaging, table: TableId, spans: Sequence[Span], bits: npt.NDArray[np.uint8]
+    ) -> None:
+        self._staging = staging
+        self._table = table
+        self._spans = spans
+        self._bits = pa.py_buffer(bits)
+
+    def pieces(self, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:
+        """Yield the chosen changes in `(after, through]` whole, in the log's order and in pieces of a bounded
+        size, each with an offset through which they have all come; the last piece, which may be empty, with
+        `through`.
+
+        `after` is such an offset, or the one that `History` was asked to go on from. A transaction may be
+        cut, an entry is not.
+        """
+        held: list[pa.Table] = []
+        for span in self._spans:
+            mask = pa.Array.from_buffers(pa.bool_(), span.rows, [None, self._bits], offset=span.first)
+            if span.through <= after or not mask.true_count:
+                continue
+            seen = 0
+            for part in self._staging.chunks(self._table, span.after, span.through):
+                held.append(part.filter(mask.slice(seen, part.num_rows)))
+                seen += part.num_rows
+            assert seen == span.rows, f"{self._table} has {seen} changes in {span}"
+            full = sum(part.nbytes for part in held) >= _PIECE_BYTES
+            if full or sum(part.num_rows for part in held) >= PIECE_ROWS:
+                piece, held = _joined(held), []
+                yield piece, span.through
+                del piece
+        held = held or [self._staging.empty(self._table)]
+        yield _joined(held), through
 
 
-def shares(staging: DeltaStaging, table: TableId, copy: Copy) -> int:
-    """Return in how many shares of its keys a table's history through a copy's end is folded."""
-    return 1 + staging.count(table, 0, copy.end) // _SHARE_ROWS
+@dataclass(slots=True)
+class _Scan:
+    """What one reading of all keys leaves behind: the spans that it read, the number of the last truncate,
+    and what made it fail, which the engine that took the effects tells in other words."""
+
+    spans: list[Span] = field(default_factory=list)
+    rows: int = 0
+    reset: int = -1
+    failure: BaseException | None = None
 
 
-def in_share(schema: TableSchema, share: int, count: int, changes: pa.Table) -> pa.Table:
-    """Return the changes of one share of the keys; a change of the key is one of both."""
-    own, other = (_share_of(key, count) for key in identity(schema))
-    with engine() as db:
-        db.register("changes", changes)
-        mine = db.sql(
-            f"SELECT coalesce(_op = 't' OR {own} = {share} OR {other} = {share}, false) FROM changes"
-        )
-        return changes.filter(mine.to_arrow_table().column(0))
+class History:
+    """All that made a table with a key what it is as of an offset: a copy's rows, then every change that they
+    do not contain."""
+
+    def __init__(
+        self,
+        staging: DeltaStaging,
+        table: TableId,
+        key: Sequence[str],
+        copy: Copy,
+        through: Offset,
+        *,
+        before: tuple[int, int] | None = None,
+        spill: Path | None = None,
+        stopped: threading.Event | None = None,
+    ) -> None:
+        """`before` leaves out transactions whose commit (epoch and LSN) stands there or behind. What does not
+        fit in memory goes to the folder `spill`. Once `stopped` is set, finding raises InterruptedError."""
+        self._staging = staging
+        self._table = table
+        self._key = key
+        self._copy = copy
+        self._through = through
+        self._before = before
+        self._spill = spill
+        self._stopped = stopped or threading.Event()
+
+    @property
+    def begin(self) -> Offset:
+        """The offset behind which it begins."""
+        return min(self._copy.begin, self._copy.after, self._through)
+
+    def newest(self, *, going_on: Offset = 0) -> Selection:
+        """Find the newest change of every key, of those keys that it leaves with a row.
+
+        `going_on` is an offset of which one of its pieces may begin.
+        """
+        found = "SELECT max(v) AS v FROM effects GROUP BY k HAVING max(v) & 1 = 1"
+        copied_bits, streamed_bits, scan = self._find(found, going_on)
+        return self._selection(scan, copied_bits | streamed_bits)
+
+    def of(self, keys: pa.Array | None, *, going_on: Offset = 0) -> tuple[Selection, Selection]:
+        """Find all copied rows, and all changes behind them, of some source keys (None: of all); what a
+        truncate made void is not among them, nor the truncate."""
+        found = "SELECT v FROM effects"
+        if keys is not None:
+            found += " SEMI JOIN given ON effects.k = given.key"
+        copied_bits, streamed_bits, scan = self._find(found, going_on, keys)
+        return self._selection(scan, copied_bits), self._selection(scan, streamed_bits)
+
+    def _selection(self, scan: _Scan, bits: npt.NDArray[np.uint8]) -> Selection:
+        return Selection(self._staging, self._table, scan.spans, bits)
+
+    def _find(
+        self, query: str, going_on: Offset, keys: pa.Array | None = None
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], _Scan]:
+        """Return one bit for every change in the log's order: whether it is a copied row that the query
+        returns, or another change that it does."""
+        scan = _Scan()
+        size = self._staging.count(self._table, self.begin, self._through) // 8 + 1
+        copied_bits, streamed_bits = (np.zeros(size, dtype=np.uint8) for _ in range(2))
+        try:
+            with duckdb.connect() as db:
+                self._settle_in(db)
+                batches = self._effects(scan, going_on)
+                db.register("effects", pa.RecordBatchReader.from_batches(_EFFECTS, batches))
+                if keys is not None:
+                    db.register("given", pa.table({"key": keys}))
+                for batch in db.sql(query).to_arrow_reader(_FOUND):
+                    ranks = batch.column(0).to_numpy() >> 1
+                    _set(copied_bits, ranks[ranks < 0] + _COPIED)
+                    _set(streamed_bits, ranks[ranks >= 0])
+        except (duckdb.Error, pa.ArrowException, OSError):
+            if scan.failure is not None:
+                raise scan.failure from None
+            raise
+        if scan.reset >= 0:
+            copied_bits[:] = 0
+            streamed_bits[: scan.reset >> 3] = 0
+            streamed_bits[scan.reset >> 3] &= 0xFF & (0xFE << (scan.reset & 7))
+        return copied_bits, streamed_bits, scan
+
+    def _settle_in(self, db: duckdb.DuckDBPyConnection) -> None:
+        db.execute(f"SET memory_limit = '{_MEMORY}B'")
+        db.execute("SET preserve_insertion_order = false")
+        # One thread that has all of the memory is quicker than two that spill, and the other core reads.
+        db.execute("SET threads = 1")
+        db.execute("SET enable_progress_bar = false")
+        if self._spill is not None:
+            db.execute(f"SET temp_directory = {literal(str(self._spill))}")
+
+    def _effects(self, scan: _Scan, going_on: Offset) -> Iterator[pa.RecordBatch]:
+        """Yield every effect: its key `k`, and `v`, twice the rank of its change, plus one where it leaves a
+        row. A streamed change ranks by its number, a copied row below all of them."""
+        try:
+            with duckdb.connect() as db:
+                for rows in self._ranked(scan, going_on):
+                    points = points_of(db, self._key, events_of(db, self._key, rows))
+                    ranks = rows["_hr_rank"].to_numpy()[points["n"].to_numpy()]
+                    stays = pc.and_not(points["own"], points["gone"]).to_numpy(zero_copy_only=False)
+                    made = pa.table({"k": points["k"], "v": pa.array(ranks * 2 + stays)}, schema=_EFFECTS)
+                    yield from made.to_batches()
+        except BaseException as error:
+            scan.failure = error
+            raise
+
+    def _ranked(self, scan: _Scan, going_on: Offset) -> Iterator[pa.Table]:
+        """Yield what is of the history, row group by row group, with the columns that say whose it is, and
+        `_hr_rank`; truncates go to `scan.reset`."""
+        before, columns = self.begin, list(dict.fromkeys([*self._key, *_HEAD]))
+        middle = min(max(going_on, before), self._through)
+        for after, through in ((before, middle), (middle, self._through)):
+            for part in self._staging.chunks(self._table, after, through, columns):
+                if self._stopped.is_set():
+                    raise InterruptedError("stopped while a table's history was read")
+                last = part["_offset"][-1].as_py()
+                scan.spans.append(Span(before, last, scan.rows, part.num_rows))
+                ranks = np.arange(scan.rows, scan.rows + part.num_rows, dtype=np.int64)
+                scan.rows, before = scan.rows + part.num_rows, last
+                part = part.append_column("_hr_rank", pa.array(ranks))  # noqa: PLW2901
+                yield from self._parted(scan, part)
+            before = max(before, through)
+
+    def _parted(self, scan: _Scan, part: pa.Table) -> Iterator[pa.Table]:
+        rows = copied(part, self._copy)
+        if rows.num_rows:
+            at = rows.schema.get_field_index("_hr_rank")
+            yield rows.set_column(at, "_hr_rank", pc.subtract(rows["_hr_rank"], _COPIED))
+        changes = streamed(part) if rows.num_rows or _has_copied(part) else part
+        changes = self.kept(changes)
+        truncates = pc.equal(changes["_op"], "t")
+        if pc.any(truncates).as_py():
+            scan.reset = pc.max(changes.filter(truncates)["_hr_rank"]).as_py()
+            changes = changes.filter(pc.greater(changes["_hr_rank"], scan.reset))
+        changes = not_contained(self._staging, self._table, self._key, self._copy, changes)
+        if changes.num_rows:
+            yield changes
+
+    def kept(self, changes: pa.Table) -> pa.Table:
+        """Return those of some streamed changes that the copy does not contain for certain, and that stand
+        before where the history ends."""
+        changes = beyond(changes, self._copy.floor)
+        if changes.num_rows and changes["_offset"][0].as_py() <= self._copy.after:
+            changes = changes.filter(pc.greater(changes["_offset"], self._copy.after))
+        return changes if self._before is None else _before(changes, *self._before)
 
 
-def of_share(whole: Prepared, share: int, count: int) -> Prepared:
-    """Return what whole histories come to, of one share of the keys, for a table in which nothing is yet."""
-
-    def mine(rows: pa.Table, key: str) -> pa.Table:
-        with engine() as db:
-            db.register("keyed", rows.select([key]))
-            found = db.sql(f"SELECT {_share_of(key, count)} = {share} FROM keyed").to_arrow_table()
-        return rows.filter(found.column(0))
-
-    nothing = pa.array([], pa.string())
-    rows, records = mine(whole.rows, "_source_key"), mine(whole.records, "key")
-    return Prepared(False, nothing, rows, records, Counts())
+def _before(changes: pa.Table, epoch: int, commit: int) -> pa.Table:
+    """Return the changes of transactions that stand before a commit."""
+    epochs = changes["_epoch"]
+    earlier = pc.and_(pc.equal(epochs, epoch), pc.less(changes["_commit"], commit))
+    return changes.filter(pc.or_(pc.less(epochs, epoch), earlier))
 
 
-def _share_of(key: str, count: int) -> str:
-    # A digest that no version of an engine changes: a join goes on after an update.
-    return f"md5_number_lower({key}) % {count}"
+def _has_copied(part: pa.Table) -> Any:
+    return pc.any(pc.equal(part["_op"], "r")).as_py()
 
 
-def told_at_once(staging: DeltaStaging, table: TableId, copy: Copy, *, beside: bool) -> list[Account]:
-    """Return what the ledger says of histories that were folded whole: all that was read is in them. A live
-    table has accounted for what was before the copy."""
-    copies = staging.copies(table, copy.end)
-    counted = copies[-1:] if beside else copies
-    told = [
-        Account("copy", each.begin, each.end, _all_applied(_copied(staging, table, each))) for each in counted
-    ]
-    if not beside:
-        after = copies[0].after
-        rows = staging.streamed_rows(table, after, copy.end)
-        told.append(Account("apply", after, copy.end, _all_applied(rows)))
-    return told
+def _set(bits: npt.NDArray[np.uint8], numbers: npt.NDArray[np.int64]) -> None:
+    np.bitwise_or.at(bits, numbers >> 3, np.left_shift(1, numbers & 7).astype(np.uint8))
 
 
-def _all_applied(rows: int) -> Counts:
-    return Counts(read=rows, applied=rows)
-
-
-def _copied(staging: DeltaStaging, table: TableId, copy: Copy) -> int:
-    return sum(part.num_rows for part in staging.copied_parts(table, copy, ["_op"]))
+def _joined(parts: Sequence[pa.Table]) -> pa.Table:
+    # A part that was read before a column came lacks it.
+    return pa.concat_tables(parts, promote_options="default").combine_chunks()

@@ -4,19 +4,19 @@ A copy's rows are in the log between streamed changes that may be older or newer
 first, then every change that they do not contain, in the log's order, each in slices of bounded size:
 whatever dies, it goes on with the next slice. The outcome is that of all history in source order.
 
-A change between the first and the last snapshot of a copy is contained in it where the copy read its
-key under a later snapshot than the change; a change of a key is judged half by half. If the copy has
-no such key, the row was gone by then, and so the changes themselves end with its going.
+A table that is built once more, while it is live, of a history that is long already, takes of each key the
+newest change alone, and older ones only of keys whose newest is bad: see `headrace.history`.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import duckdb
@@ -25,11 +25,23 @@ import pyarrow.compute as pc
 
 from headrace.change import Copy, Kind, Offset
 from headrace.errors import UserError
-from headrace.history import absences, began, gathered, in_share, of_share, shares, told_at_once
-from headrace.join import Account, Join, Joins, Why
-from headrace.keys import identity, key_before, key_of_row, literal, quoted
+from headrace.history import History
+from headrace.join import Join, Joins, Phase, Why
+from headrace.keys import identity
 from headrace.prepared import Prepared
 from headrace.protocols import LogIndex, ModelState
+from headrace.rebuilding import PHASES, Rebuilding, newest_decides, only
+from headrace.recopied import (
+    absences,
+    began,
+    copies_of,
+    gathered,
+    in_share,
+    of_share,
+    shares,
+    told_at_once,
+)
+from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
@@ -37,15 +49,23 @@ from headrace.transform.model import RowModel, preparing
 
 logger = logging.getLogger("headrace.joining")
 
+_FIRST: tuple[Phase, ...] = ("copy", "newest", "keys")
 _STREAMED: tuple[Kind, ...] = ("rows", "truncate")
 _SLICES = 3  # of the log, that one step of a rebuild takes: a transaction for each would take longer
-Step = Literal["wait", "begin", "slice", "attach"]
+_PATIENCE = 0.2  # seconds that a step waits for what is being found: others are to be applied meanwhile
+_Slice = tuple[Offset, Iterable[Prepared]]
+"""How far a slice goes, and what becomes of it."""
+_AT_ONCE = 500_000  # rows; a slice of more is one large transaction, which is prepared as it is taken
+Step = Literal["wait", "begin", "prepare", "slice", "attach"]
 
 
 class Joiner:
     """Takes models of one source through their joins, one slice at a time."""
 
-    def __init__(self, source: str, log: LogIndex, staging: DeltaStaging, joins: Joins) -> None:
+    def __init__(
+        self, source: str, log: LogIndex, staging: DeltaStaging, joins: Joins, spill: Path | None = None
+    ) -> None:
+        """What does not fit in memory while history is read goes to the folder `spill`."""
         self._source = source
         self._log = log
         self._staging = staging
@@ -53,10 +73,14 @@ class Joiner:
         self._joins: dict[str, Join] | None = None
         self._asking = threading.Lock()
         self._preparer = ThreadPoolExecutor(1, f"{source}.join")
-        self._ahead: tuple[Join, RowModel, Future[tuple[Offset, Prepared]]] | None = None
+        self._ahead: tuple[Join, RowModel, Future[_Slice]] | None = None
+        self._spill = spill
+        self._rebuilding: tuple[Join, RowModel, Rebuilding] | None = None
+        self._stopped = threading.Event()
 
     def close(self) -> None:
-        """Let what is prepared ahead come to its end."""
+        """Let what is prepared ahead come to its end, or stop where it goes on from later."""
+        self._stopped.set()
         self._preparer.shutdown()
 
     def know(self, joins: dict[str, Join] | None) -> None:
@@ -78,8 +102,11 @@ class Joiner:
         return join.phase == "done" or (join.beside and not _is_there(join))
 
     def _is_void(self, join: Join, model: RowModel, staged: Offset) -> bool:
-        """Whether the model's table was not captured for a while after the copy that it is made of."""
-        return join.stands < self._staging.captured_since(model.table, staged)
+        """Whether the model's table was not captured for a while after the copy that it is made of, or its
+        rows are known by another key now."""
+        copy = self._staging.copy(model.table, join.stands)
+        is_of_another_key = copy is not None and copy.key != model.schema.key
+        return is_of_another_key or join.stands < self._staging.captured_since(model.table, staged)
 
     def joined_at(self, model: RowModel) -> Offset:
         """Return the offset at which a model joined last."""
@@ -98,7 +125,7 @@ class Joiner:
         copy = self.stands_on(model)
         if copy is None:
             return self.filled(model, _of(keys, model, self._staging.read(model.table, 0, through)), through)
-        copies = self._staging.copies(model.table, copy.end) if model.kind.remembers else [copy]
+        copies = copies_of(self._staging, model, copy) if model.kind.remembers else [copy]
         return self._history(model, copies, through, partial(_of, keys, model))
 
     def _history(
@@ -122,10 +149,7 @@ class Joiner:
     def folded(self, model: RowModel, through: Offset, keys: pa.Array) -> Prepared:
         """Return what a model makes of all of the history of some source keys: their rows go, and what they
         came to takes their place."""
-        prepared = model.whole(self.history(model, through, keys))
-        rows = prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys))
-        records = prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys))
-        return Prepared(reset=False, removed=keys, rows=rows, records=records, counts=prepared.counts)
+        return replace(only(model.whole(self.history(model, through, keys)), keys), removed=keys)
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
@@ -162,7 +186,8 @@ class Joiner:
         reached: Offset,
         alert: Callable[[Sequence[str]], None],
     ) -> Step:
-        """Take one step: begin, one slice, or attach; or wait for the others.
+        """Take one step: begin, one slice, or attach; or wait for the others. Where a slice takes long to be
+        prepared, it is left to the next step.
 
         `others` are the offsets of the models that run, `reached` the source's progress. Raises
         ModelBroken, and what the destination raises.
@@ -179,15 +204,26 @@ class Joiner:
         if _is_there(join):
             alert(self._attach(join, model, copy, reached))
             return "attach"
-        if join.beside and join.phase != "stream" and stands[model.name].offset < join.target:
+        if join.beside and join.phase in _FIRST and stands[model.name].offset < join.target:
             return "wait"  # what lags, after a pause say, runs up to the copy by itself
-        alert(self._advance(join, model, copy, stands))
-        return "slice"
+        return self._advance(join, model, copy, stands, alert)
 
     def _begin(self, model: RowModel, copy: Copy, stands: Offset, target: Offset, why: Why) -> None:
-        span = (copy.begin, copy.end)
-        join = Join(model.name, self._source, model.version, *span, stands, "copy", copy.begin, target, why)
-        if model.kind.remembers and len(self._staging.copies(model.table, copy.end)) > 1:
+        join = Join(
+            model.name,
+            self._source,
+            model.version,
+            copy.begin,
+            copy.end,
+            stands,
+            "copy",
+            copy.begin,
+            target,
+            why,
+        )
+        if why != "copy" and newest_decides(model):
+            join = replace(join, phase=PHASES[0], offset=_begin_of(copy, target))
+        if model.kind.remembers and len(copies_of(self._staging, model, copy)) > 1:
             join = replace(join, phase="keys", offset=0)
         self._destination.start(join, model)
         self._keep(join)
@@ -195,62 +231,107 @@ class Joiner:
         logger.info("model %s %s", model.name, what)
 
     def _advance(
-        self, join: Join, model: RowModel, copy: Copy, stands: Mapping[str, ModelState]
-    ) -> Sequence[str]:
+        self,
+        join: Join,
+        model: RowModel,
+        copy: Copy,
+        stands: Mapping[str, ModelState],
+        alert: Callable[[Sequence[str]], None],
+    ) -> Step:
         # The live table goes on meanwhile, until what grows beside it is where it stands.
-        target = stands[model.name].offset if join.beside else join.target
-        through, prepared = self._taken(join, model, copy, target)
-        following = replace(join, offset=through, target=target)
-        accounts: Sequence[Account] | None = None
-        if join.phase == "copy" and through >= copy.end:
-            following = replace(following, phase="stream", offset=min(copy.after, target))
-        elif join.phase == "keys":
-            accounts = ()
-            if through >= shares(self._staging, model.table, copy):
-                following = replace(following, phase="stream", offset=min(copy.end, target))
-                accounts = told_at_once(self._staging, model.table, copy, beside=join.beside)
-        if not _is_there(following):
-            self._ahead = (
-                following,
-                model,
-                self._preparer.submit(self._prepare, following, model, copy, target),
-            )
-        issues = self._destination.step(join, following, model, prepared, accounts)
-        self._keep(following)
-        return issues
-
-    def _taken(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
-        """Return the next slice's end and outcome: what was prepared ahead, if it is of this step."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[:2] == (join, model):
-            return ahead[2].result()
-        return self._prepare(join, model, copy, target)
-
-    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> tuple[Offset, Prepared]:
+        live = stands[model.name].offset if join.beside else join.target
+        taken = self._taken(join, model, copy, join.target if join.phase in PHASES else live)
+        if taken is None:
+            return "prepare"
+        through, pieces = taken
+        following, accounts = _following(replace(join, offset=through), copy, live), None
         if join.phase == "keys":
-            return join.offset + 1, self._share(join, model, copy)
+            is_last = through >= shares(self._staging, model.table, copy)
+            accounts = told_at_once(self._staging, model, copy, beside=join.beside) if is_last else []
+            if is_last:
+                following = replace(following, phase="stream", offset=min(copy.end, live))
+        if self._may_be_prepared(join, following, model, copy):
+            self._submit(following, model, copy, following.target)
+        issues = self._destination.step(join, following, model, pieces, accounts)
+        self._keep(following)
+        alert(issues)
+        return "slice"
+
+    def _taken(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice | None:
+        """Return the next slice's end and outcome: what was prepared ahead, if it is of this step. None while
+        what to read is still being found."""
+        if self._ahead is None or self._ahead[:2] != (join, model):
+            self._submit(join, model, copy, target)
+        assert self._ahead is not None
+        slice_ = self._ahead[2]
+        wait([slice_], _PATIENCE if join.phase in PHASES else None)
+        if not slice_.done():
+            return None
+        self._ahead = None
+        return slice_.result()
+
+    def _may_be_prepared(self, join: Join, following: Join, model: RowModel, copy: Copy) -> bool:
+        """Whether the next slice is known already while the one before it is applied."""
+        if following.phase == "stream":
+            # The last slice is prepared when it is its turn: it ends where the live table is then.
+            return self._slice_end(following, model, copy, following.target) < following.target
+        # Which keys have bad changes is known when all of the newest ones are applied.
+        return join.phase == following.phase or join.phase != PHASES[0]
+
+    def _submit(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> None:
+        slice_ = self._preparer.submit(self._prepare, join, model, copy, target)
+        self._ahead = (join, model, slice_)
+
+    def _slice_end(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> Offset:
         through, last = join.offset, copy.end if join.phase == "copy" else target
         kinds = ("copy",) if join.phase == "copy" else _STREAMED
         for _ in range(_SLICES if join.why != "copy" else 1):
             through = self._log.table_slice_end(model.table, through, last, kinds)
+        return through
+
+    def _prepare(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice:
         with preparing(model.name):
+            if join.phase in PHASES:
+                reading = self._rebuilt(join, model, copy)
+                through, prepared = reading.prepare(join.phase, join.offset, join.target)
+                return through, [prepared]
+            if join.phase == "keys":
+                return join.offset + 1, [self._share(join, model, copy)]
+            through = self._slice_end(join, model, copy, target)
             if join.phase == "copy":
-                return through, model.prepare(
-                    self._staging.read_copied(model.table, copy, join.offset, through)
-                )
-            return through, self._missing(model, copy, join.offset, through)
+                rows = self._staging.read_copied(model.table, copy, join.offset, through)
+                return through, [model.prepare(rows)]
+            if self._staging.count(model.table, join.offset, through) > _AT_ONCE:
+                return through, self._pieces(model, copy, join.offset, through)
+            read = self._staging.read(model.table, join.offset, through)
+            return through, [self._missing(model, copy, read)]
+
+    def _rebuilt(self, join: Join, model: RowModel, copy: Copy) -> Rebuilding:
+        """Return what reads a model's history through a join's target; it stays from slice to slice."""
+        same = replace(join, phase=PHASES[0], offset=0)
+        if self._rebuilding is None or self._rebuilding[:2] != (same, model):
+            history = History(
+                self._staging, model.table, model.schema.key, copy, join.target,
+                spill=self._spill, stopped=self._stopped,
+            )  # fmt: skip
+            bad_keys = partial(self._destination.bad_keys, join)
+            self._rebuilding = (same, model, Rebuilding(self._staging, model, copy, history, bad_keys))
+        return self._rebuilding[2]
 
     def _share(self, join: Join, model: RowModel, copy: Copy) -> Prepared:
         """Return what all of the history through a copy's end comes to, of the next share of the keys."""
-        count, copies = shares(self._staging, model.table, copy), self._staging.copies(model.table, copy.end)
-        with preparing(model.name):
-            mine = partial(in_share, model.schema, join.offset, count)
-            whole = model.whole(self._history(model, copies, copy.end, mine))
-            return of_share(whole, join.offset, count)
+        count, copies = shares(self._staging, model.table, copy), copies_of(self._staging, model, copy)
+        mine = partial(in_share, model.schema, join.offset, count)
+        whole = model.whole(self._history(model, copies, copy.end, mine))
+        return of_share(whole, join.offset, count)
 
-    def _missing(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Prepared:
-        """Prepare the changes of a span that the copy does not contain."""
-        read = self._staging.read(model.table, after, through)
+    def _pieces(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Iterator[Prepared]:
+        with preparing(model.name):
+            for read in self._staging.pieces(model.table, after, through):
+                yield self._missing(model, copy, read)
+
+    def _missing(self, model: RowModel, copy: Copy, read: pa.Table) -> Prepared:
+        """Prepare those of some changes that the copy does not contain."""
         changes = self._not_copied(model, copy, read, copy.end)
         prepared = model.prepare(changes)
         left_out = read.num_rows - changes.num_rows
@@ -263,45 +344,11 @@ class Joiner:
     def _not_copied(self, model: RowModel, copy: Copy, changes: pa.Table, newest: Offset) -> pa.Table:
         """Return the changes that a copy does not contain, unchanged cells filled from raw up to `newest`."""
         changes = self.filled(model, beyond(changes, copy.floor), newest)
-        if copy.ceiling > copy.floor and model.schema.key:  # without a key a copy has one snapshot
-            changes = self._not_copied_later(model, copy, changes)
-        return changes
+        return not_contained(self._staging, model.table, model.schema.key, copy, changes)
 
     def filled(self, model: RowModel, changes: pa.Table, newest: Offset) -> pa.Table:
         """Return changes with their unchanged cells filled from raw, which is read back from `newest`."""
         return fill_unchanged(self._staging, model.table, model.schema.key, changes, newest=newest)
-
-    def _not_copied_later(self, model: RowModel, copy: Copy, changes: pa.Table) -> pa.Table:
-        """Leave out what a later snapshot of the copy contains, each half of a key's change by itself."""
-        key = model.schema.key
-        own = pc.equal(changes["_epoch"], copy.floor.epoch)
-        if not pc.any(pc.and_(own, pc.less_equal(changes["_commit"], copy.ceiling.commit))).as_py():
-            return changes
-        placed = f"CASE WHEN _epoch = {copy.floor.epoch} THEN _commit END AS placed"
-        cells = ", ".join(
-            f"CASE WHEN _before IS NULL THEN {quoted(name)} ELSE _before[{literal(name)}] END AS b{i}"
-            for i, name in enumerate(key)
-        )
-        held = f"(SELECT {key_of_row(key)} AS k, _commit AS c FROM part) h"
-        with duckdb.connect() as db:
-            db.register("changes", changes)
-            db.execute(
-                f"""CREATE TABLE halves AS SELECT row_number() OVER () AS i, {placed}, {cells},
-                {key_of_row(key)} AS k, {key_before(key)} AS k_before, false AS came, false AS went
-                FROM changes"""
-            )
-            for part in self._staging.copied_parts(model.table, copy, [*key, "_commit"]):
-                db.register("part", part)
-                db.execute(
-                    f"UPDATE halves SET came = true FROM {held} WHERE h.k = halves.k AND placed <= h.c"
-                )
-                db.execute(
-                    f"UPDATE halves SET went = true FROM {held} WHERE h.k = k_before AND placed <= h.c"
-                )
-            halves = db.sql(
-                "SELECT *, k IS DISTINCT FROM k_before AS moved FROM halves ORDER BY i"
-            ).to_arrow_table()
-        return _without_halves(changes, halves, key)
 
     def _attach(self, join: Join, model: RowModel, copy: Copy, reached: Offset) -> Sequence[str]:
         mark = self._log.mark(join.target)
@@ -311,6 +358,7 @@ class Joiner:
         in_sync = join.target >= reached and copy.floor.epoch == position.epoch
         found, issues = self._destination.attach(join, model, mark, position, committed_at, in_sync=in_sync)
         self._keep(replace(join, phase="done", stands=join.end))
+        self._rebuilding = None
         what = "has joined" if join.why == "copy" else f"is built ({join.why})"
         how = (
             f": {found.added} added, {found.removed} removed, {found.changed} changed" if join.beside else ""
@@ -327,6 +375,26 @@ class Joiner:
 
     def _keep(self, join: Join) -> None:
         self._all()[join.model] = join
+
+
+def _begin_of(copy: Copy, target: Offset) -> Offset:
+    """Return the offset behind which all history through a target begins, copied rows among it."""
+    return min(copy.begin, copy.after, target)
+
+
+def _following(join: Join, copy: Copy, live: Offset) -> Join:
+    """Return a join whose phase has come to `offset`, in the next phase if it is at its end; `live` is where
+    the live table stands."""
+    if join.phase in PHASES:
+        if join.offset < join.target:
+            return join
+        if join.phase == PHASES[-1]:
+            return replace(join, phase="stream", target=live)
+        following = PHASES[PHASES.index(join.phase) + 1]
+        return replace(join, phase=following, offset=_begin_of(copy, join.target))
+    if join.phase == "copy" and join.offset >= copy.end:
+        return replace(join, phase="stream", offset=min(copy.after, live), target=live)
+    return replace(join, target=live)
 
 
 def _is_there(join: Join) -> bool:
@@ -346,21 +414,3 @@ def _of(keys: pa.Array | None, model: RowModel, changes: pa.Table) -> pa.Table:
     for column in found.columns:
         mine = pc.or_(mine, pc.is_in(column, value_set=keys))
     return changes.filter(mine)
-
-
-def _without_halves(changes: pa.Table, halves: pa.Table, key: Sequence[str]) -> pa.Table:
-    """Drop changes whose effects are contained in the copy (`came`: on the new key, `went`: on the old);
-    of one that changed the key, keep the half that is not."""
-    came, went, moved = (halves[name].combine_chunks() for name in ("came", "went", "moved"))
-    only_goes = pc.and_(moved, pc.and_not(came, went))
-    only_comes = pc.and_(moved, pc.and_not(went, came))
-    for i, name in enumerate(key):
-        at = changes.schema.get_field_index(name)
-        cells = pc.if_else(only_goes, halves[f"b{i}"].combine_chunks(), changes[name].combine_chunks())
-        changes = changes.set_column(at, name, cells)
-    ops = pc.if_else(only_goes, "d", changes["_op"].combine_chunks())
-    changes = changes.set_column(changes.schema.get_field_index("_op"), "_op", ops)
-    before = changes["_before"].combine_chunks()
-    before = pc.if_else(pc.or_(only_goes, only_comes), pa.scalar(None, before.type), before)
-    changes = changes.set_column(changes.schema.get_field_index("_before"), "_before", before)
-    return changes.filter(pc.invert(pc.and_(came, pc.or_(pc.invert(moved), went))))

@@ -20,7 +20,8 @@ from dataclasses import replace
 import pyarrow as pa
 
 from headrace.ahead import ahead
-from headrace.change import START, Mark, Offset, Position, SourceMark, TableSchema, source_marker
+from headrace.binding import Binder
+from headrace.change import START, Mark, Offset, Position, SourceMark, source_marker
 from headrace.config import Project, SourceConfig
 from headrace.errors import (
     HeadraceError,
@@ -40,8 +41,7 @@ from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_c
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
-from headrace.transform.model import RowModel, bind, mirror, preparing, refuse_twins
-from headrace.transform.sql import ModelText
+from headrace.transform.model import RowModel, preparing
 from headrace.turns import Turns
 
 logger = logging.getLogger("headrace.lane")
@@ -76,18 +76,22 @@ class Lane:
         self.destination = destination
         spool = project.state / "spool" / config.name
         self.source = PostgresSource(config, project.log.max_group_bytes, project.log.group_linger, spool)
-        self.log = SQLiteLog(project.log_path(config.name), read_only=read_only)
-        self.staging = DeltaStaging(project.staging.path, config.name, self.log.id, read_only=read_only)
-        self.staging.recover(self.log.last_offsets(), self.log.end().offset, self.log.before_unstaged)
-        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins)
+        reading = read_only or config.upstream is not None
+        self.log = SQLiteLog(project.log_path(config.name), read_only=reading)
+        root = project.staging_path(config.name)
+        self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
+        self.staging.follow(self.log)
+        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins, project.state / "spill")
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
-        self._bound: dict[str, tuple[TableSchema, RowModel | HeadraceError]] = {}
         self._stands: dict[str, ModelState] | None = None
         self._reached: Offset = 0
         self._tables = read_states(self.log)
         self._read_only = read_only
+        self._binder = Binder(
+            config, self.log, self.staging, destination, self._does_not_fit, read_only=read_only
+        )
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 
@@ -121,7 +125,9 @@ class Lane:
         return durable_commit(self.log) > lsn
 
     def load(self) -> bool:
-        """Stage what comes next; False when all of the log is staged."""
+        """Stage what comes next, or see what another project has; False when nothing was to be done."""
+        if self.config.upstream:
+            return self.staging.follow(self.log)
         try:
             entries = self.log.read(self.staging.written(), _LOAD_BYTES)
         except LogTrimmed as error:
@@ -206,16 +212,16 @@ class Lane:
         self._texts = [text for text in current if text.source == self.config.name]
         changed = {text.name for text in before ^ set(self._texts)}
         for name in changed:
-            self._bound.pop(name, None)
+            self._binder.forget(name)
         if changed:
             self._stands = None
             logger.info("changed models: %s", ", ".join(sorted(changed)))
         return bool(changed)
 
     def _reload_tables(self) -> None:
-        """Take over which tables are captured and paused."""
+        """Take over which tables are captured and paused, and whose changes a person has accepted."""
         states = read_states(self.log)
-        if states != self._tables:
+        if self._binder.reload() or states != self._tables:
             self._tables = states
             self._stands = None
 
@@ -276,13 +282,17 @@ class Lane:
             prepared = self.joiner.folded(model, stands.offset, wanted)
             return self.destination.redrive(model, prepared, dry_run=dry_run)
 
-    def rebuild(self, model_name: str, *, dry_run: bool = False) -> None:
-        """Begin to build a model once more, beside its live table. Raises UserError where it does not run, or
+    def rebuild(self, model_name: str, *, dry_run: bool = False) -> bool:
+        """Begin to build a model once more, beside its live table; returns False for a table that others have
+        changed: it is dropped, and the pipeline builds it anew. Raises UserError where it does not run, or
         has other columns now: then the pipeline builds it again anyway."""
         with self.applying:
             self.reload_models(now=True)
             self._reload_tables()
             model, stand = self._asked(model_name)
+            if model is not None and not dry_run and self.destination.forget_if_reshaped(model, mend=True):
+                self._stands = None
+                return False
             if model is None or stand is None or (stand.state, stand.version) == ("suspended", model.version):
                 words = f"Model {model_name} does not run now, or there is none."
                 raise UserError(words, "`headrace status` says more.")
@@ -291,6 +301,7 @@ class Lane:
                 raise UserError(words, "Run it; `headrace preview` shows what it will be.")
             self.joiner.know(None)
             self.joiner.rebuild(model, stand.offset, dry_run=dry_run)
+            return True
 
     def take_rebuild_further(self, model_name: str) -> bool:
         """Take one step of a rebuild and nothing else; False when it has come to its end."""
@@ -418,24 +429,8 @@ class Lane:
 
     def _models(self, through: Offset) -> Iterator[RowModel]:
         """Yield the models that bind to their tables' shapes; one that does not is suspended, once."""
-        for name, schema, text in self._named(through):
-            known = self._bound.get(name)
-            if known is None or known[0] != schema:
-                known = self._bound[name] = (schema, self._bind(schema, text, through))
-            if isinstance(known[1], RowModel):
-                yield known[1]
-
-    def _named(self, through: Offset) -> Iterator[tuple[str, TableSchema, ModelText | None]]:
-        """Yield the name of every model that has a table, with the table's shape and the model's file."""
         removed = {table for table, state in self._tables.items() if state.stage == "removed"}
-        for table, schema in self.staging.schemas(through).items():
-            if table in removed:
-                continue
-            texts = [text for text in self._texts if text.table == table.label]
-            for text in texts:
-                yield text.name, schema, text
-            if not texts:
-                yield f"{self.config.name}.{table.label}", schema, None
+        return self._binder.models(self._texts, removed, through)
 
     def _put_aside(self, stands: dict[str, ModelState]) -> None:
         """Retire what the project no longer has, and suspend models of tables that are not captured."""
@@ -448,24 +443,21 @@ class Lane:
         for text in self._texts:
             named.add(text.name)
             if text.table not in captured:
-                reason = f"raw.{text.source}.{text.table} is not captured."
-                remedy = f"Mend models/{text.name}.sql, or add the table to [source.{text.source}] tables."
+                reason = f"raw.{text.source}.{text.table} is not captured{self._why(text.table)}."
+                remedy = f"Mend models/{text.file}, or add the table to [source.{text.source}] tables."
                 self._suspend(text.name, _NO_VERSION, ModelBroken(text.name, reason, remedy))
         for name, state in stands.items():
             if name not in named and state.state != "retired":
                 logger.info("%s is no longer a model of this project: its table stays as it is", name)
                 self.destination.retire(name, self.config.name)
 
-    def _bind(self, schema: TableSchema, text: ModelText | None, through: Offset) -> RowModel | HeadraceError:
-        name = text.name if text else f"{self.config.name}.{schema.table.label}"
-        try:
-            tables = () if text else self.staging.schemas(through)
-            refuse_twins(name, schema, tables)
-            model = bind(text, schema) if text else mirror(self.config.name, schema)
-            return model.limited(self.destination.limits(model))
-        except HeadraceError as error:
-            self._suspend(name, _NO_VERSION, error)
-            return error
+    def _why(self, label: str) -> str:
+        """Say why a table is captured no longer, where that is known."""
+        reasons = (s.reason for t, s in self._tables.items() if t.label == label and s.reason)
+        return "".join(f": it is {reason}" for reason in reasons)
+
+    def _does_not_fit(self, name: str, error: HeadraceError) -> None:
+        self._suspend(name, _NO_VERSION, error)
 
     def _suspend(self, name: str, version: str, error: HeadraceError) -> None:
         if self._read_only:

@@ -68,7 +68,10 @@ class MartKeeper:
 
     def suspended(self) -> dict[str, str]:
         """Return the marts that cannot be made, with their reasons."""
-        return {state.name: state.reason for state in self._states.values() if state.state == "suspended"}
+        found = {state.name: state.reason for state in self._states.values() if state.state == "suspended"}
+        for circle in self._circles:
+            found |= dict.fromkeys(circle.split(" → "), f"reads itself: {circle}")
+        return found
 
     def _take_over(self, files: tuple[Mart, ...]) -> None:
         self._states = self._marts.all() if files or self._files else {}

@@ -2,47 +2,45 @@
 
 For each source five threads: three repeat one verb of its lane each, capture, load, and apply, which has a
 part prepared while it takes the one before; two keep log and staging small. One more watches the source and
-does nothing but ring, and one for all keeps the marts. A thread that fails is judged by its error's verdict:
-RETRY backs off and tries again for ever, alerting once when it lasts; anything else stops that thread alone,
-with its reason, while the others go on.
+does nothing but ring; one for all keeps the marts, and one a copy for readers where there is to be one. A
+thread that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
+when it lasts; anything else stops that thread alone, with its reason, while the others go on.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from headrace.change import TableId
 from headrace.config import Project
-from headrace.destinations import open_destination
+from headrace.destinations import open_destination, open_publisher
 from headrace.errors import (
     DestinationUnavailable,
     ForeignDestination,
     HeadraceError,
-    StateInUse,
     UserError,
     Verdict,
     verdict_of,
 )
 from headrace.lane import Lane
-from headrace.log.sqlite import SQLiteLog
 from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
 from headrace.scrub import scrub
 from headrace.server import Server
+from headrace.snapshot import take_snapshot
 from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
 from headrace.staging.maintenance import Maintenance, compact_tables
+from headrace.state import forget_empty_logs, take_state
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
+from headrace.upstream import PIN_EVERY, ReadingPlace
 
 logger = logging.getLogger("headrace.pipeline")
 alerts = logging.getLogger("headrace.alert")
@@ -66,6 +64,7 @@ def open_lanes(project: Project, *, read_only: bool = False) -> list[Lane]:
     folder = ModelFolder(
         project.models,
         {source.name for source in project.sources},
+        destination.folded,
         project.destination.type,
         None if read_only else project.versions,
     )
@@ -90,13 +89,18 @@ class Pipeline:
         self._lock = take_state(project.state)
         try:
             self.lanes = open_lanes(project)
-            self._upkeep = {lane.config.name: Upkeep(lane, project.log, self.stop) for lane in self.lanes}
-            self._maintenance = {lane.config.name: self._maintainer(lane) for lane in self.lanes}
-            self._watches = {lane.config.name: _watch(lane) for lane in self.lanes}
+            own = [lane for lane in self.lanes if not lane.config.upstream]
+            self._upkeep = {lane.config.name: Upkeep(lane, project.log, self.stop) for lane in own}
+            self._maintenance = {lane.config.name: self._maintainer(lane) for lane in own}
+            self._watches = {lane.config.name: _watch(lane) for lane in own}
+            self._places = {
+                lane.config.name: ReadingPlace(project, lane) for lane in self.lanes if lane.config.upstream
+            }
             self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
+            self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._wait_for_destination()
         except BaseException:
-            _forget_empty_logs(project.state)
+            forget_empty_logs(project.state)
             self._lock.close()
             raise
 
@@ -108,10 +112,16 @@ class Pipeline:
         """
         server = self._serve()
         for lane in self.lanes:
-            for verb in ("capture", "load", "apply", "upkeep", "maintain"):
+            if lane.config.upstream:
+                verbs: tuple[str, ...] = ("load", "apply", "pin")
+            else:
+                verbs = ("capture", "load", "apply", "upkeep", "maintain")
+                self._guard(lane.config.name, self._watches[lane.config.name])
+            for verb in verbs:
                 self._start(lane, verb)
-            self._guard(lane.config.name, self._watches[lane.config.name])
         self._begin("marts", self._step_marts)
+        if self._publisher is not None:
+            self._begin("publish", self._step_publish)
         ended: BaseException | None = None
         try:
             while ended is None and not self.stop.wait(_POLL):
@@ -120,6 +130,8 @@ class Pipeline:
             self.stop.set()
             for thread in self._threads:
                 thread.join()
+            for fault in self._published_once():
+                alerts.error("%s", fault.paragraph())
             server.close()
             self.close()
         if ended is not None:
@@ -134,6 +146,7 @@ class Pipeline:
         try:
             faults = [fault for lane in self.lanes for fault in self._once(lane)]
             faults += self._marts_once()
+            faults += self._published_once()
             for fault in faults[1:]:
                 alerts.error("%s", fault.paragraph())
             if faults:
@@ -144,7 +157,8 @@ class Pipeline:
 
     def status(self) -> dict[str, Any]:
         """Return what only the running process knows: `pid`, threads `stopped` and `waiting` with their
-        reasons, the offset through which each source is `staged`, and the `alarms` of its watch."""
+        reasons, the offset through which each source is `staged`, the `alarms` of its watch, and whether the
+        copy for readers, if there is one, `is_current`."""
         stopped = {name: str(error) for name, error in self._errors.items()}
         staged = {lane.config.name: lane.staging.through() for lane in self.lanes}
         alarms = {name: watch.alarms() for name, watch in self._watches.items()}
@@ -154,12 +168,15 @@ class Pipeline:
             "waiting": dict(self._waits),
             "staged": staged,
             "alarms": alarms,
+            "is_current": self._publisher is not None and self._publisher.is_current(),
         }
 
     def close(self) -> None:
         """Give back log, staging and state folder."""
         for upkeep in self._upkeep.values():
             upkeep.close()
+        for place in self._places.values():
+            place.step()
         for lane in self.lanes:
             lane.close()
             lane.destination.close()
@@ -170,6 +187,7 @@ class Pipeline:
             "status": lambda _: self.status(),
             "redrive": self._redrive,
             "rebuild": self._rebuild,
+            "snapshot": lambda request: self.snapshot(**{k: v for k, v in request.items() if k != "op"}),
             "tables": self._change_tables,
             "resync": self._resync,
             "compact": self._compact,
@@ -181,17 +199,24 @@ class Pipeline:
         return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"])
 
     def _rebuild(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._lane(request["source"]).rebuild(request["model"], dry_run=request["dry_run"])
-        return {}
+        lane = self._lane(request["source"])
+        return {"beside": lane.rebuild(request["model"], dry_run=request["dry_run"])}
+
+    def snapshot(self, source: str, model: str, place: str, into: str | None) -> dict[str, Any]:
+        """See `headrace.snapshot.take_snapshot`."""
+        spill = self.project.state / "spill"
+        return take_snapshot(self._lane(source), model, place, into, spill, self.stop)
 
     def _change_tables(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
+        self.project.refuse_reading_only(lane.config.name, "headrace tables")
         lane.source.change_tables(lane.log, [TableId(*table) for table in request["tables"]], request["what"])
         return {}
 
     def _resync(self, request: dict[str, Any]) -> dict[str, Any]:
         """Have a source begin anew, also one that has stopped for good."""
         lane = self._lane(request["source"])
+        self.project.refuse_reading_only(lane.config.name, "headrace resync")
         lane.source.request_resync(lane.log)
         if self._errors.pop(f"{lane.config.name}.capture", None):
             self._start(lane, "capture")
@@ -216,7 +241,10 @@ class Pipeline:
         worked = True
 
         def load() -> None:
-            if not lane.load():
+            loaded = lane.load()
+            if lane.config.upstream:
+                self.stop.wait(_PACE)
+            elif not loaded:
                 lane.log.wait(lane.staging.written(), _POLL)
             elif lane.staging.written() >= lane.log.end().offset:
                 self.stop.wait(_PACE)
@@ -240,12 +268,17 @@ class Pipeline:
             if not self._maintenance[lane.config.name].step():
                 self.stop.wait(EVERY)
 
+        def pin() -> None:
+            self._places[lane.config.name].step()
+            self.stop.wait(PIN_EVERY)
+
         steps = {
             "capture": lambda: lane.capture(self.stop),
             "load": load,
             "apply": apply,
             "upkeep": upkeep,
             "maintain": maintain,
+            "pin": pin,
         }
         self._begin(f"{lane.config.name}.{verb}", steps[verb])
 
@@ -257,6 +290,11 @@ class Pipeline:
     def _step_marts(self) -> None:
         self._marts.step()
         self.stop.wait(_POLL)
+
+    def _step_publish(self) -> None:
+        assert self._publisher is not None
+        if not self._publisher.step():
+            self.stop.wait(_POLL)
 
     def _guard(self, name: str, watch: Watch) -> None:
         """Start the thread that watches over a source."""
@@ -311,8 +349,8 @@ class Pipeline:
         """Run one lane up to the source's present; returns what stopped it."""
         faults: list[HeadraceError] = []
         try:
-            head = lane.source.head()
-            lane.capture(self.stop, until=head)
+            if not lane.config.upstream:
+                lane.capture(self.stop, until=lane.source.head())
         except HeadraceError as error:
             faults.append(error)
         for verb, step in (("load", lane.load), ("apply", lane.apply)):
@@ -321,8 +359,11 @@ class Pipeline:
         if self.stop.is_set():
             return faults
         try:
-            self._upkeep[lane.config.name].step()
-            self._maintenance[lane.config.name].step(_MAINTAIN_ONCE, paced=False)
+            if lane.config.upstream:
+                self._places[lane.config.name].step()
+            else:
+                self._upkeep[lane.config.name].step()
+                self._maintenance[lane.config.name].step(_MAINTAIN_ONCE, paced=False)
         except HeadraceError as error:
             faults.append(error)
         for model, reason in lane.suspended().items():
@@ -335,6 +376,15 @@ class Pipeline:
             UserError(f"Mart {mart} is suspended: {reason}", "Mend it and run again.")
             for mart, reason in self._marts.suspended().items()
         ]
+
+    def _published_once(self) -> list[HeadraceError]:
+        """Let readers have what is there at the end; returns why they have it not."""
+        try:
+            if self._publisher is not None:
+                self._publisher.step(now=True)
+        except HeadraceError as error:
+            return [error]
+        return []
 
     def _wait_for_destination(self) -> None:
         """Check each lane's destination, waiting while it cannot be had; retry what is suspended."""
@@ -395,47 +445,3 @@ def _words(error: BaseException) -> str:
     # A driver's OSError has no number, and may quote a cell.
     is_the_systems = isinstance(error, OSError) and error.errno is not None
     return f"{type(error).__name__}: {error if is_the_systems else scrub(str(error))}"
-
-
-def _forget_empty_logs(state: Path) -> None:
-    """Remove logs that a refused start has just made, so that the right state folder can come back."""
-    for path in (state / "log").glob("*.db"):
-        with suppress(HeadraceError):
-            log = SQLiteLog(path, read_only=True)
-            empty = log.end().offset == 0 and log.note("system") is None
-            log.close()
-            if empty and not any(log.segments.glob("*")):
-                for file in path.parent.glob(f"{path.name}*"):
-                    file.unlink()
-                with suppress(FileNotFoundError):
-                    log.segments.rmdir()
-
-
-def take_state(state: Path) -> IO[str]:
-    """Take a state folder, for as long as what is returned is open.
-
-    Raises StateInUse while another process has it, UserError where it cannot be written.
-    """
-    try:
-        (state / "log").mkdir(mode=0o700, parents=True, exist_ok=True)
-        state.chmod(0o700)
-        lock = (state / "lock").open("a+")
-    except OSError as error:
-        raise UserError(
-            f"The state folder {state} cannot be written: {error.strerror}.", "Mend its rights."
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
-        lock.close()
-        raise StateInUse(
-            f"Another Headrace (pid {holder}) runs on {state}.",
-            "Stop it first, or ask it: `headrace status`, `headrace query`.",
-        ) from error
-    lock.truncate(0)
-    with suppress(OSError):
-        lock.write(str(os.getpid()))
-        lock.flush()
-    return lock

@@ -359,7 +359,6 @@ class Destination(Protocol):
     """What and where it is, for people; no secret."""
     fresh: str
     """What a user does to have an empty one instead, such as `name a new file in [destination] path`."""
-
     main: str
     """The schema of models whose name has none."""
     commits: int
@@ -402,6 +401,10 @@ class Destination(Protocol):
         """Return schema and name of a model's table."""
         ...
 
+    def folded(self, model: str) -> tuple[str, str]:
+        """Return schema and name of a model's table, equal for names that the engine takes for one."""
+        ...
+
     def table_of(self, model: str) -> str:
         """Return a model's table as SQL names it."""
         ...
@@ -411,9 +414,8 @@ class Destination(Protocol):
         ...
 
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:
-        """Return what the columns of a model's table cannot hold though their types in DuckDB can: pairs of
-        a column and the condition, over output columns, of the values that it takes. A row that violates
-        one is bad."""
+        """Return what the columns of a model's table cannot hold though their types in DuckDB can: columns,
+        each with the condition, over output columns, that a row meets unless it is bad."""
         ...
 
     def progress(self, source: str) -> Mark | None:
@@ -456,12 +458,11 @@ class Destination(Protocol):
         """Mark a model that the project no longer has; its table stays."""
         ...
 
-    def forget_if_reshaped(self, model: Model, *, dry_run: bool = False) -> bool:
-        """Drop a model's table, and its place, where its columns are no longer the model's, unless on a dry
-        run; returns whether they are not.
-
-        Its open records become superseded and its ledger rows void: it is built again from staging.
-        """
+    def forget_if_reshaped(self, model: Model, *, mend: bool = False, dry_run: bool = False) -> bool:
+        """Drop a model's table, and its place, where its columns are no longer the model's (to `mend` it:
+        where others have changed them), unless on a dry run; returns whether they are not. Its open records
+        become superseded and its ledger rows void: it is built again from staging. Raises ModelBroken where
+        others have changed them, but to mend it."""
         ...
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:

@@ -187,6 +187,13 @@ def read(project: Project, queries: Sequence[str]) -> list[pa.Table]:
                 return [_receive_table(stream) for _ in queries]
     except (FileNotFoundError, ConnectionRefusedError):
         pass
+    with _opened(project) as destination:
+        return destination.read(queries, read_only=True)
+
+
+@contextmanager
+def _opened(project: Project) -> Iterator[Destination]:
+    """Open the destination here, where no pipeline runs. Raises UserError where there is none yet."""
     absent = UserError(
         f"There is no destination at {project.destination.name} yet.", "Start the pipeline: `headrace run`."
     )
@@ -195,13 +202,10 @@ def read(project: Project, queries: Sequence[str]) -> list[pa.Table]:
     # Not above: a question to the running pipeline needs no engine here, and its import takes longer.
     from headrace.destinations import open_destination
 
-    destination = open_destination(project.destination)
-    try:
+    with closing(open_destination(project.destination)) as destination:
         if not destination.exists():
             raise absent
-        return destination.read(queries, read_only=True)
-    finally:
-        destination.close()
+        yield destination
 
 
 @contextmanager
@@ -218,12 +222,7 @@ def scan(project: Project, queries: Sequence[str]) -> Iterator[Iterator[Scanned]
         connection.connect(str(socket_path(project.state)))
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
-        from headrace.destinations import open_destination
-
-        with (
-            closing(open_destination(project.destination)) as destination,
-            destination.scan(queries, read_only=True) as results,
-        ):
+        with _opened(project) as destination, destination.scan(queries, read_only=True) as results:
             yield results
         return
     with connection, connection.makefile("rwb") as stream:

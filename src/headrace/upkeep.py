@@ -14,6 +14,7 @@ from headrace.errors import ConsumersUnknown, LogError, LogFull
 from headrace.lane import Lane
 from headrace.log.anchoring import Anchoring
 from headrace.log.consumers import Cursors
+from headrace.log.readers import Readers
 from headrace.log.retention import Kept, Trim, decide
 
 logger = logging.getLogger("headrace.upkeep")
@@ -35,6 +36,7 @@ class Upkeep:
         self._config = config
         self._stop = stop
         self._cursors = Cursors(lane.log.path.with_suffix(".cursors"))
+        self._readers = Readers(lane.log.path)
         self._slow: frozenset[str] = frozenset()
         self._unmarked: dict[str, tuple[Offset, str]] = {}  # lost, to be marked once there is room
         self._anchoring = Anchoring(lane.log, config)
@@ -80,7 +82,9 @@ class Upkeep:
                         through = min([through, needs.used, *consumers])
                         if self._log.group_end(through) <= self._log.begin().offset:
                             break
-                        freed += self._log.trim(through, needs.stops.union(consumers))
+                        freed += self._log.trim(
+                            through, needs.stops.union(consumers, self._readers.pinned(self._log.id))
+                        )
             if not is_free:
                 self._stop.wait(_PAUSE)
         if freed:

@@ -81,6 +81,24 @@ def test_mixed_changes_arrive_as_they_are_in_the_source(module):
     assert extra["peak_rss_mb"] > 10
 
 
+def test_a_rebuild_and_its_rivals_make_the_same_table(module, tmp_path):
+    rebuild = module("rebuild")
+    bench = rebuild._Bench(tmp_path, 20_000, 2_000)
+    for case, rivals in zip(rebuild.CASES, ({"rival", "every_change"}, {"rival"}), strict=True):
+        _, runs, extra = bench.case(case, 1)
+        assert set(runs[0]) == {"ours", "peak_rss_mb", "cpu_seconds"} | rivals
+        assert all(value > 0 for value in runs[0].values())
+        assert extra == {"changes": 20_000, "keys": 2_000}
+
+
+def test_a_model_makes_the_rows_that_plain_casts_make(module, monkeypatch):
+    models = module("models")
+    monkeypatch.setattr(models, "SLICE", 5_000)
+    ((_, runs, extra),) = models.run(quick=True)["cases"].values()
+    assert extra["rows"] == 5_000
+    assert all(value > 0 for run in runs for value in run.values())
+
+
 def test_the_log_is_measured_beside_a_bare_file(module):
     log = module("log")
     measured = log.run(quick=True)["cases"]

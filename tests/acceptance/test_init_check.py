@@ -259,6 +259,17 @@ def test_warehouse(server: PostgresServer, made: tuple[str, str], tmp_path: Path
     assert "shop_warehouse.duckdb" in only(findings(clash, "fail"), "DuckDB cannot tell them apart")
 
 
+def test_a_copy_for_readers(server: PostgresServer, made: tuple[str, str], tmp_path: Path) -> None:
+    server.psql("CREATE TABLE t (id int PRIMARY KEY)", made[0])
+    settings = '[destination]\npublish = "{}"'
+    clash = project_with(tmp_path / "clash", made[1], settings.format("Shop.duckdb"))
+    assert "shop_published.duckdb" in only(findings(clash, "fail"), "DuckDB cannot tell them apart")
+    absent = project_with(tmp_path / "absent", made[1], settings.format("public/read.duckdb"))
+    assert f"mkdir -p {absent}/public" in only(findings(absent, "fail"), "there is no folder")
+    (absent / "public").mkdir()
+    assert only(findings(absent, "ok"), "read.duckdb can be published") == ""
+
+
 def test_an_empty_database(made: tuple[str, str], tmp_path: Path) -> None:
     assert headrace("init", made[1], str(tmp_path)).code == 0
     assert only(findings(tmp_path, "fail"), "no table matches")
@@ -413,8 +424,8 @@ def test_models_that_do_not_fit(server: PostgresServer, tmp_path: Path) -> None:
     assert "models/lacks.sql" in only(failed, "amonut")
     assert 'Did you mean "shop"?' in only(failed, "there is no source shp")
     assert 'Did you mean "orders"?' in only(failed, "no such table is captured")
-    assert "Rename models/Good.sql." in only(failed, "model Good and model good")
-    assert "Rename models/shop.accounts.sql." in only(failed, "the mirror of public.accounts")
+    assert only(failed, "models Good and good would fill one table") == "Rename models/good.sql."
+    assert "Rename models/shop.accounts.sql." in only(failed, "among the mirrors of source shop")
     assert len(failed) == 6
 
 

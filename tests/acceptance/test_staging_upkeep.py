@@ -85,14 +85,14 @@ def test_the_raw_tables_their_columns_and_what_they_were(
     ]
     told = [(row["kind"], row["what"]) for row in rows(project, capsys, "history", "public.t")]
     assert told[:3] == [
-        ("shape", ["2 columns, key (id)"]),
-        ("copy", ["begun"]),
-        ("copied", ["100 rows"]),
+        ("shape", "2 columns, key (id)"),
+        ("copy", "begun"),
+        ("copied", "100 rows"),
     ]
-    assert [what for kind, what in told if kind == "shape"][1:] == [
-        ["price added: numeric(9,2)"],
-        ["id: integer is bigint"],
-        ["note dropped"],
+    assert told[3:] == [
+        ("column_added", "price added: numeric(9,2)"),
+        ("type_widened", "id: integer is bigint"),
+        ("column_dropped", "note dropped"),
     ]
     assert "note dropped" in command(project, capsys, "history", "t")
     assert "There are: t." in command(project, capsys, "schema", "nope", code=2)

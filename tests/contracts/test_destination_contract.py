@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
+import duckdb
 import psycopg
 import pytest
 
 pytest.register_assert_rewrite(
     "headrace.testing.destination_suite",
+    "headrace.testing.destination_drift_suite",
     "headrace.testing.destination_joins_suite",
     "headrace.testing.destination_marts_suite",
 )
@@ -48,6 +50,10 @@ class DuckDBs:
             f"destination = DuckDBDestination(Path({str(destination.path)!r}))"
         )
 
+    def alter(self, destination: DuckDBDestination, statement: str) -> None:
+        with duckdb.connect(str(destination.path)) as db:
+            db.execute(statement)
+
 
 class Postgreses:
     steps = (*STEPS[:2], ("destination.postgres.commit", False), STEPS[2])
@@ -72,6 +78,10 @@ class Postgreses:
             "from headrace.destinations.postgres import PostgresDestination\n"
             f"destination = PostgresDestination(Secret({self._url!r}))"
         )
+
+    def alter(self, destination: PostgresDestination, statement: str) -> None:
+        with psycopg.connect(self._url, autocommit=True) as db:
+            db.execute(statement.encode())
 
 
 _numbers = iter(range(1_000_000))

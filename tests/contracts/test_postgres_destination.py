@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ import pytest
 from headrace.change import Mark
 from headrace.destinations.postgres import PostgresDestination
 from headrace.errors import CommitUnknown, DestinationError, DestinationUnavailable, ModelBroken, Verdict
+from headrace.join import Join
+from headrace.mart import Mart
 from headrace.secret import Secret
 from headrace.testing.destinations import LOG, MODEL, limited, model_of, row, shape, slice_of, table
 from headrace.testing.logs import armed
@@ -333,6 +336,45 @@ def test_models_without_a_schema_go_where_the_project_says(url: str, tmp_path: P
 
 
 # -- what check says
+
+
+DOCUMENTED = re.compile(r"### Rights\n.*?```sql\n(.*?)```", re.DOTALL)
+PAGE = Path(__file__).parents[2] / "docs" / "destinations.md"
+
+
+def test_the_rights_that_are_documented_are_enough_and_no_more_are_given(server: PostgresServer) -> None:
+    """What the page says is run as it stands there, and a role of no other rights does all that there is to
+    do, to tables that a reader with the documented rights reads."""
+    found = DOCUMENTED.search(PAGE.read_text())
+    assert found is not None
+    before, _, after = found[1].partition("\\c warehouse\n")
+    assert after, "it connects to the new database in between"
+    with psycopg.connect(server.url, autocommit=True) as db:
+        for statement in before.strip().split(";")[:-1]:
+            db.execute(statement.encode())
+    url = server.url.removesuffix("postgres") + "warehouse"
+    with psycopg.connect(url, autocommit=True) as db:
+        for statement in re.sub("--.*", "", after).strip().split(";")[:-1]:
+            db.execute(statement.encode())
+        db.execute("CREATE ROLE reader LOGIN")
+        db.execute("GRANT USAGE ON SCHEMA shop TO reader")
+        db.execute("ALTER DEFAULT PRIVILEGES FOR ROLE headrace_loader GRANT SELECT ON TABLES TO reader")
+    loader = PostgresDestination(Secret(url.replace("postgres@", "headrace_loader@")))
+    assert [finding.level for finding in loader.inspect()] == ["ok"]
+    model = model_of("m", "SELECT id::BIGINT AS id, v FROM raw.shop.t")
+    many = [row(key) for key in range(3_000)]
+    loader.apply(slice_of(0, (MODEL, many), (model, [row(1)]), size=3_000))
+    loader.apply(slice_of(3_000, (MODEL, many), (model, [row(1, "b")]), size=3_000))
+    beside = Join(MODEL.name, "shop", MODEL.version, 0, 6_000, 6_000, "copy", 0, 6_000, "rebuild")
+    loader.joins.start(beside, MODEL)
+    mart = Mart("total", "SELECT count(*) AS n FROM shop.t", ("shop.t",), "table", 0.0, "v1")
+    assert loader.marts.make(mart, None, ["shop.t"]).state == "ok"
+    assert table(loader, "SELECT n FROM total") == [(3_000,)]
+    loader.close()
+    with psycopg.connect(url.replace("postgres@", "reader@")) as db:
+        assert db.execute("SELECT count(*) FROM shop.t").fetchall() == [(3_000,)]
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            db.execute("DELETE FROM shop.t")
 
 
 def test_inspect_says_what_is_missing(server: PostgresServer, url: str, db: psycopg.Connection) -> None:

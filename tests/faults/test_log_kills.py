@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from log_survival import Told, heard_until, the_rest, writer
 
-KILLS = int(os.environ.get("HEADRACE_LOG_KILLS", "40"))
+KILLS = int(os.environ.get("HEADRACE_LOG_KILLS", "15"))
 LIVES = 10  # kills of one log
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("log_survival.py")
-CUTS = int(os.environ.get("HEADRACE_CUTS", "20"))
+CUTS = int(os.environ.get("HEADRACE_CUTS", "10"))
 
 
 def apart(verb: str, folder: Path, *numbers: int, timeout: float) -> Any:

@@ -37,7 +37,7 @@ from headrace.testing import shop
 from headrace.testing.postgres import PostgresServer
 from pipelines import until
 
-OUTAGE = float(os.environ.get("HEADRACE_OUTAGE_SECONDS", "12"))
+OUTAGE = float(os.environ.get("HEADRACE_OUTAGE_SECONDS", "6"))
 
 HOLD = """
 import sys, time, duckdb

@@ -97,7 +97,7 @@ def test_changes_before_an_expected_copy_are_dropped_without_a_word(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     relations = {name: Relation(oid, "public", name, "d", ()) for oid, name in enumerate("tuv")}
-    roster = Roster("shop", [T], {}, lambda: [T, TableId("public", "u")])
+    roster = Roster("shop", [T], dict, lambda: [T, TableId("public", "u")])
     assert [roster.admits(relations[name]) for name in "tuvuv"] == [True, False, False, False, False]
     assert [record.getMessage().split(" is ")[0] for record in caplog.records] == ["source shop: public.v"]
     roster.add(TableId("public", "u"))

@@ -158,12 +158,22 @@ def test_a_postgres_destination(tmp_path: Path) -> None:
     assert destination.is_there is None
 
 
+def test_a_copy_for_readers(tmp_path: Path) -> None:
+    settings = 'publish = "public/shop_read.duckdb"\npublish_every = "1m"'
+    destination = load(tmp_path, f"{SOURCE}[destination]\n{settings}").destination
+    assert destination.publish == tmp_path.resolve() / "public" / "shop_read.duckdb"
+    assert destination.publish_every == 60.0
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ('type = "postgres"', "[destination] url: missing"),
         (f'url = "{URL}"', "[destination] url: unknown key"),
         (f'type = "postgres"\nurl = "{URL}"\npath = "x"', "[destination] path: unknown key"),
+        (f'type = "postgres"\nurl = "{URL}"\npublish = "x"', "[destination] publish: unknown key"),
+        ('publish_every = "5s"', "[destination] publish_every: needs publish"),
+        ('publish = "./warehouse.duckdb"', "[destination] publish: is the destination's own file"),
     ],
 )
 def test_each_destination_has_its_own_settings(tmp_path: Path, settings: str, words: str) -> None:

@@ -44,6 +44,16 @@ def test_a_file_that_another_process_holds_is_busy_and_names_it(destination: Duc
     assert table(destination) == [(1, "a"), (2, "a")]
 
 
+def test_a_file_that_this_process_reads_elsewhere_is_busy_for_a_while(
+    destination: DuckDBDestination,
+) -> None:
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
+    with destination.connected(read_only=True), pytest.raises(DestinationBusy, match="in this process"):
+        destination.apply(slice_of(1, (MODEL, [row(2)])))
+    destination.apply(slice_of(1, (MODEL, [row(2)])))
+    assert table(destination) == [(1, "a"), (2, "a")]
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -103,3 +113,22 @@ def test_what_was_promised_memory_has_it_while_others_come_and_go(tmp_path: Path
     finally:
         done.set()
         thread.join()
+
+
+def test_changes_all_over_a_large_table_have_the_memory_that_they_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a transaction holds for its deletes cannot be spilled: here it is more than an apply has else."""
+    monkeypatch.setattr("headrace.destinations.duckdb.MEMORY", 24 << 20)
+    destination = DuckDBDestination(tmp_path / "w.duckdb", spill=tmp_path / "spill")
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
+    many = 4_000_000
+    with destination.connected(memory=1 << 30) as db:
+        db.execute(
+            "INSERT INTO shop.t BY NAME SELECT i AS id, 'a' AS v, 'shop' AS _source, "
+            f"i::VARCHAR AS _source_key FROM range(2, {many + 1}) r(i)"
+        )
+    keys = range(2, many, 2048)
+    destination.apply(slice_of(1, (MODEL, [row(key, "b") for key in keys]), size=len(keys)))
+    counts = "SELECT count(*), count(*) FILTER (WHERE v = 'b') FROM shop.t"
+    assert table(destination, counts) == [(many, len(keys))]

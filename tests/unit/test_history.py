@@ -44,7 +44,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several shares of keys; and what a copy no more has was gone as of its floor."""
-    monkeypatch.setattr("headrace.history._SHARE_ROWS", 25)
+    monkeypatch.setattr("headrace.recopied._SHARE_ROWS", 25)
 
     def began(_: object, copy: Copy) -> int:
         return copy.floor.commit

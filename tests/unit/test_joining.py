@@ -180,6 +180,11 @@ class Bench:
             if chance and chance.random() < 0.3:
                 self.joiner = self.reopened()
 
+    def rebuild(self, model: RowModel, chance: random.Random) -> None:
+        """Build a model that stands at the end once more."""
+        self.joiner.rebuild(model, self.staging.through(), dry_run=False)
+        self.join(model, chance)
+
     def copy(self, commit: int, *rows: tuple[str, Row], shape: TableSchema = SHAPE, reason: str = "") -> None:
         """Log and stage a copy that is read in one chunk under a snapshot at `commit`."""
         self.log.append([marker(0, CopyMark("begin", shape, (), self.log.end().offset, reason))])
@@ -200,6 +205,13 @@ class Bench:
     def ask(self, query: str) -> list[tuple]:
         (table,) = self.destination.read([query])
         return [tuple(row.values()) for row in table.to_pylist()]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_pieces() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headrace.history.PIECE_ROWS", 3)
+        yield
 
 
 @pytest.fixture
@@ -233,6 +245,10 @@ def test_a_join_holds_what_the_source_holds(
     assert bench.rows() == source.states[streamed]
     assert bench.ask("SELECT count(*) FROM headrace.quarantine WHERE status = 'quarantined'") == [(0,)]
     assert bench.ask("SELECT count(*) FROM headrace.ledger WHERE read <> applied + superseded") == [(0,)]
+    # And once more from the newest change of every key, in pieces.
+    bench.rebuild(MODEL, chance)
+    assert bench.ask("SELECT added + removed + changed FROM headrace.rebuilds") == [(0,)]
+    assert bench.rows() == source.states[streamed]
     bench.log.close()
 
 
@@ -263,6 +279,9 @@ def test_what_a_join_refuses_is_what_the_fold_of_history_refuses(
         assert sorted(bench.ask('SELECT id, n FROM "shop"."t"')) == sorted(
             tuple(row.values()) for row in rows
         )
+        bench.rebuild(picky, chance)
+        assert bench.ask("SELECT max(added + removed + changed) FROM headrace.rebuilds") == [(0,)]
+        assert sorted(bench.ask(opened)) == sorted(tuple(record.values()) for record in records)
         streamed = write_copy(bench.log, source, chance, streamed)
     bench.log.close()
 

@@ -29,7 +29,7 @@ from headrace.log.database import Database
 from headrace.log.proof import verify
 from headrace.log.segments import segment_path
 from headrace.log.sqlite import SQLiteLog
-from headrace.pipeline import _forget_empty_logs
+from headrace.state import forget_empty_logs
 from headrace.testing.logs import armed, change, everything, group
 
 
@@ -676,7 +676,7 @@ def test_a_log_that_a_refused_start_has_made_goes_as_a_whole_and_no_other_does(t
     logs[3].append(group(1, 1))
     for log in logs:
         log.close()
-    _forget_empty_logs(tmp_path)
+    forget_empty_logs(tmp_path)
     left = {path.name for path in (tmp_path / "log").iterdir() if path.suffix in (".db", ".segments")}
     assert left == {
         f"{name}{suffix}" for name in ("known", "torn", "used") for suffix in (".db", ".segments")

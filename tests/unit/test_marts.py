@@ -13,6 +13,7 @@ import pytest
 from entries import rows as entry
 from headrace.change import Column, CopyMark, Entry, Position, TableId, TableSchema
 from headrace.config import load_project
+from headrace.destinations.duckdb import DuckDBDestination
 from headrace.errors import ModelError, UserError
 from headrace.mart import MartState
 from headrace.marts import MartKeeper
@@ -215,9 +216,11 @@ def test_a_circle_is_told_and_the_others_go_on(shop: Shop, caplog: pytest.LogCap
     shop.put(good="SELECT count(*) AS n FROM clean", a="SELECT 1 AS x FROM b", b="SELECT 1 AS x FROM a")
     shop.step()
     assert "in a circle, and stand still: " in caplog.text
+    assert set(shop.keeper.suspended()) == {"a", "b"}
     shop.put(b="SELECT 2 AS x")
     shop.step()
     assert shop.ask("SELECT n FROM good, a") == [(2,)]
+    assert not shop.keeper.suspended()
     texts = {"a": "b", "b": "a", "c": "clean"}
     order, circles = in_order(
         (read_mart(n, f"SELECT 1 FROM {m}", "duckdb") for n, m in texts.items()), "main"
@@ -246,7 +249,7 @@ def test_what_is_no_mart_is_refused_with_its_file(text: str, words: str) -> None
 def test_what_a_file_reads_tells_whether_it_is_a_mart(tmp_path: Path) -> None:
     (tmp_path / "m.sql").write_text(CLEAN)
     (tmp_path / "n.sql").write_text("WITH clean AS (FROM m) SELECT x.id FROM clean AS x, shop.customers")
-    folder = ModelFolder(tmp_path, {"shop"})
+    folder = ModelFolder(tmp_path, {"shop"}, DuckDBDestination(tmp_path / "w.duckdb").folded)
     assert [text.name for text in folder.current()] == ["m"]
     (mart,) = folder.marts()
     assert set(mart.reads) == {"m", "shop.customers", "clean"}, (
@@ -254,4 +257,4 @@ def test_what_a_file_reads_tells_whether_it_is_a_mart(tmp_path: Path) -> None:
     )
     (tmp_path / "o.sql").write_text("SELECT 1 AS x FROM raw.shop.orders JOIN m ON true")
     with pytest.raises((ModelError, UserError), match=r"o\.sql: a row model reads one raw table"):
-        ModelFolder(tmp_path, {"shop"})
+        ModelFolder(tmp_path, {"shop"}, DuckDBDestination(tmp_path / "w.duckdb").folded)

@@ -291,3 +291,71 @@ def test_ci_needs_what_is_recorded(project: Project) -> None:
     assert done.code == 1
     assert "schemas/shop.toml is not there. Record it where the pipeline runs" in done.out
     assert "No source has run yet" in here("ci", "--record", cwd=project.root).err
+
+
+def test_ci_binds_marts_to_what_their_models_put_out(project: Project) -> None:
+    orders = TableSchema(
+        TableId("public", "orders"),
+        (Column("id", "integer"), Column("status", "text"), Column("amount", "text")),
+        ("id",),
+    )
+    customers = TableSchema(TableId("public", "customers"), (Column("id", "integer"),), ("id",))
+    write_shapes(project, "shop", {orders.table: orders, customers.table: customers})
+    write_promises(project, {"totals": Promise((), {"n": ("BIGINT", False), "amount": ("DOUBLE", False)})})
+    marts = {
+        "totals": "SELECT count(*) AS n, sum(amount)::DECIMAL(18,2) AS amount FROM doubled",
+        "doubled": "SELECT order_id, amount * 2 AS amount FROM sales, shop.customers WHERE id = order_id",
+        "theirs": "SELECT * FROM sales JOIN their_own_table USING (order_id)",
+        "wrong": "SELECT no_such_column FROM sales",
+        "a": "SELECT 1 AS x FROM b",
+        "b": "SELECT 1 AS x FROM a",
+    }
+    for name, text in marts.items():
+        (project.root / "models" / f"{name}.sql").write_text(text)
+    done = here("ci", "--json", cwd=project.root)
+    found = {model["model"]: model for (report,) in [done.objects()] for model in report["models"]}
+    assert done.code == 1
+    assert found["totals"]["breaks"] == ["model totals: column amount is DECIMAL(18,2), and was DOUBLE"]
+    assert not found["doubled"]["problems"]
+    assert not found["doubled"]["unbound"]
+    assert "their_own_table" in found["theirs"]["unbound"]
+    assert not found["theirs"]["problems"]
+    assert "no_such_column" in found["wrong"]["problems"][0]
+    assert all("reads itself" in found[name]["problems"][0] for name in "ab")
+
+
+MART_TEST = """
+model = "per_customer"
+tables = { regions = { customer = "INTEGER", region = "VARCHAR" } }
+
+[[test]]
+name = "paid per region"
+given.sales = [
+  { order_id = 1, amount = 9.90 },
+  { order_id = 2, amount = "0.10" },
+]
+given.regions = [{ customer = 1, region = "north" }, { customer = 2, region = "north" }]
+expect = [{ region = "north", amount = 10 }]
+"""
+
+
+def test_a_mart_is_tested_over_rows_of_the_tables_that_it_reads(project: Project) -> None:
+    raw = '[orders]\nkey = ["id"]\n[orders.columns]\nid = "integer"\nstatus = "text"\namount = "text"\n'
+    (project.root / "schemas").mkdir()
+    (project.root / "schemas" / "shop.toml").write_text(raw)
+    (project.root / "models" / "per_customer.sql").write_text(
+        "SELECT region, sum(amount) AS amount FROM sales JOIN regions ON customer = order_id GROUP BY region"
+    )
+    place = project.root / "tests" / "m.toml"
+    place.write_text(MART_TEST)
+    assert problems(project, code=0) == []
+    place.write_text(MART_TEST.replace("amount = 10 ", "amount = 11 "))
+    assert problems(project) == ['region="north": amount is 10.00, expected 11.00']
+    place.write_text(MART_TEST.replace("order_id = 1", "order = 1"))
+    assert 'it has no column order. Did you mean "order_id"?' in problems(project)[0]
+    place.write_text(MART_TEST.replace('"0.10"', '"free"'))
+    assert "given row of sales 2 does not fit" in problems(project)[0]
+    place.write_text(MART_TEST.replace("regions =", "areas ="))
+    assert "regions" in problems(project)[0]
+    place.write_text(MART_TEST + "quarantine = [{ key = 1 }]\n")
+    assert "has no quarantine" in problems(project)[0]

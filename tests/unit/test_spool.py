@@ -360,7 +360,7 @@ def test_groups_are_the_same_wherever_they_are_cut(
     decoder = Decoder()
     builder = GroupBuilder(
         Shapes(known, Mock(), config, Mock()),
-        Roster("shop", known, {}),
+        Roster("shop", known),
         Policy(config),
         SpoolSpace("shop", tmp_path_factory.getbasetemp(), 1 << 30),
     )

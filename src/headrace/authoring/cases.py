@@ -12,9 +12,19 @@
     expect = [{ order_id = 1, amount = 9.99 }]
     quarantine = [{ key = "2", reason = "transform.cast", column = "amount" }]
 
-A cell that is left out is null. In `given`, `_op` is c (the default), r, u, d or t, `_unchanged` lists
-cells that the source did not send, `_before` has the old key's cells where it changes, and `_committed_at`
-is a time.
+The test of a mart gives rows of the tables that it reads, whose columns are known from the models that make
+them, or are named in the file:
+
+    model = "per_customer"
+    tables = { their_table = { id = "BIGINT", name = "VARCHAR" } }
+
+    [[test]]
+    given.sales = [{ order_id = 1, amount = 9.99 }]
+    expect = [{ orders = 1 }]
+
+A cell that is left out is null. In a row model's `given`, `_op` is c (the default), r, u, d or t,
+`_unchanged` lists cells that the source did not send, `_before` has the old key's cells where it changes, and
+`_committed_at` is a time.
 """
 
 from __future__ import annotations
@@ -35,7 +45,7 @@ from headrace.errors import UserError
 FOLDER = "tests"
 MAX_FILE_BYTES = 1 << 20
 
-_FILE_KEYS = ("model", "schema", "test")
+_FILE_KEYS = ("model", "schema", "tables", "test")
 _TEST_KEYS = ("name", "given", "expect", "quarantine", "columns")
 _RECORD_KEYS = ("key", "reason", "column")
 _SCHEMA_KEYS = ("key", "columns")
@@ -69,11 +79,13 @@ class ExpectedRecord:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One test. Of the output `columns` are compared, all where it is empty."""
+    """One test. Of the output `columns` are compared, all where it is empty. `given` are changes of a row
+    model's table, `inputs` rows of the tables that a mart reads."""
 
     name: str
     line: int
     given: tuple[Event, ...]
+    inputs: Mapping[str, Sequence[Mapping[str, Any]]]
     expect: tuple[Mapping[str, Any], ...]
     quarantine: tuple[ExpectedRecord, ...]
     columns: tuple[str, ...]
@@ -81,12 +93,14 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class CaseFile:
-    """A test file: its model, the raw table's shape if it is given, and its tests."""
+    """A test file: its model, the raw table's shape if it is given, the columns of tables that a mart reads
+    with their types in DuckDB's words, and its tests."""
 
     path: Path
     model: str
     key: tuple[str, ...]
     columns: tuple[Column, ...]
+    tables: Mapping[str, Mapping[str, str]]
     cases: tuple[Case, ...]
 
     def schema(self, label: str) -> TableSchema | None:
@@ -125,7 +139,17 @@ def read_cases(path: Path) -> CaseFile:
     lines = [text.count("\n", 0, found.end()) + 1 for found in _HEADER.finditer(text)]
     lines += [1] * (len(tests) - len(lines))
     cases = [_case(f"{where}:{line}", line, test) for line, test in zip(lines, tests, strict=False)]
-    return CaseFile(path, model, key, columns, tuple(cases))
+    tables = raw.get("tables", {})
+    if not isinstance(tables, dict) or not all(map(_is_columns, tables.values())):
+        raise UserError(
+            f"{where}: tables has columns of the tables that a mart reads, with their types.",
+            'Write tables = { customers = { id = "BIGINT" } }.',
+        )
+    return CaseFile(path, model, key, columns, tables, tuple(cases))
+
+
+def _is_columns(raw: object) -> bool:
+    return isinstance(raw, dict) and all(isinstance(type_, str) for type_ in raw.values())
 
 
 def _known(where: str, raw: object, known: Collection[str]) -> None:
@@ -143,7 +167,7 @@ def _schema(where: str, raw: object) -> tuple[tuple[str, ...], tuple[Column, ...
     _known(where, raw, _SCHEMA_KEYS)
     assert isinstance(raw, dict)
     key, columns = raw.get("key", []), raw.get("columns", {})
-    if not isinstance(columns, dict) or not all(isinstance(type_, str) for type_ in columns.values()):
+    if not _is_columns(columns):
         raise UserError(
             f"{where}: columns are names with Postgres types.",
             'Write columns = { id = "bigint", name = "text" }',
@@ -156,7 +180,10 @@ def _schema(where: str, raw: object) -> tuple[tuple[str, ...], tuple[Column, ...
 def _case(where: str, line: int, raw: object) -> Case:
     _known(where, raw, _TEST_KEYS)
     assert isinstance(raw, dict)
-    given, expect, quarantine = (_tables(where, raw, name) for name in ("given", "expect", "quarantine"))
+    by_table = raw["given"] if isinstance(raw.get("given"), dict) else {}
+    inputs = {name: _rows(f"{where}: given", by_table, name) for name in by_table}
+    given = [] if by_table else _rows(where, raw, "given")
+    expect, quarantine = (_rows(where, raw, name) for name in ("expect", "quarantine"))
     columns = raw.get("columns", [])
     if not isinstance(columns, list):
         raise UserError(f"{where}: columns is a list of output columns.", 'Write columns = ["amount"].')
@@ -165,13 +192,14 @@ def _case(where: str, line: int, raw: object) -> Case:
         name=name,
         line=line,
         given=tuple(_event(f"{where}: given row {i}", row) for i, row in enumerate(given, 1)),
+        inputs=inputs,
         expect=tuple(expect),
         quarantine=tuple(_record(f"{where}: quarantine row {i}", row) for i, row in enumerate(quarantine, 1)),
         columns=tuple(map(str, columns)),
     )
 
 
-def _tables(where: str, raw: Mapping[str, Any], name: str) -> Sequence[dict[str, Any]]:
+def _rows(where: str, raw: Mapping[str, Any], name: str) -> Sequence[dict[str, Any]]:
     rows = raw.get(name, [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{where}: {name} is a list of rows.", f'Write {name} = [{{ id = "1" }}].')

@@ -68,7 +68,7 @@ def export_dbt(project: Project) -> str:
 
 def _description(found: Found) -> str:
     raw = f"raw.{found.source}.{found.table}"
-    return f"{raw} as models/{found.name}.sql makes it." if found.text else f"Mirror of {raw}."
+    return f"{raw} as models/{found.text.file} makes it." if found.text else f"Mirror of {raw}."
 
 
 def _source(schema: str, tables: Sequence[_Table]) -> Iterator[str]:

@@ -11,15 +11,12 @@ from headrace.change import TableId, TableSchema
 from headrace.config import MODELS_FOLDER, Project
 from headrace.errors import HeadraceError, ModelError, UserError
 from headrace.log.sqlite import SQLiteLog
+from headrace.mart import Mart
 from headrace.sources.postgres.tables import captured_tables
-from headrace.transform.mart import read_file
+from headrace.transform.header import model_paths
+from headrace.transform.mart import OFF, SUFFIXES, read_file
 from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.sql import ModelText
-
-OFF = ".off"
-"""What is put behind the name of a model file that the pipeline is not to take up."""
-
-_SUFFIX = ".sql"
 
 Shapes = dict[TableId, TableSchema]
 
@@ -35,16 +32,20 @@ class Found:
     path: Path | None = None
 
 
-def read_models(project: Project) -> Iterator[tuple[str, ModelText | HeadraceError]]:
-    """Yield the name of every row model's file in use with what it says, or of any file what is wrong."""
-    for path in sorted(project.models.glob(f"*{_SUFFIX}")):
+def read_files(project: Project) -> Iterator[tuple[str, ModelText | Mart | HeadraceError]]:
+    """Yield the name of every file in use with what it says, or with what is wrong."""
+    for path in model_paths(project.models):
         try:
-            text = read_file(path, project.destination.type)
+            yield path.stem, read_file(path, project.destination.type)
         except HeadraceError as error:
             yield path.stem, error
-        else:
-            if isinstance(text, ModelText):
-                yield path.stem, text
+
+
+def read_models(project: Project) -> Iterator[tuple[str, ModelText | HeadraceError]]:
+    """Yield the name of every row model's file in use with what it says, or of any file what is wrong."""
+    for name, text in read_files(project):
+        if not isinstance(text, Mart):
+            yield name, text
 
 
 def all_models(project: Project, shapes: Mapping[str, Shapes]) -> Iterator[Found]:
@@ -57,33 +58,56 @@ def all_models(project: Project, shapes: Mapping[str, Shapes]) -> Iterator[Found
         if isinstance(text, HeadraceError):
             raise text
         taken.add((text.source, text.table))
-        yield Found(name, text.source, text.table, text, project.models / f"{name}{_SUFFIX}")
+        yield Found(name, text.source, text.table, text, model_file(project, name))
     for source, tables in shapes.items():
         for label in sorted(table.label for table in tables):
             if (source, label) not in taken:
                 yield Found(f"{source}.{label}", source, label)
 
 
+def model_file(project: Project, name: str) -> Path:
+    """Return the file of a model in use."""
+    paths = [project.models / f"{name}{suffix}" for suffix in SUFFIXES]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def _bare(path: Path) -> str:
+    """Return the name of the model that a file is, or would be."""
+    stem = path.name.removesuffix(OFF)
+    return stem[: stem.rindex(".")]
+
+
 def find_model(project: Project, wanted: str) -> Found:
-    """Find a model by its name (`sales`, `shop.orders` for a mirror), or by a path to a file.
+    """Find a row model; see `find_any`. Raises UserError for a mart."""
+    found = find_any(project, wanted)
+    if isinstance(found, Mart):
+        raise UserError(
+            f"{found.name} is a mart: it is computed from tables of the destination.",
+            f'`headrace query "FROM {found.name}"` shows it, `headrace status` how it stands.',
+        )
+    return found
+
+
+def find_any(project: Project, wanted: str) -> Found | Mart:
+    """Find a model or a mart by its name (`sales`, `shop.orders` for a mirror), or by a path to a file.
 
     A name is first that of a file in use, then of one that is not (`sales.sql.off`), then of a mirror;
     whether the table of a mirror is captured is not looked at. Raises ModelError for a file that does not
     read, UserError where there is none.
     """
-    names = (wanted, wanted + OFF) if wanted.endswith(_SUFFIX) else (wanted + _SUFFIX, wanted + _SUFFIX + OFF)
-    places = [Path(wanted), project.root / wanted] if wanted.endswith((_SUFFIX, _SUFFIX + OFF)) else []
+    ends = tuple(suffix + off for off in ("", OFF) for suffix in SUFFIXES)
+    places = [Path(wanted), project.root / wanted] if wanted.endswith(ends) else []
+    names = [wanted] if places else [wanted + end for end in ends]
+    if wanted.endswith(SUFFIXES):
+        names.append(wanted + OFF)
     if not any(separator in wanted for separator in ("/", "\\")):
         places += [project.models / name for name in names]
     for path in places:
         if path.is_file():
-            name = path.name.removesuffix(OFF).removesuffix(_SUFFIX)
+            name = _bare(path)
             text = read_file(path, project.destination.type, name)
-            if not isinstance(text, ModelText):
-                raise UserError(
-                    f"{name} is a mart: it is computed from tables of the destination.",
-                    f'`headrace query "FROM {name}"` shows it, `headrace status` how it stands.',
-                )
+            if isinstance(text, Mart):
+                return text
             return Found(text.name, text.source, text.table, text, path)
     source, dot, table = wanted.partition(".")
     if dot and source in {item.name for item in project.sources}:
@@ -127,9 +151,8 @@ def logged_shapes(project: Project, source: str) -> Shapes:
 
 
 def _unknown(project: Project, wanted: str) -> UserError:
-    known = [
-        path.name.removesuffix(OFF).removesuffix(_SUFFIX) for path in project.models.glob(f"*{_SUFFIX}*")
-    ]
+    off = [path for suffix in SUFFIXES for path in project.models.glob(f"*{suffix}{OFF}")]
+    known = [_bare(path) for path in [*model_paths(project.models), *off]]
     near = get_close_matches(wanted, known, 1)
     hint = f'Did you mean "{near[0]}"?' if near else f"Models are: {', '.join(sorted(known)) or 'none yet'}."
     return UserError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -12,17 +11,18 @@ import duckdb
 import pyarrow as pa
 
 from headrace.authoring.cases import Case, CaseFile, Event, ExpectedRecord, case_paths, read_cases
-from headrace.authoring.files import Shapes, bind_found, find_model
-from headrace.cells import json_of, rows_of
+from headrace.authoring.checking import output_columns
+from headrace.authoring.comparing import compared, differences
+from headrace.authoring.files import Shapes, bind_found, find_any
+from headrace.authoring.marts import judge_mart
 from headrace.change import Offset, TableId, TableSchema
 from headrace.config import Project
 from headrace.errors import HeadraceError, UserError
-from headrace.keys import quoted
+from headrace.mart import Mart
 from headrace.payload import BEFORE, UNCHANGED
 from headrace.prepared import Prepared
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.kind import PLACE
-from headrace.transform.model import RowModel, engine
+from headrace.transform.model import RowModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,10 @@ def run_tests(
 
 def _run_file(project: Project, file: CaseFile, recorded: Mapping[str, Shapes]) -> Iterator[Outcome]:
     try:
-        found = find_model(project, file.model)
+        found = find_any(project, file.model)
+        if isinstance(found, Mart):
+            yield from _run_mart(project, file, found, recorded)
+            return
         given = file.schema(found.table)
         shapes = {given.table: given} if given else recorded.get(found.source, {})
         if not shapes:
@@ -79,9 +82,25 @@ def _run_file(project: Project, file: CaseFile, recorded: Mapping[str, Shapes]) 
         yield Outcome(file.path.name, 1, file.path.stem, file.model, (error.paragraph(),))
         return
     key = found.text.key if found.text else tuple(model.schema.key)
+    yield from _outcomes(file, lambda case: judge(case, model, key))
+
+
+def _run_mart(
+    project: Project, file: CaseFile, mart: Mart, recorded: Mapping[str, Shapes]
+) -> Iterator[Outcome]:
+    if project.destination.type != "duckdb":
+        raise UserError(
+            f"{mart.name} is in the SQL of {project.destination.type}: tests of marts run in DuckDB.",
+            "Test it against the destination.",
+        )
+    tables = {**output_columns(project, recorded), **file.tables}
+    yield from _outcomes(file, lambda case: judge_mart(case, mart, tables))
+
+
+def _outcomes(file: CaseFile, judged: Callable[[Case], Iterable[str]]) -> Iterator[Outcome]:
     for case in file.cases:
         try:
-            problems = tuple(judge(case, model, key))
+            problems = tuple(judged(case))
         except HeadraceError as error:
             problems = (error.paragraph(),)
         yield Outcome(file.path.name, case.line, case.name, file.model, problems)
@@ -93,25 +112,12 @@ def judge(case: Case, model: RowModel, key: Sequence[str]) -> Iterator[str]:
     Raises UserError for a test that names what is not there.
     """
     prepared = prepare_given(case.given, model)
-    names = case.columns or tuple(name for name in model.types() if name not in PLACE)
-    for name in {*names, *(name for row in case.expect for name in row)} - set(model.types()):
-        raise UserError(f"The model has no output column {name}.", f"It has: {', '.join(model.types())}.")
-    with engine() as db:
-        types = model.types()
-        columns = ", ".join(f"{quoted(name)} {types[name]}" for name in names)
-        for table in ("found", "expected"):
-            db.execute(f"CREATE OR REPLACE TEMP TABLE {table} ({columns})")
+    names = compared(case, model.types())
+    with duckdb.connect() as db:
+        db.execute("SET TimeZone = 'UTC'")
         db.register("_hr_rows", prepared.rows.select(names))
-        db.execute("INSERT INTO found SELECT * FROM _hr_rows")
-        marks = ", ".join(f"CAST(? AS {types[name]})" for name in names)
-        for i, row in enumerate(case.expect, 1):
-            try:
-                db.execute(f"INSERT INTO expected SELECT {marks}", [row.get(name) for name in names])
-            except duckdb.Error as error:
-                yield f"expected row {i} does not fit the model's types: {str(error).splitlines()[0]}"
-                return
-        found, expected = (_texts(db, table, names) for table in ("found", "expected"))
-    yield from _row_problems(found, expected, names, [name for name in key if name in names])
+        types = {name: model.types()[name] for name in names}
+        yield from differences(db, "FROM _hr_rows", types, case.expect, key)
     yield from _record_problems(prepared.records, case.quarantine)
 
 
@@ -121,42 +127,6 @@ def prepare_given(given: Sequence[Event], model: RowModel) -> Prepared:
     Raises UserError for a cell of a column that the table does not have, or a key that is not whole.
     """
     return model.whole(_changes(given, model.schema))
-
-
-def _texts(db: duckdb.DuckDBPyConnection, table: str, names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the rows of a table as texts, by which two of the same type are the same value."""
-    rows = db.sql(f"SELECT {', '.join(map(quoted, names))} FROM {table}").to_arrow_table()
-    return [tuple("null" if cell is None else json_of(cell) for cell in row) for row in rows_of(rows)]
-
-
-def _row_problems(
-    found: Sequence[tuple[str, ...]],
-    expected: Sequence[tuple[str, ...]],
-    names: Sequence[str],
-    key: Sequence[str],
-) -> Iterator[str]:
-    unexpected = list((Counter(found) - Counter(expected)).elements())
-    missing = list((Counter(expected) - Counter(found)).elements())
-    at = [names.index(name) for name in key]
-    for row in list(missing) if at else ():
-        place = [row[i] for i in at]
-        other = next((other for other in unexpected if [other[i] for i in at] == place), None)
-        if other is None:
-            continue
-        missing.remove(row)
-        unexpected.remove(other)
-        cells = (
-            f"{name} is {is_}, expected {wanted}"
-            for name, is_, wanted in zip(names, other, row, strict=True)
-            if is_ != wanted
-        )
-        yield f"{_shown([names[i] for i in at], place)}: {'; '.join(cells)}"
-    yield from (f"missing: {_shown(names, row)}" for row in missing)
-    yield from (f"unexpected: {_shown(names, row)}" for row in unexpected)
-
-
-def _shown(names: Sequence[str], cells: Sequence[str]) -> str:
-    return " ".join(f"{name}={cell}" for name, cell in zip(names, cells, strict=True))
 
 
 def _record_problems(records: pa.Table, expected: Sequence[ExpectedRecord]) -> Iterator[str]:

@@ -276,8 +276,8 @@ def _open_log(project: Project, source: str) -> SQLiteLog:
 
 
 def _staging(project: Project, source: str, log: SQLiteLog) -> DeltaStaging:
-    staging = DeltaStaging(project.staging.path, source, log.id, read_only=True)
-    staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+    staging = DeltaStaging(project.staging_path(source), source, log.id, read_only=True)
+    staging.follow(log)
     return staging
 
 

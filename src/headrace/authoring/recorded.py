@@ -38,11 +38,20 @@ class Promise:
     key: tuple[str, ...]
     columns: Mapping[str, tuple[str, bool]]
 
+    def types(self) -> dict[str, str]:
+        """Return the columns with their types."""
+        return {name: type_ for name, (type_, _) in self.columns.items()}
+
 
 def promise_of(text: ModelText, model: RowModel) -> Promise:
     """Return what a bound model puts out."""
     required = {check.column for check in text.checks if not check.expression}
     return Promise(text.key, {name: (type_, name in required) for name, type_ in model.types().items()})
+
+
+def promise_of_mart(columns: Mapping[str, str]) -> Promise:
+    """Return what a mart puts out that has these columns with their types."""
+    return Promise((), {name: (type_, False) for name, type_ in columns.items()})
 
 
 def breaking(name: str, was: Promise, now: Promise | None) -> Iterator[str]:

@@ -141,6 +141,7 @@ def resync_source(
     """
     settings = load_project(project)
     config = _source(settings, source)
+    settings.refuse_reading_only(config.name, "headrace resync")
     try:
         ask(settings, {"op": "resync", "source": config.name})
         print(f"{config.name} begins anew; see headrace tables list")
@@ -279,6 +280,7 @@ def _source(project: Project, name: str) -> SourceConfig:
 
 def _change(project: Project, source: SourceConfig, tables: Sequence[TableId], what: Request) -> None:
     """Ask the running pipeline, or write it to the log for the next one."""
+    project.refuse_reading_only(source.name, f"headrace tables {what}")
     listed = ", ".join(map(str, tables))
     try:
         ask(project, {"op": "tables", "source": source.name, "tables": tables, "what": what})
@@ -292,8 +294,8 @@ def _offline(
     project: Project, source: SourceConfig, act: Callable[[PostgresSource, SQLiteLog], None]
 ) -> None:
     """Act on the log of a source as the owner of the state folder."""
-    from headrace.pipeline import take_state
     from headrace.sources.postgres.source import PostgresSource
+    from headrace.state import take_state
 
     with closing(take_state(project.state)):
         path = project.log_path(source.name)

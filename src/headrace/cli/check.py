@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,19 +14,27 @@ from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
+from headrace.authoring.files import logged_shapes, model_file, read_files
 from headrace.change import TableId, TableSchema
-from headrace.config import MODELS_FOLDER, Project, SourceConfig, load_project, select_tables
+from headrace.config import (
+    MODELS_FOLDER,
+    DestinationConfig,
+    Project,
+    SourceConfig,
+    load_project,
+    select_tables,
+)
 from headrace.destinations import open_destination
 from headrace.errors import HeadraceError
+from headrace.mart import Mart
+from headrace.raw.query import Session
 from headrace.secret import place_of
 from headrace.sources.postgres.catalog import list_tables, read_shapes
 from headrace.sources.postgres.connection import connect
 from headrace.sources.postgres.preflight import Finding, inspect
 from headrace.transform.model import bind
-from headrace.transform.sql import ModelText, read_model
-
-OWN_SCHEMAS = ("headrace", "headrace_joining", "information_schema", "pg_catalog")
-"""Schemas of the destination that no source and no model may fill."""
+from headrace.transform.names import name_faults, source_faults
+from headrace.transform.sql import ModelText
 
 _MARKS = {"ok": "✔", "warn": "⚠", "fail": "✘"}
 _WORDS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
@@ -61,15 +70,31 @@ def examine(project: Project) -> Iterator[Line]:
     fresh = not project.state.exists()
     for source in project.sources:
         area = f"source {source.name}"
+        if source.upstream:
+            yield Line(area, _readable(project, source))
+            shapes[source.name] = logged_shapes(project, source.name) or None
+            continue
         yield from (Line(area, finding) for finding in inspect(source, fresh=fresh))
         shapes[source.name] = _shapes(source)
-    yield from (Line("sources", finding) for finding in _shared_slots(project.sources))
+    own = [source for source in project.sources if not source.upstream]
+    yield from (Line("sources", finding) for finding in _shared_slots(own))
     yield from (Line("destination", finding) for finding in _destination(project))
     yield from (Line("state", finding) for finding in _folders(project))
     yield from (Line("models", finding) for finding in _models(project, shapes))
 
 
 # ---------------------------------------------------------------------------------------- sources
+
+
+def _readable(project: Project, source: SourceConfig) -> Finding:
+    """Whether the log and the staging of another project can be read."""
+    try:
+        with Session(project) as session:
+            _, staging = session.source(source.name)
+            return Finding("ok", f"{source.place} can be read, through offset {staging.through()}")
+    except (HeadraceError, OSError) as error:
+        remedy = error.remedy if isinstance(error, HeadraceError) else "Mend its rights."
+        return Finding("fail", f"{source.place} cannot be read: {str(error).rstrip('.')}", remedy)
 
 
 def _shapes(source: SourceConfig) -> Shapes | None:
@@ -107,11 +132,12 @@ def _destination(project: Project) -> Iterator[Finding]:
     if config.is_there is False:
         fault = _folder_fault(config.path.parent)
         yield Finding("fail", *fault) if fault else Finding("ok", f"{config.path} can be made")
+        yield from _published(config)
         return
     if config.url:
         there = place_of(config.url.reveal())
         for source in project.sources:
-            if place_of(source.url.reveal())[1:] == there[1:]:
+            if not source.upstream and place_of(source.url.reveal())[1:] == there[1:]:
                 what = f"the destination is the database of source {source.name}: what is applied is captured"
                 yield Finding("fail", what, "Name another database in [destination] url.")
     destination = open_destination(config)
@@ -120,10 +146,24 @@ def _destination(project: Project) -> Iterator[Finding]:
             yield Finding(finding.level, " ".join(finding.what.split()).rstrip("."), finding.remedy)
     finally:
         destination.close()
+    yield from _published(config)
+
+
+def _published(config: DestinationConfig) -> Iterator[Finding]:
+    if config.publish is None:
+        return
+    folder = config.publish.parent
+    fault = _folder_fault(folder)
+    if fault is None and not folder.is_dir():
+        fault = f"there is no folder {folder} for the published copy", f"mkdir -p {shlex.quote(str(folder))}"
+    if fault is None and config.publish.is_dir():
+        fault = f"{config.publish} is a folder", "Name a file in [destination] publish."
+    yield Finding("fail", *fault) if fault else Finding("ok", f"{config.publish} can be published")
 
 
 def _folders(project: Project) -> Iterator[Finding]:
-    places = dict.fromkeys((project.state, project.staging.path))
+    stages = any(not source.upstream for source in project.sources)
+    places = dict.fromkeys((project.state, *([project.staging.path] if stages else [])))
     for folder in places:
         fault = _folder_fault(folder)
         yield Finding("fail", *fault) if fault else Finding("ok", f"{folder} can be written")
@@ -150,22 +190,27 @@ def _folder_fault(folder: Path) -> tuple[str, str] | None:
 
 
 def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[Finding]:
-    texts: list[ModelText] = []
-    for path in sorted(project.models.glob("*.sql")):
-        try:
-            text = read_model(path)
-        except HeadraceError as error:
-            yield Finding("fail", _clause(error), error.remedy or f"Mend {MODELS_FOLDER}/{path.name}.")
-        else:
-            texts.append(text)
+    texts: dict[str, ModelText | Mart] = {}
+    for name, text in read_files(project):
+        if isinstance(text, HeadraceError):
+            yield Finding(
+                "fail",
+                _clause(text),
+                text.remedy or f"Mend {MODELS_FOLDER}/{model_file(project, name).name}.",
+            )
+            continue
+        texts[name] = text
+        if isinstance(text, ModelText):
             yield _bound(text, shapes)
-    yield from _collisions(project, texts, shapes)
+        else:
+            yield Finding("ok", f"mart {name} reads {', '.join(text.reads) or 'no table'}")
+    yield from _named(project, texts, shapes)
     if not texts:
         yield Finding("ok", "no model in use: every table is mirrored with its own types")
 
 
 def _bound(text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
-    file = f"{MODELS_FOLDER}/{text.name}.sql"
+    file = f"{MODELS_FOLDER}/{text.file}"
     if text.source not in shapes:
         what = f"model {text.name} reads raw.{text.source}.{text.table}, and there is no source {text.source}"
         return Finding("fail", what, f"{_near(text.source, shapes)} Mend {file}.".strip())
@@ -186,33 +231,22 @@ def _bound(text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
     return Finding("ok", f"model {text.name} fits raw.{text.source}.{text.table}")
 
 
-def _collisions(
-    project: Project, texts: Iterable[ModelText], shapes: Mapping[str, Shapes | None]
+def _named(
+    project: Project, texts: Mapping[str, ModelText | Mart], shapes: Mapping[str, Shapes | None]
 ) -> Iterator[Finding]:
-    """Find destination tables that two would fill: names are compared as DuckDB does, case ignored."""
+    """Find names that the destination cannot have, or takes for one."""
     destination = open_destination(project.destination)
-    texts = list(texts)
-    filled: dict[str, str] = {}
-    read = {(text.source, text.table) for text in texts}
-    names = [(text.name, f"model {text.name}") for text in texts]
-    for source, known in shapes.items():
-        mirrored = [table for table in known or () if (source, table.label) not in read]
-        names += [
-            (f"{source}.{table.label}", f"the mirror of {table} (source {source})") for table in mirrored
-        ]
-    for name, who in names:
-        other = filled.setdefault(destination.table_of(name).casefold(), who)
-        # Two mirrors of one name are a matter of the source, and said there.
-        if other is not who and other.startswith("model "):
-            file = f"{MODELS_FOLDER}/{other.removeprefix('model ')}.sql"
-            yield Finding(
-                "fail", f"{other} and {who} would fill one table, {name.casefold()}", f"Rename {file}."
-            )
-    schemas = {name.casefold().partition(".")[0] for name, _ in names if "." in name}
-    for schema in sorted({*shapes, *schemas} & set(OWN_SCHEMAS)):
-        what = f"a source or model would fill the schema {schema}, which has another use in the destination"
-        yield Finding("fail", what, "Give it another name.")
-    named = ["headrace.models", "models", *(name for name, _ in names)]
+    yield from (Finding("fail", *fault) for fault in source_faults(shapes))
+    for _, what, remedy in name_faults(texts, shapes, destination.folded):
+        yield Finding("fail", what, remedy)
+    read = {(text.source, text.table) for text in texts.values() if isinstance(text, ModelText)}
+    mirrors = [
+        f"{source}.{table.label}"
+        for source, known in shapes.items()
+        for table in known or ()
+        if (source, table.label) not in read
+    ]
+    named = ["headrace.models", "models", *texts, *mirrors]
     faults = {fault for name in named if (fault := destination.misnamed(name))}
     yield from (Finding("fail", *fault) for fault in sorted(faults))
 

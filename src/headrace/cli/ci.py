@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from headrace.authoring.checking import check_models
 from headrace.authoring.checking import record as record_all
+from headrace.authoring.files import model_file
 from headrace.authoring.judging import run_tests
 from headrace.authoring.recorded import read_shapes
 from headrace.cells import json_of
@@ -27,7 +28,8 @@ def ci(
 
     Exit code 1 if a model does not parse or bind, a test fails, or an output column is gone, has another type
     or may be null now, against schemas/models.lock. Needs no database, no state and no secrets. With --json:
-    ok, models (model, problems, breaks), tests (as `headrace test` has them); of --record: files, breaks.
+    ok, models (model, problems, breaks, unbound), tests (as `headrace test` has them); of --record: files,
+    breaks.
 
     Parameters
     ----------
@@ -47,9 +49,11 @@ def ci(
         print(json_of({"ok": ok, "models": models, "tests": tests}))
         return 0 if ok else 1
     for result in results:
-        print(f"{'ok  ' if result.ok else 'FAIL'} {MODELS_FOLDER}/{result.model}.sql")
+        print(f"{'ok  ' if result.ok else 'FAIL'} {MODELS_FOLDER}/{model_file(settings, result.model).name}")
         for problem in (*result.problems, *result.breaks):
             print(f"     {problem}")
+        if result.unbound:
+            print(f"     not bound here: {result.unbound}")
     if any(result.breaks for result in results):
         print("What breaks on purpose is accepted with `headrace ci --record`.")
     print_outcomes(outcomes)

@@ -13,7 +13,6 @@ from cyclopts import Parameter
 
 from headrace.authoring.cases import FOLDER as TESTS_FOLDER
 from headrace.change import TableId
-from headrace.cli.check import OWN_SCHEMAS
 from headrace.cli.example import Example, write_example
 from headrace.cli.example_test import write_example_test
 from headrace.config import (
@@ -29,6 +28,7 @@ from headrace.secret import Secret, has_password
 from headrace.sources.postgres.catalog import read_shapes
 from headrace.sources.postgres.connection import connect
 from headrace.sources.postgres.preflight import Summary, TableSummary, summarise
+from headrace.transform.names import OWN_SCHEMAS
 
 # A schema of one of these names would mean something else in DuckDB.
 _TAKEN = {*OWN_SCHEMAS, "main", "raw", "temp", "system"}

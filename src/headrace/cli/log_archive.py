@@ -70,7 +70,7 @@ def import_(
     with ExitStack() as held:
         if into is None:
             from headrace.log.archive_file import read_part
-            from headrace.pipeline import take_state
+            from headrace.state import take_state
 
             name = read_part(paths[0]).source
             state = state_folder(_root(project))

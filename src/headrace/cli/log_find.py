@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from headrace.cells import json_of
-from headrace.cli.log_where import lsn_of, moment_of, time_text
+from headrace.cli.log_where import lsn_of, time_text
 from headrace.cli.tables import print_table
 from headrace.errors import UserError
 from headrace.log.finding import (
@@ -26,6 +26,7 @@ from headrace.log.finding import (
 )
 from headrace.log.places import Shapes, cut_at_commit, cut_at_time
 from headrace.log.sqlite import SQLiteLog
+from headrace.raw.place import moment_of
 from headrace.reading import only_log
 from headrace.sources.postgres.lsn import format_lsn
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, datetime, timedelta
 
 from headrace.errors import UserError
 from headrace.log.places import Cut, cut_at_commit, cut_at_offset, cut_at_time, group_of
 from headrace.log.sqlite import SQLiteLog
+from headrace.raw.place import LSN, moment_of
 from headrace.sources.postgres.lsn import parse_lsn
 
 WHERE = "`start`, `end`, an offset (123), an LSN (0/16B3748), or a time (2026-11-23T15:09:17, UTC)"
 
-_LSN = re.compile(r"[0-9A-Fa-f]{1,8}/[0-9A-Fa-f]{1,8}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -27,7 +26,7 @@ def cut_before(log: SQLiteLog, text: str) -> Cut:
         return Cut(log.group_end(log.end().offset))
     if text.isdecimal() and text.isascii():
         return cut_at_offset(log, int(text))
-    if _LSN.fullmatch(text):
+    if LSN.fullmatch(text):
         return cut_at_commit(log, parse_lsn(text))
     return cut_at_time(log, moment_of(text))
 
@@ -38,27 +37,16 @@ def cut_behind(log: SQLiteLog, text: str) -> Cut:
         offset = min(int(text), log.end().offset)
         cut_at_offset(log, offset)
         return Cut(group_of(log, offset).through if offset else 0)
-    if _LSN.fullmatch(text):
+    if LSN.fullmatch(text):
         return cut_at_commit(log, parse_lsn(text) + 1)
     return cut_before(log, text) if text in ("start", "end") else cut_at_time(log, moment_of(text) + 1)
 
 
 def lsn_of(text: str) -> int:
     """Read an LSN. Raises UserError."""
-    if not _LSN.fullmatch(text):
+    if not LSN.fullmatch(text):
         raise UserError(f'"{text}" is no LSN.', "Write it as Postgres does: 0/16B3748.")
     return parse_lsn(text)
-
-
-def moment_of(text: str) -> int:
-    """Return an ISO time as microseconds since 1970, in UTC unless it says otherwise. Raises UserError."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise UserError(f'"{text}" is no place in the log.', f"Write {WHERE}.") from None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return (moment - _EPOCH) // timedelta(microseconds=1)
 
 
 def time_text(micros: int, timespec: str = "microseconds") -> str:

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from headrace.authoring.files import model_file
 from headrace.cells import json_of
 from headrace.cli.tables import text_of
 from headrace.config import Project, load_project
 from headrace.errors import UserError
 from headrace.keys import literal
 from headrace.server import ask, is_running, read_rows
-from headrace.transform.header import version_of
+from headrace.transform.mart import version_in
 
 _POLL = 0.3
 _TELL_EVERY = 5.0
@@ -26,6 +27,15 @@ def rebuild(
     model: str,
     *,
     dry_run: Annotated[bool, Parameter(help="Only show the difference.", negative="")] = False,
+    as_of: Annotated[
+        str | None,
+        Parameter(
+            help="Not as it is now: as it stood at an offset (123), an LSN (0/16B3748) or a time (UTC)."
+        ),
+    ] = None,
+    into: Annotated[
+        str | None, Parameter(help="With --as-of: the table to make of it, which then stays as it is.")
+    ] = None,
     project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
     json: Annotated[bool, Parameter(help="Print the outcome as JSON.", negative="")] = False,
 ) -> None:
@@ -33,7 +43,10 @@ def rebuild(
 
     The new table grows beside the live one, which goes on meanwhile. When it has come to where the live
     one stands, one transaction writes what differs, with quarantine and progress. The source is not
-    asked. Interrupted, it goes on with the same command, or with the pipeline's next start.
+    asked. Interrupted, it goes on with the same command, or with the pipeline's next start. A table that
+    others have altered or dropped is dropped instead, and built anew in its place by the pipeline.
+
+    With --as-of nothing live changes: the past is shown, or put into a table of its own.
 
     Parameters
     ----------
@@ -41,20 +54,69 @@ def rebuild(
         The model's name, or that of a mirrored table: shop.orders.
     """
     settings = load_project(project)
+    if into is not None and as_of is None:
+        raise UserError("--into is for a table of the past.", "Say which: --as-of PLACE.")
     source = _source_of(settings, model)
+    if as_of is not None:
+        _show_past(settings, {"source": source, "model": model, "place": as_of}, into, dry_run, json)
+        return
     begun = time.monotonic()
     before = _rebuilds(settings, model)
     if is_running(settings):
-        ask(settings, {"op": "rebuild", "source": source, "model": model, "dry_run": dry_run})
-        _wait(settings, model, before)
+        request = {"op": "rebuild", "source": source, "model": model, "dry_run": dry_run}
+        is_beside = ask(settings, request)["beside"]
+        if is_beside:
+            _wait(settings, model, before)
     else:
-        _run(settings, source, model, dry_run=dry_run)
+        is_beside = _run(settings, source, model, dry_run=dry_run)
+    if not is_beside:
+        words = f"{model}: its table was changed by others, and is dropped. The pipeline builds it anew"
+        print(f"{words}; `headrace status` tells how far it is.", file=sys.stderr)
+        return
     outcome = _outcome(settings, model)
     outcome["seconds"] = round(time.monotonic() - begun, 1)
     if json:
         print(json_of(outcome))
     else:
         _print(outcome)
+
+
+def _show_past(
+    settings: Project, request: dict[str, Any], into: str | None, dry_run: bool, json: bool
+) -> None:
+    if (into is None) is not dry_run:
+        raise UserError(
+            "The live table does not go back to what it was.",
+            "Give --into TABLE, which then holds what it was, or --dry-run to see the difference.",
+        )
+    begun = time.monotonic()
+    request["into"] = into
+    if is_running(settings):
+        outcome = ask(settings, {"op": "snapshot", **request})
+        del outcome["ok"]
+    else:
+        from headrace.pipeline import Pipeline
+
+        pipeline = Pipeline(settings)
+        try:
+            outcome = pipeline.snapshot(**request)
+        finally:
+            pipeline.close()
+    outcome["seconds"] = round(time.monotonic() - begun, 1)
+    if json:
+        print(json_of(outcome))
+        return
+    print(
+        f"{outcome['model']} had {outcome['rows']:,} rows and {outcome['open_records']:,} open records in "
+        f"quarantine, as of {outcome['as_of']} ({outcome['seconds']} s)"
+    )
+    if into is not None:
+        print(f"{into} holds them")
+    if outcome["added"] is None:
+        print("The live table has other columns: no difference is shown.")
+        return
+    print("Since then, in the live table:")
+    _print_difference(outcome)
 
 
 def rollback(
@@ -77,24 +139,29 @@ def rollback(
         The name of a model that has a file.
     """
     settings = load_project(project)
-    path = settings.models / f"{model}.sql"
+    path = model_file(settings, model)
     version = to or _former(settings, model, path)
-    kept = settings.versions / model / f"{version}.sql"
+    kept = settings.versions / model / f"{version}{path.suffix}"
     if not kept.is_file():
-        known = sorted(file.stem for file in kept.parent.glob("*.sql"))
+        known = sorted(file.stem for file in kept.parent.glob(f"*{path.suffix}"))
         raise UserError(
             f"There is no version {version} of {model}.", f"Kept are: {', '.join(known) or 'none'}."
         )
-    making = path.with_suffix(".sql.new")
+    if version_in(path, kept.read_text(encoding="utf-8")) != version:
+        words = f"Version {version} of {model} had other helper modules than stand in models/ now."
+        raise UserError(
+            words, "Put those back too, from where you keep them: `_*.py` is not kept by version."
+        )
+    making = path.with_name(f"{path.name}.new")
     making.write_bytes(kept.read_bytes())
     making.rename(path)
-    print(f"models/{model}.sql is version {version} again", file=sys.stderr)
+    print(f"models/{path.name} is version {version} again", file=sys.stderr)
     rebuild(model, project=project, json=json)
 
 
 def _former(settings: Project, model: str, path: Path) -> str:
     """Return the version that made a table before the one that its file has now."""
-    now = version_of(path.read_text()) if path.is_file() else ""
+    now = version_in(path, path.read_text(encoding="utf-8")) if path.is_file() else ""
     _, rows = read_rows(
         settings,
         f"SELECT model_version FROM headrace.ledger WHERE model = {literal(model)} "
@@ -102,7 +169,9 @@ def _former(settings: Project, model: str, path: Path) -> str:
     )
     made = [str(version) for (version,) in rows]
     made = made[made.index(now) + 1 :] if now in made else made
-    former = next((v for v in made if v != now and (settings.versions / model / f"{v}.sql").is_file()), None)
+    former = next(
+        (v for v in made if v != now and (settings.versions / model / f"{v}{path.suffix}").is_file()), None
+    )
     if former is None:
         raise UserError(
             f"No earlier version of {model} is known.",
@@ -154,7 +223,7 @@ def _wait(settings: Project, model: str, before: int) -> None:
         time.sleep(_POLL)
 
 
-def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> None:
+def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> bool:
     from headrace.pipeline import Pipeline
 
     pipeline = Pipeline(settings)
@@ -162,9 +231,10 @@ def _run(settings: Project, source: str, model: str, *, dry_run: bool) -> None:
         lane = next((lane for lane in pipeline.lanes if lane.config.name == source), None)
         if lane is None:
             raise UserError(f"There is no [source.{source}] any more.", "Its models cannot be rebuilt.")
-        lane.rebuild(model, dry_run=dry_run)
-        while lane.take_rebuild_further(model):
+        is_beside = lane.rebuild(model, dry_run=dry_run)
+        while is_beside and lane.take_rebuild_further(model):
             pass
+        return is_beside
     finally:
         pipeline.close()
 
@@ -187,6 +257,10 @@ def _print(outcome: dict[str, Any]) -> None:
         f"{outcome['model']} {what} {outcome['rows']:,} rows and {outcome['open_records']:,} open records in "
         f"quarantine, as of offset {outcome['offset']} ({outcome['seconds']} s)"
     )
+    _print_difference(outcome)
+
+
+def _print_difference(outcome: dict[str, Any]) -> None:
     for how in ("added", "removed", "changed"):
         print(f"{how:>9}  {outcome[how]:,}")
         for example in outcome["examples"]:

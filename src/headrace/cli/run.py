@@ -21,6 +21,7 @@ from headrace.pipeline import Pipeline
 from headrace.secret import without_passwords
 from headrace.server import read
 from headrace.sources.postgres.lsn import format_lsn
+from headrace.transform.header import model_paths
 
 logger = logging.getLogger("headrace.run")
 
@@ -113,8 +114,8 @@ def _watch(reader: int, stop: threading.Event) -> None:
 
 
 def _start_line(project: Project) -> str:
-    sources = ", ".join(f"{source.name} ({source.url.redacted()})" for source in project.sources)
-    count = len(list(project.models.glob("*.sql")))
+    sources = ", ".join(f"{source.name} ({source.place})" for source in project.sources)
+    count = len(model_paths(project.models))
     models = (
         f"{count} model{'s' * (count != 1)}, every other table mirrored" if count else "every table mirrored"
     )

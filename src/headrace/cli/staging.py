@@ -16,10 +16,12 @@ from headrace.cli.log_where import time_text
 from headrace.cli.tables import print_table
 from headrace.config import Project, SourceConfig, load_project
 from headrace.errors import UserError
+from headrace.evolution import read_evolutions
 from headrace.log.sqlite import SQLiteLog
 from headrace.server import ask
 from headrace.sources.postgres.health import size_text
 from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.tables import read_states
 from headrace.staging.delta import DeltaStaging, find_tables
 from headrace.staging.maintenance import Maintenance, compact_tables
 from headrace.staging.rows import HISTORY
@@ -100,23 +102,29 @@ def history(
     source: Annotated[str, _SOURCE] = "",
     json: Annotated[bool, _JSON] = False,
 ) -> None:
-    """Show the shapes that a table had, with what changed from one to the next, and its copies.
+    """Show what the source altered about a table, what was done about it, and the table's copies.
 
-    Kinds: shape; copy (one begins, and why); copied (it is whole). With --json: offset, kind, lsn, position
-    (epoch/commit/ordinal), committed_at, what (a list).
+    Kinds: shape (the first one); column_added, column_dropped, column_renamed, type_widened, type_changed,
+    key_changed (done: what schema_changes said then); reordered; copy (one begins, and why); copied (it is
+    whole); removed (and why). With --json: offset, kind, lsn, position (epoch/commit/ordinal), committed_at,
+    what, done; null where there is none.
 
     Parameters
     ----------
     table
         schema.table; the schema public may be left out.
     """
-    staging, found, end = _one(load_project(project), source, table)
-    rows = [_event(event) for event in timeline(staging, found, end)]
+    settings = load_project(project)
+    staging, found, end = _one(settings, source, table)
+    with closing(SQLiteLog(settings.log_path(staging.source), read_only=True)) as log:
+        evolution, state = read_evolutions(log).get(found), read_states(log).get(found)
+    done = {(each.version, each.what): each.action for each in evolution.judged} if evolution else {}
+    rows = [_event(event, done.get((event.version, event.what))) for event in timeline(staging, found, end)]
+    if state is not None and state.stage == "removed":
+        nowhere = dict.fromkeys(("offset", "kind", "lsn", "position", "committed_at", "what", "done"))
+        rows.append({**nowhere, "kind": "removed", "what": state.reason or "headrace tables remove"})
     if not json:
-        rows = [
-            {**{k: v for k, v in row.items() if k != "position"}, "what": "; ".join(row["what"])}
-            for row in rows
-        ]
+        rows = [{name: cell for name, cell in row.items() if name != "position"} for row in rows]
     _print(rows, json=json)
 
 
@@ -138,6 +146,9 @@ def compact(
         schema.table; the schema public may be left out. All tables if it is left out.
     """
     settings = load_project(project)
+    for config in settings.sources:
+        if source in ("", config.name):
+            settings.refuse_reading_only(config.name, "headrace staging compact")
     try:
         rows = ask(settings, {"op": "compact", "source": source, "table": table})["tables"]
     except (FileNotFoundError, ConnectionRefusedError):
@@ -149,7 +160,7 @@ def compact(
 
 def _compact_here(project: Project, source: str, table: str) -> list[dict[str, Any]]:
     """Compact as the owner of the state folder."""
-    from headrace.pipeline import take_state
+    from headrace.state import take_state
 
     with closing(take_state(project.state)):
         grace = project.staging.grace
@@ -168,8 +179,10 @@ def _stagings(
         path = project.log_path(config.name)
         if path.exists():
             with closing(SQLiteLog(path, read_only=True)) as log:
-                staging = DeltaStaging(project.staging.path, config.name, log.id, read_only=read_only)
-                staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+                staging = DeltaStaging(
+                    project.staging_path(config.name), config.name, log.id, read_only=read_only
+                )
+                staging.follow(log)
             yield config, staging, staging.through()
 
 
@@ -202,7 +215,7 @@ def _described(source: str, table: TableId, raw: RawTable, end: Offset) -> dict[
     }
 
 
-def _event(event: Event) -> dict[str, Any]:
+def _event(event: Event, done: str | None) -> dict[str, Any]:
     return {
         "offset": event.offset,
         "kind": event.kind,
@@ -210,6 +223,7 @@ def _event(event: Event) -> dict[str, Any]:
         "position": "/".join(map(str, event.position)),
         "committed_at": time_text(event.committed_at) if event.committed_at else None,
         "what": event.what,
+        "done": done,
     }
 
 

@@ -24,6 +24,7 @@ from headrace.sources.postgres.health import age_text, size_text, slot_health
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.slot import durable_commit
 from headrace.staging.delta import DeltaStaging
+from headrace.transform.header import model_paths
 
 _QUERIES = (
     'SELECT source, "offset", commit, committed_at FROM headrace.progress',
@@ -53,7 +54,9 @@ def status(
     - `project`; `running`, `pid`; `stopped` and `waiting`: reasons by thread (source.verb); `alarms`: what
       the watch of the running pipeline finds, a list of paragraphs by source.
     - `destination`: `path` (of a server, its address), `error` (null, or why it could not be asked),
-      `bytes` of a file.
+      `bytes` of a file; `published`, the copy for readers if there is to be one: `path`, `error` (null, or
+      why it cannot be read), `age_s` since it was made (null: not yet), `is_current` (the pipeline has
+      changed nothing since), and by source, in `sources`, what is `visible` in it.
     - `disk`: `free` bytes, `per_day` (what logs and raw tables add, from what the last day brought), `days`
       until it is full; the destination's growth is not in it.
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
@@ -68,7 +71,8 @@ def status(
         `bytes`, `oldest_s`
       - `quarantine`: open records by cause: `issue`, `model`, `reason`, `columns`, `message`,
         `records`, `blocked` (changes that wait behind them), `age_s`
-      - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason; its `holder` is the
+      - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason, or `read_by`, the
+        project whose staging is read; its `holder` is the
         server's oldest open transaction, which keeps `restart_lsn` from moving on.
     - `marts`: `name`, `kind` (view, table), `state` (ok, suspended, retired), `reason`, `incomplete` and what
       is `missing` in its inputs; of a table the `positions` by source that it is of, `rows`, `age_s`.
@@ -106,11 +110,32 @@ def gather(project: Project) -> dict[str, Any]:
             "path": project.destination.name,
             "error": error,
             "bytes": path.stat().st_size if project.destination.is_there else None,
+            "published": _published(project.destination.publish, live),
         },
         "disk": forecast(project, [source["storage"] for source in sources]),
         "sources": sources,
         "marts": [_mart(row) for row in tables[3]],
     }
+
+
+def _published(path: Path | None, live: dict[str, Any] | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    from headrace.destinations.publishing import read_published
+
+    report: dict[str, Any] = {"path": str(path), "error": None, "age_s": None, "sources": {}}
+    report["is_current"] = bool(live and live["is_current"])
+    try:
+        copy = read_published(path)
+    except HeadraceError as error:
+        return {**report, "error": str(error)}
+    if copy is not None:
+        names = ("offset", "commit", "committed_at")
+        sources = {
+            source: _visible(dict(zip(names, row, strict=True))) for source, row in copy.sources.items()
+        }
+        report |= {"age_s": _seconds(time.time() - copy.made_at), "sources": sources}
+    return report
 
 
 def _mart(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,10 +191,10 @@ def _hops(
     log = SQLiteLog(path, read_only=True)
     try:
         durable, end = durable_commit(log), log.end()
-        staging = DeltaStaging(project.staging.path, source.name, log.id, read_only=True)
+        staging = DeltaStaging(project.staging_path(source.name), source.name, log.id, read_only=True)
         staged = live["staged"].get(source.name) if live else None
         if staged is None:
-            staging.recover(log.last_offsets(), log.end().offset, log.before_unstaged)
+            staging.follow(log)
             staged = staging.through()
         tables = _tables_of_models(project, source, log)
         return {
@@ -188,13 +213,14 @@ def _tables_of_models(project: Project, source: SourceConfig, log: SQLiteLog) ->
     """Return the raw table of every model; a file that does not read is left to `headrace check`."""
     labels = {table.label: table for table in log.schemas()}
     tables = {f"{source.name}.{label}": table for label, table in labels.items()}
-    paths = sorted(project.models.glob("*.sql"))
+    paths = model_paths(project.models)
     if paths:
+        from headrace.transform.python.text import outline
         from headrace.transform.sql import read_model
 
         for path in paths:
             try:
-                text = read_model(path)
+                text = outline(path) if path.suffix == ".py" else read_model(path)
             except HeadraceError:
                 continue
             if text.source == source.name and text.table in labels:
@@ -228,6 +254,8 @@ def _visible(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slot(source: SourceConfig) -> dict[str, Any]:
+    if source.upstream:
+        return {"name": None, "read_by": str(source.upstream.root)}
     try:
         return {"name": source.slot, **asdict(slot_health(source.url.reveal(), source.slot))}
     except HeadraceError as error:
@@ -256,12 +284,24 @@ def _print(report: Mapping[str, Any]) -> None:
     if report["destination"]["error"]:
         print(f"destination not asked: {report['destination']['error']}")
     print(f"disk: {disk_words(report['disk'], report['destination']['bytes'])}")
+    if report["destination"]["published"]:
+        print(f"published: {_published_words(report['destination']['published'])}")
     for source in report["sources"]:
         print()
         _print_source(source)
     if report["marts"]:
         print()
         _print_marts(report["marts"])
+
+
+def _published_words(copy: Mapping[str, Any]) -> str:
+    if copy["error"]:
+        return str(copy["error"])
+    if copy["age_s"] is None:
+        return f"{copy['path']} not yet"
+    places = [f"{source} through {at['position']}" for source, at in copy["sources"].items()]
+    since = ", and nothing has changed since" if copy["is_current"] else ""
+    return "; ".join([f"{copy['path']} {age_text(copy['age_s'])} ago{since}", *places])
 
 
 def _print_marts(marts: Rows) -> None:
@@ -350,6 +390,8 @@ def _print_causes(causes: Rows) -> None:
 
 
 def _slot_words(slot: Mapping[str, Any]) -> str:
+    if "read_by" in slot:
+        return f"none: the staging of {slot['read_by']} is read"
     if "unreachable" in slot:
         return f"unreachable: {slot['unreachable']}"
     if not slot["exists"]:

@@ -13,9 +13,9 @@ from headrace.cli.tables import print_table
 from headrace.config import Project, SourceConfig, load_project
 from headrace.errors import HeadraceError
 from headrace.log.sqlite import SQLiteLog
-from headrace.pipeline import take_state
 from headrace.sources.postgres.health import size_text
 from headrace.sources.postgres.teardown import Made, drop_made, list_made
+from headrace.state import take_state
 
 
 def teardown(
@@ -30,7 +30,8 @@ def teardown(
     pipeline runs on the project.
     """
     settings = load_project(project)
-    sources = [source for source in settings.sources if settings.log_path(source.name).exists()]
+    own = [source for source in settings.sources if not source.upstream]
+    sources = [source for source in own if settings.log_path(source.name).exists()]
     if not sources:
         print("This project has captured nothing: nothing of it is at a source.")
         return 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headrace.config import DestinationConfig
+    from headrace.destinations.publishing import Publisher
     from headrace.protocols import Destination
 
 
@@ -28,4 +29,15 @@ def open_destination(config: DestinationConfig, *, spill: Path | None = None) ->
         )
     from headrace.destinations.duckdb import DuckDBDestination
 
-    return DuckDBDestination(config.path, spill=spill)
+    return DuckDBDestination(config.path, spill=spill, published=config.publish)
+
+
+def open_publisher(config: DestinationConfig, destination: Destination) -> Publisher | None:
+    """Return what keeps the copy for readers that a project asks for, or None if it asks for none."""
+    if config.publish is None:
+        return None
+    from headrace.destinations.duckdb import DuckDBDestination
+    from headrace.destinations.publishing import Publisher
+
+    assert isinstance(destination, DuckDBDestination), "the configuration is checked"
+    return Publisher(destination, config.publish, config.publish_every)

@@ -22,6 +22,7 @@ from headrace.destinations.books import (
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
 from headrace.destinations.session import Session, Unfit
+from headrace.destinations.shapes import record_shape, recorded, refuse_drift
 from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import OPEN
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
@@ -46,6 +47,12 @@ class Database(ABC):
         self.joins = Joins(self)
         self.marts = Marts(self)
         self.commits = 0
+        self._quiet = 0
+
+    @property
+    def changes(self) -> int:
+        """How many transactions of this process have changed more than how far a source is applied."""
+        return self.commits - self._quiet
 
     # -- what an engine adds
 
@@ -86,6 +93,10 @@ class Database(ABC):
     def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
 
+    @abstractmethod
+    def tables_may_differ(self) -> bool:
+        """Whether others may have changed tables since this was asked last, in an open session."""
+
     def limits(self, model: Table) -> Sequence[tuple[str, str]]:
         """See `Destination.limits`."""
         del model
@@ -107,6 +118,10 @@ class Database(ABC):
         schema, dot, table = model.partition(".")
         return (schema, table) if dot else (self.main, schema)
 
+    def folded(self, model: str) -> tuple[str, str]:
+        """See `Destination.folded`."""
+        return self.place_of(model)
+
     def table_of(self, model: str) -> str:
         """See `Destination.table_of`."""
         return ".".join(map(quoted, self.place_of(model)))
@@ -121,6 +136,8 @@ class Database(ABC):
         """
         try:
             with self.open(memory=memory) as db:
+                if self.tables_may_differ():
+                    self._shaped.clear()
                 if not self._shaped:
                     self.set_up(db)
                 db.begin(source, steady=steady)
@@ -189,6 +206,7 @@ class Database(ABC):
                 books.close()
                 move_progress(db, work.source, work.through, work.position, work.committed_at)
                 failpoint("destination.apply.commit")
+            self._quiet += not db.changed
         except CommitUnknown:
             # Asked behind whatever is left of that transaction: either it is done, or it never will be.
             if self._settled(work.source) != work.through:
@@ -262,25 +280,31 @@ class Database(ABC):
                 "UPDATE headrace.models SET state = 'retired', updated_at = now() WHERE model = $1", [model]
             )
 
-    def forget_if_reshaped(self, model: Model, *, dry_run: bool = False) -> bool:
+    def forget_if_reshaped(self, model: Model, *, mend: bool = False, dry_run: bool = False) -> bool:
         """See `Destination.forget_if_reshaped`."""
         self._shaped.clear()
         with self.writing(model.source) as db:
-            known = db.columns(*self.place_of(model.name))
-            if not known or known == db.types(model) or dry_run:
-                return bool(known) and known != db.types(model)
-            with self._blaming(model.name, "cannot be built again"):
-                db.execute(f"DROP TABLE {self.table_of(model.name)}")
-            db.execute(
-                f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
-                f"resolved_at = now() WHERE model = $1 AND {OPEN}",
-                [model.name],
-            )
-            db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
-            db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
-            db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
-            db.changed.add(model.name)
-        return True
+            place = self.place_of(model.name)
+            left, found = recorded(db, model.name), db.columns(*place, hidden=True)
+            if not mend:
+                refuse_drift(model.name, left, found)
+            is_other = left not in (None, found) if mend else db.columns(*place) not in ({}, db.types(model))
+            if is_other and not dry_run:
+                self._forget(db, model)
+        return is_other
+
+    def _forget(self, db: Session, model: Model) -> None:
+        with self._blaming(model.name, "cannot be built again"):
+            self.drop_table(db, model)
+        db.execute(
+            f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
+            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
+            [model.name],
+        )
+        db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
+        db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
+        db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
+        db.changed.add(model.name)
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:
         """See `Destination.issue`."""
@@ -316,7 +340,8 @@ class Database(ABC):
     # -- tables and rows
 
     def make_table(self, db: Session, model: Table) -> None:
-        """Make or widen a model's table; raises ModelBroken when it cannot take the columns."""
+        """Make or widen a model's table; raises ModelBroken when it cannot take the columns, or when others
+        have changed it."""
         if self._shaped.get(model.name) != model.types():
             with self._blaming(model.name, "cannot take the model's columns"):
                 self._shape(db, model)
@@ -328,6 +353,8 @@ class Database(ABC):
         schema, table = self.place_of(model.name)
         target = self.table_of(model.name)
         wanted = db.types(model)
+        left, found = recorded(db, model.name), db.columns(schema, table, hidden=True)
+        refuse_drift(model.name, left, found)
         known = db.columns(schema, table)
         if not known:
             self.make_schema(db, schema)
@@ -339,10 +366,9 @@ class Database(ABC):
             if name not in known:
                 db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
             elif known[name] != type_:
-                db.execute(
-                    f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_} "
-                    f"USING CAST({column} AS {type_})"
-                )
+                db.retype(target, column, type_)
+        if left is None or known != wanted:
+            record_shape(db, model.name, db.columns(schema, table, hidden=True))
 
     def make_schema(self, db: Session, schema: str) -> None:
         """Make a schema where it is missing."""
@@ -352,6 +378,13 @@ class Database(ABC):
         """Drop a model's table, if there is one."""
         self._shaped.pop(model.name, None)
         db.execute(f"DROP TABLE IF EXISTS {self.table_of(model.name)}")
+        record_shape(db, model.name, {})
+
+    def release_table(self, db: Session, model: Table) -> None:
+        """Leave a table that was made here to the user: nothing is known of it any more."""
+        self._shaped.pop(model.name, None)
+        record_shape(db, model.name, {})
+        db.changed.discard(model.name)
 
     def change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         """Write an outcome to a model's table; raises ModelBroken when it cannot take the rows."""
@@ -367,12 +400,7 @@ class Database(ABC):
         elif prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
         if len(prepared.removed):
-            same = db.same_key("_source_key", "r.key")
-            db.execute(
-                f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}",
-                [source],
-                pa.table({"key": prepared.removed}),
-            )
+            db.remove(target, source, pa.table({"key": prepared.removed}))
         if prepared.rows.num_rows:
             db.append(target, model.types(), source, prepared.rows)
 
@@ -416,5 +444,5 @@ def _mark_deleted(db: Session, source: str, target: str, deleted: pa.Table) -> N
 
 def _broken(model: str, words: str, what: str = _REFUSES) -> ModelBroken:
     return ModelBroken(
-        model, f"Table {model} {what}: {words}", "Mend or drop the table, then start the pipeline again."
+        model, f"Table {model} {what}: {words}", "Mend the table, then start the pipeline again."
     )

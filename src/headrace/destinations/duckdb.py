@@ -23,10 +23,12 @@ import pyarrow as pa
 
 from headrace.destinations.database import Database
 from headrace.destinations.session import Session
+from headrace.destinations.shapes import drifts
 from headrace.destinations.tables import CREATE
 from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
 from headrace.keys import literal
 from headrace.protocols import DestinationFinding, Scanned, Table
+from headrace.turns import Gate
 
 _READING = {
     duckdb.StatementType.SELECT,
@@ -52,7 +54,8 @@ QUERY_MEMORY = 512 << 20
 _SCAN_ROWS = 10_000
 """Rows in memory at once of a result that is scanned."""
 
-"""A result that is read batch by batch."""
+_VECTOR, _VECTOR_BYTES = 2048, 20 << 10
+"""Of so many rows that lie together, a transaction that deletes one holds who deleted each: so many bytes."""
 
 # Two threads of one process that open and close the same file at once get "unique file handle
 # conflict": apply and queries take turns at it.
@@ -65,19 +68,25 @@ class DuckDBDestination(Database):
     fresh = "name a new file in [destination] path"
     main = "main"
 
-    def __init__(self, path: Path, *, spill: Path | None = None) -> None:
-        """What does not fit into memory goes to the folder `spill`, by default beside the file."""
+    def __init__(self, path: Path, *, spill: Path | None = None, published: Path | None = None) -> None:
+        """What does not fit into memory goes to the folder `spill`, by default beside the file; `published`
+        is where a copy for readers is kept, if there is one."""
         super().__init__()
         self.path = path
         self.name = str(path)
+        self.gate = Gate()
+        """Passed by whoever has the file open in this process."""
         self._spill = spill
+        self._published = published
         self._granted: dict[int, int] = {}
         """Bytes of memory that each open connection was promised."""
+        self._left = self._signature()
+        self._is_foreign = True  # or was changed, since this process looked at its tables
 
     @contextmanager
     def open(self, *, memory: int = 0) -> Iterator[Session]:
         """See `Database.open`; makes the file if need be."""
-        with self.connected(memory=memory) as db:
+        with self.gate.passed(), self.connected(memory=memory) as db:
             yield _DuckDBSession(db, self._grant)
 
     @contextmanager
@@ -89,7 +98,10 @@ class DuckDBDestination(Database):
         """
         try:
             with _opening:
+                # While this process has it open, nobody else can change it.
+                self._is_foreign |= not self._granted and self._signature() != self._left
                 connection = duckdb.connect(str(self.path), read_only=read_only)
+                self._granted[id(connection)] = 0
         except duckdb.IOException as error:
             text = str(error)
             if "could not set lock" in text.lower():
@@ -106,6 +118,10 @@ class DuckDBDestination(Database):
                 "Check that the folder exists and can be written, and that there is room on the disk.",
             ) from error
         except duckdb.Error as error:
+            if "different configuration" in str(error):  # one reads only, the other writes
+                raise DestinationBusy(
+                    f"{self.path} is open elsewhere in this process.", "It passes as that is closed."
+                ) from error
             raise self._not_ours(str(error)) from error
         try:
             connection.execute("SET TimeZone = 'UTC'")
@@ -120,12 +136,31 @@ class DuckDBDestination(Database):
             with _opening:
                 self._granted.pop(id(connection), None)
                 connection.close()
+                self._left = self._signature()
+
+    def _signature(self) -> list[tuple[int, int, int] | None]:
+        """Return what differs once another process has changed the file."""
+        found: list[tuple[int, int, int] | None] = []
+        for path in (self.path, self.path.with_name(f"{self.path.name}.wal")):
+            try:
+                status = path.stat()
+            except OSError:
+                found.append(None)
+            else:
+                found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+        return found
+
+    def tables_may_differ(self) -> bool:
+        """See `Database.tables_may_differ`."""
+        with _opening:
+            self._is_foreign, was = False, self._is_foreign
+        return was
 
     def _grant(self, connection: duckdb.DuckDBPyConnection, size: int) -> None:
         """Let a connection take `size` bytes. The engine has one limit for all connections of a file: the
         most that any of them was promised."""
         with _opening:
-            self._granted[id(connection)] = size
+            self._granted[id(connection)] = max(size, self._granted.get(id(connection), 0))
             connection.execute(f"SET memory_limit = '{max(self._granted.values())}B'")
 
     def _not_ours(self, text: str) -> DestinationError:
@@ -140,9 +175,9 @@ class DuckDBDestination(Database):
         `read_only` opens the file so (where no apply of this process may have it open). Raises
         UserError for anything but a query, and for what the engine says of one.
         """
-        _refuse_writing(queries)
+        refuse_writing(queries)
         try:
-            with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
+            with self.gate.passed(), self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
                 db.execute("BEGIN TRANSACTION READ ONLY")
                 return [db.sql(query).to_arrow_table() for query in queries]
         except duckdb.Error as error:
@@ -151,8 +186,8 @@ class DuckDBDestination(Database):
     @contextmanager
     def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
         """See `Destination.scan`. Results need not fit in memory."""
-        _refuse_writing(queries)
-        with self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
+        refuse_writing(queries)
+        with self.gate.passed(), self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
             db.execute("BEGIN TRANSACTION READ ONLY")
             yield (_scanned(db, query) for query in queries)
 
@@ -167,20 +202,32 @@ class DuckDBDestination(Database):
     def inspect(self) -> Iterator[DestinationFinding]:
         """See `Destination.inspect`. Of a file that is not there nothing is said."""
         try:
-            with self.open():
+            with self.open() as db:
                 yield DestinationFinding("ok", f"{self.path} opens")
+                yield from drifts(self, db)
         except DestinationBusy as error:
             yield DestinationFinding("warn", str(error), error.remedy)
         except DestinationError as error:
             yield DestinationFinding("fail", str(error), error.remedy)
 
+    def folded(self, model: str) -> tuple[str, str]:
+        """See `Destination.folded`: upper and lower case are one."""
+        schema, table = self.place_of(model)
+        return schema.casefold(), table.casefold()
+
     def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
         schema = self.place_of(model)[0]
-        if schema.casefold() != self.path.stem.casefold():
-            return None
-        what = f"the destination's file has the name of its schema {schema}: DuckDB cannot tell them apart"
-        return what, f'Name another: [destination] path = "{schema.casefold()}_warehouse.duckdb"'
+        files = {"path": (self.path, "warehouse"), "publish": (self._published, "published")}
+        for key, (file, role) in files.items():
+            if file is not None and schema.casefold() == file.stem.casefold():
+                what = f"the destination's file has the name of its schema {schema}"
+                name = f"{schema.casefold()}_{role}.duckdb"
+                return (
+                    f"{what}: DuckDB cannot tell them apart",
+                    f'Name another: [destination] {key} = "{name}"',
+                )
+        return None
 
     def fault_of(self, error: Exception) -> str | None:
         """See `Database.fault_of`."""
@@ -201,6 +248,8 @@ class _DuckDBSession:
     ) -> None:
         self._db = db
         self._grant = grant
+        self._keys: dict[str, int] = {}
+        self._rooms: dict[str, int] = {}
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
 
@@ -232,18 +281,34 @@ class _DuckDBSession:
     def append(self, target: str, types: Mapping[str, str], source: str, rows: pa.Table) -> None:
         del types
         if rows.nbytes > MEMORY // 2:  # one large value, say
-            self._grant(self._db, MEMORY + 8 * rows.nbytes)
+            self._grant(self._db, MEMORY + sum(self._rooms.values()) + 8 * rows.nbytes)
         self.execute(
             f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_given", given=rows
         )
 
-    def columns(self, schema: str, table: str) -> dict[str, str]:
+    def remove(self, target: str, source: str, keys: pa.Table) -> None:
+        self.make_room(target, keys.num_rows)
+        self.execute(
+            f"DELETE FROM {target} WHERE _source = $1 AND _source_key IN (SELECT key FROM _hr_given)",
+            [source],
+            keys,
+        )
+
+    def make_room(self, target: str, keys: int) -> None:
+        keys = self._keys[target] = keys + self._keys.get(target, 0)
+        if keys * _VECTOR_BYTES <= MEMORY // 4:
+            return
+        ((rows,),) = self.execute(f"SELECT count(*) FROM {target}")
+        self._rooms[target] = min(keys, rows // _VECTOR + 1) * _VECTOR_BYTES
+        self._grant(self._db, MEMORY + sum(self._rooms.values()))
+
+    def columns(self, schema: str, table: str, *, hidden: bool = False) -> dict[str, str]:
         return dict(
             self.execute(
                 "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = $1 "
-                "AND table_name = $2 AND column_name NOT IN ('_source', '_source_key') "
+                "AND table_name = $2 AND (column_name NOT IN ('_source', '_source_key') OR $3) "
                 "ORDER BY ordinal_position",
-                [schema, table],
+                [schema, table, hidden],
             )
         )
 
@@ -257,11 +322,16 @@ class _DuckDBSession:
         # Two hashes: one of 64 bits may meet by chance, both do not.
         return [f"hash({', '.join(cells)})::HUGEINT" for cells in (columns, [*columns[::-1], "'again'"])]
 
+    def retype(self, target: str, column: str, type_: str) -> None:
+        alter = f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_}"
+        self.execute(f"{alter} USING TRY_CAST({column} AS {type_})")
+
     def prepare_table(self, target: str) -> None:
         pass  # no index: a scan of one column costs less than an index that every change moves
 
 
-def _refuse_writing(queries: Sequence[str]) -> None:
+def refuse_writing(queries: Sequence[str]) -> None:
+    """Raise UserError for what is no query, or no SQL."""
     for query in queries:
         try:
             kinds = {statement.type for statement in duckdb.extract_statements(query)}

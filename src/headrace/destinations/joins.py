@@ -8,21 +8,24 @@ are of other changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pyarrow as pa
 
 from headrace.cells import json_of
-from headrace.change import Counts, Mark, Position
+from headrace.change import Counts, Mark, Position, TableId
 from headrace.destinations.books import heal, insert, move_progress, numbers, record, record_from, stand
 from headrace.destinations.multiset import take_off
 from headrace.destinations.session import Session
 from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import JOINING, OPEN, QUARANTINE
-from headrace.errors import DestinationError
+from headrace.errors import DestinationError, UserError
 from headrace.failpoints import failpoint
-from headrace.join import Account, Difference, Join
+from headrace.join import Account, Difference, Join, Snapshot
 from headrace.keys import literal, quoted
 from headrace.prepared import Prepared
 from headrace.protocols import Model
@@ -58,6 +61,14 @@ class Joins:
             rows = db.execute(joins_of(source))
         return {str(row[0]): Join(*row) for row in rows}
 
+    def bad_keys(self, join: Join, limit: int) -> pa.Array | None:
+        """See `headrace.join.Joins.bad_keys`."""
+        with self._destination.open() as db:
+            rows = db.execute(
+                f"SELECT DISTINCT key FROM {JOINING} WHERE model = $1 LIMIT {limit + 1}", [join.model]
+            )
+        return None if len(rows) > limit else pa.array([key for (key,) in rows], pa.string())
+
     def start(self, join: Join, model: Model) -> None:
         """Start a join with an empty table, in place or beside; one that did not end is given up."""
         target = _target(join, model)
@@ -81,25 +92,34 @@ class Joins:
         join: Join,
         following: Join,
         model: Model,
-        prepared: Prepared,
+        pieces: Iterable[Prepared],
         accounts: Sequence[Account] | None = None,
     ) -> Sequence[str]:
-        """Take in one slice of a phase and move to `following`, in one transaction; returns the ids of
-        issues that are new. `accounts` are what the ledger is to say instead of the slice's own counts.
-
-        Raises DestinationError when the join does not stand at `join`: another pipeline moved it.
-        """
+        """See `headrace.join.Joins.step`."""
         through = following.offset if following.phase == join.phase else join.end
         records = JOINING if join.beside else QUARANTINE
         head = (join.source, model.name)
         target = _target(join, model)
         table = self._destination.table_of(target.name)
+        healed, counts, issues = 0, Counts(), list[str]()
         with self._destination.writing(join.source) as db:
             _check(db, join)
             self._destination.make_table(db, target)
-            healed = heal(db, model.name, prepared, join.end, records)
-            healed += take_off(db, join.source, model.name, table, prepared, join.end, records)
-            counts, issues = self._take(db, join, model, prepared, records)
+            steps = StepBook(self._destination, db, join.source, records)
+            for prepared in pieces:
+                if prepared.steps is not None:
+                    steps.add(model, target, prepared)
+                    del prepared
+                    continue
+                healed += heal(db, model.name, prepared, join.end, records)
+                healed += take_off(db, join.source, model.name, table, prepared, join.end, records)
+                self._destination.change_rows(db, join.source, target, prepared)
+                issues += record(db, model, prepared.records, records)
+                counts += prepared.counts
+                del prepared  # before the next one is made
+            for settled in steps.settle():
+                counts += settled.counts
+                issues += settled.issues
             # The live table has accounted for the changes already, and for the rows of its own copy.
             if join.why == "copy" and (join.phase != "stream" or not join.beside):
                 own = Account("copy" if join.phase == "copy" else "apply", join.offset, through, counts)
@@ -113,19 +133,6 @@ class Joins:
             failpoint("destination.join.commit")
         return [] if join.beside else issues
 
-    def _take(
-        self, db: Session, join: Join, model: Model, prepared: Prepared, records: str
-    ) -> tuple[Counts, Sequence[str]]:
-        """Write an outcome to the table that a join fills; returns where the changes went, and new issues."""
-        target = _target(join, model)
-        if prepared.steps is None:
-            self._destination.change_rows(db, join.source, target, prepared)
-            return prepared.counts, record(db, model, prepared.records, records)
-        steps = StepBook(self._destination, db, join.source, records)
-        steps.add(model, target, prepared)
-        (settled,) = steps.settle()
-        return settled.counts, settled.issues
-
     def attach(
         self, join: Join, model: Model, at: Mark, position: Position, committed_at: int, *, in_sync: bool
     ) -> tuple[Difference, Sequence[str]]:
@@ -136,7 +143,7 @@ class Joins:
             _check(db, join)
             if join.beside:
                 self._destination.make_table(db, model)
-                difference = self._compare(db, join, model)
+                difference = _compare(db, model, *self._tables(join, model))
                 if join.why != "copy":
                     self._tell(db, join, model, at, difference)
                 if join.why != "dry run":
@@ -152,28 +159,46 @@ class Joins:
             failpoint("destination.join.attach")
         return difference, issues
 
+    def write_snapshot(
+        self, model: Model, into: str | None, commit: int, slices: Iterable[Prepared]
+    ) -> Snapshot:
+        """See `headrace.join.Joins.write_snapshot`."""
+        named = _Renamed(into or f"{BESIDE}.{uuid4().hex}", model)
+        table, live = (self._destination.table_of(name) for name in (named.name, model.name))
+        # A turn of its own: what runs meanwhile is not to wait for it.
+        whose = f"{model.source} {named.name}"
+        with self._destination.writing(whose, memory=_EXCHANGE_MEMORY, keep=into is not None) as db:
+            known = db.execute("SELECT 1 FROM headrace.models WHERE model = $1", [named.name])
+            if known or db.columns(*self._destination.place_of(named.name)):
+                raise UserError(
+                    f"There is a table {into} in the destination already.", "Give --into a name that is free."
+                )
+            self._destination.make_table(db, named)
+            steps = StepBook(self._destination, db, model.source, JOINING)
+            for prepared in slices:
+                if prepared.steps is not None:
+                    steps.add(named, named, prepared)
+                    continue
+                heal(db, named.name, prepared, commit, JOINING)
+                take_off(db, model.source, named.name, table, prepared, commit, JOINING)
+                self._destination.change_rows(db, model.source, named, prepared)
+                record(db, named, prepared.records, JOINING)
+            for _ in steps.settle():
+                pass
+            ((rows,),) = db.execute(f"SELECT count(*) FROM {table}")
+            opened = db.change(f"DELETE FROM {JOINING} WHERE model = $1 AND {OPEN}", [named.name])
+            db.execute(f"DELETE FROM {JOINING} WHERE model = $1", [named.name])
+            difference, examples = None, list[dict[str, Any]]()
+            if db.columns(*self._destination.place_of(model.name)) == db.types(model):
+                difference = _compare(db, model, table, live)
+                examples = _examples(db, model, table, live)
+            self._destination.release_table(db, named)
+            failpoint("destination.join.snapshot")
+        return Snapshot(rows, opened, difference, examples)
+
     def _tables(self, join: Join, model: Model) -> tuple[str, str]:
         """Return the live table and the one beside it."""
         return self._destination.table_of(model.name), self._destination.table_of(_target(join, model).name)
-
-    def _compare(self, db: Session, join: Join, model: Model) -> Difference:
-        """Find the source keys in which the live table and the one beside it differ: `_hr_differs`."""
-        live, beside = self._tables(join, model)
-        names = [quoted(name) for name in model.types()]
-        sums = ", ".join(f"sum({each}) AS h{i}" for i, each in enumerate(db.fingerprints(names)))
-        state = (
-            f"SELECT _source_key AS k, count(*) AS n, {sums} FROM {{}} "
-            f"WHERE _source = {literal(join.source)} GROUP BY _source_key"
-        )
-        db.keep(
-            "_hr_differs",
-            f"""SELECT coalesce(a.k, b.k) AS k,
-            CASE WHEN a.n IS NULL THEN 'added' WHEN b.n IS NULL THEN 'removed' ELSE 'changed' END AS how
-            FROM ({state.format(live)}) a FULL JOIN ({state.format(beside)}) b ON a.k = b.k
-            WHERE a.n IS DISTINCT FROM b.n OR a.h0 IS DISTINCT FROM b.h0 OR a.h1 IS DISTINCT FROM b.h1""",
-        )
-        found = db.execute("SELECT how, count(*) FROM _hr_differs GROUP BY how")
-        return Difference(**{how: int(count) for how, count in found})
 
     def _exchange(self, db: Session, join: Join, model: Model) -> None:
         """Write to the live table what differs from the one beside it, key by key."""
@@ -182,36 +207,89 @@ class Joins:
         chosen = f"_source = {literal(join.source)} AND _source_key IN (SELECT k FROM _hr_differs)"
         delete = f"DELETE FROM {live} WHERE {chosen}"
         insert_ = f"INSERT INTO {live} ({columns}) SELECT {columns} FROM {beside} WHERE {chosen}"
+        ((keys,),) = db.execute("SELECT count(*) FROM _hr_differs")
+        db.make_room(live, keys)
         self._destination.exchange_rows(db, model, [delete, insert_])
 
     def _tell(self, db: Session, join: Join, model: Model, at: Mark, difference: Difference) -> None:
         """Write what a rebuild comes to: rows, records, differences, and some of these with both rows."""
         live, beside = self._tables(join, model)
-        db.keep(
-            "_hr_examples",
-            "SELECT k, how FROM (SELECT *, row_number() OVER (PARTITION BY how ORDER BY k) AS n "
-            f"FROM _hr_differs) d WHERE n <= {_EXAMPLES}",
-        )
-        examples: dict[str, dict[str, Any]] = {
-            key: {"how": how, "key": key, "before": [], "after": []}
-            for key, how in db.execute("SELECT k, how FROM _hr_examples ORDER BY how, k")
-        }
-        names = list(model.types())
-        # As text: a client may not have every value that an engine has, such as a date that is infinity.
-        cells = ", ".join(f"CAST({quoted(name)} AS VARCHAR)" for name in names)
-        for table, when in ((live, "before"), (beside, "after")):
-            rows = db.execute(
-                f"SELECT _source_key, {cells} FROM {table} "
-                f"WHERE _source = $1 AND _source_key IN (SELECT k FROM _hr_examples)",
-                [join.source],
-            )
-            for key, *row in rows:
-                examples[key][when].append(dict(zip(names, row, strict=True)))
+        examples = _examples(db, model, live, beside)
         ((rows_made,),) = db.execute(f"SELECT count(*) FROM {beside}")
         ((opened,),) = db.execute(f"SELECT count(*) FROM {JOINING} WHERE model = $1 AND {OPEN}", [model.name])
         counts = (rows_made, opened, *astuple(difference))
         facts = (model.name, join.source, model.version, join.why == "dry run", at.offset, *counts)
-        insert(db, "rebuilds", [(*facts, json_of(list(examples.values())))])
+        insert(db, "rebuilds", [(*facts, json_of(examples))])
+
+
+def _compare(db: Session, model: Model, before: str, after: str) -> Difference:
+    """Find the source keys in which two tables of a model differ: `_hr_differs`."""
+    names = [quoted(name) for name in model.types()]
+    sums = ", ".join(f"sum({each}) AS h{i}" for i, each in enumerate(db.fingerprints(names)))
+    state = (
+        f"SELECT _source_key AS k, count(*) AS n, {sums} FROM {{}} "
+        f"WHERE _source = {literal(model.source)} GROUP BY _source_key"
+    )
+    db.keep(
+        "_hr_differs",
+        f"""SELECT coalesce(a.k, b.k) AS k,
+        CASE WHEN a.n IS NULL THEN 'added' WHEN b.n IS NULL THEN 'removed' ELSE 'changed' END AS how
+        FROM ({state.format(before)}) a FULL JOIN ({state.format(after)}) b ON a.k = b.k
+        WHERE a.n IS DISTINCT FROM b.n OR a.h0 IS DISTINCT FROM b.h0 OR a.h1 IS DISTINCT FROM b.h1""",
+    )
+    found = db.execute("SELECT how, count(*) FROM _hr_differs GROUP BY how")
+    return Difference(**{how: int(count) for how, count in found})
+
+
+def _examples(db: Session, model: Model, before: str, after: str) -> list[dict[str, Any]]:
+    """Return some of the differences that `_compare` has found, with the rows of both tables."""
+    db.keep(
+        "_hr_examples",
+        "SELECT k, how FROM (SELECT *, row_number() OVER (PARTITION BY how ORDER BY k) AS n "
+        f"FROM _hr_differs) d WHERE n <= {_EXAMPLES}",
+    )
+    examples: dict[str, dict[str, Any]] = {
+        key: {"how": how, "key": key, "before": [], "after": []}
+        for key, how in db.execute("SELECT k, how FROM _hr_examples ORDER BY how, k")
+    }
+    names = list(model.types())
+    # As text: a client may not have every value that an engine has, such as a date that is infinity.
+    cells = ", ".join(f"CAST({quoted(name)} AS VARCHAR)" for name in names)
+    for table, when in ((before, "before"), (after, "after")):
+        rows = db.execute(
+            f"SELECT _source_key, {cells} FROM {table} "
+            f"WHERE _source = $1 AND _source_key IN (SELECT k FROM _hr_examples)",
+            [model.source],
+        )
+        for key, *row in rows:
+            examples[key][when].append(dict(zip(names, row, strict=True)))
+    return list(examples.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """A model whose table has another name."""
+
+    name: str
+    model: Model
+
+    @property
+    def table(self) -> TableId:
+        return self.model.table
+
+    @property
+    def source(self) -> str:
+        return self.model.source
+
+    @property
+    def version(self) -> str:
+        return self.model.version
+
+    def types(self) -> dict[str, str]:
+        return self.model.types()
+
+    def prepare(self, changes: pa.Table) -> Prepared:
+        return self.model.prepare(changes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from headrace.destinations.postgres_session import (
 )
 from headrace.destinations.postgres_values import from_csv, limit
 from headrace.destinations.session import Session
+from headrace.destinations.shapes import drifts
 from headrace.destinations.tables import CREATE, OPEN
 from headrace.errors import (
     RETRY_SQLSTATES,
@@ -71,6 +72,7 @@ _INDEXES = f"""
 CREATE UNIQUE INDEX ON headrace.progress (source);
 CREATE UNIQUE INDEX ON headrace.models (model);
 CREATE UNIQUE INDEX ON headrace.joins (model);
+CREATE UNIQUE INDEX ON headrace.shapes (model);
 CREATE UNIQUE INDEX ON headrace.changes (name);
 CREATE UNIQUE INDEX ON headrace.marts (mart);
 CREATE UNIQUE INDEX ON headrace.quarantine (id);
@@ -262,6 +264,10 @@ class PostgresDestination(Database):
             )
         return cast("tuple[str, str]", found[0]) if found else None
 
+    def tables_may_differ(self) -> bool:
+        """See `Database.tables_may_differ`. Anybody may alter a table between two transactions."""
+        return True
+
     def misnamed(self, model: str) -> tuple[str, str] | None:
         """See `Destination.misnamed`."""
         schema, table = self.place_of(model)
@@ -341,11 +347,12 @@ class PostgresDestination(Database):
             elif rights and not rights[0][0]:
                 remedy = f"GRANT USAGE, CREATE ON SCHEMA {quoted(schema)} TO {role}"
                 yield DestinationFinding("fail", f"tables cannot be made in the schema {schema}", remedy)
+        yield from drifts(self, db)
 
 
 def _is_set_up(db: Session) -> bool:
     # The last of the tables that are made.
-    return db.execute("SELECT to_regclass('headrace.marts') IS NOT NULL") == [(True,)]
+    return db.execute("SELECT to_regclass('headrace.shapes') IS NOT NULL") == [(True,)]
 
 
 def _close_all(connections: list[Connection]) -> None:

@@ -27,6 +27,8 @@ _GIVEN = {pa.string(): "text", pa.int64(): "bigint", pa.bool_(): "boolean"}
 _KEY_PREFIX = 400
 """Characters of a source key that are in its index, whose entries take 2704 bytes at most."""
 
+_CANNOT_COERCE = "42846"
+
 _GIVEN_RELATION = re.compile(r"\b(FROM|JOIN|USING) _hr_given\b")
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -151,6 +153,14 @@ class PostgresSession:
         """See `Session.append`."""
         self._copy(target, rows, types, {"_source": source})
 
+    def remove(self, target: str, source: str, keys: pa.Table) -> None:
+        """See `Session.remove`."""
+        same = self.same_key("_source_key", "r.key")
+        self._run(f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}", [source], keys)
+
+    def make_room(self, target: str, keys: int) -> None:
+        """See `Session.make_room`. The server's own settings hold."""
+
     def _copy(
         self, target: str, rows: pa.Table, types: Mapping[str, str], constants: Mapping[str, str]
     ) -> None:
@@ -160,15 +170,15 @@ class PostgresSession:
             for piece in as_csv(rows, types, constants):
                 copy.write(piece)
 
-    def columns(self, schema: str, table: str) -> dict[str, str]:
+    def columns(self, schema: str, table: str, *, hidden: bool = False) -> dict[str, str]:
         """See `Session.columns`."""
         return dict(
             self.execute(
                 "SELECT a.attname, format_type(a.atttypid, a.atttypmod) FROM pg_attribute a "
                 "JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace "
                 "WHERE n.nspname = $1 AND c.relname = $2 AND a.attnum > 0 AND NOT a.attisdropped "
-                "AND a.attname NOT IN ('_source', '_source_key') ORDER BY a.attnum",
-                [schema, table],
+                "AND (a.attname NOT IN ('_source', '_source_key') OR $3) ORDER BY a.attnum",
+                [schema, table, hidden],
             )
         )
 
@@ -194,6 +204,20 @@ class PostgresSession:
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         """See `Session.fingerprints`. As text, since not every type can be compared."""
         return [f"hashtextextended(ROW({', '.join(columns)})::text, {seed})" for seed in (0, 1)]
+
+    def retype(self, target: str, column: str, type_: str) -> None:
+        """See `Session.retype`."""
+        alter = f"ALTER TABLE {target} ALTER COLUMN {column} TYPE {type_}"
+        self.execute("SAVEPOINT headrace_retype")
+        try:
+            self.execute(f"{alter} USING CAST({column} AS {type_})")
+        except psycopg.Error as error:
+            state = error.sqlstate or ""
+            if not (state.startswith("22") or state == _CANNOT_COERCE):
+                raise
+            self.execute("ROLLBACK TO SAVEPOINT headrace_retype")
+            self.execute(f"{alter} USING CAST(NULL AS {type_})")
+        self.execute("RELEASE SAVEPOINT headrace_retype")
 
     def prepare_table(self, target: str) -> None:
         """See `Session.prepare_table`."""

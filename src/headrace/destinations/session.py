@@ -68,8 +68,17 @@ class Session(Protocol):
         DuckDB's words; `_source` is the same for all."""
         ...
 
-    def columns(self, schema: str, table: str) -> dict[str, str]:
-        """Return a table's columns with the engine's types, without hidden ones; empty if there is none."""
+    def remove(self, target: str, source: str, keys: pa.Table) -> None:
+        """Delete a source's rows of some source keys (the only column) from a model's table."""
+        ...
+
+    def make_room(self, target: str, keys: int) -> None:
+        """Be ready to change the rows of so many more source keys of a table, wherever in it they are."""
+        ...
+
+    def columns(self, schema: str, table: str, *, hidden: bool = False) -> dict[str, str]:
+        """Return a table's columns with the engine's types, with `_source` and `_source_key` if `hidden`;
+        empty if there is none."""
         ...
 
     def types(self, table: Table) -> dict[str, str]:
@@ -83,6 +92,11 @@ class Session(Protocol):
 
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         """Return expressions of numbers that can be summed; all are equal where the columns (quoted) are."""
+        ...
+
+    def retype(self, target: str, column: str, type_: str) -> None:
+        """Give a column of a table (both quoted) another type. Values that it cannot have are null: the
+        table's rows are copied again where the source computed them anew."""
         ...
 
     def prepare_table(self, target: str) -> None:

@@ -43,7 +43,13 @@ class Database:
         self._read_only = read_only
         self._local = threading.local()
         self._connections: list[apsw.Connection] = []
-        if read_only and not path.exists():
+        try:
+            is_there = path.exists()
+        except PermissionError as error:
+            raise LogError(
+                f"{path} cannot be opened: {error.strerror}.", "Check the folder's rights."
+            ) from error
+        if read_only and not is_there:
             raise LogError(f"There is no log at {path}.", "Start the pipeline once with `headrace run`.")
         if not read_only and path.parent.exists():
             path.touch(0o600)  # before SQLite makes it: the files beside it have its mode
@@ -114,6 +120,12 @@ class Database:
         except (apsw.BusyError, apsw.LockedError) as error:
             raise LogBusy(
                 f"{self.path} is held by another process.", "Find and end it: it goes on by itself."
+            ) from error
+        except apsw.ReadOnlyError as error:
+            raise LogError(
+                f"{self.path} can be read by this user only while its pipeline runs, which has files beside "
+                "it.",
+                "Start the pipeline there, or run as the user that it runs as.",
             ) from error
         except (apsw.CantOpenError, apsw.IOError) as error:
             connection = getattr(self._local, "connection", None)

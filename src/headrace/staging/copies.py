@@ -44,7 +44,9 @@ class CopyHistory:
                 begin = (offset, mark)
             elif mark.kind == "end" and begin is not None:
                 floor, ceiling = (Position(at.epoch, commit, 0) for commit in (mark.floor, mark.ceiling))
-                found.append(Copy(begin[0], offset, begin[1].after, floor, ceiling))
+                shape = begin[1].schema
+                key = shape.key if shape else ()
+                found.append(Copy(begin[0], offset, begin[1].after, floor, ceiling, key))
         return found
 
     def since(self, table: TableId, through: Offset) -> Offset:
@@ -78,7 +80,8 @@ def beyond(changes: pa.Table, floor: Position) -> pa.Table:
     """
     epochs, commits = changes["_epoch"], changes["_commit"]
     later = pc.and_(pc.equal(epochs, floor.epoch), pc.greater(commits, floor.commit))
-    return changes.filter(pc.or_(pc.greater(epochs, floor.epoch), later))
+    later = pc.or_(pc.greater(epochs, floor.epoch), later)
+    return changes if pc.all(later).as_py() else changes.filter(later)
 
 
 def in_source_order(parts: Iterable[pa.Table]) -> pa.Table:

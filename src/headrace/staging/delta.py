@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from headrace.change import Copy, CopyMark, LoggedEntry, Offset, Position, TableId, TableSchema, shape_in
 from headrace.errors import LogError, UserError
+from headrace.protocols import LogIndex
 from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
 from headrace.staging.folders import decode, encode
 from headrace.staging.naming import logical_name, physical_names
@@ -61,6 +62,7 @@ class DeltaStaging:
 
         Raises StagingForeign when the folder belongs to another log.
         """
+        self.source = source
         self._root = root / "raw" / encode(source)
         self._log_id = log_id
         self._read_only = read_only
@@ -76,11 +78,7 @@ class DeltaStaging:
         for path in sorted(self._root.glob("*/*/_delta_log")):
             schema, name = path.parent.parent.name, path.parent.name
             self._open(TableId(decode(schema), decode(name)))
-        if HISTORY in self._tables:
-            for row in self._read(HISTORY, 0, self._tables[HISTORY].version).to_pylist():
-                at = Position(row["_epoch"], row["_commit"], row["_ordinal"])
-                table = TableId(row["table_schema"], row["table_name"])
-                self._remember_event(row["_offset"], row["kind"], table, at, row["content"])
+        self._remember_events(0)
 
     def recover(
         self,
@@ -95,13 +93,26 @@ class DeltaStaging:
         that look-up, to what it holds. Groups after that are read from the log again and skipped where
         they are staged already.
         """
+        self._reach(last_offsets, end, before_unstaged)
+        self._check_not_ahead(end)
+
+    def _reach(
+        self,
+        last_offsets: dict[TableId, Offset],
+        end: Offset,
+        before_unstaged: Callable[[TableId, Offset, Offset], Offset],
+    ) -> None:
         schemas = self._version(HISTORY)
         lagging = [
             before_unstaged(table, self._version(table), schemas if table in self._tables else 0)
             for table, last in last_offsets.items()
             if self._version(table) < last
         ]
-        self._through = self._written = min(lagging, default=end)
+        with self._moved:
+            self._through = self._written = min(lagging, default=end)
+            self._moved.notify_all()
+
+    def _check_not_ahead(self, end: Offset) -> None:
         ahead = max((table.version for table in self._tables.values()), default=0)
         if ahead > end:
             raise LogError(
@@ -109,6 +120,21 @@ class DeltaStaging:
                 "restored from an older copy or cut off.",
                 f"Restore the whole state folder, or delete {self._root} to stage the log anew.",
             )
+
+    def follow(self, log: LogIndex) -> bool:
+        """Take over what another process has staged of a log, see `recover`; says whether `through` has
+        moved. Both go on meanwhile."""
+        known, before = self._version(HISTORY), self._through
+        end = log.end().offset  # before it is asked what there is: of all through it that tells
+        last_offsets = log.last_offsets()
+        # Shapes after rows, so that no row is seen without its shape.
+        for table in [table for table, last in last_offsets.items() if self._version(table) < last]:
+            self._open(table)
+        self._open(HISTORY)
+        self._remember_events(known)
+        self._reach(last_offsets, end, log.before_unstaged)
+        self._check_not_ahead(log.end().offset)
+        return self._through > before
 
     def write(self, entries: Sequence[LoggedEntry]) -> None:
         """See `Staging.write`. Commits whenever `piece_bytes` are decoded, and at the end."""
@@ -186,13 +212,13 @@ class DeltaStaging:
     ) -> Iterator[pa.Table]:
         """Yield a copy's rows, or some columns of them, in parts of a bounded size."""
         needed = columns and [*columns, "_op", "_offset"]
-        for part in self._chunks(table, copy.begin, copy.end, needed):
+        for part in self.chunks(table, copy.begin, copy.end, needed):
             rows = copied(part, copy)
             yield rows.select(columns) if columns else rows
 
     def streamed_rows(self, table: TableId, after: Offset, through: Offset) -> int:
         """Return how many streamed changes of a table are in `(after, through]`."""
-        parts = self._chunks(table, after, through, ["_op"])
+        parts = self.chunks(table, after, through, ["_op"])
         return sum(streamed(part).num_rows for part in parts)
 
     def copy(self, table: TableId, through: Offset) -> Copy | None:
@@ -218,7 +244,7 @@ class DeltaStaging:
         """See `Staging.pieces`. Cut between row groups, each of which was one piece when it was written."""
         held: list[pa.Table] = []
         copies = self._copies.between(table, after, through)
-        for part in self._chunks(table, after, through):
+        for part in self.chunks(table, after, through):
             held.append(streamed(part) if copies else part)
             del part
             full = sum(part.nbytes for part in held) >= self.piece_bytes // 2
@@ -235,9 +261,9 @@ class DeltaStaging:
     ) -> tuple[pa.Table, Offset]:
         """Read at least `rows` changes, or `piece_bytes` (if there are as many), that end at offset
         `before`, backwards by whole row groups; return them in order with the offset before the first."""
-        parts = [self._empty(table).select(columns)]
+        parts = [self.empty(table).select(columns)]
         first = 1
-        for part in self._chunks(table, 0, before, [*columns, "_offset"], backwards=True):
+        for part in self.chunks(table, 0, before, [*columns, "_offset"], backwards=True):
             first = part["_offset"][0].as_py()
             parts.insert(1, part.select(columns))
             full = sum(part.nbytes for part in parts) >= self.piece_bytes
@@ -276,9 +302,31 @@ class DeltaStaging:
         """See `Staging.schemas`."""
         return {shape.table: shape for offset, shape in self._schemas if offset <= through}
 
+    def shapes_of(self, table: TableId) -> list[tuple[Offset, TableSchema]]:
+        """Return every shape of a table with the offset from which on it holds, the oldest first."""
+        return [known for known in self._schemas if known[1].table == table]
+
+    def gone_at(self, table: TableId, column: str, through: Offset) -> Offset:
+        """Return the offset of the shape since which a table lacks a column that it once had; 0 where none,
+        of those up to an offset, tells."""
+        found = 0
+        for offset, shape in self._schemas:
+            if shape.table == table and offset <= through:
+                has = any(each.name == column for each in shape.columns)
+                found = 0 if has else found or offset
+        return found
+
     def columns(self, table: TableId) -> list[str]:
         """Return the source's columns of a raw table, also those that it has dropped."""
         return [logical_name(name) for name in self._tables[table].columns if name not in META]
+
+    def _remember_events(self, after: Offset) -> None:
+        """Take over the shapes and markers that are staged behind an offset."""
+        if HISTORY in self._tables:
+            for row in self._read(HISTORY, after, self._tables[HISTORY].version).to_pylist():
+                at = Position(row["_epoch"], row["_commit"], row["_ordinal"])
+                table = TableId(row["table_schema"], row["table_name"])
+                self._remember_event(row["_offset"], row["kind"], table, at, row["content"])
 
     def _remember_event(self, offset: Offset, kind: str, table: TableId, at: Position, text: str) -> None:
         known = self._schemas[-1][0] if self._schemas else 0
@@ -289,11 +337,11 @@ class DeltaStaging:
             self._copies.add(offset, table, at, CopyMark.from_json(text))
 
     def _read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
-        parts = [self._empty(table), *self._chunks(table, after, through)]
+        parts = [self.empty(table), *self.chunks(table, after, through)]
         # A part that was read before a column came lacks it.
         return pa.concat_tables(parts, promote_options="default")
 
-    def _chunks(
+    def chunks(
         self,
         table: TableId,
         after: Offset,
@@ -302,7 +350,8 @@ class DeltaStaging:
         *,
         backwards: bool = False,
     ) -> Iterator[pa.Table]:
-        """Yield the changes of a table by row groups; nothing if there is no such table."""
+        """Yield the changes and copied rows of a table in `(after, through]`, row group by row group; nothing
+        if there is no such table. `columns` as the source names them (None: all)."""
         staged = self._tables.get(table)
         if staged is None:
             return
@@ -310,7 +359,8 @@ class DeltaStaging:
         for part in staged.chunks(after, through, physical, backwards=backwards):
             yield as_the_source_says(part)
 
-    def _empty(self, table: TableId) -> pa.Table:
+    def empty(self, table: TableId) -> pa.Table:
+        """Return no changes of a raw table that there is."""
         columns = self._tables[table].columns
         return as_the_source_says(pa.schema(list(columns.items())).empty_table())
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.change import Mark, Position
-from headrace.errors import DestinationError
+from headrace.errors import DestinationError, UserError
 from headrace.join import Difference, Join
 from headrace.protocols import Destination
 from headrace.testing.destinations import LOG, NUMBERS, Cells, row, shape, slice_of, staged, table
@@ -68,7 +68,7 @@ def take_in(destination: Destination, join: Join, model: RowModel, cells: list[C
     half = replace(join, offset=join.begin + 4)
     copied = replace(join, phase="stream", offset=join.end)
     for at, following, rows in ((join, half, cells[:1]), (half, copied, cells[1:])):
-        joins.step(at, following, model, model.prepare(staged(model, rows, at.offset)))
+        joins.step(at, following, model, [model.prepare(staged(model, rows, at.offset))])
         assert joins.of("shop") == {model.name: following}
     return copied
 
@@ -155,6 +155,48 @@ class JoinSuite:
         }
         assert destination.models("shop")["shop.t"].open_records == 1
 
+    def test_the_keys_with_bad_changes_are_told_while_they_are_few(self, destination: Destination) -> None:
+        joins = destination.joins
+        attach(destination, take_in(destination, FIRST, NUMBERS, [row(1, "1")]), NUMBERS)
+        again = replace(FIRST, stands=10, why="rebuild", phase="newest")
+        joins.start(again, NUMBERS)
+        assert joins.bad_keys(again, 0) == pa.array([], pa.string())
+        rows = [row(1, "x"), row(2, "2"), row(3, "y"), row(3, "z")]
+        joins.step(again, replace(again, offset=4), NUMBERS, [NUMBERS.prepare(staged(NUMBERS, rows, 0))])
+        keys = joins.bad_keys(again, 2)
+        assert keys is not None
+        assert sorted(keys.to_pylist()) == ["1", "3"]
+        assert joins.bad_keys(again, 1) is None
+
+    def test_a_snapshot_stands_by_itself(self, destination: Destination) -> None:
+        rows = [row(1, "1"), row(2, "2"), row(3, "3")]
+        attach(destination, take_in(destination, FIRST, NUMBERS, rows), NUMBERS)
+        live = table(destination)
+        slices = [
+            NUMBERS.prepare(staged(NUMBERS, cells, after))
+            for after, cells in (
+                (0, [row(1, "1"), row(2, "7"), row(5, "x")]),
+                (3, [row(2, "8"), row(4, "x")]),
+            )
+        ]
+        for into in (None, "then.t"):
+            found = destination.joins.write_snapshot(NUMBERS, into, 10, iter(slices))
+            assert (found.rows, found.open_records, found.difference) == (2, 2, Difference(1, 0, 1))
+            assert [(example["how"], example["key"]) for example in found.examples] == [
+                ("added", "3"),
+                ("changed", "2"),
+            ]
+        assert table(destination, f"SELECT id, v FROM {destination.table_of('then.t')}") == [(1, 1), (2, 8)]
+        assert table(destination) == live
+        assert table(destination, "SELECT count(*) FROM headrace.joining") == [(0,)]
+        assert set(destination.models("shop")) == {NUMBERS.name}
+        for used in ("then.t", NUMBERS.name):
+            with pytest.raises(UserError, match=f"There is a table {used}"):
+                destination.joins.write_snapshot(NUMBERS, used, 10, iter(slices))
+        with armed("destination.join.snapshot=raise"), pytest.raises(OSError, match="snapshot"):
+            destination.joins.write_snapshot(NUMBERS, "then.other", 10, iter(slices))
+        assert destination.joins.write_snapshot(NUMBERS, "then.other", 10, iter(slices)).rows == 2
+
     def test_a_join_that_is_given_up_leaves_nothing_behind(self, destination: Destination) -> None:
         attach(destination, take_in(destination, FIRST, NUMBERS, [row(1, "1"), row(2, "2")]), NUMBERS)
         take_in(destination, SECOND, NUMBERS, [row(7, "7"), row(8, "x")])
@@ -167,9 +209,9 @@ class JoinSuite:
         copied = take_in(destination, FIRST, NUMBERS, [row(1, "1"), row(2, "2")])
         prepared = NUMBERS.prepare(staged(NUMBERS, [row(9, "9")], 0))
         with pytest.raises(DestinationError, match="does not stand at"):
-            destination.joins.step(FIRST, replace(FIRST, offset=4), NUMBERS, prepared)
+            destination.joins.step(FIRST, replace(FIRST, offset=4), NUMBERS, [prepared])
         with armed("destination.join.commit=raise"), pytest.raises(OSError, match="join"):
-            destination.joins.step(copied, replace(copied, offset=11), NUMBERS, prepared)
+            destination.joins.step(copied, replace(copied, offset=11), NUMBERS, [prepared])
         assert destination.joins.of("shop") == {NUMBERS.name: copied}
         assert table(destination) == [(1, 1), (2, 2)]
 

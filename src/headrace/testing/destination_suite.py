@@ -25,6 +25,7 @@ from headrace.errors import DestinationError, ForeignDestination, ModelBroken, U
 from headrace.failpoints import VARIABLE
 from headrace.keys import quoted
 from headrace.protocols import Destination, Slice
+from headrace.testing.destination_drift_suite import DriftSuite
 from headrace.testing.destination_joins_suite import BagSuite, JoinSuite
 from headrace.testing.destination_kinds_suite import KindSuite
 from headrace.testing.destination_marts_suite import MartSuite
@@ -430,7 +431,9 @@ def same_rows(destination: Destination, model: RowModel, cells: Sequence[Cells])
             )
 
 
-class DestinationSuite(OwnerSuite, BooksSuite, TableSuite, BagSuite, JoinSuite, KindSuite, MartSuite):
+class DestinationSuite(
+    OwnerSuite, BooksSuite, TableSuite, DriftSuite, BagSuite, JoinSuite, KindSuite, MartSuite
+):
     """The contract as a whole."""
 
     @pytest.fixture

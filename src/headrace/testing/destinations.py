@@ -40,6 +40,10 @@ class Destinations(Protocol):
         """Return Python that opens a destination in another process as `destination`."""
         ...
 
+    def alter(self, destination: Destination, statement: str) -> None:
+        """Run a statement in the destination, as somebody does who works beside Headrace."""
+        ...
+
 
 def shape(*columns: tuple[str, str], key: Sequence[str] = ("id",)) -> TableSchema:
     """Return the shape of a table with a bigint `id` and these columns (name, type)."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
 from headrace.keys import literal, quoted
@@ -32,7 +33,7 @@ class Evaluation:
         self._db = db
         self._model = model
         self._fatal: dict[int, str] = {}
-        self._db.execute("DROP TABLE IF EXISTS judged")
+        self._judged: pa.Table | None = None
 
     def query(self, events: str) -> str:
         """Return the query that judges the rows of relation `events`.
@@ -62,52 +63,69 @@ class Evaluation:
 
         Raises ModelBroken when the query fails even without rows.
         """
+        self.judge(events)
+        return self.verdicts()
+
+    def judge(self, events: pa.Table) -> None:
+        """Judge events, see `run`; the verdicts of all that were judged are in `verdicts`."""
         self._events(events)
-        self._ensure_table()
+        self._try_without_rows()
         self._judge(events)
-        return self._db.sql(
-            f"SELECT _hr_n AS n, _hr_k AS k, CASE WHEN {self.bad()} THEN 'bad' "
-            f"WHEN _hr_filtered THEN 'filtered' ELSE 'good' END AS verdict FROM judged"
-        ).to_arrow_table()
+
+    def verdicts(self) -> pa.Table:
+        """Return `n`, `k` and `verdict` (good, filtered or bad) of each event that was judged."""
+        judged = self._judged
+        assert judged is not None
+        filtered = pc.if_else(judged["_hr_filtered"], "filtered", "good")
+        verdicts = pc.if_else(self._bad(judged), "bad", filtered)
+        return pa.table({"n": judged["_hr_n"], "k": judged["_hr_k"], "verdict": verdicts})
 
     def rows(self, settled: pa.Array | None) -> pa.Table:
         """Return the good rows as `_source_key` and outputs; only those numbered in `settled`, if given."""
-        where = ""
+        good = self.good()
         if settled is not None:
-            self._db.register("settled", pa.table({"n": settled}))
-            where = "WHERE _hr_n IN (SELECT n FROM settled)"
-        return self._db.sql(f"SELECT * EXCLUDE (_hr_n) FROM ({self.good()}) {where}").to_arrow_table()
+            good = good.filter(pc.is_in(good["_hr_n"], value_set=settled))
+        return good.drop_columns("_hr_n")
 
-    def good(self) -> str:
-        """Return the query of the good rows: `_hr_n`, `_source_key` and the outputs."""
-        outputs = ", ".join(f"{quoted(name)}" for name, _, _ in self._model.outputs)
-        where = f"NOT ({self.bad()}) AND NOT _hr_filtered"
-        return f"SELECT _hr_n, _hr_k AS _source_key, {outputs} FROM judged WHERE {where}"
+    def good(self) -> pa.Table:
+        """Return the good rows: `_hr_n`, `_source_key` and the outputs."""
+        judged = self._judged
+        assert judged is not None
+        apart = pc.or_(self._bad(judged), judged["_hr_filtered"])
+        good = judged.filter(pc.invert(apart)) if pc.any(apart).as_py() else judged
+        names = [name for name, _, _ in self._model.outputs]
+        return good.select(["_hr_n", "_hr_k", *names]).rename_columns(["_hr_n", "_source_key", *names])
 
     def faults(self, events: pa.Table) -> Iterator[tuple[int, str, str, str, str]]:
         """Yield (n, stage, reason, columns, message) for each of these bad events that was judged;
         messages are scrubbed of values."""
         self._events(events)
         wanted = set(events["_hr_n"].to_pylist())
-        checks = ", ".join(f"_hr_v{i}" for i in range(len(self._model.checks)))
-        judged = self._db.execute(
-            f"SELECT _hr_n, _hr_failed{', ' + checks if checks else ''} FROM judged WHERE {self.bad()}"
-        ).fetchall()
-        failed = sorted(row[0] for row in judged if row[1] and row[0] in wanted)
-        for n, *violated in ((row[0], *row[2:]) for row in judged if not row[1] and row[0] in wanted):
+        judged = self._judged
+        assert judged is not None
+        bad = judged.filter(self._bad(judged)).select(["_hr_n", "_hr_failed", *self._violations()])
+        found = [tuple(row.values()) for row in bad.to_pylist() if row["_hr_n"] in wanted]
+        for n, *violated in ((n, *violated) for n, failed, *violated in found if not failed):
             check = self._model.checks[violated.index(True)]
             yield n, "constraint", check.reason, check.column, f"{check.column}: {check.text} is violated"
         for n in sorted(wanted & self._fatal.keys()):
             yield n, "transform", "transform.expression", "", self._fatal[n]
-        yield from self._expression_faults(failed)
-
-    def bad(self) -> str:
-        """Return the condition of a bad row over the judged columns."""
-        return " OR ".join(["_hr_failed", *(f"_hr_v{i}" for i in range(len(self._model.checks)))])
+        yield from self._expression_faults(sorted(n for n, failed, *_ in found if failed))
 
     def fatal(self) -> list[int]:
         """Return the rows that took the query down; they are in no judgement."""
         return sorted(self._fatal)
+
+    def _violations(self) -> list[str]:
+        """Return the columns that say of each check whether a row violates it."""
+        return [f"_hr_v{i}" for i in range(len(self._model.checks))]
+
+    def _bad(self, judged: pa.Table) -> pa.ChunkedArray:
+        """Return which rows have failed or violate a check."""
+        bad = pc.fill_null(judged["_hr_failed"], False)  # a filter that is null is neither
+        for name in self._violations():
+            bad = pc.or_(bad, judged[name])
+        return bad
 
     def _violation(self, i: int) -> str:
         check = self._model.checks[i]
@@ -117,11 +135,11 @@ class Evaluation:
         held = f"TRY({{'held': ({check.expression})}})"
         return f"({live} AND ({held} IS NULL OR {held}.held IS FALSE))"
 
-    def _ensure_table(self) -> None:
+    def _try_without_rows(self) -> None:
+        if self._judged is not None:
+            return
         try:
-            self._db.execute(
-                f"CREATE TEMP TABLE IF NOT EXISTS judged AS {self.query('(SELECT * FROM events LIMIT 0)')}"
-            )
+            self._judged = self._db.sql(self.query("(SELECT * FROM events LIMIT 0)")).to_arrow_table()
         except duckdb.Error as error:
             name = self._model.name
             raise ModelBroken(name, f"Model {name} cannot run: {scrub(str(error))}", "Mend it.") from error
@@ -139,7 +157,7 @@ class Evaluation:
             return
         self._events(events)
         try:
-            self._db.execute(f"INSERT INTO judged {self.query('events')}")
+            judged = self._db.sql(self.query("events")).to_arrow_table()
         except duckdb.Error as error:
             if _is_the_engines(error):
                 raise
@@ -149,6 +167,9 @@ class Evaluation:
             middle = events.num_rows // 2
             self._judge(events.slice(0, middle))
             self._judge(events.slice(middle))
+            return
+        assert self._judged is not None
+        self._judged = pa.concat_tables([self._judged, judged])
 
     def _expression_faults(self, failed: list[int]) -> Iterator[tuple[int, str, str, str, str]]:
         if not failed:

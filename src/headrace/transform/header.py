@@ -1,4 +1,4 @@
-"""The header of a model's file: a comment of TOML before the query."""
+"""The files of models, and the header of one of SQL: a comment of TOML before the query."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from headrace.errors import ModelError
 
 _HEADER = re.compile(r"\A\s*/\*\s*headrace\b(.*?)\*/", re.DOTALL)
+
+
+def model_paths(folder: Path) -> list[Path]:
+    """Return the files of a folder that are models: all of SQL, and those of Python that are no helpers."""
+    python = (path for path in folder.glob("*.py") if not path.name.startswith("_"))
+    return sorted([*folder.glob("*.sql"), *python])
 
 
 def version_of(text: str) -> str:

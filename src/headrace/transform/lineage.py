@@ -13,6 +13,7 @@ from typing import Any
 
 import duckdb
 
+from headrace.transform.python.text import PythonText
 from headrace.transform.sql import ModelText
 
 
@@ -30,7 +31,12 @@ class Reads:
 
 
 def lineage(text: ModelText) -> list[Reads]:
-    """Return what each output of a model reads, in order, and at the end what its WHERE does."""
+    """Return what each output of a model reads, in order, and at the end what its WHERE does.
+
+    Of Python it is known at most which columns the function is given; each output may be made of all of them.
+    """
+    if isinstance(text, PythonText):
+        return [Reads(name, "Python", text.reads or ()) for name, _ in text.outputs]
     parts = [*text.outputs, *([("", text.where)] if text.where else [])]
     query = "SELECT " + ", ".join(f"({expression}\n)" for _, expression in parts)
     with duckdb.connect() as db:

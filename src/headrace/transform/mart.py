@@ -13,8 +13,14 @@ from headrace.document import Invalid
 from headrace.errors import ModelError
 from headrace.mart import Mart
 from headrace.transform.header import settings_of, version_of
+from headrace.transform.python.text import SUFFIX, python_version, read_python
 from headrace.transform.sql import ModelText, read_model
 from headrace.values import duration
+
+OFF = ".off"
+"""What is put behind the name of a model file that the pipeline is not to take up."""
+
+SUFFIXES = (".sql", SUFFIX)
 
 _KEYS = ("materialize", "refresh_every")
 _REFRESH_EVERY = "10s"
@@ -34,15 +40,22 @@ def tables_in(text: str, dialect: str) -> list[tuple[str, ...]] | None:
 
 
 def read_file(path: Path, dialect: str, name: str = "") -> ModelText | Mart:
-    """Read a model's file: one that reads a raw table is a row model, any other query is a mart.
+    """Read a model's file: Python, and SQL that reads a raw table, is a row model, any other query a mart.
 
     Its name is the file's, unless given. Raises ModelError, naming file and line.
     """
+    if path.name.removesuffix(OFF).endswith(SUFFIX):
+        return read_python(path, name)
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     tables = tables_in(text, dialect)
     if tables is None or any(path[0].lower() == "raw" for path in tables):
         return read_model(path, name)
     return read_mart(name or path.stem, text, dialect)
+
+
+def version_in(path: Path, text: str) -> str:
+    """Return the version that a model's file has, or would have, with this text."""
+    return python_version(path.parent, text) if path.suffix == SUFFIX else version_of(text)
 
 
 def read_mart(name: str, text: str, dialect: str) -> Mart:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,11 @@ from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
+from headrace.transform.python.evaluate import PythonEvaluation, PythonRows
+from headrace.transform.python.function import KEPT
+from headrace.transform.python.inputs import META
+from headrace.transform.python.process import Worker
+from headrace.transform.python.text import PythonText
 from headrace.transform.soft import fold_soft
 from headrace.transform.sql import Check, ModelText
 from headrace.transform.stepping import settle, step
@@ -67,18 +73,24 @@ class RowModel:
     checks: tuple[Check, ...]
     version: str
     kind: Kind = LATEST
+    python: PythonRows | None = None
+    """What makes the rows that the expressions are over, where that is Python and not the raw table."""
 
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
         with engine() as db:
             if self.kind.materialize != "latest":
                 return step(db, self, changes)
-            evaluation, key = Evaluation(db, self), self.schema.key
+            evaluation, key = self.evaluation(db), self.schema.key
             if not key:
                 return fold_multiset(db, self.schema, changes, evaluation)
             if self.kind.delete == "soft":
                 return fold_soft(db, key, changes, evaluation)
             return fold(db, key, changes, evaluation)
+
+    def evaluation(self, db: duckdb.DuckDBPyConnection) -> Evaluation:
+        """Return what judges changes under the model, on a connection of `engine`."""
+        return PythonEvaluation(db, self, self.python) if self.python else Evaluation(db, self)
 
     def whole(self, changes: pa.Table) -> Prepared:
         """Return what the whole histories of some keys come to, in a table where nothing was before."""
@@ -172,11 +184,12 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
     """Bind a model file to the shape of its table.
 
     Raises ModelBroken with the engine's own words when an expression names a missing column or
-    does not type-check, and ModelError when its key is not the source's key, or its
-    kind takes a key that the table does not have.
+    does not type-check, and ModelError when its key is not the source's key.
     """
     if not schema.key:
-        refuse_without_key(f"{text.name}.sql", text.kind)
+        refuse_without_key(text.file, text.kind)
+    if isinstance(text, PythonText):
+        return _bind_python(text, schema)
     types = dict(text.types)
     with engine() as db:
         _empty_events(db, schema)
@@ -202,6 +215,67 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
         )
     _check_key(text, schema, outputs)
     return replace(model, outputs=outputs)
+
+
+def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
+    """Bind a Python model: its outputs are what its function puts out, cast to their types."""
+    if text.fault:
+        raise ModelBroken(text.name, text.fault, f"Mend {text.script.file}.")
+    names = [column.name for column in schema.columns]
+    seen = [*names, *(META if schema.key else ())]
+    for name in text.reads or ():
+        if name not in seen:
+            near = difflib.get_close_matches(name, seen, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ModelBroken(
+                text.name,
+                f"Model {text.name} reads {name}, which raw.{text.source}.{text.table} does not have.",
+                f"Mend {text.script.file}.{hint}",
+            )
+    with engine() as db:
+        types = {name: _type_name(db, text, type_) for name, type_ in text.types}
+        worker = Worker(text.script, types, text.memory, text.timeout)
+        model = RowModel(
+            name=text.name,
+            source=text.source,
+            table=schema.table,
+            schema=schema,
+            alias=text.alias,
+            outputs=tuple((name, f"CAST({quoted(name)} AS {type_})", type_) for name, type_ in types.items()),
+            where=KEPT,
+            checks=(*_key_checks(text, schema, types), *text.checks),
+            version=text.version,
+            kind=text.kind,
+            python=PythonRows(text.name, worker, seen if text.reads is None else text.reads),
+        )
+        made = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, type_ in types.items())
+        db.execute(
+            "CREATE OR REPLACE TEMP TABLE events AS SELECT NULL::BIGINT AS _hr_n, NULL::VARCHAR AS _hr_k, "
+            f"NULL::BOOLEAN AS {KEPT}, {made} LIMIT 0"
+        )
+        _try(db, text, Evaluation(db, model).query("events"))
+    if not schema.key:
+        refuse_without_key(text.file, text.kind)
+    return model
+
+
+def _key_checks(text: PythonText, schema: TableSchema, types: Mapping[str, str]) -> Iterator[Check]:
+    """Yield what holds the key of a Python model to its table's, which nobody can read from its code."""
+    if not text.key:
+        return
+    source = {column.name: column.type for column in schema.columns}
+    keeps = [
+        cast_keeps_apart(source[name], types[of]) for name, of in zip(schema.key, text.key, strict=False)
+    ]
+    if len(text.key) != len(schema.key) or not all(keeps):
+        raise ModelError(
+            f"Model {text.name}: its key {list(text.key)} is not the key of its table, {list(schema.key)}, "
+            "so it may not be unique.",
+            "Name an output for each of the table's key columns, in their order and of their types.",
+        )
+    for i, name in enumerate(text.key):
+        cell = "_hr_k" if len(text.key) == 1 else f"json_extract_string(_hr_k, '$[{i}]')"
+        yield Check(name, f"{quoted(name)} = CAST({cell} AS {types[name]})")
 
 
 def _typed(expression: str, type_: str | None) -> str:
@@ -238,7 +312,7 @@ def _try(db: duckdb.DuckDBPyConnection, text: ModelText, query: str) -> list[tup
         raise ModelBroken(
             text.name,
             f"Model {text.name} does not fit raw.{text.source}.{text.table}: {words}",
-            f"Mend models/{text.name}.sql.",
+            f"Mend models/{text.file}.",
         ) from error
 
 

@@ -67,6 +67,11 @@ class ModelText:
     version: str
     kind: Kind = LATEST
 
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return f"{self.name}.sql"
+
 
 def read_model(path: Path, name: str = "") -> ModelText:
     """Read a model file; its name is the file's without the suffix, unless given.
@@ -264,15 +269,18 @@ def _contract(
             raise ModelError(
                 f'{file}: the contract of {column!r} must be a string such as "BIGINT NOT NULL".'
             )
-        type_, column_checks = _rules(file, column, rule)
+        type_, column_checks = rules_of(file, column, rule)
         checks += column_checks
         if type_:
             types.append((column, type_))
     return tuple(types), tuple(checks)
 
 
-def _rules(file: str, column: str, rule: str) -> tuple[str, list[Check]]:
-    """Split `DECIMAL(12,2) NOT NULL CHECK (amount >= 0)` into its type and its checks."""
+def rules_of(file: str, column: str, rule: str) -> tuple[str, list[Check]]:
+    """Split `DECIMAL(12,2) NOT NULL CHECK (amount >= 0)` into its type, which may be '', and its checks.
+
+    Raises ModelError, naming the file, for what is no rule.
+    """
     checks: list[Check] = []
     match = _RULE.search(rule)
     type_ = rule[: match.start()].strip() if match else rule.strip()

@@ -17,7 +17,6 @@ from headrace import steps
 from headrace.change import Counts
 from headrace.keys import literal, quoted
 from headrace.prepared import Prepared
-from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import (
     NO_ROWS,
     NOTHING,
@@ -51,7 +50,7 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
     db.register("points", points)
     db.register("truncates", changes.filter(is_truncate))
     _say(db, model)
-    evaluation = Evaluation(db, model)
+    evaluation = model.evaluation(db)
     asked = db.sql("SELECT n FROM said WHERE own AND what IS NULL ORDER BY n").to_arrow_table()["n"]
     verdicts = evaluation.run(undecided(events, asked))
     db.register("verdicts", with_fatal(evaluation, verdicts, events))
@@ -59,7 +58,8 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
         "UPDATE said SET what = CASE v.verdict WHEN 'good' THEN 'row' ELSE v.verdict END FROM verdicts v "
         "WHERE v.n = said.n AND said.own AND said.what IS NULL"
     )
-    db.execute(f"CREATE OR REPLACE TEMP TABLE made AS SELECT *, true AS _own FROM ({evaluation.good()})")
+    db.register("good", evaluation.good())
+    db.execute("CREATE OR REPLACE TEMP TABLE made AS SELECT *, true AS _own FROM good")
     first_bad = db.sql("SELECT min(n) AS n FROM said WHERE what = 'bad' GROUP BY k ORDER BY n")
     records = records_of(evaluation, events, first_bad.to_arrow_table()["n"].combine_chunks())
     if makes == "append" and model.kind.delete == "soft":
@@ -115,11 +115,11 @@ def _tell_deletes(db: duckdb.DuckDBPyConnection, model: RowModel, events: pa.Tab
     if not gone.num_rows:
         return
     outputs = tuple((name, f"TRY({expression})", type_) for name, expression, type_ in model.outputs)
-    evaluation = Evaluation(db, replace(model, outputs=outputs, where="", checks=()))
+    evaluation = replace(model, outputs=outputs, where="", checks=()).evaluation(db)
     evaluation.run(gone.select(events.column_names))
+    db.register("good", evaluation.good())
     db.execute(
-        "INSERT INTO made BY NAME SELECT * REPLACE (_hr_n // 2 AS _hr_n), _hr_n % 2 = 1 AS _own "
-        f"FROM ({evaluation.good()})"
+        "INSERT INTO made BY NAME SELECT * REPLACE (_hr_n // 2 AS _hr_n), _hr_n % 2 = 1 AS _own FROM good"
     )
     db.execute("UPDATE said SET what = 'deleted' WHERE what = 'gone'")
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 
 from headrace.change import TableSchema
-
-_INTEGERS = ("smallint", "integer", "bigint", "numeric")
-_SIZED = re.compile(r"(character varying|numeric|bit varying)\((\d+)(?:,(-?\d+))?\)")
-_UNBOUNDED = {"character varying": ("character varying", "text"), "bit varying": ("bit varying",)}
+from headrace.evolution import keeps_text
 
 
 def rewritten(known: TableSchema, shape: TableSchema, filled: Collection[str] = ()) -> str | None:
@@ -27,25 +23,9 @@ def rewritten(known: TableSchema, shape: TableSchema, filled: Collection[str] = 
     reasons = [
         f"column {name} changed from {before[name]} to {after[name]}"
         for name in before.keys() & after.keys()
-        if not _keeps_text(before[name], after[name])
+        if not keeps_text(before[name], after[name])
     ]
     reasons += [f"column {name} was added with a value for old rows" for name in added if name in filled]
     if gone and set(added) - set(filled):
         reasons.append(f"columns {', '.join(gone)} may be called {', '.join(added)} now")
     return "; ".join(sorted(reasons)) or None
-
-
-def _keeps_text(before: str, after: str) -> bool:
-    """Whether every value of one type has the same text in the other."""
-    if before == after:
-        return True
-    if before in _INTEGERS and after in _INTEGERS:
-        return _INTEGERS.index(before) < _INTEGERS.index(after)
-    if before == "character varying" and after == "text":
-        return True
-    old, new = _SIZED.fullmatch(before), _SIZED.fullmatch(after)
-    if old is None:
-        return False
-    if new is None:
-        return after in _UNBOUNDED.get(old[1], ())
-    return old[1] == new[1] and old[3] == new[3] and int(old[2]) <= int(new[2])

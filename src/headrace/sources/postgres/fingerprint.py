@@ -182,12 +182,10 @@ def _settings_fault(expected: Publication, found: Publication) -> str:
 
 
 def _member_fault(db: Connection, expected: Member, found: Member | None) -> str:
-    """Say what became of one captured table; '' if nothing, or if it was dropped for good."""
+    """Say what became of one captured table in the publication; '' if nothing, or if it was dropped."""
     table = expected.table
     if found is None:
         return _absence(db, expected)
-    if found.table != table:
-        return f"{table} is called {found.table} now"
     if found.member != expected.member:
         return f"{table} was taken out and put back"
     if found.columns != expected.columns:
@@ -209,7 +207,7 @@ def _absence(db: Connection, expected: Member) -> str:
         {"oid": expected.oid, "schema": table.schema, "name": table.name},
     ):
         if oid != expected.oid:
-            return f"{table} was dropped and made again"
+            return ""  # another of its name: its own fate is told by `catalog_watch`
         if TableId(schema, name) != table:
             return f"{table} is called {schema}.{name} now, and is not in it"
         return f"{table} is no longer in it"

@@ -19,6 +19,7 @@ from headrace.protocols import LogIndex
 from headrace.sources.postgres.assembly import Assembler
 from headrace.sources.postgres.bulk import Bulk
 from headrace.sources.postgres.catalog import Connection
+from headrace.sources.postgres.catalog_watch import announced_shape
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.continuity import Continuity
 from headrace.sources.postgres.copier import Copier
@@ -29,7 +30,7 @@ from headrace.sources.postgres.lsn import parse_lsn
 from headrace.sources.postgres.partitions import changed_partitions
 from headrace.sources.postgres.recovery import heard_entry, in_recovery
 from headrace.sources.postgres.roster import Roster
-from headrace.sources.postgres.shapes import Shapes
+from headrace.sources.postgres.shapes import OnRewrite, Shapes
 from headrace.sources.postgres.slot import Slot, durable_commit, epoch_of
 from headrace.sources.postgres.spool import SpoolSpace
 from headrace.sources.postgres.stream import Stream, StreamingFailed
@@ -66,9 +67,12 @@ class Follower:
         limits: Limits,
         progress: Progress,
         take_requests: Callable[[], None],
-        on_rewrite: Callable[[TableId, str], None],
+        on_rewrite: OnRewrite,
+        look_at_catalog: Callable[[], None],
+        moved: Callable[[TableId, TableId], None],
     ) -> None:
-        """`take_requests` is called between groups; `on_rewrite` see `Shapes`."""
+        """`take_requests` is called between groups, `look_at_catalog` there from time to time; `on_rewrite`
+        see `Shapes`, `moved` see `Roster`."""
         self._config = config
         self._log = log
         self._db = db
@@ -80,7 +84,9 @@ class Follower:
         self._standby = in_recovery(db)
         self._beat = _Every(config.heartbeat)
         self._nudge = _Every(_NUDGE_EVERY)
-        self._look_at_partitions = _Every(WATCH_EVERY, at_once=True)
+        self._look_at_catalog = look_at_catalog
+        self._moved = moved
+        self._looks = _Every(WATCH_EVERY, at_once=True)
 
     def groups(self, server: Server, slot: Slot) -> Iterator[Iterable[Entry]]:
         """Yield groups, of the slot and of copies, for ever. Each is durable when the next is asked for."""
@@ -159,9 +165,10 @@ class Follower:
     def _between(self, builder: GroupBuilder) -> Iterator[Iterable[Entry]]:
         """Serve what is due beside the slot's changes: requests, copies, heartbeats."""
         self._take_requests()
-        if self._look_at_partitions.due():
+        if self._looks.due():
+            self._look_at_catalog()
             for table, reason in changed_partitions(self._db, self._log, captured_tables(self._log)):
-                self._on_rewrite(table, reason)
+                self._on_rewrite(table, reason, False)
         for group in self._copier.ready(self._progress.confirmed):
             yield group.entries
             group.appended()
@@ -190,8 +197,10 @@ class Follower:
     def _builder(self, space: SpoolSpace) -> GroupBuilder:
         log, config = self._log, self._config
         waiting = [table for table, state in read_states(log).items() if state.stage == "requested"]
-        shapes = Shapes(log.schemas(), self._db, config, self._on_rewrite, waiting)
-        roster = Roster(config.name, captured_tables(log), captured_oids(log), partial(read_states, log))
+        announced = partial(announced_shape, log)
+        shapes = Shapes(log.schemas(), self._db, config, self._on_rewrite, waiting, announced)
+        known = partial(read_states, log)
+        roster = Roster(config.name, captured_tables(log), partial(captured_oids, log), known, self._moved)
         return GroupBuilder(shapes, roster, Policy(config), space, epoch_of(log))
 
 

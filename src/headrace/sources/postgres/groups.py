@@ -164,6 +164,7 @@ class GroupBuilder:
         elif isinstance(event, Message):
             at, committed_at = times.of_message(event)
             if at.commit > times.after:
+                entries += self._announced(event, at, committed_at)
                 txid = times.xid(event.serial)
                 content = {"prefix": event.prefix, "content": text_of(event.content)}
                 payload = json.dumps(content | {"lsn": event.lsn, "txid": txid}, ensure_ascii=False).encode()
@@ -199,6 +200,14 @@ class GroupBuilder:
         """
         known = _table(event.relation) in self._shapes and self._roster.admits(event.relation)
         return self._log_shape(event, times) if known else []
+
+    def _announced(self, message: Message, at: Position, committed_at: int) -> list[Entry]:
+        """Log the shape that a message of ours announces, if it is a new one."""
+        shape = self._shapes.announced(message.prefix, text_of(message.content))
+        if shape is None or not message.transactional:
+            return []
+        payload = shape.to_json().encode()
+        return [Entry("schema", shape.table, at, at, committed_at, 0, shape.version, payload)]
 
     def _version(
         self, relation: Relation, serial: int, ordinal: int, times: _Times, entries: list[Entry]

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from headrace.change import TableId
-from headrace.errors import RESYNC, SourceGap
 from headrace.sources.postgres.events import Relation
 
 alerts = logging.getLogger("headrace.alert")
@@ -23,37 +22,47 @@ class Roster:
         self,
         source: str,
         tables: Iterable[TableId],
-        oids: Mapping[int, TableId],
+        oids: Callable[[], Mapping[int, TableId]] = dict,
         known: Callable[[], Iterable[TableId]] = tuple,
+        moved: Callable[[TableId, TableId], None] = lambda _, __: None,
     ) -> None:
-        """`oids` are the oids of those tables that were published, to know a renamed one by. `known`
+        """`oids` returns the oids of those tables that are published, to know a renamed one by. `known`
         tells which are passed over in silence: those asked for since, whose changes are part of their
-        copy until that begins, and those removed."""
+        copy until that begins, and those removed. `moved` takes a table's former name and its name."""
         self._source = source
         self._tables = set(tables)
-        self._oids = dict(oids)
+        self._oids = oids
         self._known = known
-        self._dropped: set[int] = set()
+        self._moved = moved
+        self._warned: set[int] = set()
+        self._newest: dict[int, tuple[TableId, bool]] = {}  # by oid: the name that came last, and the verdict
 
     def add(self, table: TableId) -> None:
         """Capture one table more from now on."""
         self._tables.add(table)
+        self._newest.clear()
 
     def admits(self, relation: Relation) -> bool:
         """Whether rows of a relation are kept; says once of each that they are not.
 
-        Raises SourceGap when it is a captured table under another name.
+        `moved` is called with a captured table each time that it comes under another name: its rows are
+        part of the copy that it is to have then.
         """
         table = TableId(relation.schema, relation.name)
+        newest = self._newest.get(relation.id)
+        if newest is None or newest[0] != table:
+            newest = self._newest[relation.id] = (table, self._judge(relation.id, table))
+        return newest[1]
+
+    def _judge(self, oid: int, table: TableId) -> bool:
+        owner = self._oids().get(oid, table)
+        if owner != table:
+            self._moved(owner, table)
+            return False
         if table in self._tables:
             return True
-        if (before := self._oids.get(relation.id)) is not None:
-            raise SourceGap(
-                f"Source {self._source}: the table {before} is called {table} now.",
-                f"Give it its name back, or mend tables and models. {RESYNC.format(source=self._source)}",
-            )
-        if relation.id not in self._dropped and table not in self._known():
-            self._dropped.add(relation.id)
+        if oid not in self._warned and table not in self._known():
+            self._warned.add(oid)
             alerts.warning(
                 "source %s: %s is in the publication but not captured: its changes are dropped. Take it out "
                 "of the publication, or `headrace tables add` it.",

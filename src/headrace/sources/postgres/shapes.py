@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 from headrace.change import RESERVED, Column, TableId, TableSchema
 from headrace.config import SourceConfig
@@ -23,6 +24,12 @@ from headrace.sources.postgres.publication import amend
 logger = logging.getLogger("headrace.capture")
 
 
+OnRewrite = Callable[[TableId, str, bool], None]
+"""Called with a table and a reason when rows that it has are no longer what the log says, because the source
+changed them without a word in the stream; and whether its rows are known by another key now, so that nothing
+but a copy of it can be told from what there is."""
+
+
 class Shapes:
     """The newest shape of every captured table."""
 
@@ -31,20 +38,21 @@ class Shapes:
         known: Mapping[TableId, TableSchema],
         catalog: Connection,
         config: SourceConfig,
-        on_rewrite: Callable[[TableId, str], None],
+        on_rewrite: OnRewrite,
         waiting: Collection[TableId] = (),
+        announced: Callable[[str, str], TableSchema | None] = lambda _, __: None,
     ) -> None:
         """Tables `waiting` for a copy may have become anything since the log knew them.
 
-        `on_rewrite` is called with a table and a reason when rows that it has are no longer what the
-        log says, because the source changed them without a word in the stream. It is called before the
-        group with that change is out, and again if that group is built again."""
+        `on_rewrite` is called before the group with such a change is out, and again if that group is built
+        again. `announced` returns the shape that a message, of a prefix and a content, announces."""
         self._known = dict(known)
         self._catalog = catalog
         self._config = config
         self._policy = Policy(config)
         self._on_rewrite = on_rewrite
         self._waiting = set(waiting)
+        self._announced = announced
 
     def __getitem__(self, table: TableId) -> TableSchema:
         return self._known[table]
@@ -67,12 +75,22 @@ class Shapes:
         if known is not None and self._policy.excludes_of(table):
             # Where columns are listed in the publication, one that the table has gained is not among them.
             amend(self._catalog, self._config, [table])
-        shape = self._shape(relation, known)
+        return self._replace(known, self._shape(relation, known))
+
+    def announced(self, prefix: str, content: str) -> TableSchema | None:
+        """Like `learn`, of the shape that a message announces; None for one that announces nothing new."""
+        shape = self._announced(prefix, content)
+        known = self._known.get(shape.table) if shape else None
+        if shape is None or known is None:
+            return None
+        return self._replace(known, replace(shape, version=known.version + 1))
+
+    def _replace(self, known: TableSchema | None, shape: TableSchema) -> TableSchema | None:
         if known is not None and known.same_shape(shape):
             return None
-        if known is not None and table not in self._waiting:
+        if known is not None and shape.table not in self._waiting:
             self._compare(known, shape)
-        self._known[table] = shape
+        self._known[shape.table] = shape
         return shape
 
     def _shape(self, relation: Relation, known: TableSchema | None) -> TableSchema:
@@ -110,7 +128,8 @@ class Shapes:
         return shape.key if shape is not None and set(shape.key) <= set(columns) else ()
 
     def _compare(self, known: TableSchema, shape: TableSchema) -> None:
-        """Stop at a change that would make one row two; report one that changed rows at rest."""
+        """Stop at a change that would make one row two; report one that changed rows at rest, or the key by
+        which they are known."""
         table = shape.table
         hashes = {c.name: _hash_of(c) for c in known.columns}
         if any(c.name in known.key and hashes.get(c.name, "") != _hash_of(c) for c in shape.columns):
@@ -119,13 +138,12 @@ class Shapes:
                 "Take the change back.",
             )
         if known.key != shape.key:
-            raise self._gap(
-                f"The key of table {table} changed from {list(known.key)} to {list(shape.key)}.", ""
-            )
+            self._on_rewrite(table, f"the key changed from {list(known.key)} to {list(shape.key)}", True)
+            return
         if not shape.key:
             self._check_content(known, shape)
         if reason := rewritten(known, shape, filled_columns(self._catalog, table)):
-            self._on_rewrite(table, reason)
+            self._on_rewrite(table, reason, False)
         else:
             logger.info("table %s has another shape now, version %d", table, shape.version)
 

@@ -11,7 +11,7 @@ import logging
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,11 @@ import psycopg
 from headrace.change import ADDED, Entry, Position, SourceMark, TableId, source_marker
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import SourceUnavailable, UserError
+from headrace.evolution import accept
 from headrace.protocols import LogIndex
+from headrace.schema_policy import action
 from headrace.sources.postgres.catalog import Connection, list_tables
+from headrace.sources.postgres.catalog_watch import announce, catalog_changes, is_known, remember_catalog
 from headrace.sources.postgres.connection import broke_off, connect, connect_replication, place
 from headrace.sources.postgres.copier import Copier
 from headrace.sources.postgres.failover import keep_failover, wants_failover
@@ -54,7 +57,7 @@ from headrace.sources.postgres.slot import (
     epoch_of,
     owned_slot,
 )
-from headrace.sources.postgres.tables import Stage, TableStates, captured_tables, read_states
+from headrace.sources.postgres.tables import DROPPED, Stage, TableStates, captured_tables, read_states
 from headrace.sources.postgres.takeover import Takeover
 from headrace.sources.postgres.teardown import refuse_torn_down
 
@@ -84,6 +87,9 @@ class PostgresSource:
         self._takeover = Takeover(config)
         self._requests: deque[TableId] = deque()
         self._resync = threading.Event()
+        self._unannounced: set[TableId] = set()
+        self._left_out: dict[TableId, str] = {}
+        self._gone: dict[TableId, int] = {}
         self._plain: Connection | None = None
 
     def read(self, log: LogIndex) -> Generator[Iterable[Entry]]:
@@ -102,11 +108,12 @@ class PostgresSource:
                 if not log.note(POINT):
                     yield from self._begin(log, copier)
                 slot = check_resumable(db, self._config, log)
+                self._look_at_catalog(log)
+                self._requests.clear()  # what is new is in the tables' states, and taken up with them
                 check_publication(db, self._config, log)
                 keep_failover(db, self._config)
                 self._publish(log)
                 self._withdraw(log, [t for t, state in read_states(log).items() if state.stage == "removed"])
-                self._say_what_is_new(log)
                 copier.resume()
                 follower = Follower(
                     self._config,
@@ -117,6 +124,8 @@ class PostgresSource:
                     self._progress,
                     partial(self._take_requests, log, copier),
                     partial(self._copy_again, log),
+                    partial(self._look_at_catalog, log),
+                    partial(self._moved, log),
                 )
                 yield from follower.groups(server, slot)
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
@@ -165,6 +174,8 @@ class PostgresSource:
             raise UserError(
                 f"Source {self.name} does not capture {', '.join(missing)}.", "See `headrace tables list`."
             )
+        if what == "resume":
+            accept(log, list(tables))
         if what in ("pause", "resume"):
             states.pause(tables, what == "pause")
             return
@@ -212,13 +223,16 @@ class PostgresSource:
             elif state.stage == "requested":
                 self._publish(log)
                 remember_partitions(self._catalog(), log, [table])
+                remember_catalog(self._catalog(), log, [table])
                 copier.start(table, state.reason, after=log.end().offset)
 
-    def _copy_again(self, log: LogIndex, table: TableId, reason: str) -> None:
-        """Have a table copied again whose rows at rest are not what the source has now, or say so."""
+    def _copy_again(self, log: LogIndex, table: TableId, reason: str, must: bool) -> None:
+        """Have a table copied again whose rows at rest are not what the source has now, or say so.
+
+        It `must` where its models cannot go on without."""
         if table not in captured_tables(log):
             return  # removed, and the stream has not heard of that yet
-        if self._config.on_rewrite == "alert":
+        if self._config.on_rewrite == "alert" and not must:
             alerts.warning(
                 "SCHEMA of %s changed: %s. Rows that no later change touches do not show it: "
                 "`headrace tables resync %s`.", table, reason, table,
@@ -227,6 +241,99 @@ class PostgresSource:
         alerts.warning("SCHEMA of %s changed: %s. It is copied again beside its stream.", table, reason)
         TableStates(log).move([table], "requested", reason)
         self._requests.append(table)
+
+    def _look_at_catalog(self, log: LogIndex) -> None:
+        """Take up what became of the captured tables, and take in new ones."""
+        db = self._catalog()
+        awaited = set[TableId]()
+        for change in catalog_changes(db, log, captured_tables(log)):
+            table = change.table
+            if change.kind == "altered":
+                if not in_recovery(db) and not announce(db, self._config, log, table):
+                    self._unannounced.add(table)
+            elif change.kind == "rewritten":
+                self._copy_again(log, table, change.reason, False)
+            elif not self._has_passed(table):  # what it held before is still to come
+                awaited |= {change.now or table}
+            elif change.now is None:
+                self._let_go(log, table, DROPPED)
+                alerts.warning(
+                    "DROPPED table %s: the source has it no longer. What was captured of it stays.", table
+                )
+            else:
+                self._follow(log, table, change.now)
+        self._unannounced = {t for t in self._unannounced if not announce(db, self._config, log, t)}
+        if log.note(POINT):
+            self._take_in_new(log, awaited)
+
+    def _has_passed(self, table: TableId) -> bool:
+        """Whether the log holds all that the source committed until a table was first found to be gone."""
+        db = self._catalog()
+        if table not in self._gone:
+            self._gone[table] = replayed(db) if in_recovery(db) else emit(db, "gone")
+        return self._progress.confirmed >= self._gone[table]
+
+    def _let_go(self, log: LogIndex, table: TableId, reason: str) -> None:
+        """Capture a table no longer that the source has no longer, under its name."""
+        self._gone.pop(table, None)
+        TableStates(log).move([table], "removed", reason)
+        self._requests.append(table)
+
+    def _follow(self, log: LogIndex, table: TableId, now: TableId) -> None:
+        """Capture a table under the name that it has now, by a copy of its own, if the project selects it."""
+        db = self._catalog()
+        self._let_go(log, table, f"called {now} now")
+        check_publication(db, self._config, log)
+        expect_publication(db, self._config, log)
+        if action(self._config.schema_changes, table, "table_moved") == "freeze":
+            then = "It is captured no longer (schema_changes)"
+        elif not select_tables(self._config.tables, [now]):
+            then = "That is not among the source's tables, so it is captured no longer"
+        else:
+            TableStates(log).move([now], "requested", ADDED)
+            self._requests.append(now)
+            then = f"It is copied under that name, for models that read raw.{self.name}.{now.label}"
+        alerts.warning(
+            "MOVED table %s is called %s now. %s; what was captured until now stays.", table, now, then
+        )
+
+    def _moved(self, log: LogIndex, table: TableId, now: TableId) -> None:
+        """See to a table whose changes the stream has brought under another name: the last ones under its
+        former name came before."""
+        self._gone[table] = 0
+        self._look_at_catalog(log)
+        if table in captured_tables(log):  # it has its name back, and what came meanwhile is left out
+            self._copy_again(log, table, f"it was called {now} for a while", True)
+
+    def _take_in_new(self, log: LogIndex, awaited: Container[TableId]) -> None:
+        """Capture tables that the patterns select and that the source did not have until now, but for those
+        `awaited` under another name. One that cannot be captured is tried again at the next look."""
+        db, states = self._catalog(), read_states(log)
+        for table in select_tables(self._config.tables, list_tables(db)):
+            state = states.get(table)
+            known = state is not None and not (state.stage == "removed" and state.reason == DROPPED)
+            if known or table in awaited or is_known(db, log, table, captured_tables(log)):
+                continue
+            obstacle = self._obstacle(log, table)
+            if not obstacle:
+                TableStates(log).move([table], "requested", ADDED)
+                self._requests.append(table)
+                alerts.warning("NEW table %s: it is copied beside the stream, and captured.", table)
+            elif self._left_out.get(table) != obstacle:
+                alerts.warning("NEW table %s is not captured: %s", table, obstacle)
+            self._left_out[table] = obstacle
+
+    def _obstacle(self, log: LogIndex, table: TableId) -> str:
+        """Publish a table; return what is in the way, '' if it is done."""
+        if action(self._config.schema_changes, table, "table_added") == "freeze":
+            return f"schema_changes says freeze. `headrace tables add {table}` takes it in."
+        check_publication(self._catalog(), self._config, log)
+        try:
+            if publish(self._catalog(), self._config, [table]):
+                expect_publication(self._catalog(), self._config, log)
+        except (UserError, SourceUnavailable) as error:  # the application may have it locked for long
+            return error.paragraph()
+        return ""
 
     def _publish(self, log: LogIndex) -> None:
         """Publish what is to be captured, and expect to find that from now on."""
@@ -250,16 +357,6 @@ class PostgresSource:
         known = set(list_tables(self._catalog()))
         return [table for table in tables if table in known]
 
-    def _say_what_is_new(self, log: LogIndex) -> None:
-        """Name tables that the patterns select but that are not captured."""
-        known = read_states(log)
-        selected = select_tables(self._config.tables, list_tables(self._catalog()))
-        if new := [str(table) for table in selected if table not in known]:
-            logger.warning(
-                "not captured, since made after the first copy: %s; `headrace tables add` takes them in",
-                ", ".join(new),
-            )
-
     def _begin(self, log: LogIndex, copier: Copier) -> Generator[Iterable[Entry]]:
         """Make publication and slot, and have every table copied under the slot's own snapshot."""
         db = self._catalog()
@@ -274,6 +371,7 @@ class PostgresSource:
         publish(db, self._config, self._present(tables))
         expect_publication(db, self._config, log)
         remember_partitions(db, log, tables)
+        remember_catalog(db, log, tables)
         with connect_replication(self._url) as maker:
             failover = wants_failover(db, self._config)
             point, snapshot = yield from create_slot(db, maker, self._config, failover=failover)

@@ -21,6 +21,8 @@ from headrace.protocols import LogIndex
 Stage = Literal["requested", "copying", "catching_up", "live", "failed", "removed"]
 
 NOTE = "tables"
+DROPPED = "dropped at the source"
+"""Why a table is removed that is taken in again should the source make it anew."""
 UNFINISHED: tuple[Stage, ...] = ("requested", "copying", "catching_up")
 
 

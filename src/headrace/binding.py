@@ -1,0 +1,119 @@
+"""Which models a source's tables have, bound to what the tables look like as of what is staged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import UTC, datetime
+
+from headrace.change import Offset, TableId, TableSchema
+from headrace.config import SourceConfig
+from headrace.errors import HeadraceError, ModelBroken
+from headrace.evolution import Evolution, Evolutions
+from headrace.protocols import Destination, LogIndex
+from headrace.schema_policy import action
+from headrace.sources.postgres.lsn import format_lsn
+from headrace.staging.delta import DeltaStaging
+from headrace.transform.model import RowModel, bind, mirror, refuse_twins
+from headrace.transform.sql import ModelText
+
+alerts = logging.getLogger("headrace.alert")
+
+
+class Binder:
+    """Binds the models of one source, again whenever a table's shape or what is made of it changes."""
+
+    def __init__(
+        self,
+        config: SourceConfig,
+        log: LogIndex,
+        staging: DeltaStaging,
+        destination: Destination,
+        suspend: Callable[[str, HeadraceError], None],
+        *,
+        read_only: bool,
+    ) -> None:
+        """`suspend` is called once with a model that does not bind, or that waits for a person."""
+        self._config = config
+        self._log = log
+        self._staging = staging
+        self._destination = destination
+        self._suspend = suspend
+        self._read_only = read_only
+        self._evolutions = Evolutions(log, lambda table, kind: action(config.schema_changes, table, kind))
+        self._bound: dict[str, tuple[Evolution, RowModel | HeadraceError]] = {}
+
+    def reload(self) -> bool:
+        """Take over what a person has let go on; True if anything has."""
+        return self._evolutions.reload()
+
+    def forget(self, model: str) -> None:
+        """Bind a model anew whose file has changed."""
+        self._bound.pop(model, None)
+
+    def models(
+        self, texts: Sequence[ModelText], removed: Collection[TableId], through: Offset
+    ) -> Iterator[RowModel]:
+        """Yield the models that bind: a mirror of each table that no file reads, but for those `removed`."""
+        for table, schema in self._staging.schemas(through).items():
+            if table in removed:
+                continue
+            evolution = self._evolved(schema)
+            read = [text for text in texts if text.table == table.label]
+            chosen: list[ModelText | None] = [*read] or [None]
+            for text in chosen:
+                name = text.name if text else f"{self._config.name}.{table.label}"
+                known = self._bound.get(name)
+                if known is None or known[0] != evolution:
+                    known = self._bound[name] = (evolution, self._bind(name, evolution, text, through))
+                if isinstance(known[1], RowModel):
+                    yield known[1]
+
+    def _evolved(self, schema: TableSchema) -> Evolution:
+        evolution, fresh = self._evolutions.of(schema, keep=not self._read_only)
+        if not self._read_only:
+            for judged in fresh:
+                if judged.action == "freeze":
+                    alerts.warning(
+                        "FROZEN %s of source %s: %s. The destination keeps its shape, raw has it all "
+                        "(schema_changes, %s).", schema.table, self._config.name, judged.what, judged.kind,
+                    )  # fmt: skip
+        return evolution
+
+    def _bind(
+        self, name: str, evolution: Evolution, text: ModelText | None, through: Offset
+    ) -> RowModel | HeadraceError:
+        schema = evolution.raw if text else evolution.shown
+        try:
+            if evolution.awaits:
+                raise ModelBroken(
+                    name,
+                    f"The source altered {schema.table}: {evolution.awaits}; schema_changes says suspend.",
+                    f"Look at it, then run `headrace tables resume {schema.table}`.",
+                )
+            refuse_twins(name, schema, () if text else self._staging.schemas(through))
+            model = bind(text, schema) if text else mirror(self._config.name, schema)
+            return model.limited(self._destination.limits(model))
+        except HeadraceError as error:
+            told = self._since_when(name, schema, error, through) if text else error
+            self._suspend(name, told)
+            return told
+
+    def _since_when(
+        self, name: str, schema: TableSchema, error: HeadraceError, through: Offset
+    ) -> HeadraceError:
+        """Say since when the columns are gone that an engine's complaint names."""
+        present = {column.name for column in schema.columns}
+        words = str(error)
+        said = []
+        for column in self._staging.columns(schema.table):
+            if column not in present and f'"{column}"' in words:
+                gone = self._staging.gone_at(schema.table, column, through)
+                position, at = self._log.place(gone)
+                said.append(
+                    f'the source has had no column "{column}" since {format_lsn(position.commit)} '
+                    f"({datetime.fromtimestamp(at / 1e6, UTC).isoformat(' ', 'seconds')})"
+                )
+        if not said:
+            return error
+        return ModelBroken(name, f"{words} ({'; '.join(said)})", error.remedy)

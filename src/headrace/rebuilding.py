@@ -1,0 +1,112 @@
+"""Making a table of all of its history: first by the newest change of every key, then, for the keys whose
+newest change is bad, by all of their others in the source's order.
+
+So a change that a later good one of its key has overtaken is never converted, and hardly read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.change import Copy, Offset
+from headrace.history import History, Selection
+from headrace.join import Phase
+from headrace.prepared import Prepared
+from headrace.staging.contained import not_contained
+from headrace.staging.delta import DeltaStaging
+from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.kind import LATEST
+from headrace.transform.model import RowModel
+
+PHASES: tuple[Phase, ...] = ("newest", "older copy", "older")
+"""In this order, each from the history's begin through its end."""
+
+MAX_KEYS = 1_000_000
+"""Of so many keys with bad changes the older ones are read by key; of more, all history is."""
+
+_NO_KEYS = pa.array([], pa.string())
+
+
+def newest_decides(model: RowModel) -> bool:
+    """Whether what becomes of a key is what its newest good change says, so that others need not be read.
+
+    Not so where rows are only told apart by their content, or a table shows more than the present.
+    """
+    return bool(model.schema.key) and model.kind == LATEST
+
+
+class Rebuilding:
+    """The history of one model, prepared piece by piece. Not for two threads at once."""
+
+    def __init__(
+        self,
+        staging: DeltaStaging,
+        model: RowModel,
+        copy: Copy,
+        history: History,
+        bad_keys: Callable[[int], pa.Array | None],
+    ) -> None:
+        """`bad_keys` tells the keys with bad changes among what was applied, None if they are more than
+        so many; it is asked once all of `newest` is applied."""
+        self._staging = staging
+        self._model = model
+        self._copy = copy
+        self._history = history
+        self._bad_keys = bad_keys
+        self._keys: pa.Array | None = _NO_KEYS
+        self._older: tuple[Selection, Selection] | None = None
+        self._pieces: Iterator[tuple[pa.Table, Offset]] = iter(())
+        self._next: tuple[Phase, Offset] | None = None
+
+    def prepare(self, phase: Phase, after: Offset, through: Offset) -> tuple[Offset, Prepared]:
+        """Return what becomes of the next piece of a phase behind `after`, and the offset through which the
+        phase has come; it is at its end with `through`, the history's end.
+
+        Reading goes on where it stands; where it stands elsewhere, as after a restart, it is found again.
+        """
+        if self._next != (phase, after):
+            self._pieces = self._begin(phase, after, through)
+        self._next = None  # whatever fails from here on is read again
+        changes, reached = next(self._pieces)
+        prepared = self._prepared(phase, changes)
+        self._next = (phase, reached)
+        return reached, prepared
+
+    def _begin(self, phase: Phase, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:
+        if phase == "newest":
+            return self._history.newest(going_on=after).pieces(after, through)
+        if self._older is None or after > self._history.begin:
+            self._keys = self._bad_keys(MAX_KEYS)
+            if self._keys is not None and not len(self._keys):
+                return iter([(self._staging.empty(self._model.table), through)])
+            self._older = self._history.of(self._keys, going_on=after)
+        return self._older[PHASES.index(phase) - 1].pieces(after, through)
+
+    def _prepared(self, phase: Phase, changes: pa.Table) -> Prepared:
+        key, table = self._model.schema.key, self._model.table
+        changes = fill_unchanged(self._staging, table, key, changes, newest=self._copy.end)
+        if phase == "newest":
+            # Where a row's key changed, what the old key came to is decided by itself.
+            at = changes.schema.get_field_index("_before")
+            nothing = pa.nulls(changes.num_rows, changes.schema.field(at).type)
+            prepared = self._model.prepare(changes.set_column(at, "_before", nothing))
+            return replace(prepared, removed=_NO_KEYS)  # nothing is there yet
+        if phase == "older":
+            changes = not_contained(self._staging, table, key, self._copy, changes)
+        prepared = self._model.prepare(changes)
+        return prepared if self._keys is None else only(prepared, self._keys)
+
+
+def only(prepared: Prepared, keys: pa.Array) -> Prepared:
+    """Return what an outcome says of some source keys; a change of a key is one of two."""
+    return replace(
+        prepared,
+        reset=False,
+        removed=prepared.removed.filter(pc.is_in(prepared.removed, value_set=keys)),
+        rows=prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys)),
+        records=prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys)),
+    )
