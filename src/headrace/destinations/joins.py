@@ -174,17 +174,11 @@ class Joins:
                     f"There is a table {into} in the destination already.", "Give --into a name that is free."
                 )
             self._destination.make_table(db, named)
-            steps = StepBook(self._destination, db, model.source, JOINING)
             for prepared in slices:
-                if prepared.steps is not None:
-                    steps.add(named, named, prepared)
-                    continue
                 heal(db, named.name, prepared, commit, JOINING)
                 take_off(db, model.source, named.name, table, prepared, commit, JOINING)
                 self._destination.change_rows(db, model.source, named, prepared)
                 record(db, named, prepared.records, JOINING)
-            for _ in steps.settle():
-                pass
             ((rows,),) = db.execute(f"SELECT count(*) FROM {table}")
             opened = db.change(f"DELETE FROM {JOINING} WHERE model = $1 AND {OPEN}", [named.name])
             db.execute(f"DELETE FROM {JOINING} WHERE model = $1", [named.name])
