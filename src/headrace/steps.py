@@ -102,7 +102,9 @@ def judge(keep: Keep, makes: str, steps: str, standing: Standing | None, *, trun
         keep("_hr_keyed", "SELECT * FROM _hr_numbered UNION ALL SELECT * FROM _hr_cleared")
     else:
         keep("_hr_keyed", "SELECT * FROM _hr_numbered")
-    last = f"row_number() OVER (PARTITION BY k, {_PLACE.rpartition(',')[0]} ORDER BY n DESC) = 1"
+    # Two copies under one commit have a row at one place.
+    order = "n DESC, CASE WHEN what = 'over' THEN 1 ELSE 0 END"
+    last = f"row_number() OVER (PARTITION BY k, {_PLACE.rpartition(',')[0]} ORDER BY {order}) = 1"
     is_open = f"k IN ({standing.open})" if standing else "false"
     keep(
         "_hr_judged",
@@ -163,13 +165,16 @@ def made_rows(makes: str, steps: str, outputs: Sequence[str], standing: Standing
             "WHERE v.n > 0 AND v.is_row"
         )
     # A delete tells of a row that there was.
-    was = "j.first_row < j.n"
+    was, known = "j.first_row < j.n", ""
     if standing:
-        same = standing.same_key("t._source_key", "j.k")
-        was += f" OR EXISTS (SELECT 1 FROM {standing.rows} t WHERE {same})"
+        known = (
+            f"LEFT JOIN (SELECT DISTINCT d.k FROM {standing.rows} t JOIN (SELECT DISTINCT k FROM _hr_judged "
+            f"WHERE what = 'deleted') d ON {standing.same_key('t._source_key', 'd.k')}) w ON w.k = j.k"
+        )
+        was += " OR w.k IS NOT NULL"
     return (
         f"SELECT s._source_key, {cells}, j._epoch, j._commit, j._ordinal FROM (SELECT *, "
         "min(CASE WHEN what = 'row' AND outcome = 'applied' THEN n END) OVER (PARTITION BY k) AS first_row "
-        f"FROM _hr_judged) j JOIN {of_steps} ON {_same('j', 's')} AND s._what = j.what "
+        f"FROM _hr_judged) j JOIN {of_steps} ON {_same('j', 's')} AND s._what = j.what {known} "
         f"WHERE j.outcome = 'applied' AND (j.what = 'row' OR {was}) ORDER BY j.n"
     )

@@ -227,7 +227,9 @@ class Database(ABC):
         bad = int(prepared.records.num_rows)
         with self.writing(model.source, keep=not dry_run) as db:
             db.keep("_hr_redriven", "SELECT key FROM _hr_given", pa.table({"key": prepared.removed}))
-            ((before,),) = db.execute(f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
+            ((before, waited),) = db.execute(
+                f"SELECT count(*), coalesce(sum(blocked), 0)::BIGINT FROM headrace.quarantine q WHERE {mine}"
+            )
             self.make_table(db, model)
             self.change_rows(db, model.source, model, prepared)
             resolved = db.change(
@@ -238,8 +240,9 @@ class Database(ABC):
                 given=prepared.records.select(["epoch", "commit", "ordinal"]),
             )
             record(db, model, prepared.records)
-            if moved := before - bad:
-                counts = numbers(Counts(applied=moved, quarantined=-moved))
+            moved, freed = before - bad, waited - (pc.sum(prepared.records["blocked"]).as_py() or 0)
+            if moved or freed:
+                counts = numbers(Counts(applied=moved + freed, quarantined=-moved, blocked=-freed))
                 insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
             db.execute(
                 f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "

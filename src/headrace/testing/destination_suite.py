@@ -27,6 +27,7 @@ from headrace.keys import quoted
 from headrace.protocols import Destination, Slice
 from headrace.testing.destination_drift_suite import DriftSuite
 from headrace.testing.destination_joins_suite import BagSuite, JoinSuite
+from headrace.testing.destination_kinds_suite import KindSuite
 from headrace.testing.destination_marts_suite import MartSuite
 from headrace.testing.destinations import (
     LOG,
@@ -448,7 +449,9 @@ def same_rows(destination: Destination, model: RowModel, cells: Sequence[Cells])
             )
 
 
-class DestinationSuite(OwnerSuite, BooksSuite, TableSuite, DriftSuite, BagSuite, JoinSuite, MartSuite):
+class DestinationSuite(
+    OwnerSuite, BooksSuite, TableSuite, DriftSuite, BagSuite, JoinSuite, KindSuite, MartSuite
+):
     """The contract as a whole."""
 
     @pytest.fixture

@@ -198,6 +198,8 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
     Raises ModelBroken with the engine's own words when an expression names a missing column or
     does not type-check, and ModelError when its key is not the source's key.
     """
+    if not schema.key:
+        refuse_without_key(text.file, text.kind)
     if isinstance(text, PythonText):
         return _bind_python(text, schema)
     types = dict(text.types)
@@ -224,8 +226,6 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             (name, expression, _type_name(db, text, type_)) for name, expression, type_ in outputs
         )
     _check_key(text, schema, outputs)
-    if not schema.key:
-        refuse_without_key(text.file, text.kind)
     return replace(model, outputs=outputs)
 
 

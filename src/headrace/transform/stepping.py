@@ -48,6 +48,7 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
     db.register("arrow_changes", events)
     db.execute("CREATE OR REPLACE TEMP TABLE happened AS SELECT *, _hr_n AS n FROM arrow_changes")
     db.register("points", points)
+    db.register("truncates", changes.filter(is_truncate))
     _say(db, model)
     evaluation = model.evaluation(db)
     asked = db.sql("SELECT n FROM said WHERE own AND what IS NULL ORDER BY n").to_arrow_table()["n"]
@@ -63,7 +64,6 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
     records = records_of(evaluation, events, first_bad.to_arrow_table()["n"].combine_chunks())
     if makes == "append" and model.kind.delete == "soft":
         _tell_deletes(db, model, events)
-    db.register("arrow_changes", changes.filter(is_truncate))
     made = steps.Steps(makes, _steps(db, model))
     counts = Counts(read=changes.num_rows, applied=changes.num_rows)
     return Prepared(False, _NO_KEYS, NO_ROWS, records, counts, steps=made)
@@ -74,10 +74,12 @@ def _say(db: duckdb.DuckDBPyConnection, model: RowModel) -> None:
     what = "CASE WHEN p.gone THEN 'gone' END"
     if model.kind.materialize == "history":
         last = "row_number() OVER (PARTITION BY p.k, e._epoch, e._commit ORDER BY p.n DESC) = 1"
-        what = f"CASE WHEN NOT {last} THEN 'over' WHEN p.gone THEN 'gone' END"
+        what = f"CASE WHEN NOT {last} OR t.ordinal > e._ordinal THEN 'over' WHEN p.gone THEN 'gone' END"
     db.execute(
         f"CREATE OR REPLACE TEMP TABLE said AS SELECT p.*, {what} AS what "
-        "FROM points p JOIN happened e ON e.n = p.n"
+        "FROM points p JOIN happened e ON e.n = p.n LEFT JOIN ("
+        "SELECT _epoch, _commit, max(_ordinal) AS ordinal FROM truncates GROUP BY ALL) t "
+        "ON t._epoch = e._epoch AND t._commit = e._commit"
     )
     if model.kind.materialize == "append":
         # A copied row that says what is known already is no change.
@@ -129,7 +131,7 @@ def _steps(db: duckdb.DuckDBPyConnection, model: RowModel) -> pa.Table:
         f"""SELECT s.k AS _source_key, {place}, s.what AS _what, s.own AS _own{outputs}
         FROM said s JOIN happened h ON h.n = s.n LEFT JOIN made m ON m._hr_n = s.n AND m._own = s.own
         UNION ALL BY NAME SELECT NULL::VARCHAR AS _source_key, {place}, 'truncate' AS _what, true AS _own
-        FROM arrow_changes"""
+        FROM truncates"""
     ).to_arrow_table()
 
 
