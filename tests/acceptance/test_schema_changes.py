@@ -26,7 +26,7 @@ from pipelines import running
 
 def until(condition: Callable[[], object], what: str) -> None:
     """Wait for a condition; asks seldom, since each look at the destination takes it from the pipeline."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.3)

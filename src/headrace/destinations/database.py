@@ -363,7 +363,8 @@ class Database(ABC):
             if name not in known:
                 db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
             elif known[name] != type_:
-                db.retype(target, column, type_)
+                # What a mirror cannot convert is copied again; of no other table may a value be lost.
+                db.retype(target, column, type_, lenient=getattr(model, "is_mirror", False))
         if left is None or known != wanted:
             record_shape(db, model.name, db.columns(schema, table, hidden=True))
 
