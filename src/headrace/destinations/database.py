@@ -368,7 +368,8 @@ class Database(ABC):
             if name not in known:
                 db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
             elif known[name] != type_:
-                db.retype(target, column, type_)
+                # What a mirror cannot convert is copied again; of no other table may a value be lost.
+                db.retype(target, column, type_, lenient=getattr(model, "is_mirror", False))
         numbered = self._number_of(db, model, left) if known else model.numbered
         if not known or (left is not None and left.numbered != numbered):
             db.prepare_table(target, numbered)

@@ -325,9 +325,10 @@ class _DuckDBSession:
         # Two hashes: one of 64 bits may meet by chance, both do not.
         return [f"hash({', '.join(cells)})::HUGEINT" for cells in (columns, [*columns[::-1], "'again'"])]
 
-    def retype(self, target: str, column: str, type_: str) -> None:
+    def retype(self, target: str, column: str, type_: str, *, lenient: bool) -> None:
+        cast = "TRY_CAST" if lenient else "CAST"
         alter = f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_}"
-        self.execute(f"{alter} USING TRY_CAST({column} AS {type_})")
+        self.execute(f"{alter} USING {cast}({column} AS {type_})")
 
     def prepare_table(self, target: str, number: str | None) -> None:
         pass  # no index: a scan of one column costs less than an index that every change moves

@@ -28,7 +28,7 @@ from headrace.failpoints import failpoint
 from headrace.join import Account, Difference, Join, Snapshot
 from headrace.keys import literal, quoted
 from headrace.prepared import Prepared
-from headrace.protocols import Model
+from headrace.protocols import Model, Table
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database
@@ -302,8 +302,8 @@ class _Target:
         return self.columns
 
 
-def _target(join: Join, model: Model) -> _Target:
-    return _Target(_beside(model) if join.beside else model.name, model.types(), model.numbered)
+def _target(join: Join, model: Model) -> Table:
+    return _Target(_beside(model), model.types(), model.numbered) if join.beside else model
 
 
 def _beside(model: Model) -> str:

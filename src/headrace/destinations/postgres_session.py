@@ -205,7 +205,7 @@ class PostgresSession:
         """See `Session.fingerprints`. As text, since not every type can be compared."""
         return [f"hashtextextended(ROW({', '.join(columns)})::text, {seed})" for seed in (0, 1)]
 
-    def retype(self, target: str, column: str, type_: str) -> None:
+    def retype(self, target: str, column: str, type_: str, *, lenient: bool) -> None:
         """See `Session.retype`."""
         alter = f"ALTER TABLE {target} ALTER COLUMN {column} TYPE {type_}"
         self.execute("SAVEPOINT headrace_retype")
@@ -213,7 +213,7 @@ class PostgresSession:
             self.execute(f"{alter} USING CAST({column} AS {type_})")
         except psycopg.Error as error:
             state = error.sqlstate or ""
-            if not (state.startswith("22") or state == _CANNOT_COERCE):
+            if not (lenient and (state.startswith("22") or state == _CANNOT_COERCE)):
                 raise
             self.execute("ROLLBACK TO SAVEPOINT headrace_retype")
             self.execute(f"{alter} USING CAST(NULL AS {type_})")

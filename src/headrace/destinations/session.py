@@ -96,9 +96,9 @@ class Session(Protocol):
         """Return expressions of numbers that can be summed; all are equal where the columns (quoted) are."""
         ...
 
-    def retype(self, target: str, column: str, type_: str) -> None:
-        """Give a column of a table (both quoted) another type. Values that it cannot have are null: the
-        table's rows are copied again where the source computed them anew."""
+    def retype(self, target: str, column: str, type_: str, *, lenient: bool) -> None:
+        """Give a column of a table (both quoted) another type. If `lenient`, values that cannot have it are
+        null; else they are refused in the engine's words."""
         ...
 
     def prepare_table(self, target: str, number: str | None) -> None:
