@@ -140,10 +140,11 @@ class Joiner:
             gathered(changes.slice(0, 0), map(chosen, self._staging.copied_parts(model.table, copy)))
             for copy in copies
         ]
-        gone = [
-            absences(model.schema, copy, [changes, *rows[:i]], rows[i], began(self._log, copy))
-            for i, copy in enumerate(copies[1:], 1)
-        ]
+        gone = list[pa.Table]()
+        for i, copy in enumerate(copies[1:], 1):
+            # What an earlier copy had no more is gone already.
+            before = [changes, *rows[:i], *gone]
+            gone.append(absences(model.schema, copy, before, rows[i], began(self._log, copy)))
         return in_source_order([*rows, changes, *gone])
 
     def folded(self, model: RowModel, through: Offset, keys: pa.Array) -> Prepared:

@@ -61,19 +61,21 @@ def absences(
         db.register("before_it", pa.concat_tables(before, promote_options="default"))
         db.register("in_it", rows)
         db.execute(
-            f"""CREATE TEMP TABLE earlier AS SELECT *, (_epoch, _commit) AS place,
-            (_epoch, _commit, _ordinal) AS whole FROM (
-              SELECT {own} AS k, _op IN ('d', 't') AS gone, _op = 't' AS every,
+            f"""CREATE TEMP TABLE earlier AS SELECT *, (_epoch, _commit) AS _hr_place,
+            (_epoch, _commit, _ordinal) AS _hr_whole FROM (
+              SELECT {own} AS _hr_k, _op IN ('d', 't') AS _hr_gone, _op = 't' AS _hr_every,
                 _epoch, _commit, _ordinal, {key} FROM before_it UNION ALL BY NAME
-              SELECT {other} AS k, true AS gone, false AS every, _epoch, _commit, _ordinal
+              SELECT {other} AS _hr_k, true AS _hr_gone, false AS _hr_every, _epoch, _commit, _ordinal
               FROM before_it WHERE _before IS NOT NULL AND {other} <> {own})"""
         )
         missing = db.sql(
             f"""SELECT {cells} FROM earlier
-            WHERE NOT every AND k NOT IN (SELECT {own} FROM in_it) AND k NOT IN (
-              SELECT k FROM earlier WHERE NOT every AND place > {floor} AND place <= {ceiling})
-            AND place <= {floor} GROUP BY k HAVING NOT arg_max(gone, whole) AND max(whole) > coalesce(
-              (SELECT max(whole) FROM earlier WHERE every AND place <= {floor}), (-1, 0, 0))"""
+            WHERE NOT _hr_every AND _hr_k NOT IN (SELECT {own} FROM in_it) AND _hr_k NOT IN (
+              SELECT _hr_k FROM earlier
+              WHERE NOT _hr_every AND _hr_place > {floor} AND _hr_place <= {ceiling})
+            AND _hr_place <= {floor} GROUP BY _hr_k
+            HAVING NOT arg_max(_hr_gone, _hr_whole) AND max(_hr_whole) > coalesce(
+              (SELECT max(_hr_whole) FROM earlier WHERE _hr_every AND _hr_place <= {floor}), (-1, 0, 0))"""
         ).to_arrow_table()
     return _deletes(missing, Position(*copy.floor[:2], _LAST), copy.end, moment)
 

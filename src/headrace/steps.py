@@ -130,13 +130,13 @@ def make_versions(keep: Keep, steps: str, standing: Standing | None, fingerprint
         there = f"""UNION ALL SELECT t._source_key, 0, NULL, NULL, NULL,
           max(coalesce(valid_to, valid_from)), max(CASE WHEN is_current THEN {first} END),
           max(CASE WHEN is_current THEN {second} END), bool_or(is_current)
-        FROM {standing.rows} t JOIN (SELECT DISTINCT k FROM _hr_judged j WHERE {counts}) s
-        ON {standing.same_key("t._source_key", "s.k")} GROUP BY t._source_key"""
+        FROM {standing.rows} t JOIN (SELECT DISTINCT k AS _hr_k FROM _hr_judged j WHERE {counts}) s
+        ON {standing.same_key("t._source_key", "s._hr_k")} GROUP BY t._source_key"""
     keep(
         "_hr_states",
         f"""SELECT j.k, j.n, j._epoch, j._commit, j._ordinal, j.moment, s.h0, s.h1, j.what = 'row' AS is_row
         FROM _hr_judged j LEFT JOIN (
-          SELECT _source_key AS k, {_PLACE}, {first} AS h0, {second} AS h1 FROM {steps} WHERE _what = 'row'
+          SELECT _source_key, {_PLACE}, {first} AS h0, {second} AS h1 FROM {steps} WHERE _what = 'row'
         ) s ON {_same("j", "s")} AND j.what = 'row' WHERE {counts} {there}""",
     )
     keep(
@@ -151,13 +151,13 @@ def make_versions(keep: Keep, steps: str, standing: Standing | None, fingerprint
 
 def _same(judged: str, steps: str) -> str:
     places = (f"{judged}.{name} = {steps}.{name}" for name in _PLACE.split(", "))
-    return " AND ".join([f"{judged}.k = {steps}.k", *places])
+    return " AND ".join([f"{judged}.k = {steps}._source_key", *places])
 
 
 def made_rows(makes: str, steps: str, outputs: Sequence[str], standing: Standing | None) -> str:
     """Return the query of the rows that come: `_source_key`, the outputs, and the columns of the kind."""
     cells = ", ".join(f"s.{quoted(name)}" for name in outputs)
-    of_steps = f"(SELECT *, _source_key AS k FROM {steps} WHERE _what IN ('row', 'deleted')) s"
+    of_steps = f"(SELECT * FROM {steps} WHERE _what IN ('row', 'deleted')) s"
     if makes == "history":
         return (
             f"SELECT s._source_key, {cells}, v.since AS valid_from, v.until AS valid_to, "

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from test_joining import SHAPE, TABLE, Bench, Source, change, entry, stream_to, write_copy
 from test_rebuild import Shop
@@ -14,8 +15,10 @@ from test_rebuild import Shop
 from headrace.authoring.files import find_model
 from headrace.authoring.preview import preview
 from headrace.cells import rows_of
-from headrace.change import Copy
+from headrace.change import Column, Copy, Position, TableSchema
 from headrace.config import load_project
+from headrace.payload import BEFORE
+from headrace.recopied import absences
 from headrace.transform.model import RowModel, bind
 from headrace.transform.sql import read_model
 
@@ -151,6 +154,29 @@ def test_of_a_new_copy_only_what_differs_is_kept(
     }.get(kind, "op, _commit")
     assert bench.ask(f"SELECT id, v, {more} FROM m ORDER BY ALL NULLS LAST") == expected
     is_the_fold_of_all_history(bench, model)
+
+
+def test_what_several_copies_lack_is_told_once(bench: Bench, tmp_path: Path) -> None:
+    model, both = model_of(tmp_path, "soft append"), ("k1", "k2")
+    bench.copy(5, *((key, ("a", "x")) for key in both))
+    bench.join(model)
+    for commit in (9, 12, 15):
+        bench.copy(commit, ("k1", ("a", "x")))
+        bench.join(model)
+    expected = [("k1", "a", "r", 5), ("k2", "a", "r", 5), ("k2", None, "d", 9)]
+    assert bench.ask("SELECT id, v, op, _commit FROM m ORDER BY ALL NULLS LAST") == expected
+
+
+def test_a_key_column_may_have_any_name() -> None:
+    names = ("k", "gone", "every", "place", "whole")
+    shape = TableSchema(TABLE, tuple(Column(name, "text") for name in names), names)
+    head = {"_op": "r", "_epoch": 0, "_commit": 5, "_ordinal": 1}
+    cells = [dict.fromkeys(names, key) | head for key in ("a", "b")]
+    before = pa.Table.from_pylist(cells).append_column("_before", pa.nulls(2, BEFORE))
+    floor = Position(0, 9, 0)
+    copy = Copy(7, 9, 7, floor, floor, names)
+    (gone,) = absences(shape, copy, [before], before.slice(0, 1), 9).to_pylist()
+    assert [gone[name] for name in (*names, "_op", "_commit")] == ["b"] * 5 + ["d", 9]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,6 +24,7 @@ from headrace.cells import rows_of
 from headrace.change import Column, Mark, Position, TableId, TableSchema
 from headrace.destinations.duckdb import DuckDBDestination
 from headrace.errors import ModelError
+from headrace.keys import quoted
 from headrace.payload import BEFORE, UNCHANGED
 from headrace.prepared import Prepared
 from headrace.protocols import Part, Slice
@@ -266,7 +267,7 @@ class Bench:
     def outcome(self, model: RowModel, rules: Rules) -> Outcome:
         rows, records = self.destination.read(
             [
-                rules.query.format(model.name),
+                rules.query.format(quoted(model.name)),
                 "SELECT key, commit, ordinal, blocked FROM headrace.quarantine "
                 f"WHERE status = 'quarantined' AND model = '{model.name}'",
             ]
@@ -401,3 +402,28 @@ def test_a_column_that_the_table_has_of_its_own_is_refused(tmp_path: Path) -> No
 def test_a_table_without_a_key_is_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ModelError, match="has no key, so nothing tells which of its rows a change is of"):
         bound(tmp_path, KINDS[kind].header, schema=replace(SHAPE, key=()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_may_name_its_columns_as_it_likes(
+    kind: str, tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with the names that relations of the fold have."""
+    rules, names = KINDS[kind], ["k", "n", "own", "gone", "what", "moment", "h0"]
+    shape = replace(SHAPE, columns=(*SHAPE.columns, *(Column(name, "text") for name in names)))
+    more = ("AS v", f"AS v, {', '.join(names)}")
+    bound_to = bound(tmp_path, rules.header, more, schema=shape)
+    model = replace(bound_to, name=f"named {kind}", source=f"named {kind}")
+
+    def wide(events: Sequence[Placed], narrow: Callable[..., pa.Table] = changes) -> pa.Table:
+        made = narrow(events)
+        for name in names:
+            made = made.append_column(name, made["id"])
+        return made
+
+    monkeypatch.setitem(globals(), "changes", wide)
+    events = [Event("c", "a", "1"), Event("c", "b", "x"), Event("u", "a", "2"), Event("u", "c", "2", "a")]
+    history = placed([*events, Event("t"), Event("c", "a", "1"), Event("d", "a")])
+    bench.apply(model, history, [2, 4, 7], 9)
+    assert bench.outcome(model, rules) == rules.interpret(history)
+    bench.check_books(model, len(history))
