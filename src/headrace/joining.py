@@ -30,12 +30,12 @@ from headrace.join import Join, Joins, Phase, Why
 from headrace.keys import identity
 from headrace.prepared import Prepared
 from headrace.protocols import LogIndex, ModelState
-from headrace.rebuilding import PHASES, Rebuilding, newest_decides, only
+from headrace.rebuilding import PHASES, Rebuilding, newest_decides
 from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.model import RowModel, preparing
+from headrace.transform.model import RowModel, preparing, uncontested
 
 logger = logging.getLogger("headrace.joining")
 
@@ -119,11 +119,6 @@ class Joiner:
         changes = self._staging.read(model.table, copy.after, through)
         changes = self._not_copied(model, copy, _of(keys, model, changes), through)
         return in_source_order([_of(keys, model, rows), changes])
-
-    def folded(self, model: RowModel, through: Offset, keys: pa.Array) -> Prepared:
-        """Return what a model makes of all of the history of some source keys: their rows go, and what they
-        came to takes their place."""
-        return replace(only(model.prepare(self.history(model, through, keys)), keys), removed=keys)
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
@@ -212,14 +207,20 @@ class Joiner:
     ) -> Step:
         # The live table goes on meanwhile, until what grows beside it is where it stands.
         live = stands[model.name].offset if join.beside else join.target
-        taken = self._taken(join, model, copy, join.target if join.phase in PHASES else live)
+        target = join.target if join.phase in PHASES else live
+        taken = self._taken(join, model, copy, target)
         if taken is None:
             return "prepare"
         through, pieces = taken
         following = _following(replace(join, offset=through), copy, live)
         if self._may_be_prepared(join, following, model, copy):
             self._submit(following, model, copy, following.target)
-        issues = self._destination.step(join, following, model, pieces)
+
+        def attempt(model: RowModel) -> Sequence[str]:
+            made = self._prepare(join, model, copy, target)[1] if model.refused else pieces
+            return self._destination.step(join, following, model, made)
+
+        issues = uncontested(model, attempt)
         self._keep(following)
         alert(issues)
         return "slice"
@@ -239,6 +240,8 @@ class Joiner:
 
     def _may_be_prepared(self, join: Join, following: Join, model: RowModel, copy: Copy) -> bool:
         """Whether the next slice is known already while the one before it is applied."""
+        if model.unique:
+            return False  # the one before may have to be prepared once more
         if following.phase == "stream":
             # The last slice is prepared when it is its turn: it ends where the live table is then.
             return self._slice_end(following, model, copy, following.target) < following.target
@@ -260,7 +263,8 @@ class Joiner:
         with preparing(model.name):
             if join.phase in PHASES:
                 reading = self._rebuilt(join, model, copy)
-                through, prepared = reading.prepare(join.phase, join.offset, join.target)
+                again = model if model.refused else None
+                through, prepared = reading.prepare(join.phase, join.offset, join.target, again)
                 return through, [prepared]
             through = self._slice_end(join, model, copy, target)
             if join.phase == "copy":

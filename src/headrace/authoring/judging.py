@@ -126,7 +126,7 @@ def prepare_given(given: Sequence[Event], model: RowModel) -> Prepared:
 
     Raises UserError for a cell of a column that the table does not have, or a key that is not whole.
     """
-    return model.prepare(_changes(given, model.schema))
+    return model.whole(_changes(given, model.schema))
 
 
 def _record_problems(records: pa.Table, expected: Sequence[ExpectedRecord]) -> Iterator[str]:

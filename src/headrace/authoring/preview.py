@@ -251,6 +251,7 @@ def _left_out(model: RowModel) -> RowModel:
         outputs=(("left_out", "true", "BOOLEAN"),),
         where=f"({model.where}\n) IS NOT TRUE",
         checks=(),
+        unique=(),
     )
 
 
