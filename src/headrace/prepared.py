@@ -22,8 +22,9 @@ class Claims:
     """The keys that an outcome's rows claim, where the source's key does not keep them apart: no other row of
     the model's table may have one when the transaction ends.
 
-    `key` names the output columns; `places` (`_source_key`, `epoch`, `commit`, `ordinal`) says of each row
-    which change made it.
+    `key` names the output columns. `places` (`_source_key`, `epoch`, `commit`, `ordinal`, `sole`) says of
+    each row which change made it, and whether nothing else of its source key is in the outcome: with that
+    change refused, the row is what it was before.
     """
 
     model: str

@@ -69,8 +69,10 @@ class Table:
     destination: DuckDBDestination
     model: RowModel
     events: Sequence[Event]
+    attempts: int = 0
 
-    def apply(self, cuts: Sequence[int]) -> Table:
+    def apply(self, cuts: Sequence[int], pieces: int = 1) -> Table:
+        """Apply the events in slices that end at `cuts`, each prepared in so many pieces."""
         after = 0
         for through in sorted({*cuts, len(self.events)}):
             given_ = changes(self.events[after:through], after + 1)
@@ -78,8 +80,11 @@ class Table:
             place = (*marks, Position(0, through, 1), 0)
 
             def attempt(model: RowModel, changes: pa.Table = given_, place: tuple = place) -> object:
-                part = Part(model, model.prepare(changes), True)
-                return self.destination.apply(Slice(model.source, *place, (part,)))
+                self.attempts += 1
+                size = -(-changes.num_rows // pieces)
+                parts = (changes.slice(at, size) for at in range(0, changes.num_rows, size))
+                made = tuple(Part(model, model.prepare(part), True) for part in parts)
+                return self.destination.apply(Slice(model.source, *place, made))
 
             uncontested(self.model, attempt)
             self.check()
@@ -147,7 +152,7 @@ def test_no_two_rows_have_one_key_and_nothing_is_lost(
     events: list[Event], data: st.DataObject, destination: DuckDBDestination, model: RowModel
 ) -> None:
     cuts = data.draw(st.sets(st.integers(1, len(events)), max_size=4))
-    made = table(destination, model, events).apply(sorted(cuts))
+    made = table(destination, model, events).apply(sorted(cuts), data.draw(st.integers(1, 3)))
     books_balance(destination, made.model, len(events))
     made.redrive()
     holders = {value: key for key, value in made.rows().items()}
@@ -192,11 +197,13 @@ def test_a_refused_row_stands_where_it_was_until_the_key_is_free(
 def test_what_a_refused_row_falls_back_to_is_contested_in_turn(
     destination: DuckDBDestination, model: RowModel
 ) -> None:
-    # 1 takes the key of 2, 2 that of 3, 3 that of 4, which has not moved: none of them can.
+    # 1 takes the key of 2, 2 that of 3, 3 that of 4, which has not moved: none of them can, which is one
+    # attempt more, however many they are.
     events = [*(put(str(n), str(n)) for n in (1, 2, 3, 4)), put("1", "2"), put("2", "3"), put("3", "4")]
     made = table(destination, model, events).apply([4])
     assert made.rows() == {"1": 1, "2": 2, "3": 3, "4": 4}
     assert set(made.opened()) == {5, 6, 7}
+    assert made.attempts == 3
     # In one slice a change before the refused one is what stands, as good as any.
     events = [put("1", "1"), put("2", "3"), put("2", "1"), put("3", "3")]
     made = table(destination, model, events).apply([1])

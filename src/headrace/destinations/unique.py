@@ -9,7 +9,10 @@ contested.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,16 +21,19 @@ from headrace.keys import quoted
 from headrace.prepared import Contested, Place, Prepared
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Claimed:
     """What a transaction has changed of a table with a key: in the temporary relation `places` the rows that
-    it has made, each with its change, and in `former` the keys of the rows that it has removed."""
+    it has made, each with its change, in `former` the keys of the rows that it has removed, in both with the
+    number of the outcome by which it did."""
 
     model: str
     source: str
     key: tuple[str, ...]
     places: str
     former: str
+    outcomes: int = 0
+    """How many were noted."""
 
 
 def note_claims(db: Session, source: str, target: str, prepared: Prepared) -> None:
@@ -40,16 +46,18 @@ def note_claims(db: Session, source: str, target: str, prepared: Prepared) -> No
         number = len(db.claimed)
         relations = (f"_hr_places_{number}", f"_hr_former_{number}")
         claimed = db.claimed[target] = Claimed(claims.model, source, claims.key, *relations)
-        db.keep(claimed.places, "SELECT * FROM _hr_given", claims.places.slice(0, 0))
-        db.keep(
-            claimed.former, f"SELECT _source_key, {_columns('t', claims.key)} FROM {target} t WHERE false"
-        )
+        db.keep(claimed.places, "SELECT *, 0 AS _outcome FROM _hr_given", claims.places.slice(0, 0))
+        key = _columns("t", claims.key)
+        db.keep(claimed.former, f"SELECT _source_key, {key}, 0 AS _outcome FROM {target} t WHERE false")
+    claimed.outcomes += 1
     removed = pa.table({"key": prepared.removed})
     if prepared.reset or removed.num_rows:
         given = None if prepared.reset else removed
+        # What a truncate removes is not there again if something behind it is refused.
+        outcome = "NULL" if prepared.reset else claimed.outcomes
         gone = "" if prepared.reset else f"JOIN _hr_given g ON {db.same_key('t._source_key', 'g.key')}"
         db.execute(
-            f"INSERT INTO {claimed.former} SELECT t._source_key, {_columns('t', claims.key)} "
+            f"INSERT INTO {claimed.former} SELECT t._source_key, {_columns('t', claims.key)}, {outcome} "
             f"FROM {target} t {gone} WHERE t._source = $1 "
             f"AND t._source_key NOT IN (SELECT _source_key FROM {claimed.places})",
             [source],
@@ -57,7 +65,9 @@ def note_claims(db: Session, source: str, target: str, prepared: Prepared) -> No
         )
         where = "" if prepared.reset else "WHERE _source_key IN (SELECT key FROM _hr_given)"
         db.execute(f"DELETE FROM {claimed.places} {where}", given=given)
-    db.execute(f"INSERT INTO {claimed.places} SELECT * FROM _hr_given", given=claims.places)
+    db.execute(
+        f"INSERT INTO {claimed.places} SELECT *, {claimed.outcomes} FROM _hr_given", given=claims.places
+    )
 
 
 def refuse_contested(db: Session) -> None:
@@ -68,14 +78,14 @@ def refuse_contested(db: Session) -> None:
 
 
 def _contested(db: Session, target: str, claimed: Claimed) -> frozenset[Place]:
-    key = claimed.key
+    """Return the changes to refuse, and those that have to go as the rows of these stand where they were."""
+    key, made = claimed.key, f"{claimed.places} p ON {db.same_key('t._source_key', 'p._source_key')}"
     rows = db.execute(
         f"""SELECT epoch, commit, ordinal FROM (
           SELECT p.epoch, p.commit, p.ordinal, row_number() OVER (
             PARTITION BY {_columns("t", key)}
             ORDER BY p.epoch IS NOT NULL, f._source_key IS NULL, p.epoch, p.commit, p.ordinal) AS place
-          FROM {target} t
-          LEFT JOIN {claimed.places} p ON {db.same_key("t._source_key", "p._source_key")}
+          FROM {target} t LEFT JOIN {made}
           LEFT JOIN {claimed.former} f ON {db.same_key("t._source_key", "f._source_key")}
             AND {_same("f", "t", key)}
           WHERE t._source = $1 AND EXISTS (
@@ -85,7 +95,36 @@ def _contested(db: Session, target: str, claimed: Claimed) -> frozenset[Place]:
         WHERE place > 1 AND epoch IS NOT NULL""",
         [claimed.source],
     )
-    return frozenset((int(epoch), int(commit), int(ordinal)) for epoch, commit, ordinal in rows)
+    if not rows:
+        return frozenset()
+    # A row that is what it was before has its key again, which no row that was touched can have then.
+    follows = db.execute(
+        f"""SELECT b.epoch, b.commit, b.ordinal, p.epoch, p.commit, p.ordinal
+        FROM {claimed.places} b
+        JOIN {claimed.former} f ON f._source_key = b._source_key AND f._outcome = b._outcome
+        JOIN {target} t ON {_same("t", "f", key)} JOIN {made}
+        WHERE b.sole AND t._source = $1 AND p._source_key <> b._source_key""",
+        [claimed.source],
+    )
+    return _closed([_place(row) for row in rows], [(_place(row[:3]), _place(row[3:])) for row in follows])
+
+
+def _closed(refused: list[Place], follows: list[tuple[Place, Place]]) -> frozenset[Place]:
+    """Return what is refused with all that follows from it: of each pair the second from the first."""
+    following = defaultdict[Place, list[Place]](list)
+    for first, second in follows:
+        following[first].append(second)
+    found, due = set(refused), list(refused)
+    while due:
+        new = [place for place in following[due.pop()] if place not in found]
+        found.update(new)
+        due += new
+    return frozenset(found)
+
+
+def _place(cells: Sequence[Any]) -> Place:
+    epoch, commit, ordinal = cells
+    return int(epoch), int(commit), int(ordinal)
 
 
 def _columns(relation: str, key: tuple[str, ...]) -> str:

@@ -28,6 +28,7 @@ from headrace.protocols import Destination, Slice
 from headrace.testing.destination_drift_suite import DriftSuite
 from headrace.testing.destination_joins_suite import BagSuite, JoinSuite
 from headrace.testing.destination_marts_suite import MartSuite
+from headrace.testing.destination_unique_suite import UniqueSuite
 from headrace.testing.destinations import (
     LOG,
     MODEL,
@@ -430,7 +431,9 @@ def same_rows(destination: Destination, model: RowModel, cells: Sequence[Cells])
             )
 
 
-class DestinationSuite(OwnerSuite, BooksSuite, TableSuite, DriftSuite, BagSuite, JoinSuite, MartSuite):
+class DestinationSuite(
+    OwnerSuite, BooksSuite, TableSuite, UniqueSuite, DriftSuite, BagSuite, JoinSuite, MartSuite
+):
     """The contract as a whole."""
 
     @pytest.fixture

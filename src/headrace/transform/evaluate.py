@@ -53,16 +53,19 @@ class Evaluation:
         found = self._db.sql(f"SELECT _hr_n FROM placed SEMI JOIN refused USING ({', '.join(names)})")
         self._refused = found.to_arrow_table()["_hr_n"].combine_chunks()
 
-    def claims(self, events: pa.Table, settled: pa.Array | None) -> Claims | None:
-        """Return the keys that `rows` claim; None if the source's key keeps them apart."""
+    def claims(self, events: pa.Table, effects: pa.ChunkedArray, settled: pa.Array | None) -> Claims | None:
+        """Return the keys that `rows` claim; None if the source's key keeps them apart. `effects` are the
+        source keys of all effects of the events."""
         if not self._model.unique:
             return None
         good = self._chosen(settled)
         made_by = events.take(good["_hr_n"])
         places = {name: made_by[f"_{name}"] for name in ("epoch", "commit", "ordinal")}
-        return Claims(
-            self._model.name, self._model.unique, pa.table({"_source_key": good["_source_key"], **places})
-        )
+        keys = pc.value_counts(effects)
+        once = keys.field("values").filter(pc.equal(keys.field("counts"), 1))
+        sole = pc.is_in(good["_source_key"], value_set=once)
+        made = pa.table({"_source_key": good["_source_key"], **places, "sole": sole})
+        return Claims(self._model.name, self._model.unique, made)
 
     def query(self, events: str) -> str:
         """Return the query that judges the rows of relation `events`.

@@ -89,7 +89,7 @@ def fold(
             filtered=filtered,
             quarantined=records.num_rows,
         ),
-        claims=evaluation.claims(events, chosen),
+        claims=evaluation.claims(events, points["k"], chosen),
     )
 
 
