@@ -106,7 +106,8 @@ class Joins(Protocol):
         the ids of issues that are new. `accounts` are what the ledger is to say instead of the slice's own
         counts. Whatever taking the pieces raises is raised here, and nothing changes.
 
-        Raises DestinationError when the join does not stand at `join`: another pipeline moved it.
+        Raises DestinationError when the join does not stand at `join`: another pipeline moved it; and
+        Contested for changes to prepare once more.
         """
         ...
 
@@ -126,7 +127,8 @@ class Joins(Protocol):
         """Make a table that stays as it is, of slices that come one after another, in one transaction, which
         `into` None takes back at its end. `commit` is what overtakes records meanwhile.
 
-        Raises UserError for a name that is in use, ModelBroken for a table that cannot take the rows, and
-        whatever taking the slices raises; then there is no table.
+        Raises UserError for a name that is in use, ModelBroken for a table that cannot take the rows,
+        Contested for changes to prepare once more, and whatever taking the slices raises; then there is no
+        table.
         """
         ...

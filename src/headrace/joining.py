@@ -30,7 +30,7 @@ from headrace.join import Join, Joins, Phase, Why
 from headrace.keys import identity
 from headrace.prepared import Prepared
 from headrace.protocols import LogIndex, ModelState
-from headrace.rebuilding import PHASES, Rebuilding, newest_decides, only
+from headrace.rebuilding import PHASES, Rebuilding, newest_decides
 from headrace.recopied import (
     absences,
     began,
@@ -45,7 +45,7 @@ from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.model import RowModel, preparing
+from headrace.transform.model import RowModel, preparing, uncontested
 
 logger = logging.getLogger("headrace.joining")
 
@@ -147,11 +147,6 @@ class Joiner:
             gone.append(absences(model.schema, copy, before, rows[i], began(self._log, copy)))
         return in_source_order([*rows, changes, *gone])
 
-    def folded(self, model: RowModel, through: Offset, keys: pa.Array) -> Prepared:
-        """Return what a model makes of all of the history of some source keys: their rows go, and what they
-        came to takes their place."""
-        return replace(only(model.whole(self.history(model, through, keys)), keys), removed=keys)
-
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
         copy = self._staging.copy(model.table, staged)
@@ -241,7 +236,8 @@ class Joiner:
     ) -> Step:
         # The live table goes on meanwhile, until what grows beside it is where it stands.
         live = stands[model.name].offset if join.beside else join.target
-        taken = self._taken(join, model, copy, join.target if join.phase in PHASES else live)
+        target = join.target if join.phase in PHASES else live
+        taken = self._taken(join, model, copy, target)
         if taken is None:
             return "prepare"
         through, pieces = taken
@@ -253,7 +249,12 @@ class Joiner:
                 following = replace(following, phase="stream", offset=min(copy.end, live))
         if self._may_be_prepared(join, following, model, copy):
             self._submit(following, model, copy, following.target)
-        issues = self._destination.step(join, following, model, pieces, accounts)
+
+        def attempt(model: RowModel) -> Sequence[str]:
+            made = self._prepare(join, model, copy, target)[1] if model.refused else pieces
+            return self._destination.step(join, following, model, made, accounts)
+
+        issues = uncontested(model, attempt)
         self._keep(following)
         alert(issues)
         return "slice"
@@ -273,6 +274,8 @@ class Joiner:
 
     def _may_be_prepared(self, join: Join, following: Join, model: RowModel, copy: Copy) -> bool:
         """Whether the next slice is known already while the one before it is applied."""
+        if model.unique:
+            return False  # the one before may have to be prepared once more
         if following.phase == "stream":
             # The last slice is prepared when it is its turn: it ends where the live table is then.
             return self._slice_end(following, model, copy, following.target) < following.target
@@ -294,7 +297,8 @@ class Joiner:
         with preparing(model.name):
             if join.phase in PHASES:
                 reading = self._rebuilt(join, model, copy)
-                through, prepared = reading.prepare(join.phase, join.offset, join.target)
+                again = model if model.refused else None
+                through, prepared = reading.prepare(join.phase, join.offset, join.target, again)
                 return through, [prepared]
             if join.phase == "keys":
                 return join.offset + 1, [self._share(join, model, copy)]

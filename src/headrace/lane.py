@@ -34,14 +34,16 @@ from headrace.errors import (
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
+from headrace.prepared import Contested
 from headrace.protocols import Destination, ModelState, Part, Slice
+from headrace.rebuilding import folded
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
-from headrace.transform.model import RowModel, preparing
+from headrace.transform.model import RowModel, preparing, uncontested
 from headrace.turns import Turns
 
 logger = logging.getLogger("headrace.lane")
@@ -279,8 +281,12 @@ class Lane:
                     "Wait for it, or mend it; `headrace status` says why.",
                 )
             wanted = pa.array(keys, pa.string())
-            prepared = self.joiner.folded(model, stands.offset, wanted)
-            return self.destination.redrive(model, prepared, dry_run=dry_run)
+            history = self.joiner.history(model, stands.offset, wanted)
+
+            def attempt(model: RowModel) -> dict[str, int]:
+                return self.destination.redrive(model, folded(model, history, wanted), dry_run=dry_run)
+
+            return uncontested(model, attempt)
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> bool:
         """Begin to build a model once more, beside its live table; returns False for a table that others have
@@ -354,11 +360,16 @@ class Lane:
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
         position, committed_at = self.log.place(through)
         in_sync = {model.name for model in models if caught_up and self._is_of(model, position)}
-        parts = ahead(self._preparer, self._parts(models, after, through, in_sync))
-        work = Slice(self.config.name, self._mark(after), self._mark(through), position, committed_at, parts)
+        place = (self._mark(after), self._mark(through), position, committed_at)
         try:
-            with closing(parts):
-                issues = self.destination.apply(work)
+            while True:
+                parts = ahead(self._preparer, self._parts(models, after, through, in_sync))
+                try:
+                    with closing(parts):
+                        issues = self.destination.apply(Slice(self.config.name, *place, parts))
+                    break
+                except Contested as contested:
+                    models = [model.refusing(contested) for model in models]
         except ModelBroken as error:
             broken = next(model for model in models if model.name == error.model)
             self._suspend(broken.name, broken.version, error)

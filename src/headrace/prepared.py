@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,36 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from headrace.steps import Steps
+
+Place = tuple[int, int, int]
+"""Epoch, commit and ordinal of a change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """The keys that an outcome's rows claim, where the source's key does not keep them apart: no other row of
+    the model's table may have one when the transaction ends.
+
+    `key` names the output columns. `places` (`_source_key`, `epoch`, `commit`, `ordinal`, `sole`) says of
+    each row which change made it, and whether nothing else of its source key is in the outcome: with that
+    change refused, the row is what it was before.
+    """
+
+    model: str
+    key: tuple[str, ...]
+    places: pa.Table
+
+
+class Contested(Exception):
+    """Rows that a transaction was to leave would have had the key of another row: nothing is changed.
+
+    `refused` says by model which changes are to be refused, at least one: with them counted as bad
+    (`RowModel.refusing`) the same is prepared again.
+    """
+
+    def __init__(self, refused: Mapping[str, frozenset[Place]]) -> None:
+        super().__init__(f"rows of {', '.join(refused)} would have the key of another row")
+        self.refused = refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,5 +64,6 @@ class Prepared:
     records: pa.Table
     counts: Counts
     fewer: pa.Table | None = None
+    claims: Claims | None = None
     deleted: pa.Table | None = None
     steps: Steps | None = None

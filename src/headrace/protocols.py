@@ -438,7 +438,8 @@ class Destination(Protocol):
 
         The models named in `work` move from `work.after` to `work.through`; a model that does not
         stand at `work.after` is refused, and nothing changes: a second owner, or a repeated call,
-        can do no harm. Raises ModelBroken for a table that cannot take its model's columns or rows.
+        can do no harm. Raises ModelBroken for a table that cannot take its model's columns or rows, and
+        Contested for changes to prepare once more.
         """
         ...
 
@@ -448,7 +449,8 @@ class Destination(Protocol):
 
         Open records of these keys that are no longer bad become resolved; those still bad count one
         more attempt; changes that the current model refuses and an earlier one took become records.
-        Returns how many records are `resolved` and how many are `still_quarantined`.
+        Returns how many records are `resolved` and how many are `still_quarantined`. Raises Contested for
+        changes to prepare once more.
         """
         ...
 

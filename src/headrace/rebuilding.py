@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from headrace.change import Copy, Offset
 from headrace.history import History, Selection
 from headrace.join import Phase
-from headrace.prepared import Prepared
+from headrace.prepared import Claims, Prepared
 from headrace.staging.contained import not_contained
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
@@ -61,19 +61,27 @@ class Rebuilding:
         self._older: tuple[Selection, Selection] | None = None
         self._pieces: Iterator[tuple[pa.Table, Offset]] = iter(())
         self._next: tuple[Phase, Offset] | None = None
+        self._last: tuple[Phase, Offset, Offset, pa.Table] | None = None
 
-    def prepare(self, phase: Phase, after: Offset, through: Offset) -> tuple[Offset, Prepared]:
+    def prepare(
+        self, phase: Phase, after: Offset, through: Offset, model: RowModel | None = None
+    ) -> tuple[Offset, Prepared]:
         """Return what becomes of the next piece of a phase behind `after`, and the offset through which the
         phase has come; it is at its end with `through`, the history's end.
 
         Reading goes on where it stands; where it stands elsewhere, as after a restart, it is found again.
+        `model` refuses changes of the piece that was prepared last: that one is prepared again.
         """
+        if model is not None and self._last is not None and self._last[:2] == (phase, after):
+            return self._last[2], self._prepared(phase, self._last[3], model)
         if self._next != (phase, after):
             self._pieces = self._begin(phase, after, through)
         self._next = None  # whatever fails from here on is read again
         changes, reached = next(self._pieces)
-        prepared = self._prepared(phase, changes)
+        prepared = self._prepared(phase, changes, model or self._model)
         self._next = (phase, reached)
+        if self._model.unique:
+            self._last = (phase, after, reached, changes)
         return reached, prepared
 
     def _begin(self, phase: Phase, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:
@@ -86,18 +94,18 @@ class Rebuilding:
             self._older = self._history.of(self._keys, going_on=after)
         return self._older[PHASES.index(phase) - 1].pieces(after, through)
 
-    def _prepared(self, phase: Phase, changes: pa.Table) -> Prepared:
+    def _prepared(self, phase: Phase, changes: pa.Table, model: RowModel) -> Prepared:
         key, table = self._model.schema.key, self._model.table
         changes = fill_unchanged(self._staging, table, key, changes, newest=self._copy.end)
         if phase == "newest":
             # Where a row's key changed, what the old key came to is decided by itself.
             at = changes.schema.get_field_index("_before")
             nothing = pa.nulls(changes.num_rows, changes.schema.field(at).type)
-            prepared = self._model.prepare(changes.set_column(at, "_before", nothing))
+            prepared = model.prepare(changes.set_column(at, "_before", nothing))
             return replace(prepared, removed=_NO_KEYS)  # nothing is there yet
         if phase == "older":
             changes = not_contained(self._staging, table, key, self._copy, changes)
-        prepared = self._model.prepare(changes)
+        prepared = model.prepare(changes)
         return prepared if self._keys is None else only(prepared, self._keys)
 
 
@@ -109,4 +117,19 @@ def only(prepared: Prepared, keys: pa.Array) -> Prepared:
         removed=prepared.removed.filter(pc.is_in(prepared.removed, value_set=keys)),
         rows=prepared.rows.filter(pc.is_in(prepared.rows["_source_key"], value_set=keys)),
         records=prepared.records.filter(pc.is_in(prepared.records["key"], value_set=keys)),
+        claims=_claims_only(prepared.claims, keys),
+    )
+
+
+def folded(model: RowModel, history: pa.Table, keys: pa.Array) -> Prepared:
+    """Return what a model makes of all of the history of some source keys: their rows go, and what they came
+    to takes their place."""
+    return replace(only(model.settled(history), keys), removed=keys)
+
+
+def _claims_only(claims: Claims | None, keys: pa.Array) -> Claims | None:
+    if claims is None:
+        return None
+    return replace(
+        claims, places=claims.places.filter(pc.is_in(claims.places["_source_key"], value_set=keys))
     )

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow as pa
 from headrace.change import START, Copy
 from headrace.errors import UserError
 from headrace.history import History
+from headrace.join import Snapshot
 from headrace.lane import Lane
 from headrace.log.sqlite import SQLiteLog
 from headrace.prepared import Prepared
@@ -30,7 +31,7 @@ from headrace.staging.contained import not_contained
 from headrace.staging.copies import copied
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.model import RowModel, preparing
+from headrace.transform.model import RowModel, preparing, uncontested
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?", re.ASCII)
 _OURS = re.compile(r"headrace(_\w*)?\.", re.IGNORECASE)
@@ -168,8 +169,12 @@ def write_snapshot(
     """
     if into is not None and (not _NAME.fullmatch(into) or _OURS.match(into)):
         raise UserError(f'"{into}" is no name for a table.', "Write NAME or SCHEMA.NAME, in plain letters.")
-    with closing(past.prepared(spill, stopped)) as slices:
-        found = destination.joins.write_snapshot(past.model, into, past.copy.end, slices)
+
+    def attempt(model: RowModel) -> Snapshot:
+        with closing(replace(past, model=model).prepared(spill, stopped)) as slices:
+            return destination.joins.write_snapshot(model, into, past.copy.end, slices)
+
+    found = uncontested(past.model, attempt)
     differs = astuple(found.difference) if found.difference else (None, None, None)
     counts = dict(zip(("added", "removed", "changed"), differs, strict=True))
     return {"rows": found.rows, "open_records": found.open_records, **counts, "examples": found.examples}

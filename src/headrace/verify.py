@@ -33,11 +33,13 @@ from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
 from headrace.log.proof import verify as verify_log
 from headrace.pipeline import open_lanes
+from headrace.prepared import Contested
 from headrace.server import is_running, read
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.snapshot import SourceSnapshot, pending_changes, take_snapshot
 from headrace.sources.postgres.tables import captured_tables
 from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.evaluate import UNIQUE
 from headrace.transform.model import RowModel, as_text
 
 _SHOWN_KEYS = 10
@@ -174,7 +176,7 @@ def _destination(project: Project, source: str) -> list[Finding]:
     models = lane.models()
     queries = [
         f'SELECT model, state, version, "offset" FROM headrace.models WHERE source = {literal(source)}',
-        "SELECT model, key, model_version, epoch, commit, ordinal, blocked FROM headrace.quarantine "
+        "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked FROM headrace.quarantine "
         f"WHERE source = {literal(source)} AND status IN ('quarantined', 'waiting', 'blocked')",
         'SELECT model, kind, "after", "through", read, quarantined, blocked, '
         "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
@@ -234,8 +236,12 @@ def _columns(model: RowModel) -> str:
 def _compare_model(
     lane: Lane, model: RowModel, state: dict[str, Any], table: pa.Table, records: pa.Table
 ) -> list[Finding]:
-    """Compare rows and open records; keys that wait for a redrive under a mended model are left out."""
-    prepared = model.whole(lane.joiner.history(model, state["offset"]))
+    """Compare rows and open records; keys that wait for a redrive under a mended model are left out.
+
+    Which row had a contested key first, the records tell: what they refuse is refused here.
+    """
+    history = lane.joiner.history(model, state["offset"])
+    prepared = model.refusing(_refused(model, records)).whole(history)
     outdated = records.filter(pc.not_equal(records["model_version"], model.version))["key"].combine_chunks()
     with duckdb.connect() as db:
         db.execute("SET TimeZone = 'UTC'")
@@ -253,6 +259,7 @@ def _compare_model(
             )
         where = f"model {model.name} at offset {state['offset']}"
         rows = _compare(db, where, "SELECT * FROM expected", "SELECT * FROM found", list(model.types()))
+        unique = [_keys_apart(db, model, table)] if model.unique else []
     place = ["epoch", "commit", "ordinal"]
     stays = records.filter(pc.equal(records["model_version"], model.version)).select(place).to_pylist()
     wanted = prepared.records.filter(
@@ -264,7 +271,27 @@ def _compare_model(
     detail = f"{len(found)} open records" if same else f"{len(found)} open records, {len(expected)} expected"
     if len(outdated):
         detail += f"; {len(outdated)} of an earlier model version wait for `headrace quarantine redrive`"
-    return [rows, Finding(f"quarantine of {model.name}", same, detail, len(found))]
+    return [rows, *unique, Finding(f"quarantine of {model.name}", same, detail, len(found))]
+
+
+def _refused(model: RowModel, records: pa.Table) -> Contested:
+    """Return what the open records say was refused since another row had the key."""
+    is_of_keys = pc.and_(
+        pc.equal(records["reason"], UNIQUE), pc.equal(records["model_version"], model.version)
+    )
+    places = records.filter(is_of_keys).select(["epoch", "commit", "ordinal"]).to_pylist()
+    return Contested({model.name: frozenset(tuple(place.values()) for place in places)})
+
+
+def _keys_apart(db: duckdb.DuckDBPyConnection, model: RowModel, table: pa.Table) -> Finding:
+    """Look for rows of the table, `found_raw`, that have one key."""
+    key = ", ".join(map(quoted, model.unique))
+    twins = db.execute(
+        f"SELECT min(_source_key) FROM found_raw GROUP BY {key} HAVING count(*) > 1 LIMIT {_SHOWN_KEYS}"
+    ).fetchall()
+    detail = "some rows have one key" if twins else "no two rows have one key"
+    what = f"key of {model.name} ({', '.join(model.unique)})"
+    return Finding(what, not twins, detail, table.num_rows, tuple(str(key) for (key,) in twins))
 
 
 def as_type(rows: pa.Table, column: str, type_: str) -> str:

@@ -66,6 +66,28 @@ def test_a_test_that_passes(project: Project) -> None:
     assert "ok   tests/t.toml:7 amounts are numbers, drafts are left out\n1 test, 0 failed." in done.out
 
 
+def test_of_two_rows_with_one_key_the_second_is_a_record(project: Project) -> None:
+    keyed = SALES.replace('key = ["order_id"]', 'key = ["status"]')
+    assert keyed != SALES
+    (project.root / "models" / "sales.sql").write_text(keyed)
+    given = """
+[[test]]
+name = "one row per status"
+given = [
+  { id = 1, status = "paid", amount = 1 },
+  { id = 2, status = "paid", amount = 2 },
+  { id = 3, status = "sent", amount = 3 },
+]
+expect = [
+  { order_id = 1, status = "PAID", amount = "1" },
+  { order_id = 3, status = "SENT", amount = "3" },
+]
+quarantine = [{ key = 2, reason = "constraint.unique", column = "status" }]
+"""
+    write(project, given)
+    assert problems(project, code=0) == []
+
+
 def test_without_tests_and_with_an_unknown_name(project: Project) -> None:
     assert "No tests" in here("test", cwd=project.root).out
     write(project, GOOD)

@@ -220,14 +220,31 @@ def test_the_version_follows_the_text(tmp_path: Path) -> None:
         ("v AS k", False),
     ],
 )
-def test_a_model_s_key_must_be_the_table_s(tmp_path: Path, output: str, fits: bool) -> None:
+def test_a_key_that_is_not_the_table_s_is_kept_unique(tmp_path: Path, output: str, fits: bool) -> None:
     text = read(tmp_path, f'/* headrace\nkey = ["k"]\n*/ SELECT {output} {FROM}')
     schema = TableSchema(TableId("public", "t"), (Column("id", "bigint"), Column("v", "text")), ("id",))
-    if fits:
-        assert bind(text, schema).checks[0].column == "k"
-    else:
-        with pytest.raises(ModelError, match="may not be unique"):
-            bind(text, schema)
+    model = bind(text, schema)
+    assert model.checks[0].column == "k"
+    assert model.unique == (() if fits else ("k",))
+
+
+@pytest.mark.parametrize(
+    ("output", "more", "words"),
+    [
+        ("v AS k", 'materialize = "append"', "it is append: rows of the past"),
+        ("v AS k", 'materialize = "history"', "it is history: rows of the past"),
+        ("v AS k", 'delete = "soft"', "it keeps deleted rows: rows of the past"),
+        ("[v] AS k", "", r"k is VARCHAR\[\], which cannot be held to be unique"),
+        ("v::JSON AS k", "", "k is JSON, which cannot be held to be unique"),
+    ],
+)
+def test_a_key_that_cannot_be_kept_unique_is_refused(
+    tmp_path: Path, output: str, more: str, words: str
+) -> None:
+    text = read(tmp_path, f'/* headrace\nkey = ["k"]\n{more}\n*/ SELECT {output} {FROM}')
+    schema = TableSchema(TableId("public", "t"), (Column("id", "bigint"), Column("v", "text")), ("id",))
+    with pytest.raises(ModelError, match=words):
+        bind(text, schema)
 
 
 # -- verbatim means: the same rows as the file gives by itself -------------------------------------------

@@ -259,6 +259,7 @@ def _left_out(model: RowModel) -> RowModel:
         where=f"({model.where}\n) IS NOT TRUE",
         checks=(),
         kind=LATEST,
+        unique=(),
     )
 
 

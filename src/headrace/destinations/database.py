@@ -25,6 +25,7 @@ from headrace.destinations.session import Session, Unfit
 from headrace.destinations.shapes import Shape, record_shape, recorded, refuse_drift
 from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import OPEN
+from headrace.destinations.unique import note_claims, refuse_contested
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
@@ -133,7 +134,8 @@ class Database(ABC):
     ) -> Iterator[Session]:
         """Open a transaction that changes what is of a source; committed at the end, unless not to `keep`.
 
-        Raises ModelBroken where a constraint that waited for the end refuses a model's rows.
+        Raises ModelBroken where a constraint that waited for the end refuses a model's rows, and Contested
+        where rows would have the keys of others.
         """
         try:
             with self.open(memory=memory) as db:
@@ -143,6 +145,7 @@ class Database(ABC):
                     self.set_up(db)
                 db.begin(source, steady=steady)
                 yield db
+                refuse_contested(db)
                 if db.changed:
                     count_changes(db, db.changed)
                 db.commit() if keep else db.rollback()
@@ -412,6 +415,7 @@ class Database(ABC):
 
     def _change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         target = self.table_of(model.name)
+        note_claims(db, source, target, prepared)
         if prepared.counts.read:
             db.changed.add(model.name)
         if prepared.deleted is not None:

@@ -25,6 +25,7 @@ from headrace.destinations.database import Database
 from headrace.destinations.session import Session
 from headrace.destinations.shapes import drifts
 from headrace.destinations.tables import CREATE
+from headrace.destinations.unique import Claimed
 from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
 from headrace.keys import literal, quoted
 from headrace.protocols import DestinationFinding, Scanned, Table
@@ -252,6 +253,7 @@ class _DuckDBSession:
         self._rooms: dict[str, int] = {}
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
+        self.claimed: dict[str, Claimed] = {}
 
     def begin(self, source: str, *, steady: bool = False) -> None:
         del source, steady  # the file has one writer, and transactions see one state

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from headrace.destinations.postgres_values import as_csv, postgres_type
 from headrace.destinations.session import Unfit
+from headrace.destinations.unique import Claimed
 from headrace.errors import CommitUnknown, ModelBroken
 from headrace.failpoints import failpoint
 from headrace.keys import quoted
@@ -62,6 +63,7 @@ class PostgresSession:
         self._name = name
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
+        self.claimed: dict[str, Claimed] = {}
         self._held: pa.Table | None = None  # what the temporary table _hr_given is made of
 
     def begin(self, source: str, *, steady: bool = False) -> None:

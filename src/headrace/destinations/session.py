@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from headrace.destinations.unique import Claimed
     from headrace.protocols import Table
 
 
@@ -30,6 +31,9 @@ class Session(Protocol):
 
     changed: set[str]
     """Models and marts whose rows the transaction changes: those that read them are due after it."""
+
+    claimed: dict[str, Claimed]
+    """What was changed here of tables with a key that is to be kept unique, by table (quoted)."""
 
     def begin(self, source: str, *, steady: bool = False) -> None:
         """Begin a transaction, which alone changes what is of a source until it ends. If `steady`, all of its

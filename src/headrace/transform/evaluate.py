@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
 from headrace.keys import literal, quoted
+from headrace.prepared import Claims
 from headrace.scrub import scrub
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 _ASKED_ROWS = 200
 """Bad rows per evaluation whose message is asked of the engine one by one; more rows of the same
 column share the message of the first."""
+
+UNIQUE = "constraint.unique"
+"""The reason of a change that would give its row the key of another."""
 
 
 class Evaluation:
@@ -34,6 +38,34 @@ class Evaluation:
         self._model = model
         self._fatal: dict[int, str] = {}
         self._judged: pa.Table | None = None
+        self._refused = pa.array([], pa.int64())
+
+    def refuse(self, events: pa.Table) -> None:
+        """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
+        if not self._model.refused:
+            return
+        places = list(zip(*self._model.refused, strict=True))
+        names = ("_epoch", "_commit", "_ordinal")
+        self._db.register("placed", events.select(["_hr_n", *names]))
+        self._db.register(
+            "refused", pa.table({n: pa.array(p, pa.int64()) for n, p in zip(names, places, strict=True)})
+        )
+        found = self._db.sql(f"SELECT _hr_n FROM placed SEMI JOIN refused USING ({', '.join(names)})")
+        self._refused = found.to_arrow_table()["_hr_n"].combine_chunks()
+
+    def claims(self, events: pa.Table, effects: pa.ChunkedArray, settled: pa.Array | None) -> Claims | None:
+        """Return the keys that `rows` claim; None if the source's key keeps them apart. `effects` are the
+        source keys of all effects of the events."""
+        if not self._model.unique:
+            return None
+        good = self._chosen(settled)
+        made_by = events.take(good["_hr_n"])
+        places = {name: made_by[f"_{name}"] for name in ("epoch", "commit", "ordinal")}
+        keys = pc.value_counts(effects)
+        once = keys.field("values").filter(pc.equal(keys.field("counts"), 1))
+        sole = pc.is_in(good["_source_key"], value_set=once)
+        made = pa.table({"_source_key": good["_source_key"], **places, "sole": sole})
+        return Claims(self._model.name, self._model.unique, made)
 
     def query(self, events: str) -> str:
         """Return the query that judges the rows of relation `events`.
@@ -82,10 +114,11 @@ class Evaluation:
 
     def rows(self, settled: pa.Array | None) -> pa.Table:
         """Return the good rows as `_source_key` and outputs; only those numbered in `settled`, if given."""
+        return self._chosen(settled).drop_columns("_hr_n")
+
+    def _chosen(self, settled: pa.Array | None) -> pa.Table:
         good = self.good()
-        if settled is not None:
-            good = good.filter(pc.is_in(good["_hr_n"], value_set=settled))
-        return good.drop_columns("_hr_n")
+        return good if settled is None else good.filter(pc.is_in(good["_hr_n"], value_set=settled))
 
     def good(self) -> pa.Table:
         """Return the good rows: `_hr_n`, `_source_key` and the outputs."""
@@ -106,8 +139,12 @@ class Evaluation:
         bad = judged.filter(self._bad(judged)).select(["_hr_n", "_hr_failed", *self._violations()])
         found = [tuple(row.values()) for row in bad.to_pylist() if row["_hr_n"] in wanted]
         for n, *violated in ((n, *violated) for n, failed, *violated in found if not failed):
-            check = self._model.checks[violated.index(True)]
-            yield n, "constraint", check.reason, check.column, f"{check.column}: {check.text} is violated"
+            if True in violated:
+                check = self._model.checks[violated.index(True)]
+                yield n, "constraint", check.reason, check.column, f"{check.column}: {check.text} is violated"
+            else:
+                key = ", ".join(self._model.unique)
+                yield n, "constraint", UNIQUE, key, f"{key}: another row of the table has this key"
         for n in sorted(wanted & self._fatal.keys()):
             yield n, "transform", "transform.expression", "", self._fatal[n]
         yield from self._expression_faults(sorted(n for n, failed, *_ in found if failed))
@@ -125,6 +162,9 @@ class Evaluation:
         bad = pc.fill_null(judged["_hr_failed"], False)  # a filter that is null is neither
         for name in self._violations():
             bad = pc.or_(bad, judged[name])
+        if len(self._refused):
+            refused = pc.is_in(judged["_hr_n"], value_set=self._refused)
+            bad = pc.or_(bad, pc.and_(refused, pc.invert(judged["_hr_filtered"])))
         return bad
 
     def _violation(self, i: int) -> str:

@@ -66,6 +66,7 @@ def fold(
     points = points_of(db, key, events)
     settled, removed = _lasts(points)
     bad, chosen = pa.array([], pa.int64()), None
+    evaluation.refuse(events)
     verdicts = evaluation.run(undecided(events, settled))
     verdicts = with_fatal(evaluation, verdicts, events)
     if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
@@ -88,6 +89,7 @@ def fold(
             filtered=filtered,
             quarantined=records.num_rows,
         ),
+        claims=evaluation.claims(events, points["k"], chosen),
     )
 
 

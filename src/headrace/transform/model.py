@@ -6,9 +6,10 @@ import difflib
 import hashlib
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -17,7 +18,7 @@ from headrace.change import Column, TableId, TableSchema
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
-from headrace.prepared import Prepared
+from headrace.prepared import Contested, Place, Prepared
 from headrace.scrub import scrub
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
@@ -34,6 +35,7 @@ from headrace.transform.stepping import settle, step
 
 _local = threading.local()
 _WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
+_Outcome = TypeVar("_Outcome")
 _CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
 _SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
 
@@ -76,6 +78,10 @@ class RowModel:
     kind: Kind = LATEST
     python: PythonRows | None = None
     """What makes the rows that the expressions are over, where that is Python and not the raw table."""
+    unique: tuple[str, ...] = ()
+    """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
+    refused: frozenset[Place] = field(default=frozenset(), compare=False)
+    """Changes that are bad since their rows would have the key of another."""
 
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
@@ -93,11 +99,19 @@ class RowModel:
         """Return what judges changes under the model, on a connection of `engine`."""
         return PythonEvaluation(db, self, self.python) if self.python else Evaluation(db, self)
 
+    def settled(self, changes: pa.Table) -> Prepared:
+        """Return what the whole histories of some keys come to."""
+        with engine() as db:
+            return settle(db, self.prepare(changes))
+
     def whole(self, changes: pa.Table) -> Prepared:
         """Return what the whole histories of some keys come to, in a table where nothing was before."""
-        prepared = self.prepare(changes)
-        with engine() as db:
-            return settle(db, prepared)
+        return uncontested(self, lambda model: alone(model.settled(changes)))
+
+    def refusing(self, contested: Contested) -> RowModel:
+        """Return the model that takes what was contested for bad; its version is the same."""
+        refused = contested.refused.get(self.name)
+        return replace(self, refused=self.refused | refused) if refused else self
 
     def limited(self, limits: Sequence[tuple[str, str]]) -> RowModel:
         """Return the model with `Destination.limits` of its outputs as further checks."""
@@ -139,6 +153,37 @@ def preparing(model: str) -> Iterator[None]:
         what = f"{type(error).__name__}: {scrub(str(error))}"
         remedy = "Mend it, or report what Headrace lacks."
         raise ModelBroken(model, f"Model {model} cannot run: {what}", remedy) from error
+
+
+def uncontested(model: RowModel, attempt: Callable[[RowModel], _Outcome]) -> _Outcome:
+    """Return what an attempt returns, made again with what it found contested refused, until nothing is.
+
+    It comes to an end: of the same changes each attempt refuses more.
+    """
+    while True:
+        try:
+            return attempt(model)
+        except Contested as contested:
+            model = model.refusing(contested)
+
+
+def alone(prepared: Prepared) -> Prepared:
+    """Return an outcome that is all there is. Raises Contested where rows of it would have one key: the row
+    of the earliest change has it."""
+    claims = prepared.claims
+    if claims is None:
+        return prepared
+    key = ", ".join(f"m.{quoted(name)}" for name in claims.key)
+    with engine() as db:
+        db.register("made", prepared.rows)
+        db.register("places", claims.places)
+        refused = db.execute(
+            f"SELECT p.epoch, p.commit, p.ordinal FROM made m JOIN places p USING (_source_key) "
+            f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY p.epoch, p.commit, p.ordinal) > 1"
+        ).fetchall()
+    if refused:
+        raise Contested({claims.model: frozenset(refused)})
+    return prepared
 
 
 def mirror(source: str, schema: TableSchema) -> RowModel:
@@ -196,7 +241,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
     """Bind a model file to the shape of its table.
 
     Raises ModelBroken with the engine's own words when an expression names a missing column or
-    does not type-check, and ModelError when its key is not the source's key.
+    does not type-check, and ModelError when its key is not the source's and cannot be kept unique.
     """
     if not schema.key:
         refuse_without_key(text.file, text.kind)
@@ -225,8 +270,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
         outputs = tuple(
             (name, expression, _type_name(db, text, type_)) for name, expression, type_ in outputs
         )
-    _check_key(text, schema, outputs)
-    return replace(model, outputs=outputs)
+    return replace(model, outputs=outputs, unique=_unique(text, schema, outputs))
 
 
 def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
@@ -328,10 +372,13 @@ def _try(db: duckdb.DuckDBPyConnection, text: ModelText, query: str) -> list[tup
         ) from error
 
 
-def _check_key(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, str, str]]) -> None:
-    """Accept a key that is unique because the source's key is."""
+def _unique(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
+    """Return the key's columns, none if there is no key, or one that is unique because the source's key is.
+
+    Raises ModelError for a key that cannot be kept unique.
+    """
     if not text.key:
-        return
+        return ()
     if not schema.key:
         raise ModelError(
             f"Model {text.name} has a key, but its table has none: rows of it may be the same.",
@@ -345,12 +392,26 @@ def _check_key(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str
             reads = column.name in schema.key and _reads(expression, column, text.alias)
             if reads and cast_keeps_apart(column.type, type_):
                 covered.add(column.name)
-    if covered != set(schema.key):
+    if covered == set(schema.key):
+        return ()
+    lacks = (
+        f"Model {text.name}: its key {list(text.key)} does not hold the key of its table, {list(schema.key)}"
+    )
+    hold = "put the table's key columns, cast to their own types, into the key"
+    if text.kind != LATEST:
+        what = "keeps deleted rows" if text.kind.delete == "soft" else f"is {text.kind.materialize}"
         raise ModelError(
-            f"Model {text.name}: its key {list(text.key)} does not hold the key of its table, "
-            f"{list(schema.key)}, so it may not be unique.",
-            "Put the table's key columns, cast to their own types, into the key.",
+            f"{lacks}, and it {what}: rows of the past would have keys that others have now.",
+            f"Leave that out, or {hold}.",
         )
+    for name in text.key:
+        type_ = expressions[name][1]
+        if type_.endswith("]") or type_.startswith(("STRUCT", "MAP", "UNION", "JSON", "VARIANT")):
+            raise ModelError(
+                f"{lacks}, and {name} is {type_}, which cannot be held to be unique.",
+                f"Cast {name} to a plain type, or {hold}.",
+            )
+    return text.key
 
 
 def _reads(expression: str, column: Column, alias: str) -> bool:

@@ -1,0 +1,135 @@
+"""Keys that no two rows of a model's table may have, where the source's key does not see to it.
+
+It is judged when a transaction ends, over what it leaves, as sets: within it rows may swap their keys. Of
+rows with one key the one stays that was not touched, or else had the key before, or else came of the earliest
+change; the changes that made the others are refused, and nothing of the transaction is kept. When it is made
+again without them, rows stand at what they were before: so each time more are refused, until no key is
+contested.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from headrace.destinations.session import Session
+from headrace.keys import quoted
+from headrace.prepared import Contested, Place, Prepared
+
+
+@dataclass(slots=True)
+class Claimed:
+    """What a transaction has changed of a table with a key: in the temporary relation `places` the rows that
+    it has made, each with its change, in `former` the keys of the rows that it has removed, in both with the
+    number of the outcome by which it did."""
+
+    model: str
+    source: str
+    key: tuple[str, ...]
+    places: str
+    former: str
+    outcomes: int = 0
+    """How many were noted."""
+
+
+def note_claims(db: Session, source: str, target: str, prepared: Prepared) -> None:
+    """Note whose keys an outcome takes and gives up, before it is written to the table `target`."""
+    claims = prepared.claims
+    if claims is None:
+        return
+    claimed = db.claimed.get(target)
+    if claimed is None:
+        number = len(db.claimed)
+        relations = (f"_hr_places_{number}", f"_hr_former_{number}")
+        claimed = db.claimed[target] = Claimed(claims.model, source, claims.key, *relations)
+        db.keep(claimed.places, "SELECT *, 0 AS _outcome FROM _hr_given", claims.places.slice(0, 0))
+        key = _columns("t", claims.key)
+        db.keep(claimed.former, f"SELECT _source_key, {key}, 0 AS _outcome FROM {target} t WHERE false")
+    claimed.outcomes += 1
+    removed = pa.table({"key": prepared.removed})
+    if prepared.reset or removed.num_rows:
+        given = None if prepared.reset else removed
+        # What a truncate removes is not there again if something behind it is refused.
+        outcome = "NULL" if prepared.reset else claimed.outcomes
+        gone = "" if prepared.reset else f"JOIN _hr_given g ON {db.same_key('t._source_key', 'g.key')}"
+        db.execute(
+            f"INSERT INTO {claimed.former} SELECT t._source_key, {_columns('t', claims.key)}, {outcome} "
+            f"FROM {target} t {gone} WHERE t._source = $1 "
+            f"AND t._source_key NOT IN (SELECT _source_key FROM {claimed.places})",
+            [source],
+            given,
+        )
+        where = "" if prepared.reset else "WHERE _source_key IN (SELECT key FROM _hr_given)"
+        db.execute(f"DELETE FROM {claimed.places} {where}", given=given)
+    db.execute(
+        f"INSERT INTO {claimed.places} SELECT *, {claimed.outcomes} FROM _hr_given", given=claims.places
+    )
+
+
+def refuse_contested(db: Session) -> None:
+    """Raise Contested if rows that the transaction has made have the keys of others."""
+    found = {claimed.model: _contested(db, target, claimed) for target, claimed in db.claimed.items()}
+    if refused := {model: places for model, places in found.items() if places}:
+        raise Contested(refused)
+
+
+def _contested(db: Session, target: str, claimed: Claimed) -> frozenset[Place]:
+    """Return the changes to refuse, and those that have to go as the rows of these stand where they were."""
+    key, made = claimed.key, f"{claimed.places} p ON {db.same_key('t._source_key', 'p._source_key')}"
+    rows = db.execute(
+        f"""SELECT epoch, commit, ordinal FROM (
+          SELECT p.epoch, p.commit, p.ordinal, row_number() OVER (
+            PARTITION BY {_columns("t", key)}
+            ORDER BY p.epoch IS NOT NULL, f._source_key IS NULL, p.epoch, p.commit, p.ordinal) AS place
+          FROM {target} t LEFT JOIN {made}
+          LEFT JOIN {claimed.former} f ON {db.same_key("t._source_key", "f._source_key")}
+            AND {_same("f", "t", key)}
+          WHERE t._source = $1 AND EXISTS (
+            SELECT 1 FROM {target} o JOIN {claimed.places} c
+            ON {db.same_key("o._source_key", "c._source_key")}
+            WHERE o._source = $1 AND {_same("o", "t", key)})) r
+        WHERE place > 1 AND epoch IS NOT NULL""",
+        [claimed.source],
+    )
+    if not rows:
+        return frozenset()
+    # A row that is what it was before has its key again, which no row that was touched can have then.
+    follows = db.execute(
+        f"""SELECT b.epoch, b.commit, b.ordinal, p.epoch, p.commit, p.ordinal
+        FROM {claimed.places} b
+        JOIN {claimed.former} f ON f._source_key = b._source_key AND f._outcome = b._outcome
+        JOIN {target} t ON {_same("t", "f", key)} JOIN {made}
+        WHERE b.sole AND t._source = $1 AND p._source_key <> b._source_key""",
+        [claimed.source],
+    )
+    return _closed([_place(row) for row in rows], [(_place(row[:3]), _place(row[3:])) for row in follows])
+
+
+def _closed(refused: list[Place], follows: list[tuple[Place, Place]]) -> frozenset[Place]:
+    """Return what is refused with all that follows from it: of each pair the second from the first."""
+    following = defaultdict[Place, list[Place]](list)
+    for first, second in follows:
+        following[first].append(second)
+    found, due = set(refused), list(refused)
+    while due:
+        new = [place for place in following[due.pop()] if place not in found]
+        found.update(new)
+        due += new
+    return frozenset(found)
+
+
+def _place(cells: Sequence[Any]) -> Place:
+    epoch, commit, ordinal = cells
+    return int(epoch), int(commit), int(ordinal)
+
+
+def _columns(relation: str, key: tuple[str, ...]) -> str:
+    return ", ".join(f"{relation}.{quoted(name)}" for name in key)
+
+
+def _same(left: str, right: str, key: tuple[str, ...]) -> str:
+    return " AND ".join(f"{left}.{quoted(name)} = {right}.{quoted(name)}" for name in key)
