@@ -55,10 +55,8 @@ class Binder:
         self, texts: Sequence[ModelText], removed: Collection[TableId], through: Offset
     ) -> Iterator[RowModel]:
         """Yield the models that bind: a mirror of each table that no file reads, but for those `removed`."""
-        for table, schema in self._staging.schemas(through).items():
-            if table in removed:
-                continue
-            evolution = self._evolved(schema)
+        shapes = [shape for table, shape in self._staging.schemas(through).items() if table not in removed]
+        for table, evolution in self._evolved(shapes).items():
             read = [text for text in texts if text.table == table.label]
             chosen: list[ModelText | None] = [*read] or [None]
             for text in chosen:
@@ -69,16 +67,16 @@ class Binder:
                 if isinstance(known[1], RowModel):
                     yield known[1]
 
-    def _evolved(self, schema: TableSchema) -> Evolution:
-        evolution, fresh = self._evolutions.of(schema, keep=not self._read_only)
-        if not self._read_only:
-            for judged in fresh:
-                if judged.action == "freeze":
-                    alerts.warning(
-                        "FROZEN %s of source %s: %s. The destination keeps its shape, raw has it all "
-                        "(schema_changes, %s).", schema.table, self._config.name, judged.what, judged.kind,
-                    )  # fmt: skip
-        return evolution
+    def _evolved(self, shapes: Sequence[TableSchema]) -> dict[TableId, Evolution]:
+        evolved = self._evolutions.of(shapes, keep=not self._read_only)
+        judged = [(table, each) for table, (_, fresh) in evolved.items() for each in fresh]
+        for table, each in judged if not self._read_only else ():
+            if each.action == "freeze":
+                alerts.warning(
+                    "FROZEN %s of source %s: %s. The destination keeps its shape, raw has it all "
+                    "(schema_changes, %s).", table, self._config.name, each.what, each.kind,
+                )  # fmt: skip
+        return {table: evolution for table, (evolution, _) in evolved.items()}
 
     def _bind(
         self, name: str, evolution: Evolution, text: ModelText | None, through: Offset

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -109,25 +109,33 @@ class Evolutions:
         self._text, self._known = text, read_evolutions(self._log)
         return True
 
-    def of(self, shape: TableSchema, *, keep: bool) -> tuple[Evolution, tuple[Judgement, ...]]:
-        """Return how a table's models follow its newest shape, and what of that is judged just now.
+    def of(
+        self, shapes: Iterable[TableSchema], *, keep: bool
+    ) -> dict[TableId, tuple[Evolution, tuple[Judgement, ...]]]:
+        """Return how the models of tables follow their newest shapes, and what of that is judged just now.
 
         Unless to `keep` it, it is as if nothing had been asked.
         """
-        known = self._known.get(shape.table)
-        if known is not None and known.raw.same_shape(shape):
-            return known, ()
-        if known is not None and shape.version < known.raw.version:
-            return Evolution(shape, shape), ()  # staged anew: what comes was judged long ago
-        found = Evolution(shape, shape)
-        if known is not None:
-            found = known.follow(shape, lambda kind: self._action(shape.table, kind))
-        fresh = tuple(each for each in found.judged if each.version == shape.version)
-        if keep:
+        found = {shape.table: self._of(shape) for shape in shapes}
+        fresh = {table: each for table, (each, _, is_new) in found.items() if is_new}
+        if keep and fresh:
+            # Once for all of them: the note holds every table.
             with self._log.writing():
-                self._known = read_evolutions(self._log) | {shape.table: found}
+                self._known = read_evolutions(self._log) | fresh
                 self._text = _write(self._log, self._known)
-        return found, fresh
+        return {table: (each, judged) for table, (each, judged, _) in found.items()}
+
+    def _of(self, shape: TableSchema) -> tuple[Evolution, tuple[Judgement, ...], bool]:
+        """Return how a table's models follow a shape, what is judged just now, and whether that is new."""
+        known = self._known.get(shape.table)
+        if known is None:
+            return Evolution(shape, shape), (), True
+        if known.raw.same_shape(shape):
+            return known, (), False
+        if shape.version < known.raw.version:
+            return Evolution(shape, shape), (), False  # staged anew: what comes was judged long ago
+        found = known.follow(shape, lambda kind: self._action(shape.table, kind))
+        return found, tuple(each for each in found.judged if each.version == shape.version), True
 
 
 def accept(log: LogIndex, tables: list[TableId]) -> None:

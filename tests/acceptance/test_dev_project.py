@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from headrace.config import Project, load_project
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, DestinationUnavailable
 from headrace.log.readers import Readers
 from headrace.pipeline import Pipeline
 from headrace.server import is_running, read
+from headrace.state import take_state
 from headrace.testing.postgres import PostgresServer
+from headrace.upstream import ReadingPlace
 from headrace.verify import verify
 from pipelines import running, until
 from projects import SALES, here, sales_project, sql
@@ -175,3 +177,16 @@ def test_what_cannot_be_read_is_told_with_its_line(
     (tmp_path / "other" / "headrace.toml").write_text('[source.mart]\nstaging_of = "../prod"\n')
     with pytest.raises(ConfigError, match="captures no source mart"):
         load_project(tmp_path / "other")
+
+
+def test_a_destination_that_is_away_keeps_dev_from_nothing_when_it_stops(
+    prod: Project, dev: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: ReadingPlace) -> None:
+        raise DestinationUnavailable("The destination is away.")
+
+    Pipeline(prod).run_once()
+    pipeline = Pipeline(dev)
+    monkeypatch.setattr(ReadingPlace, "step", away)
+    pipeline.close()
+    take_state(dev.state).close()

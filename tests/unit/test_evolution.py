@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +105,32 @@ def test_a_change_is_judged_once_and_waits_until_a_person_accepts_it() -> None:
     log: Any = MemoryLog("shop")
     actions = ["suspend"]
     evolutions = Evolutions(log, lambda _, __: actions[0])  # type: ignore[arg-type,return-value]
-    evolutions.of(ONE, keep=True)
+    evolutions.of([ONE], keep=True)
     after = CHANGES["dropped"][0]
-    found, fresh = evolutions.of(after, keep=False)
+    found, fresh = evolutions.of([after], keep=False)[T]
     assert found.awaits == "v dropped"
-    assert evolutions.of(after, keep=True) == (found, fresh), "who only looks leaves it to be judged"
+    assert evolutions.of([after], keep=True) == {T: (found, fresh)}, "who only looks leaves it to be judged"
     actions[0] = "evolve"
     again = Evolutions(log, lambda _, __: "evolve")
-    assert again.of(after, keep=True) == (found, ())
+    assert again.of([after], keep=True) == {T: (found, ())}
     accept(log, [T, TableId("public", "other")])
     assert evolutions.reload()
-    assert evolutions.of(after, keep=True)[0].awaits == ""
+    assert evolutions.of([after], keep=True)[T][0].awaits == ""
     assert not evolutions.reload()
+
+
+def test_many_tables_are_noted_in_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: Any = MemoryLog("shop")
+    written: list[str] = []
+    write = log.set_note
+    monkeypatch.setattr(log, "set_note", lambda key, text: (written.append(key), write(key, text)))
+    shapes = [replace(ONE, table=TableId("public", f"t{i}")) for i in range(100)]
+    evolutions = Evolutions(log, lambda _, __: "evolve")
+    evolutions.of(shapes, keep=True)
+    evolutions.of(shapes, keep=True)
+    assert written == ["evolution"], "the note holds every table: a write for each would be quadratic"
+    assert not evolutions.reload()
+    assert Evolutions(log, lambda _, __: "evolve").of(shapes, keep=False).keys() == {s.table for s in shapes}
 
 
 SOURCE = '[source.shop]\nurl = "postgresql://u@h/d"\n'

@@ -347,6 +347,8 @@ def test_a_batch_function_types_filters_and_refuses_rows_and_is_bisected_where_i
         ('return pa.table({"id": batch["id"]})', "no column x"),
         ("return batch.to_pylist()", "returned list"),
         ('return pa.table({"id": batch["id"], "x": batch["w"]})', "models/m.py:"),
+        ('return pa.table({"id": batch["id"], "x": batch["v"], "_keep": batch["v"]})', "_keep as string"),
+        ('return pa.table({"id": batch["id"], "x": batch["v"], "_error": batch})', "_error as struct"),
     ],
 )
 def test_a_batch_function_that_can_serve_no_row_is_broken_and_blames_no_record(

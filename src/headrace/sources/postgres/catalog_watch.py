@@ -150,8 +150,10 @@ def announce(db: Connection, config: SourceConfig, log: LogIndex, table: TableId
             db.execute("SELECT pg_logical_emit_message(true, 'headrace', %s)", [_WORD + word])
     except psycopg.errors.LockNotAvailable:
         return False
-    except (UserError, psycopg.errors.UndefinedTable, KeyError):
-        pass  # it cannot be captured so, or is gone: its next change, or the next look, says what is wrong
+    except (UserError, psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege, KeyError):
+        # It cannot be captured so, is gone, or may be read no longer, which a stream can do without: its next
+        # change, or the next look, says what is wrong.
+        pass
     return True
 
 

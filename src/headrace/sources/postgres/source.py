@@ -333,6 +333,8 @@ class PostgresSource:
                 expect_publication(self._catalog(), self._config, log)
         except (UserError, SourceUnavailable) as error:  # the application may have it locked for long
             return error.paragraph()
+        except (psycopg.errors.UndefinedTable, KeyError):
+            return "it was dropped just now."
         return ""
 
     def _publish(self, log: LogIndex) -> None:

@@ -198,6 +198,13 @@ class _RowFunction:
         return table.filter(pa.array([at not in bad for at in range(len(made))])) if bad else table
 
 
+_BESIDE = {
+    "_keep": (pa.bool_(), pa.null()),
+    "_error": (pa.string(), pa.large_string(), pa.string_view(), pa.null()),
+}
+"""The types of the columns that a function of batches may add to its outputs."""
+
+
 class _BatchFunction:
     """`def orders(batch: pa.RecordBatch) -> pa.Table`: a row out for each row in, in their order.
 
@@ -274,6 +281,11 @@ class _BatchFunction:
             )
         if lacking := [name for name in self._names if name not in result.schema.names]:
             raise Broken(f"{function} returned no column {lacking[0]}, which its contract has")
+        for name, types in _BESIDE.items():
+            # Not left to a cast: one that fails would quote a cell.
+            at = result.schema.get_field_index(name)
+            if at >= 0 and (of := result.schema.field(at).type) not in types:
+                raise Broken(f"{function} returned {name} as {of}: it is to be {types[0]}")
         return result
 
     def _settled(self, table: pa.Table, begin: int, made: Made) -> pa.Table:

@@ -1,0 +1,29 @@
+"""What becomes of a new table that cannot be taken in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from headrace.change import TableId
+from headrace.config import load_project
+from headrace.sources.postgres import source
+from headrace.testing.memory_log import MemoryLog
+
+
+@pytest.mark.parametrize("error", [psycopg.errors.UndefinedTable("no relation t"), KeyError("t")])
+def test_a_new_table_that_is_dropped_while_it_is_published_does_not_stop_its_source(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> bool:
+        raise error
+
+    (tmp_path / "headrace.toml").write_text('[source.shop]\nurl = "postgresql://u@h/d"\n')
+    (config,) = load_project(tmp_path).sources
+    shop, log = source.PostgresSource(config, 1 << 20, 0.0), MemoryLog("shop")
+    monkeypatch.setattr(source.PostgresSource, "_catalog", lambda _: None)
+    monkeypatch.setattr(source, "check_publication", lambda *_: None)
+    monkeypatch.setattr(source, "publish", gone)
+    assert "dropped" in shop._obstacle(log, TableId("public", "t"))  # type: ignore[arg-type]
