@@ -150,7 +150,8 @@ class Joiner:
     def folded(self, model: RowModel, through: Offset, keys: pa.Array) -> Prepared:
         """Return what a model makes of all of the history of some source keys: their rows go, and what they
         came to takes their place."""
-        return replace(only(model.whole(self.history(model, through, keys)), keys), removed=keys)
+        whole = only(model.whole(self.history(model, through, keys)), keys)
+        return replace(whole, removed=keys, deleted=None)  # a truncate in it is of all other keys, too
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""

@@ -12,6 +12,7 @@ import pytest
 from test_joining import SHAPE, TABLE, Bench, Source, change, entry, stream_to, write_copy
 from test_rebuild import Shop
 
+from entries import rows as shop_entry
 from headrace.authoring.files import find_model
 from headrace.authoring.preview import preview
 from headrace.cells import rows_of
@@ -177,6 +178,23 @@ def test_a_key_column_may_have_any_name() -> None:
     copy = Copy(7, 9, 7, floor, floor, names)
     (gone,) = absences(shape, copy, [before], before.slice(0, 1), 9).to_pylist()
     assert [gone[name] for name in (*names, "_op", "_commit")] == ["b"] * 5 + ["d", 9]
+
+
+def test_a_redrive_of_a_key_leaves_the_rows_that_came_after_a_truncate(tmp_path: Path) -> None:
+    shop = Shop(tmp_path)
+
+    def put(value: str) -> None:
+        shop.put(f'/* headrace\ndelete = "soft" */ SELECT id, {value}::INTEGER AS n FROM raw.shop.t')
+        shop.lane.reload_models(now=True)
+
+    put("v")
+    shop.truncate()
+    shop.lane.log.append([shop_entry(shop.shape, [("c", 12, 1, ("1", "1")), ("c", 12, 2, ("2", "x"))])])
+    shop.bring()
+    put("replace(v, 'x', '2')")
+    assert shop.lane.redrive("m", ["2"]) == {"resolved": 1, "still_quarantined": 0}
+    assert shop.ask("SELECT id, n, _deleted_at FROM m ORDER BY id") == [("1", 1, None), ("2", 2, None)]
+    shop.lane.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
