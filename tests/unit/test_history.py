@@ -197,6 +197,20 @@ def test_a_redrive_of_a_key_leaves_the_rows_that_came_after_a_truncate(tmp_path:
     shop.lane.close()
 
 
+def test_what_whole_histories_bring_is_a_change_for_marts(bench: Bench, tmp_path: Path) -> None:
+    for commit in (5, 9):
+        bench.copy(commit, ("k1", (str(commit), "x")))
+    model, staged = model_of(tmp_path, "history"), bench.staging.through()
+    copy = bench.joiner.pending(model, staged)
+    assert copy is not None
+    assert bench.joiner.step(model, copy, {}, [], staged, list) == "begin"
+    changes = "SELECT changes FROM headrace.changes WHERE name = 'm'"
+    begun = bench.ask(changes)
+    bench.join(model)
+    assert bench.ask("SELECT count(*) FROM m") == [(2,)]
+    assert bench.ask(changes) > begun
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lane_applies_rebuilds_previews_and_redrives_it(tmp_path: Path, kind: str) -> None:
     shop, chance = Shop(tmp_path), random.Random(7)

@@ -412,7 +412,7 @@ class Database(ABC):
 
     def _change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         target = self.table_of(model.name)
-        if prepared.counts.read:
+        if prepared.counts.read or prepared.rows.num_rows:  # a share of whole histories counts no changes
             db.changed.add(model.name)
         if prepared.deleted is not None:
             _mark_deleted(db, source, target, prepared.deleted)
