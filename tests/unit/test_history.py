@@ -4,6 +4,7 @@ what the fold of all of staging is."""
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from headrace.authoring.preview import preview
 from headrace.cells import rows_of
 from headrace.change import Column, Copy, Position, TableSchema
 from headrace.config import load_project
+from headrace.errors import UserError
 from headrace.payload import BEFORE
 from headrace.recopied import absences
+from headrace.snapshot import past_of, write_snapshot
 from headrace.transform.model import RowModel, bind
 from headrace.transform.sql import read_model
 
@@ -209,6 +212,20 @@ def test_what_whole_histories_bring_is_a_change_for_marts(bench: Bench, tmp_path
     bench.join(model)
     assert bench.ask("SELECT count(*) FROM m") == [(2,)]
     assert bench.ask(changes) > begun
+
+
+def test_a_past_that_one_copy_does_not_tell_is_refused(bench: Bench, tmp_path: Path) -> None:
+    """What was deleted before the second copy is not in it."""
+    model = model_of(tmp_path, "soft")
+    bench.copy(5, ("k1", ("a", "x")), ("k2", ("a", "x")))
+    once = bench.staging.through()
+    bench.copy(9, ("k1", ("a", "x")))
+    bench.join(model)
+    with pytest.raises(UserError, match="keeps what was deleted, also before"):
+        past_of(bench.log, bench.staging, model, str(bench.staging.through()))
+    past = past_of(bench.log, bench.staging, model, str(once))
+    found = write_snapshot(past, bench.destination, "was", tmp_path, threading.Event())
+    assert (found["rows"], found["changed"]) == (2, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
