@@ -26,6 +26,7 @@ from headrace.prepared import Prepared
 from headrace.protocols import Destination
 from headrace.raw.place import LSN, Place, moment_of, place_of
 from headrace.rebuilding import PHASES, Rebuilding, newest_decides
+from headrace.recopied import copies_of
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.staging.contained import not_contained
 from headrace.staging.copies import copied
@@ -107,7 +108,7 @@ def past_of(log: SQLiteLog, staging: DeltaStaging, model: RowModel, text: str) -
     """Return what a model's table was made of at a place that a person names: an offset, an LSN, or a time.
 
     Raises UserError for what names no place, for one that is not staged yet or lies before the table was
-    copied whole, and for a model whose table holds its past itself.
+    copied whole, and for a model whose table holds its past itself, or what one copy does not tell.
     """
     if model.kind.materialize != "latest":
         raise UserError(
@@ -121,6 +122,12 @@ def past_of(log: SQLiteLog, staging: DeltaStaging, model: RowModel, text: str) -
         raise UserError(
             f"{text} lies before what is known of {model.table}: {_first_known(log, staging, model)}",
             "Name a later place.",
+        )
+    if model.kind.remembers and len(copies_of(staging, model, copy)) > 1:
+        raise UserError(
+            f"{model.name} keeps what was deleted, also before {model.table} was copied again, and the past "
+            "is made of one copy alone.",
+            "Ask its table for rows by `_deleted_at`, or name a place before the table was copied again.",
         )
     return Past(staging, model, copy, at)
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from headrace.destinations.duckdb import DuckDBDestination
@@ -132,3 +133,14 @@ def test_changes_all_over_a_large_table_have_the_memory_that_they_take(
     destination.apply(slice_of(1, (MODEL, [row(key, "b") for key in keys]), size=len(keys)))
     counts = "SELECT count(*), count(*) FILTER (WHERE v = 'b') FROM shop.t"
     assert table(destination, counts) == [(many, len(keys))]
+
+
+def test_a_file_of_another_version_is_refused_with_what_differs(destination: DuckDBDestination) -> None:
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
+    with duckdb.connect(str(destination.path)) as db:
+        db.execute("ALTER TABLE headrace.quarantine DROP COLUMN blocked")
+    words = "filled by another version of Headrace: headrace.quarantine lacks blocked"
+    for opened in (lambda d: d.progress("shop"), lambda d: d.apply(slice_of(1, (MODEL, [row(2)])))):
+        with pytest.raises(DestinationError, match=words) as caught:
+            opened(DuckDBDestination(destination.path))
+        assert "name a new file" in caught.value.remedy

@@ -4,6 +4,7 @@ what the fold of all of staging is."""
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import pytest
 from test_joining import SHAPE, TABLE, Bench, Source, change, entry, stream_to, write_copy
 from test_rebuild import Shop
 
+from entries import rows as shop_entry
 from headrace.authoring.files import find_model
 from headrace.authoring.preview import preview
 from headrace.cells import rows_of
 from headrace.change import Column, Copy, Position, TableSchema
 from headrace.config import load_project
+from headrace.errors import UserError
 from headrace.payload import BEFORE
 from headrace.recopied import absences
+from headrace.snapshot import past_of, write_snapshot
 from headrace.transform.model import RowModel, bind
 from headrace.transform.sql import read_model
 
@@ -177,6 +181,51 @@ def test_a_key_column_may_have_any_name() -> None:
     copy = Copy(7, 9, 7, floor, floor, names)
     (gone,) = absences(shape, copy, [before], before.slice(0, 1), 9).to_pylist()
     assert [gone[name] for name in (*names, "_op", "_commit")] == ["b"] * 5 + ["d", 9]
+
+
+def test_a_redrive_of_a_key_leaves_the_rows_that_came_after_a_truncate(tmp_path: Path) -> None:
+    shop = Shop(tmp_path)
+
+    def put(value: str) -> None:
+        shop.put(f'/* headrace\ndelete = "soft" */ SELECT id, {value}::INTEGER AS n FROM raw.shop.t')
+        shop.lane.reload_models(now=True)
+
+    put("v")
+    shop.truncate()
+    shop.lane.log.append([shop_entry(shop.shape, [("c", 12, 1, ("1", "1")), ("c", 12, 2, ("2", "x"))])])
+    shop.bring()
+    put("replace(v, 'x', '2')")
+    assert shop.lane.redrive("m", ["2"]) == {"resolved": 1, "still_quarantined": 0}
+    assert shop.ask("SELECT id, n, _deleted_at FROM m ORDER BY id") == [("1", 1, None), ("2", 2, None)]
+    shop.lane.close()
+
+
+def test_what_whole_histories_bring_is_a_change_for_marts(bench: Bench, tmp_path: Path) -> None:
+    for commit in (5, 9):
+        bench.copy(commit, ("k1", (str(commit), "x")))
+    model, staged = model_of(tmp_path, "history"), bench.staging.through()
+    copy = bench.joiner.pending(model, staged)
+    assert copy is not None
+    assert bench.joiner.step(model, copy, {}, [], staged, list) == "begin"
+    changes = "SELECT changes FROM headrace.changes WHERE name = 'm'"
+    begun = bench.ask(changes)
+    bench.join(model)
+    assert bench.ask("SELECT count(*) FROM m") == [(2,)]
+    assert bench.ask(changes) > begun
+
+
+def test_a_past_that_one_copy_does_not_tell_is_refused(bench: Bench, tmp_path: Path) -> None:
+    """What was deleted before the second copy is not in it."""
+    model = model_of(tmp_path, "soft")
+    bench.copy(5, ("k1", ("a", "x")), ("k2", ("a", "x")))
+    once = bench.staging.through()
+    bench.copy(9, ("k1", ("a", "x")))
+    bench.join(model)
+    with pytest.raises(UserError, match="keeps what was deleted, also before"):
+        past_of(bench.log, bench.staging, model, str(bench.staging.through()))
+    past = past_of(bench.log, bench.staging, model, str(once))
+    found = write_snapshot(past, bench.destination, "was", tmp_path, threading.Event())
+    assert (found["rows"], found["changed"]) == (2, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

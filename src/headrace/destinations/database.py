@@ -24,7 +24,7 @@ from headrace.destinations.marts import Marts
 from headrace.destinations.session import Session, Unfit
 from headrace.destinations.shapes import Shape, record_shape, recorded, refuse_drift
 from headrace.destinations.steps import StepBook
-from headrace.destinations.tables import OPEN
+from headrace.destinations.tables import OPEN, refuse_other_version
 from headrace.destinations.unique import note_claims, refuse_contested
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
@@ -50,6 +50,7 @@ class Database(ABC):
         self.marts = Marts(self)
         self.commits = 0
         self._quiet = 0
+        self._is_known = False  # that Headrace's own tables are as this version has them
 
     @property
     def changes(self) -> int:
@@ -66,7 +67,7 @@ class Database(ABC):
         """
 
     @abstractmethod
-    def set_up(self, db: Session) -> None:
+    def create(self, db: Session) -> None:
         """Make Headrace's own tables where they are missing."""
 
     @abstractmethod
@@ -114,6 +115,14 @@ class Database(ABC):
         """See `Destination.close`."""
 
     # -- what is the same for all
+
+    def set_up(self, db: Session) -> None:
+        """Make Headrace's own tables where they are missing. Raises DestinationError for those of another
+        version."""
+        self.create(db)
+        if not self._is_known:
+            refuse_other_version(db, self.name, self.fresh)
+            self._is_known = True
 
     def place_of(self, model: str) -> tuple[str, str]:
         """Return schema and name of a model's table."""
@@ -416,7 +425,7 @@ class Database(ABC):
     def _change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         target = self.table_of(model.name)
         note_claims(db, source, target, prepared)
-        if prepared.counts.read:
+        if prepared.counts.read or prepared.rows.num_rows:  # a share of whole histories counts no changes
             db.changed.add(model.name)
         if prepared.deleted is not None:
             _mark_deleted(db, source, target, prepared.deleted)

@@ -192,8 +192,8 @@ class DuckDBDestination(Database):
             db.execute("BEGIN TRANSACTION READ ONLY")
             yield (_scanned(db, query) for query in queries)
 
-    def set_up(self, db: Session) -> None:
-        """Make Headrace's own tables where they are missing, and the file before."""
+    def create(self, db: Session) -> None:
+        """See `Database.create`; makes the file before."""
         db.execute(CREATE)
 
     def exists(self) -> bool:

@@ -210,8 +210,8 @@ class PostgresDestination(Database):
 
     # -- tables
 
-    def set_up(self, db: Session) -> None:
-        """See `Database.set_up`."""
+    def create(self, db: Session) -> None:
+        """See `Database.create`."""
         if _is_set_up(db):
             return
         session = cast("PostgresSession", db)
@@ -220,10 +220,10 @@ class PostgresDestination(Database):
         if not _is_set_up(db):
             for statement in CREATE.split(";") + _INDEXES.split(";"):
                 if statement.strip():
-                    self._create(db, statement)
+                    self._create_one(db, statement)
         session.execute("COMMIT")
 
-    def _create(self, db: Session, statement: str) -> None:
+    def _create_one(self, db: Session, statement: str) -> None:
         schema = re.match(r"\s*CREATE SCHEMA IF NOT EXISTS (\w+)", statement)
         if schema:
             self.make_schema(db, schema[1])

@@ -1,5 +1,15 @@
 """The tables that Headrace keeps in a destination, beside the data and in its transactions."""
 
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from headrace.errors import DestinationError
+
+if TYPE_CHECKING:
+    from headrace.destinations.session import Session
+
 LEDGER_COUNTS = ("read", "applied", "superseded", "filtered", "quarantined", "waiting", "blocked")
 
 RECORD_COLUMNS = (
@@ -54,3 +64,33 @@ CREATE TABLE IF NOT EXISTS headrace.marts (
 );
 CREATE TABLE IF NOT EXISTS headrace.shapes (model VARCHAR, columns VARCHAR, numbered VARCHAR);
 """
+
+
+@cache
+def _columns() -> dict[str, list[str]]:
+    """Return the tables that `CREATE` makes, with the names of their columns."""
+    import duckdb
+
+    with duckdb.connect() as db:
+        db.execute(CREATE)
+        return dict(
+            db.execute(
+                "SELECT table_name, list(column_name ORDER BY ordinal_position) "
+                "FROM information_schema.columns WHERE table_schema = 'headrace' GROUP BY table_name"
+            ).fetchall()
+        )
+
+
+def refuse_other_version(db: Session, name: str, fresh: str) -> None:
+    """Raise DestinationError for tables that another version of Headrace has made, with other columns."""
+    for table, columns in sorted(_columns().items()):
+        found = list(db.columns("headrace", table, hidden=True))
+        if found != columns:
+            lacks = [column for column in columns if column not in found]
+            more = [column for column in found if column not in columns]
+            differs = [f"lacks {', '.join(lacks)}"] * bool(lacks) + [f"has {', '.join(more)}"] * bool(more)
+            what = " and ".join(differs) or "has its columns in another order"
+            raise DestinationError(
+                f"{name} was filled by another version of Headrace: headrace.{table} {what}.",
+                f"Use that version, or {fresh} and let it be filled again from staging.",
+            )
