@@ -7,12 +7,14 @@ opened, just before the source is read.
 from __future__ import annotations
 
 import json
-import resource
+import os
 import sys
 import threading
 import time
 from contextlib import closing
 from pathlib import Path
+
+from rig import memory_mb
 
 from headrace.config import load_project
 from headrace.lane import Lane
@@ -68,7 +70,7 @@ def rebuild(folder: str, model: str) -> None:
     while lane.take_rebuild_further(model):
         pass
     seconds, cpu = time.monotonic() - begin, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory_mb(os.getpid(), "VmHWM")  # what getrusage tells is at least the parent's
     print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_rss_mb": peak}))
     lane.close()
 

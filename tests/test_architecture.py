@@ -49,6 +49,7 @@ FLOORS = [
         "joining",
         "history",
         "rebuilding",
+        "recopied",
         "snapshot",
         "lane",
         "pipeline",

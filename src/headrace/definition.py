@@ -46,7 +46,7 @@ class Row(dict[str, Any]):
                 pass
         near = get_close_matches(name, self, 1)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(self)}"
-        raise UnknownColumn(f"the raw table has no column {name}; {hint}")
+        raise UnknownColumn(f"the raw table has no column {name} ({hint})")
 
 
 @dataclass(frozen=True, slots=True)

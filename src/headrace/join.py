@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from headrace.change import Mark, Offset, Position
+from headrace.change import Counts, Mark, Offset, Position
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from headrace.prepared import Prepared
     from headrace.protocols import Model
 
-Phase = Literal["newest", "older copy", "older", "copy", "stream", "done"]
+Phase = Literal["newest", "older copy", "older", "copy", "keys", "stream", "done"]
 Why = Literal["copy", "rebuild", "dry run"]
 
 
@@ -25,7 +25,9 @@ class Join:
     The phase `copy` reads the copied rows, `stream` the changes that they do not contain, through
     `target`; `offset` is how far the phase is. Where the newest change of a key decides, all of history
     through `target` goes quicker: `newest` reads these alone, `older copy` and `older` what else there is of
-    keys whose newest change is bad, and `stream` goes on from there. `stands` is the end of the copy that the
+    keys whose newest change is bad, and `stream` goes on from there. Where what was before the newest copy
+    counts too, `keys` reads all of history through `end`, each time of a share of the keys, and `offset` is
+    how many times it has. `stands` is the end of the copy that the
     live table is made of, 0 if it is filled in place. `why`: a new copy, or all of history once more under
     the model as it is now, which a dry run only compares with the live table.
     """
@@ -45,6 +47,15 @@ class Join:
     def beside(self) -> bool:
         """Whether the live table goes on meanwhile."""
         return self.stands > 0
+
+
+class Account(NamedTuple):
+    """What the ledger says of a span of the log: kind `copy` or `apply`, `after`, `through`, and counts."""
+
+    kind: str
+    after: Offset
+    through: Offset
+    counts: Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +94,17 @@ class Joins(Protocol):
         """Start a join with an empty table, in place or beside; one that did not end is given up."""
         ...
 
-    def step(self, join: Join, following: Join, model: Model, pieces: Iterable[Prepared]) -> Sequence[str]:
+    def step(
+        self,
+        join: Join,
+        following: Join,
+        model: Model,
+        pieces: Iterable[Prepared],
+        accounts: Sequence[Account] | None = None,
+    ) -> Sequence[str]:
         """Take in one slice of a phase, piece by piece, and move to `following`, in one transaction; returns
-        the ids of issues that are new. Whatever taking the pieces raises is raised here, and nothing changes.
+        the ids of issues that are new. `accounts` are what the ledger is to say instead of the slice's own
+        counts. Whatever taking the pieces raises is raised here, and nothing changes.
 
         Raises DestinationError when the join does not stand at `join`: another pipeline moved it; and
         Contested for changes to prepare once more.

@@ -31,6 +31,16 @@ from headrace.keys import identity
 from headrace.prepared import Prepared
 from headrace.protocols import LogIndex, ModelState
 from headrace.rebuilding import PHASES, Rebuilding, newest_decides
+from headrace.recopied import (
+    absences,
+    began,
+    copies_of,
+    gathered,
+    in_share,
+    of_share,
+    shares,
+    told_at_once,
+)
 from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
@@ -39,7 +49,7 @@ from headrace.transform.model import RowModel, preparing, uncontested
 
 logger = logging.getLogger("headrace.joining")
 
-_FIRST: tuple[Phase, ...] = ("copy", "newest")
+_FIRST: tuple[Phase, ...] = ("copy", "newest", "keys")
 _STREAMED: tuple[Kind, ...] = ("rows", "truncate")
 _SLICES = 3  # of the log, that one step of a rebuild takes: a transaction for each would take longer
 _PATIENCE = 0.2  # seconds that a step waits for what is being found: others are to be applied meanwhile
@@ -115,10 +125,27 @@ class Joiner:
         copy = self.stands_on(model)
         if copy is None:
             return self.filled(model, _of(keys, model, self._staging.read(model.table, 0, through)), through)
-        rows = self._staging.read_copied(model.table, copy, copy.begin, min(copy.end, through))
-        changes = self._staging.read(model.table, copy.after, through)
-        changes = self._not_copied(model, copy, _of(keys, model, changes), through)
-        return in_source_order([_of(keys, model, rows), changes])
+        copies = copies_of(self._staging, model, copy) if model.kind.remembers else [copy]
+        return self._history(model, copies, through, partial(_of, keys, model))
+
+    def _history(
+        self, model: RowModel, copies: Sequence[Copy], through: Offset, chosen: Callable[[pa.Table], pa.Table]
+    ) -> pa.Table:
+        """Return the chosen rows of copies and changes that the first does not contain, in source order; and
+        deletes of what a later copy has no more."""
+        parts = self._staging.pieces(model.table, copies[0].after, through)
+        changes = gathered(self._staging.read(model.table, through, through), map(chosen, parts))
+        changes = self._not_copied(model, copies[0], changes, through)
+        rows = [
+            gathered(changes.slice(0, 0), map(chosen, self._staging.copied_parts(model.table, copy)))
+            for copy in copies
+        ]
+        gone = list[pa.Table]()
+        for i, copy in enumerate(copies[1:], 1):
+            # What an earlier copy had no more is gone already.
+            before = [changes, *rows[:i], *gone]
+            gone.append(absences(model.schema, copy, before, rows[i], began(self._log, copy)))
+        return in_source_order([*rows, changes, *gone])
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
@@ -192,6 +219,8 @@ class Joiner:
         )
         if why != "copy" and newest_decides(model):
             join = replace(join, phase=PHASES[0], offset=_begin_of(copy, target))
+        if model.kind.remembers and len(copies_of(self._staging, model, copy)) > 1:
+            join = replace(join, phase="keys", offset=0)
         self._destination.start(join, model)
         self._keep(join)
         what = f"joins the copy of {model.table}" if why == "copy" else f"is built once more: {why}"
@@ -212,13 +241,18 @@ class Joiner:
         if taken is None:
             return "prepare"
         through, pieces = taken
-        following = _following(replace(join, offset=through), copy, live)
+        following, accounts = _following(replace(join, offset=through), copy, live), None
+        if join.phase == "keys":
+            is_last = through >= shares(self._staging, model.table, copy)
+            accounts = told_at_once(self._staging, model, copy, beside=join.beside) if is_last else []
+            if is_last:
+                following = replace(following, phase="stream", offset=min(copy.end, live))
         if self._may_be_prepared(join, following, model, copy):
             self._submit(following, model, copy, following.target)
 
         def attempt(model: RowModel) -> Sequence[str]:
             made = self._prepare(join, model, copy, target)[1] if model.refused else pieces
-            return self._destination.step(join, following, model, made)
+            return self._destination.step(join, following, model, made, accounts)
 
         issues = uncontested(model, attempt)
         self._keep(following)
@@ -266,6 +300,8 @@ class Joiner:
                 again = model if model.refused else None
                 through, prepared = reading.prepare(join.phase, join.offset, join.target, again)
                 return through, [prepared]
+            if join.phase == "keys":
+                return join.offset + 1, [self._share(join, model, copy)]
             through = self._slice_end(join, model, copy, target)
             if join.phase == "copy":
                 rows = self._staging.read_copied(model.table, copy, join.offset, through)
@@ -286,6 +322,13 @@ class Joiner:
             bad_keys = partial(self._destination.bad_keys, join)
             self._rebuilding = (same, model, Rebuilding(self._staging, model, copy, history, bad_keys))
         return self._rebuilding[2]
+
+    def _share(self, join: Join, model: RowModel, copy: Copy) -> Prepared:
+        """Return what all of the history through a copy's end comes to, of the next share of the keys."""
+        count, copies = shares(self._staging, model.table, copy), copies_of(self._staging, model, copy)
+        mine = partial(in_share, model.schema, join.offset, count)
+        whole = model.whole(self._history(model, copies, copy.end, mine))
+        return of_share(whole, join.offset, count)
 
     def _pieces(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Iterator[Prepared]:
         with preparing(model.name):

@@ -79,6 +79,11 @@ def mirror_expression(column: Column) -> str:
     return f"{cell}::{type_}"
 
 
+def is_whole(source_type: str) -> bool:
+    """Whether the values of a source type are whole numbers, each written in one way."""
+    return source_type in _INTEGRAL
+
+
 def cast_keeps_apart(source_type: str, target: str) -> bool:
     """Whether two different source texts of a type always stay different when cast to `target`."""
     if target in {"VARCHAR", "TEXT", "STRING"}:

@@ -269,6 +269,12 @@ class Table(Protocol):
         """Return the columns, without hidden ones, with their types in DuckDB's words."""
         ...
 
+    @property
+    def numbered(self) -> str | None:
+        """The column that is the source key itself, a whole number, in every row; None if none is, or if rows
+        are found otherwise than by deleting them."""
+        ...
+
 
 class Model(Table, Protocol):
     """What a destination table is made of."""

@@ -124,7 +124,7 @@ def only(prepared: Prepared, keys: pa.Array) -> Prepared:
 def folded(model: RowModel, history: pa.Table, keys: pa.Array) -> Prepared:
     """Return what a model makes of all of the history of some source keys: their rows go, and what they came
     to takes their place."""
-    return replace(only(model.prepare(history), keys), removed=keys)
+    return replace(only(model.settled(history), keys), removed=keys)
 
 
 def _claims_only(claims: Claims | None, keys: pa.Array) -> Claims | None:

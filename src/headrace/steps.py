@@ -102,7 +102,9 @@ def judge(keep: Keep, makes: str, steps: str, standing: Standing | None, *, trun
         keep("_hr_keyed", "SELECT * FROM _hr_numbered UNION ALL SELECT * FROM _hr_cleared")
     else:
         keep("_hr_keyed", "SELECT * FROM _hr_numbered")
-    last = f"row_number() OVER (PARTITION BY k, {_PLACE.rpartition(',')[0]} ORDER BY n DESC) = 1"
+    # Two copies under one commit have a row at one place.
+    order = "n DESC, CASE WHEN what = 'over' THEN 1 ELSE 0 END"
+    last = f"row_number() OVER (PARTITION BY k, {_PLACE.rpartition(',')[0]} ORDER BY {order}) = 1"
     is_open = f"k IN ({standing.open})" if standing else "false"
     keep(
         "_hr_judged",
@@ -128,13 +130,13 @@ def make_versions(keep: Keep, steps: str, standing: Standing | None, fingerprint
         there = f"""UNION ALL SELECT t._source_key, 0, NULL, NULL, NULL,
           max(coalesce(valid_to, valid_from)), max(CASE WHEN is_current THEN {first} END),
           max(CASE WHEN is_current THEN {second} END), bool_or(is_current)
-        FROM {standing.rows} t JOIN (SELECT DISTINCT k FROM _hr_judged j WHERE {counts}) s
-        ON {standing.same_key("t._source_key", "s.k")} GROUP BY t._source_key"""
+        FROM {standing.rows} t JOIN (SELECT DISTINCT k AS _hr_k FROM _hr_judged j WHERE {counts}) s
+        ON {standing.same_key("t._source_key", "s._hr_k")} GROUP BY t._source_key"""
     keep(
         "_hr_states",
         f"""SELECT j.k, j.n, j._epoch, j._commit, j._ordinal, j.moment, s.h0, s.h1, j.what = 'row' AS is_row
         FROM _hr_judged j LEFT JOIN (
-          SELECT _source_key AS k, {_PLACE}, {first} AS h0, {second} AS h1 FROM {steps} WHERE _what = 'row'
+          SELECT _source_key, {_PLACE}, {first} AS h0, {second} AS h1 FROM {steps} WHERE _what = 'row'
         ) s ON {_same("j", "s")} AND j.what = 'row' WHERE {counts} {there}""",
     )
     keep(
@@ -149,13 +151,13 @@ def make_versions(keep: Keep, steps: str, standing: Standing | None, fingerprint
 
 def _same(judged: str, steps: str) -> str:
     places = (f"{judged}.{name} = {steps}.{name}" for name in _PLACE.split(", "))
-    return " AND ".join([f"{judged}.k = {steps}.k", *places])
+    return " AND ".join([f"{judged}.k = {steps}._source_key", *places])
 
 
 def made_rows(makes: str, steps: str, outputs: Sequence[str], standing: Standing | None) -> str:
     """Return the query of the rows that come: `_source_key`, the outputs, and the columns of the kind."""
     cells = ", ".join(f"s.{quoted(name)}" for name in outputs)
-    of_steps = f"(SELECT *, _source_key AS k FROM {steps} WHERE _what IN ('row', 'deleted')) s"
+    of_steps = f"(SELECT * FROM {steps} WHERE _what IN ('row', 'deleted')) s"
     if makes == "history":
         return (
             f"SELECT s._source_key, {cells}, v.since AS valid_from, v.until AS valid_to, "
@@ -163,13 +165,16 @@ def made_rows(makes: str, steps: str, outputs: Sequence[str], standing: Standing
             "WHERE v.n > 0 AND v.is_row"
         )
     # A delete tells of a row that there was.
-    was = "j.first_row < j.n"
+    was, known = "j.first_row < j.n", ""
     if standing:
-        same = standing.same_key("t._source_key", "j.k")
-        was += f" OR EXISTS (SELECT 1 FROM {standing.rows} t WHERE {same})"
+        known = (
+            f"LEFT JOIN (SELECT DISTINCT d.k FROM {standing.rows} t JOIN (SELECT DISTINCT k FROM _hr_judged "
+            f"WHERE what = 'deleted') d ON {standing.same_key('t._source_key', 'd.k')}) w ON w.k = j.k"
+        )
+        was += " OR w.k IS NOT NULL"
     return (
         f"SELECT s._source_key, {cells}, j._epoch, j._commit, j._ordinal FROM (SELECT *, "
         "min(CASE WHEN what = 'row' AND outcome = 'applied' THEN n END) OVER (PARTITION BY k) AS first_row "
-        f"FROM _hr_judged) j JOIN {of_steps} ON {_same('j', 's')} AND s._what = j.what "
+        f"FROM _hr_judged) j JOIN {of_steps} ON {_same('j', 's')} AND s._what = j.what {known} "
         f"WHERE j.outcome = 'applied' AND (j.what = 'row' OR {was}) ORDER BY j.n"
     )

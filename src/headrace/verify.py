@@ -176,9 +176,9 @@ def _destination(project: Project, source: str) -> list[Finding]:
     models = lane.models()
     queries = [
         f'SELECT model, state, version, "offset" FROM headrace.models WHERE source = {literal(source)}',
-        "SELECT model, key, model_version, reason, epoch, commit, ordinal FROM headrace.quarantine "
+        "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked FROM headrace.quarantine "
         f"WHERE source = {literal(source)} AND status IN ('quarantined', 'waiting', 'blocked')",
-        'SELECT model, kind, "after", "through", read, quarantined, '
+        'SELECT model, kind, "after", "through", read, quarantined, blocked, '
         "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
         f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
         f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
@@ -206,7 +206,7 @@ def _destination(project: Project, source: str) -> list[Finding]:
         mine = records.filter(pc.equal(records["model"], model.name))
         own = ledger.filter(pc.equal(ledger["model"], model.name)).to_pylist()
         findings += _compare_model(lane, model, state, table, mine)
-        findings.append(_check_ledger(lane, model, state["offset"], own, mine.num_rows))
+        findings.append(_check_ledger(lane, model, state["offset"], own, mine["blocked"].to_pylist()))
     return findings
 
 
@@ -240,7 +240,8 @@ def _compare_model(
 
     Which row had a contested key first, the records tell: what they refuse is refused here.
     """
-    prepared = model.refusing(_refused(model, records)).prepare(lane.joiner.history(model, state["offset"]))
+    history = lane.joiner.history(model, state["offset"])
+    prepared = model.refusing(_refused(model, records)).whole(history)
     outdated = records.filter(pc.not_equal(records["model_version"], model.version))["key"].combine_chunks()
     with duckdb.connect() as db:
         db.execute("SET TimeZone = 'UTC'")
@@ -303,7 +304,7 @@ def as_type(rows: pa.Table, column: str, type_: str) -> str:
 
 
 def _check_ledger(
-    lane: Lane, model: RowModel, offset: int, rows: Sequence[dict[str, Any]], open_records: int
+    lane: Lane, model: RowModel, offset: int, rows: Sequence[dict[str, Any]], records: Sequence[int]
 ) -> Finding:
     what = f"ledger of {model.name}"
     open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
@@ -332,8 +333,12 @@ def _check_ledger(
     if due != sum(read for _, read in applied):
         return Finding(what, False, f"does not account for all of {due} changes", len(rows))
     quarantined = sum(row["quarantined"] for row in rows)
-    if quarantined != open_records:
-        return Finding(what, False, f"says {quarantined} open records, there are {open_records}", len(rows))
+    if quarantined != len(records):
+        return Finding(what, False, f"says {quarantined} open records, there are {len(records)}", len(rows))
+    blocked = sum(row["blocked"] for row in rows)
+    if blocked != sum(records):
+        wait = f"says that {blocked} changes wait behind them, the records say {sum(records)}"
+        return Finding(what, False, wait, len(rows))
     return Finding(what, True, f"closes over {total} changes", len(rows))
 
 

@@ -251,6 +251,7 @@ class Bank:
         assert f"shop through {position}" in capsys.readouterr().out
 
 
+@pytest.mark.timeout(300 + ACCOUNTS // 1_000)
 def test_no_money_is_ever_made_or_lost(
     bank: tuple[str, Project, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

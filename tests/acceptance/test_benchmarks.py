@@ -108,3 +108,15 @@ def test_the_log_is_measured_beside_a_bare_file(module):
         assert all(value > 0 for run in runs for value in run.values())
     assert {"ours", "rival", "with_encoding"} == set(measured["sqlite_append"][1][0])
     assert {"ours", "rival", "verify_mb_per_s"} == set(measured["sqlite_read"][1][0])
+
+
+@pytest.mark.parametrize("engine", ["duckdb", "postgres"])
+def test_changes_to_a_large_table_are_measured_beside_those_to_a_small_one(module, engine):
+    merge, rig = module("merge"), module("rig")
+    with rig.open_rig() as made:
+        for where in ("recent", "scattered"):
+            rival, runs, extra = merge.measure(made, f"{engine}_{where}", 20_000, 2_000, 100, 2)
+            assert rival == "the same to 2,000 rows"
+            assert len(runs) == 2
+            assert all(value > 0 for run in runs for value in run.values())
+            assert (extra["rows"], extra["changes"]) == (20_000, 100)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,10 @@ from hypothesis import strategies as st
 from headrace.cells import rows_of
 from headrace.change import Column, Mark, Position, TableId, TableSchema
 from headrace.destinations.duckdb import DuckDBDestination
+from headrace.errors import ModelError
+from headrace.keys import quoted
 from headrace.payload import BEFORE, UNCHANGED
+from headrace.prepared import Prepared
 from headrace.protocols import Part, Slice
 from headrace.transform.model import RowModel, bind
 from headrace.transform.sql import read_model
@@ -219,9 +223,15 @@ KINDS = {
 }
 
 
-def bound(folder: Path, header: str, schema: TableSchema = SHAPE) -> RowModel:
+MENDED = ("v::INTEGER AS v", "replace(v, 'x', '7')::INTEGER AS v"), ("v < 100", "v < 1000")
+
+
+def bound(folder: Path, header: str, *mended: tuple[str, str], schema: TableSchema = SHAPE) -> RowModel:
     path = folder / "t.sql"
-    path.write_text(BODY.format(header, ", _op AS op" if "append" in header else ""))
+    text = BODY.format(header, ", _op AS op" if "append" in header else "")
+    for before, after in mended:
+        text = text.replace(before, after)
+    path.write_text(text)
     return bind(read_model(path), schema)
 
 
@@ -233,9 +243,9 @@ class Bench:
     folder: Path
     serial: Iterator[int] = field(default_factory=itertools.count)
 
-    def model(self, rules: Rules) -> RowModel:
+    def model(self, rules: Rules, *mended: tuple[str, str]) -> RowModel:
         n = next(self.serial)
-        return replace(bound(self.folder, rules.header), name=f"t{n}", source=f"s{n}")
+        return replace(bound(self.folder, rules.header, *mended), name=f"t{n}", source=f"s{n}")
 
     def apply(self, model: RowModel, events: Sequence[Placed], cuts: Sequence[int], pieces: int) -> None:
         """Apply events in slices that end behind the commits `cuts`, each in pieces of some changes."""
@@ -257,7 +267,7 @@ class Bench:
     def outcome(self, model: RowModel, rules: Rules) -> Outcome:
         rows, records = self.destination.read(
             [
-                rules.query.format(model.name),
+                rules.query.format(quoted(model.name)),
                 "SELECT key, commit, ordinal, blocked FROM headrace.quarantine "
                 f"WHERE status = 'quarantined' AND model = '{model.name}'",
             ]
@@ -325,3 +335,95 @@ def test_any_cut_gives_what_the_rules_say_change_by_change(
     bench.apply(model, history, cuts, pieces)
     assert bench.outcome(model, rules) == rules.interpret(history)
     bench.check_books(model, len(events))
+
+
+def redrive(bench: Bench, model: RowModel, history: Sequence[Placed]) -> None:
+    """Fold the whole histories of all keys with an open record, as a lane does."""
+    opened = f"status = 'quarantined' AND model = '{model.name}'"
+    (found,) = bench.destination.read([f"SELECT DISTINCT key FROM headrace.quarantine WHERE {opened}"])
+    keys, whole = found["key"].combine_chunks(), model.whole(changes(history))
+    rows = whole.rows.filter(pc.is_in(whole.rows["_source_key"], value_set=keys))
+    records = whole.records.filter(pc.is_in(whole.records["key"], value_set=keys))
+    bench.destination.redrive(model, Prepared(False, keys, rows, records, whole.counts))
+
+
+# A delete heals what it makes obsolete: there is nothing to redrive, and a deleted row stays as it was good.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "soft"])
+@settings(max_examples=max(settings().max_examples // 6, 4))
+@given(drawn=cut_events())
+@example(
+    drawn=(
+        [Event("c", "a", "1"), Event("u", "a", "x"), Event("u", "a", "500"), Event("u", "b", "2", "a")],
+        [3, 4],
+        9,
+    )
+)
+def test_a_redrive_under_a_mended_model_is_as_if_nothing_had_failed(
+    kind: str, drawn: tuple[list[Event], list[int], int], bench: Bench
+) -> None:
+    (events, cuts, pieces), rules = drawn, KINDS[kind]
+    model, history = bench.model(rules), placed(events)
+    half = [through for through in cuts[:-1] if through]
+    if half:
+        bench.apply(model, history, half, pieces)
+        before = [p for p in history if p.commit <= half[-1]]
+        redrive(bench, model, before)  # nothing is mended: nothing changes
+        assert bench.outcome(model, rules) == rules.interpret(before)
+        bench.check_books(model, len(before))
+    other = bench.model(rules)
+    bench.apply(other, history, cuts, pieces)
+    mended = replace(bench.model(rules, *MENDED), name=other.name, source=other.source)
+    redrive(bench, mended, history)
+    bench.check_books(other, len(events))
+    flawless = bench.model(rules, *MENDED)
+    bench.apply(flawless, history, cuts, pieces)
+    assert bench.outcome(other, rules) == bench.outcome(flawless, rules)
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ('materialize = "table"', "materialize must be"),
+        ('delete = "later"', "delete must be"),
+        ('materialize = "history"\ndelete = "soft"', "a delete ends the last one"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, header: str, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        bound(tmp_path, header)
+
+
+def test_a_column_that_the_table_has_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a column Valid_From of its own"):
+        bound(tmp_path, 'materialize = "history"', ("AS v FROM", "AS v, now AS Valid_From FROM"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_without_a_key_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ModelError, match="has no key, so nothing tells which of its rows a change is of"):
+        bound(tmp_path, KINDS[kind].header, schema=replace(SHAPE, key=()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_source_may_name_its_columns_as_it_likes(
+    kind: str, tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with the names that relations of the fold have."""
+    rules, names = KINDS[kind], ["k", "n", "own", "gone", "what", "moment", "h0"]
+    shape = replace(SHAPE, columns=(*SHAPE.columns, *(Column(name, "text") for name in names)))
+    more = ("AS v", f"AS v, {', '.join(names)}")
+    bound_to = bound(tmp_path, rules.header, more, schema=shape)
+    model = replace(bound_to, name=f"named {kind}", source=f"named {kind}")
+
+    def wide(events: Sequence[Placed], narrow: Callable[..., pa.Table] = changes) -> pa.Table:
+        made = narrow(events)
+        for name in names:
+            made = made.append_column(name, made["id"])
+        return made
+
+    monkeypatch.setitem(globals(), "changes", wide)
+    events = [Event("c", "a", "1"), Event("c", "b", "x"), Event("u", "a", "2"), Event("u", "c", "2", "a")]
+    history = placed([*events, Event("t"), Event("c", "a", "1"), Event("d", "a")])
+    bench.apply(model, history, [2, 4, 7], 9)
+    assert bench.outcome(model, rules) == rules.interpret(history)
+    bench.check_books(model, len(history))

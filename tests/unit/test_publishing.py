@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -188,6 +189,17 @@ db = duckdb.connect(sys.argv[1])
 print("held", flush=True)
 sys.stdin.readline()
 """
+
+
+def test_where_the_kernel_does_not_copy_it_is_done_here(it: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: object) -> int:
+        raise OSError(errno.EXDEV, "other file systems")
+
+    monkeypatch.setattr(publishing.os, "copy_file_range", cannot)
+    monkeypatch.setattr(publishing, "_CLONE", 0)
+    it.apply(0, *range(1, 1_000))
+    assert it.publisher.step()
+    assert it.rows() == [*range(1, 1_000)]
 
 
 def test_a_copy_that_somebody_writes_to_is_not_replaced(it: Kept) -> None:

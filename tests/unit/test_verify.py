@@ -60,7 +60,15 @@ def lane(log: SQLiteLog) -> Any:
 
 def ledger(*spans: tuple[int, int, int]) -> list[dict[str, Any]]:
     return [
-        {"kind": "apply", "after": after, "through": through, "read": read, "parts": read, "quarantined": 0}
+        {
+            "kind": "apply",
+            "after": after,
+            "through": through,
+            "read": read,
+            "parts": read,
+            "quarantined": 0,
+            "blocked": 0,
+        }
         for after, through, read in spans
     ]
 
@@ -69,12 +77,12 @@ def test_a_ledger_closes_while_the_log_is_trimmed(log: TrimmedMeanwhile) -> None
     spans = ledger((0, 2, 2), (2, 3, 2), (3, 4, 2), (4, 6, 4))
     for through in (0, 3, 4):
         log.meanwhile = partial(log.trim, through)
-        found = _check_ledger(lane(log), MODEL, 6, spans, 0)
+        found = _check_ledger(lane(log), MODEL, 6, spans, [])
         assert found.ok, found.detail
         assert log.begin().offset == through
     wrong = ledger((0, 2, 2), (2, 3, 2), (3, 4, 2), (4, 6, 3))
-    assert not _check_ledger(lane(log), MODEL, 6, wrong, 0).ok
-    assert not _check_ledger(lane(log), MODEL, 6, ledger((0, 2, 2), (4, 5, 2)), 0).ok
+    assert not _check_ledger(lane(log), MODEL, 6, wrong, []).ok
+    assert not _check_ledger(lane(log), MODEL, 6, ledger((0, 2, 2), (4, 5, 2)), []).ok
 
 
 def test_progress_that_retention_passes_meanwhile_is_no_difference(log: TrimmedMeanwhile) -> None:

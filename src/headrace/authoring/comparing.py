@@ -12,11 +12,12 @@ from headrace.authoring.cases import Case
 from headrace.cells import json_of, rows_of
 from headrace.errors import UserError
 from headrace.keys import quoted
+from headrace.transform.kind import PLACE
 
 
 def compared(case: Case, types: Mapping[str, str]) -> tuple[str, ...]:
     """Return which output columns a test compares. Raises UserError for one that is not among `types`."""
-    names = case.columns or tuple(types)
+    names = case.columns or tuple(name for name in types if name not in PLACE)
     for name in {*names, *(name for row in case.expect for name in row)} - set(types):
         raise UserError(f"The model has no output column {name}.", f"It has: {', '.join(types)}.")
     return names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import duckdb
@@ -53,7 +53,7 @@ def compare(
     both = [name for name in mine if name in live]
     cells = {name: f"c{i}" for i, name in enumerate(both)}
     same_type = {name for name in both if mine[name] == live[name]}
-    new, old = (_relation(table, cells, same_type, keyed=bool(model.schema.key)) for table in (target, LIVE))
+    new, old = (_relation(table, cells, same_type, key=_key(model, both)) for table in (target, LIVE))
     differs = [f"a.{cell} IS DISTINCT FROM b.{cell}" for cell in cells.values()]
     flags = "".join(
         f", coalesce({test}, false) AND kind = 'changed' AS d{i}" for i, test in enumerate(differs)
@@ -79,15 +79,24 @@ def compare(
     )
 
 
-def _relation(table: str, cells: Mapping[str, str], same_type: set[str], *, keyed: bool) -> str:
+def _key(model: RowModel, columns: Collection[str]) -> str:
+    """Return the expression that tells a row from all others; '' where its content alone does. Of several
+    rows of one source key it has the place of each among them."""
+    order = [name for name in model.kind.order if name in columns]
+    if not order:
+        return "_source_key" if model.schema.key else ""
+    return f"_source_key || ' #' || row_number() OVER (PARTITION BY _source_key ORDER BY {', '.join(order)})"
+
+
+def _relation(table: str, cells: Mapping[str, str], same_type: set[str], *, key: str) -> str:
     """Return the query of a table as key `k`, number of rows `n` and cells; what has two types as text."""
     read = {
         cell: quoted(name) if name in same_type else f"{quoted(name)}::VARCHAR"
         for name, cell in cells.items()
     }
-    if keyed:
+    if key:
         columns = "".join(f", {expression} AS {cell}" for cell, expression in read.items())
-        return f"SELECT _source_key AS k, 1 AS n{columns} FROM {table}"
+        return f"SELECT {key} AS k, 1 AS n{columns} FROM {table}"
     # Without a key a source key has so many rows, which are the same.
     columns = "".join(f", any_value({expression}) AS {cell}" for cell, expression in read.items())
     return f"SELECT _source_key AS k, count(*) AS n{columns} FROM {table} GROUP BY _source_key"

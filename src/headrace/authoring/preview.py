@@ -34,6 +34,7 @@ from headrace.prepared import Prepared
 from headrace.server import read, scan
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.staging.delta import DeltaStaging
+from headrace.transform.kind import LATEST
 from headrace.transform.model import RowModel
 
 EXAMPLES = 5
@@ -106,19 +107,24 @@ class _Sampled(RowModel):
             mine = f"{_in_sample(own, self.below)} OR {_in_sample(before, self.below)}"
             keep = db.sql(f"SELECT coalesce(_op = 't' OR {mine}, false) AS keep FROM changes")
             prepared = RowModel.prepare(self, changes.filter(keep.to_arrow_table()["keep"]))
+        made = prepared.steps
         return replace(
             prepared,
             removed=self._only(pa.table({"key": prepared.removed}), "key")["key"].combine_chunks(),
             rows=self._only(prepared.rows, "_source_key"),
             records=self._only(prepared.records, "key"),
-            fewer=None if prepared.fewer is None else self._only(prepared.fewer, "_source_key"),
+            fewer=self._only(prepared.fewer, "_source_key") if prepared.fewer else None,
+            deleted=self._only(prepared.deleted, "key") if prepared.deleted else None,
+            steps=made and replace(made, table=self._only(made.table, "_source_key")),
         )
 
     def _only(self, table: pa.Table, key: str) -> pa.Table:
-        """Return the rows of a table whose key is in the sample: a change of the key is one of two."""
+        """Return the rows of a table whose key is in the sample, or stands for all: a change of the key is
+        one of two."""
         with duckdb.connect() as db:
             db.register("keyed", table.select([key]))
-            keep = db.sql(f"SELECT {_in_sample(key, self.below)} AS keep FROM keyed").to_arrow_table()["keep"]
+            found = db.sql(f"SELECT coalesce({_in_sample(key, self.below)}, true) AS keep FROM keyed")
+            keep = found.to_arrow_table()["keep"]
         return table.filter(keep)
 
 
@@ -200,7 +206,8 @@ def _report(
     model = built.model
     columns, order = (", ".join(map(quoted, names)) for names in (model.types(), built.key))
     records = f"FROM headrace.quarantine WHERE model = {literal(model.name)} AND {OPEN}"
-    first = f"SELECT {columns} FROM {target} ORDER BY {order or '_source_key'} LIMIT {max(limit, 0)}"
+    order = ", ".join([order or "_source_key", *model.kind.order])
+    first = f"SELECT {columns} FROM {target} ORDER BY {order} LIMIT {max(limit, 0)}"
     causes = db.execute(
         f"SELECT reason, columns, message, count(*) AS records, min(key, {EXAMPLES}) AS keys "
         f"{records} GROUP BY ALL ORDER BY ALL"
@@ -251,6 +258,7 @@ def _left_out(model: RowModel) -> RowModel:
         outputs=(("left_out", "true", "BOOLEAN"),),
         where=f"({model.where}\n) IS NOT TRUE",
         checks=(),
+        kind=LATEST,
         unique=(),
     )
 

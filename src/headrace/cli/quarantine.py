@@ -52,7 +52,7 @@ def list_records(
     """List records, those of one cause together, the newest first; by default the open ones.
 
     With --json one object per record: id, issue, source, model, status, stage, reason, columns,
-    message, key, op, offset, committed_at, attempts.
+    message, key, op, offset, committed_at, attempts, blocked.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def list_records(
         settings,
         [
             "SELECT id::VARCHAR AS id, issue, source, model, status, stage, reason, columns, message, key, "
-            f'op, "offset", committed_at, attempts FROM headrace.quarantine WHERE {wanted} '
+            f'op, "offset", committed_at, attempts, blocked FROM headrace.quarantine WHERE {wanted} '
             'ORDER BY max("offset") OVER (PARTITION BY issue) DESC, issue, "offset" DESC, ordinal DESC '
             f"LIMIT {max(limit, 0)}",
             "SELECT issue, min(model) AS model, min(reason) AS reason, "
@@ -87,7 +87,7 @@ def list_records(
     for name, group in groupby(rows, key=lambda row: row["issue"]):
         cause = counts[name]
         print(f"{name}  {cause['model']}  {cause['reason']}: {cause['message']} ({cause['n']} records)")
-        shown = ("id", "status", "columns", "key", "op", "offset", "committed_at", "attempts")
+        shown = ("id", "status", "columns", "key", "op", "offset", "committed_at", "attempts", "blocked")
         print_table(shown, [[row[column] for column in shown] for row in group])
         print()
     total = sum(cause["n"] for cause in counts.values())

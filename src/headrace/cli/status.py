@@ -30,7 +30,7 @@ _QUERIES = (
     'SELECT source, "offset", commit, committed_at FROM headrace.progress',
     'SELECT source, model, state, reason, "offset", commit, open_records FROM headrace.models ORDER BY model',
     "SELECT source, model, issue, min(reason) AS reason, min(columns) AS columns, "
-    "min(message) AS message, count(*) AS records, "
+    "min(message) AS message, count(*) AS records, sum(blocked)::BIGINT AS blocked, "
     "extract(epoch FROM min(first_seen))::DOUBLE PRECISION AS since "
     "FROM headrace.quarantine WHERE status IN ('quarantined', 'waiting', 'blocked') "
     "GROUP BY source, model, issue ORDER BY records DESC, issue",
@@ -70,7 +70,7 @@ def status(
       - `models`: `name`, `state`, `reason`, `offset`, `position`, `open_records`, `backlog`: `rows`,
         `bytes`, `oldest_s`
       - `quarantine`: open records by cause: `issue`, `model`, `reason`, `columns`, `message`,
-        `records`, `age_s`
+        `records`, `blocked` (changes that wait behind them), `age_s`
       - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason, or `read_by`, the
         project whose staging is read; its `holder` is the
         server's oldest open transaction, which keeps `restart_lsn` from moving on.
@@ -175,7 +175,8 @@ def _source(
     report["visible"] = _visible(progress[0]) if progress else None
     report["quarantine"] = [
         {
-            **{name: row[name] for name in ("issue", "model", "reason", "columns", "message", "records")},
+            **{name: row[name] for name in ("issue", "model", "reason", "columns", "message")},
+            **{name: row[name] for name in ("records", "blocked")},
             "age_s": _seconds(time.time() - row["since"]),
         }
         for row in causes
@@ -381,7 +382,7 @@ def _print_models(models: Rows) -> None:
 
 
 def _print_causes(causes: Rows) -> None:
-    columns = ("issue", "model", "records", "age", "reason", "columns", "message")
+    columns = ("issue", "model", "records", "blocked", "age", "reason", "columns", "message")
     print("quarantine, open records by cause (headrace quarantine list)")
     print_table(
         columns, [[{**row, "age": age_text(row["age_s"])}[name] for name in columns] for row in causes]

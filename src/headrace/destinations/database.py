@@ -22,7 +22,7 @@ from headrace.destinations.books import (
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
 from headrace.destinations.session import Session, Unfit
-from headrace.destinations.shapes import record_shape, recorded, refuse_drift
+from headrace.destinations.shapes import Shape, record_shape, recorded, refuse_drift
 from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import OPEN
 from headrace.destinations.unique import note_claims, refuse_contested
@@ -44,7 +44,8 @@ class Database(ABC):
     """The schema of models whose name has none."""
 
     def __init__(self) -> None:
-        self._shaped: dict[str, dict[str, str]] = {}
+        self._shaped: dict[str, tuple[dict[str, str], str | None]] = {}
+        self._numbered: dict[str, str | None] = {}
         self.joins = Joins(self)
         self.marts = Marts(self)
         self.commits = 0
@@ -229,7 +230,9 @@ class Database(ABC):
         bad = int(prepared.records.num_rows)
         with self.writing(model.source, keep=not dry_run) as db:
             db.keep("_hr_redriven", "SELECT key FROM _hr_given", pa.table({"key": prepared.removed}))
-            ((before,),) = db.execute(f"SELECT count(*) FROM headrace.quarantine q WHERE {mine}")
+            ((before, waited),) = db.execute(
+                f"SELECT count(*), coalesce(sum(blocked), 0)::BIGINT FROM headrace.quarantine q WHERE {mine}"
+            )
             self.make_table(db, model)
             self.change_rows(db, model.source, model, prepared)
             resolved = db.change(
@@ -240,8 +243,9 @@ class Database(ABC):
                 given=prepared.records.select(["epoch", "commit", "ordinal"]),
             )
             record(db, model, prepared.records)
-            if moved := before - bad:
-                counts = numbers(Counts(applied=moved, quarantined=-moved))
+            moved, freed = before - bad, waited - (pc.sum(prepared.records["blocked"]).as_py() or 0)
+            if moved or freed:
+                counts = numbers(Counts(applied=moved + freed, quarantined=-moved, blocked=-freed))
                 insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
             db.execute(
                 f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
@@ -288,7 +292,8 @@ class Database(ABC):
             left, found = recorded(db, model.name), db.columns(*place, hidden=True)
             if not mend:
                 refuse_drift(model.name, left, found)
-            is_other = left not in (None, found) if mend else db.columns(*place) not in ({}, db.types(model))
+            drifted = left is not None and left.columns != found
+            is_other = drifted if mend else db.columns(*place) not in ({}, db.types(model))
             if is_other and not dry_run:
                 self._forget(db, model)
         return is_other
@@ -342,10 +347,11 @@ class Database(ABC):
     def make_table(self, db: Session, model: Table) -> None:
         """Make or widen a model's table; raises ModelBroken when it cannot take the columns, or when others
         have changed it."""
-        if self._shaped.get(model.name) != model.types():
+        wanted = (model.types(), model.numbered)
+        if self._shaped.get(model.name) != wanted:
             with self._blaming(model.name, "cannot take the model's columns"):
                 self._shape(db, model)
-            self._shaped[model.name] = model.types()
+            self._shaped[model.name] = wanted
         db.touched[self.place_of(model.name)] = model.name
 
     def _shape(self, db: Session, model: Table) -> None:
@@ -360,15 +366,31 @@ class Database(ABC):
             self.make_schema(db, schema)
             columns = ", ".join(f"{quoted(name)} {type_}" for name, type_ in wanted.items())
             db.execute(f"CREATE TABLE {target} ({columns}, _source VARCHAR, _source_key VARCHAR)")
-            db.prepare_table(target)
         for name, type_ in wanted.items() if known else ():
             column = quoted(name)
             if name not in known:
                 db.execute(f"ALTER TABLE {target} ADD COLUMN {column} {type_}")
             elif known[name] != type_:
-                db.retype(target, column, type_)
-        if left is None or known != wanted:
-            record_shape(db, model.name, db.columns(schema, table, hidden=True))
+                # What a mirror cannot convert is copied again; of no other table may a value be lost.
+                db.retype(target, column, type_, lenient=getattr(model, "is_mirror", False))
+        numbered = self._number_of(db, model, left) if known else model.numbered
+        if not known or (left is not None and left.numbered != numbered):
+            db.prepare_table(target, numbered)
+        now = Shape(found if known == wanted else db.columns(schema, table, hidden=True), numbered)
+        if now != left:
+            record_shape(db, model.name, now)
+        self._numbered[model.name] = numbered
+
+    def _number_of(self, db: Session, model: Table, left: Shape | None) -> str | None:
+        """Return the column of a table that is the source key in all of its rows, also in those of earlier
+        versions of the model; None if none is."""
+        name = model.numbered
+        if name is None or left is None or left.numbered != name:
+            return None
+        # Of another type it may not have every value, which is null then.
+        query = f"SELECT count(*) FROM {self.table_of(model.name)} WHERE {quoted(name)} IS NULL"
+        is_same = left.columns[name] == db.types(model)[name]
+        return name if is_same or db.execute(query) == [(0,)] else None
 
     def make_schema(self, db: Session, schema: str) -> None:
         """Make a schema where it is missing."""
@@ -378,12 +400,12 @@ class Database(ABC):
         """Drop a model's table, if there is one."""
         self._shaped.pop(model.name, None)
         db.execute(f"DROP TABLE IF EXISTS {self.table_of(model.name)}")
-        record_shape(db, model.name, {})
+        record_shape(db, model.name, None)
 
     def release_table(self, db: Session, model: Table) -> None:
         """Leave a table that was made here to the user: nothing is known of it any more."""
         self._shaped.pop(model.name, None)
-        record_shape(db, model.name, {})
+        record_shape(db, model.name, None)
         db.changed.discard(model.name)
 
     def change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
@@ -401,7 +423,9 @@ class Database(ABC):
         elif prepared.reset:
             db.execute(f"DELETE FROM {target} WHERE _source = $1", [source])
         if len(prepared.removed):
-            db.remove(target, source, pa.table({"key": prepared.removed}))
+            numbered = self._numbered[model.name]
+            number = (numbered, model.types()[numbered]) if numbered else None
+            db.remove(target, source, pa.table({"key": prepared.removed}), number)
         if prepared.rows.num_rows:
             db.append(target, model.types(), source, prepared.rows)
 

@@ -27,7 +27,7 @@ from headrace.destinations.shapes import drifts
 from headrace.destinations.tables import CREATE
 from headrace.destinations.unique import Claimed
 from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
-from headrace.keys import literal
+from headrace.keys import literal, quoted
 from headrace.protocols import DestinationFinding, Scanned, Table
 from headrace.turns import Gate
 
@@ -288,10 +288,13 @@ class _DuckDBSession:
             f"INSERT INTO {target} BY NAME SELECT {literal(source)} AS _source, * FROM _hr_given", given=rows
         )
 
-    def remove(self, target: str, source: str, keys: pa.Table) -> None:
+    def remove(self, target: str, source: str, keys: pa.Table, number: tuple[str, str] | None = None) -> None:
         self.make_room(target, keys.num_rows)
+        cell, key = "_source_key", "key"
+        if number is not None:  # numbers are read five times as fast; of a key that is none there is no row
+            cell, key = quoted(number[0]), f"TRY_CAST(key AS {number[1]})"
         self.execute(
-            f"DELETE FROM {target} WHERE _source = $1 AND _source_key IN (SELECT key FROM _hr_given)",
+            f"DELETE FROM {target} WHERE _source = $1 AND {cell} IN (SELECT {key} FROM _hr_given)",
             [source],
             keys,
         )
@@ -324,11 +327,12 @@ class _DuckDBSession:
         # Two hashes: one of 64 bits may meet by chance, both do not.
         return [f"hash({', '.join(cells)})::HUGEINT" for cells in (columns, [*columns[::-1], "'again'"])]
 
-    def retype(self, target: str, column: str, type_: str) -> None:
+    def retype(self, target: str, column: str, type_: str, *, lenient: bool) -> None:
+        cast = "TRY_CAST" if lenient else "CAST"
         alter = f"ALTER TABLE {target} ALTER COLUMN {column} SET DATA TYPE {type_}"
-        self.execute(f"{alter} USING TRY_CAST({column} AS {type_})")
+        self.execute(f"{alter} USING {cast}({column} AS {type_})")
 
-    def prepare_table(self, target: str) -> None:
+    def prepare_table(self, target: str, number: str | None) -> None:
         pass  # no index: a scan of one column costs less than an index that every change moves
 
 

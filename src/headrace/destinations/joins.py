@@ -21,13 +21,14 @@ from headrace.change import Counts, Mark, Position, TableId
 from headrace.destinations.books import heal, insert, move_progress, numbers, record, record_from, stand
 from headrace.destinations.multiset import take_off
 from headrace.destinations.session import Session
+from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import JOINING, OPEN, QUARANTINE
 from headrace.errors import DestinationError, UserError
 from headrace.failpoints import failpoint
-from headrace.join import Difference, Join, Snapshot
+from headrace.join import Account, Difference, Join, Snapshot
 from headrace.keys import literal, quoted
 from headrace.prepared import Prepared
-from headrace.protocols import Model
+from headrace.protocols import Model, Table
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database
@@ -86,7 +87,14 @@ class Joins:
                 stand(db, model, 0, Position(0, 0, 0), 0, in_sync=False)
             _save(db, join)
 
-    def step(self, join: Join, following: Join, model: Model, pieces: Iterable[Prepared]) -> Sequence[str]:
+    def step(
+        self,
+        join: Join,
+        following: Join,
+        model: Model,
+        pieces: Iterable[Prepared],
+        accounts: Sequence[Account] | None = None,
+    ) -> Sequence[str]:
         """See `headrace.join.Joins.step`."""
         through = following.offset if following.phase == join.phase else join.end
         records = JOINING if join.beside else QUARANTINE
@@ -97,17 +105,26 @@ class Joins:
         with self._destination.writing(join.source) as db:
             _check(db, join)
             self._destination.make_table(db, target)
+            steps = StepBook(self._destination, db, join.source, records)
             for prepared in pieces:
+                if prepared.steps is not None:
+                    steps.add(model, target, prepared)
+                    del prepared
+                    continue
                 healed += heal(db, model.name, prepared, join.end, records)
                 healed += take_off(db, join.source, model.name, table, prepared, join.end, records)
                 self._destination.change_rows(db, join.source, target, prepared)
                 issues += record(db, model, prepared.records, records)
                 counts += prepared.counts
                 del prepared  # before the next one is made
+            for settled in steps.settle():
+                counts += settled.counts
+                issues += settled.issues
             # The live table has accounted for the changes already, and for the rows of its own copy.
-            if join.why == "copy" and (join.phase == "copy" or not join.beside):
-                kind = "copy" if join.phase == "copy" else "apply"
-                rows = [(*head, kind, join.offset, through, *numbers(counts), model.version)]
+            if join.why == "copy" and (join.phase != "stream" or not join.beside):
+                own = Account("copy" if join.phase == "copy" else "apply", join.offset, through, counts)
+                told = [own] if accounts is None else accounts
+                rows = [(*head, *each[:3], *numbers(each.counts), model.version) for each in told]
                 if healed:
                     moved = numbers(Counts(superseded=healed, quarantined=-healed))
                     rows.append((*head, "superseded", join.offset, through, *moved, model.version))
@@ -262,6 +279,10 @@ class _Renamed:
     def version(self) -> str:
         return self.model.version
 
+    @property
+    def numbered(self) -> str | None:
+        return self.model.numbered
+
     def types(self) -> dict[str, str]:
         return self.model.types()
 
@@ -275,13 +296,14 @@ class _Target:
 
     name: str
     columns: dict[str, str]
+    numbered: str | None = None
 
     def types(self) -> dict[str, str]:
         return self.columns
 
 
-def _target(join: Join, model: Model) -> _Target:
-    return _Target(_beside(model) if join.beside else model.name, model.types())
+def _target(join: Join, model: Model) -> Table:
+    return _Target(_beside(model), model.types(), model.numbered) if join.beside else model
 
 
 def _beside(model: Model) -> str:
@@ -332,14 +354,18 @@ def _exchange_records(db: Session, join: Join, model: Model) -> list[str]:
 
 
 def _balance(db: Session, join: Join, model: Model) -> None:
-    """Let the ledger say how many records are open, where a join has changed that."""
+    """Let the ledger say how many records are open, and what they block, where a join has changed that."""
     name = literal(model.name)
-    records = f"SELECT count(*) FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
-    known = (
-        f"SELECT coalesce(sum(quarantined), 0) FROM headrace.ledger WHERE model = {name} AND kind <> 'void'"
+    ((records, behind),) = db.execute(
+        "SELECT count(*), coalesce(sum(blocked), 0)::BIGINT "
+        f"FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
     )
-    ((difference,),) = db.execute(f"SELECT (({records}) - ({known}))::BIGINT")
-    if difference:
+    ((known, known_behind),) = db.execute(
+        "SELECT coalesce(sum(quarantined), 0)::BIGINT, coalesce(sum(blocked), 0)::BIGINT "
+        f"FROM headrace.ledger WHERE model = {name} AND kind <> 'void'"
+    )
+    opened, blocked = records - known, behind - known_behind
+    if opened or blocked:
         kind = "resync" if join.why == "copy" else "rebuild"
-        moved = numbers(Counts(superseded=-difference, quarantined=difference))
+        moved = numbers(Counts(superseded=-opened - blocked, quarantined=opened, blocked=blocked))
         insert(db, "ledger", [(model.source, model.name, kind, 0, 0, *moved, model.version)])

@@ -155,9 +155,9 @@ class PostgresSession:
         """See `Session.append`."""
         self._copy(target, rows, types, {"_source": source})
 
-    def remove(self, target: str, source: str, keys: pa.Table) -> None:
-        """See `Session.remove`."""
-        same = self.same_key("_source_key", "r.key")
+    def remove(self, target: str, source: str, keys: pa.Table, number: tuple[str, str] | None = None) -> None:
+        """See `Session.remove`. Its type here holds every whole number that is a key of a source."""
+        same = f"{quoted(number[0])} = r.key::bigint" if number else self.same_key("_source_key", "r.key")
         self._run(f"DELETE FROM {target} USING _hr_given r WHERE _source = $1 AND {same}", [source], keys)
 
     def make_room(self, target: str, keys: int) -> None:
@@ -207,7 +207,7 @@ class PostgresSession:
         """See `Session.fingerprints`. As text, since not every type can be compared."""
         return [f"hashtextextended(ROW({', '.join(columns)})::text, {seed})" for seed in (0, 1)]
 
-    def retype(self, target: str, column: str, type_: str) -> None:
+    def retype(self, target: str, column: str, type_: str, *, lenient: bool) -> None:
         """See `Session.retype`."""
         alter = f"ALTER TABLE {target} ALTER COLUMN {column} TYPE {type_}"
         self.execute("SAVEPOINT headrace_retype")
@@ -215,15 +215,15 @@ class PostgresSession:
             self.execute(f"{alter} USING CAST({column} AS {type_})")
         except psycopg.Error as error:
             state = error.sqlstate or ""
-            if not (state.startswith("22") or state == _CANNOT_COERCE):
+            if not (lenient and (state.startswith("22") or state == _CANNOT_COERCE)):
                 raise
             self.execute("ROLLBACK TO SAVEPOINT headrace_retype")
             self.execute(f"{alter} USING CAST(NULL AS {type_})")
         self.execute("RELEASE SAVEPOINT headrace_retype")
 
-    def prepare_table(self, target: str) -> None:
+    def prepare_table(self, target: str, number: str | None) -> None:
         """See `Session.prepare_table`."""
-        run(self._db, f"CREATE INDEX ON {target} ({_prefix('_source_key')})")
+        run(self._db, f"CREATE INDEX ON {target} ({quoted(number) if number else _prefix('_source_key')})")
 
 
 def _prefix(key: str) -> str:

@@ -36,6 +36,8 @@ _SHARE = 10
 _CLONE = 0x40049409
 """FICLONE: the file's blocks are shared, not copied, where the file system can (XFS, Btrfs, …)."""
 _PIECE = 16 << 20
+_CANNOT = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What the kernel says where it cannot copy from one file system to the other by itself."""
 _LEAST_FREE = 1 << 30
 """Bytes that a copy leaves free on its disk, or a twentieth of it if that is less."""
 
@@ -186,9 +188,17 @@ def _clone(source: BinaryIO, target: BinaryIO, folder: Path) -> None:
     size, disk = os.fstat(source.fileno()).st_size, shutil.disk_usage(folder)
     if disk.free - size < min(_LEAST_FREE, disk.total // 20):
         raise OSError(errno.ENOSPC, f"a copy takes {size} bytes, and {disk.free} are free")
-    while piece := source.read(_PIECE):
+    copied, is_plain = 0, False
+    while copied < size:
         failpoint("publish.piece")
-        target.write(piece)
+        try:  # within the kernel, at a fifth of the processor's time
+            copied += 0 if is_plain else os.copy_file_range(source.fileno(), target.fileno(), _PIECE)
+        except OSError as error:
+            if copied or error.errno not in _CANNOT:
+                raise
+            is_plain = True
+        if is_plain:
+            copied += target.write(source.read(_PIECE))
 
 
 def _sync(path: Path) -> None:

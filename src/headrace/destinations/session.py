@@ -72,8 +72,10 @@ class Session(Protocol):
         DuckDB's words; `_source` is the same for all."""
         ...
 
-    def remove(self, target: str, source: str, keys: pa.Table) -> None:
-        """Delete a source's rows of some source keys (the only column) from a model's table."""
+    def remove(self, target: str, source: str, keys: pa.Table, number: tuple[str, str] | None = None) -> None:
+        """Delete a source's rows of some source keys (the only column) from a model's table, in which the
+        column `number`, with its type in DuckDB's words, if there is one, is the source key as a whole
+        number."""
         ...
 
     def make_room(self, target: str, keys: int) -> None:
@@ -98,13 +100,14 @@ class Session(Protocol):
         """Return expressions of numbers that can be summed; all are equal where the columns (quoted) are."""
         ...
 
-    def retype(self, target: str, column: str, type_: str) -> None:
-        """Give a column of a table (both quoted) another type. Values that it cannot have are null: the
-        table's rows are copied again where the source computed them anew."""
+    def retype(self, target: str, column: str, type_: str, *, lenient: bool) -> None:
+        """Give a column of a table (both quoted) another type. If `lenient`, values that cannot have it are
+        null; else they are refused in the engine's words."""
         ...
 
-    def prepare_table(self, target: str) -> None:
-        """Add to a model's table that was just made what finding its rows by source key needs."""
+    def prepare_table(self, target: str, number: str | None) -> None:
+        """Add to a model's table what finding its rows by source key needs, or by the column `number` where
+        that is the key."""
         ...
 
 

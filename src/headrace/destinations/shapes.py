@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.destinations.session import Session
 from headrace.errors import ModelBroken
@@ -17,23 +17,32 @@ if TYPE_CHECKING:
 _LONGEST_TYPE = 60
 
 
-def recorded(db: Session, model: str) -> dict[str, str] | None:
-    """Return the columns that a model's table was left with, None if nothing is known of it."""
-    rows = db.execute("SELECT columns FROM headrace.shapes WHERE model = $1", [model])
-    return json.loads(rows[0][0]) if rows else None
+class Shape(NamedTuple):
+    """With which columns Headrace left a table, and the one that was `Table.numbered` of every model that has
+    written to it, None if none was."""
+
+    columns: Mapping[str, str]
+    numbered: str | None
 
 
-def record_shape(db: Session, model: str, columns: Mapping[str, str]) -> None:
-    """Remember the columns that a model's table has now; none: there is no table."""
+def recorded(db: Session, model: str) -> Shape | None:
+    """Return how a model's table was left, None if nothing is known of it."""
+    rows = db.execute("SELECT columns, numbered FROM headrace.shapes WHERE model = $1", [model])
+    return Shape(json.loads(rows[0][0]), rows[0][1]) if rows else None
+
+
+def record_shape(db: Session, model: str, shape: Shape | None) -> None:
+    """Remember how a model's table is left; None: there is no table."""
     db.execute("DELETE FROM headrace.shapes WHERE model = $1", [model])
-    if columns:
-        db.execute("INSERT INTO headrace.shapes VALUES ($1, $2)", [model, json.dumps(columns)])
+    if shape is not None:
+        row = [model, json.dumps(shape.columns), shape.numbered]
+        db.execute("INSERT INTO headrace.shapes VALUES ($1, $2, $3)", row)
 
 
-def refuse_drift(model: str, left: Mapping[str, str] | None, found: Mapping[str, str]) -> None:
+def refuse_drift(model: str, left: Shape | None, found: Mapping[str, str]) -> None:
     """Refuse a table that others have changed. Raises ModelBroken, which says how."""
-    if left is not None and left != found:
-        raise ModelBroken(model, *_words(model, left, found))
+    if left is not None and left.columns != found:
+        raise ModelBroken(model, *_words(model, left.columns, found))
 
 
 def drifts(destination: Database, db: Session) -> Iterator[DestinationFinding]:

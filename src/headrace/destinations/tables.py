@@ -52,5 +52,5 @@ CREATE TABLE IF NOT EXISTS headrace.marts (
   missing VARCHAR, positions VARCHAR, "rows" BIGINT, seconds DOUBLE PRECISION, made BOOLEAN,
   inputs VARCHAR, refreshed_at TIMESTAMPTZ
 );
-CREATE TABLE IF NOT EXISTS headrace.shapes (model VARCHAR, columns VARCHAR);
+CREATE TABLE IF NOT EXISTS headrace.shapes (model VARCHAR, columns VARCHAR, numbered VARCHAR);
 """

@@ -28,20 +28,25 @@ class CopyHistory:
             known.append((offset, at, mark))
 
     def newest(self, table: TableId, through: Offset) -> Copy | None:
-        """Return the newest copy of a table that is complete as of an offset."""
+        """Return the newest copy of a table that is complete as of an offset, none from before the table was
+        captured without a gap."""
+        since = self.since(table, through)
+        return next((copy for copy in reversed(self.complete(table, through)) if copy.begin >= since), None)
+
+    def complete(self, table: TableId, through: Offset) -> list[Copy]:
+        """Return all copies of a table that are complete as of an offset, the oldest first."""
         begin: tuple[Offset, CopyMark] | None = None
-        found: Copy | None = None
+        found = list[Copy]()
         for offset, at, mark in self._marks.get(table, ()):
             if offset > through:
                 break
             if mark.kind == "begin":
                 begin = (offset, mark)
-                found = None if mark.reason == ADDED else found
             elif mark.kind == "end" and begin is not None:
                 floor, ceiling = (Position(at.epoch, commit, 0) for commit in (mark.floor, mark.ceiling))
                 shape = begin[1].schema
                 key = shape.key if shape else ()
-                found = Copy(begin[0], offset, begin[1].after, floor, ceiling, key)
+                found.append(Copy(begin[0], offset, begin[1].after, floor, ceiling, key))
         return found
 
     def since(self, table: TableId, through: Offset) -> Offset:

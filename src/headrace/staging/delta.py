@@ -207,15 +207,27 @@ class DeltaStaging:
         """See `Staging.read_copied`."""
         return copied(self._read(table, after, through), copy)
 
-    def copied_parts(self, table: TableId, copy: Copy, columns: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield some columns of a copy's rows, in parts of a bounded size."""
-        needed = [*columns, "_op", "_offset"]
+    def copied_parts(
+        self, table: TableId, copy: Copy, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Yield a copy's rows, or some columns of them, in parts of a bounded size."""
+        needed = columns and [*columns, "_op", "_offset"]
         for part in self.chunks(table, copy.begin, copy.end, needed):
-            yield copied(part, copy).select(columns)
+            rows = copied(part, copy)
+            yield rows.select(columns) if columns else rows
+
+    def streamed_rows(self, table: TableId, after: Offset, through: Offset) -> int:
+        """Return how many streamed changes of a table are in `(after, through]`."""
+        parts = self.chunks(table, after, through, ["_op"])
+        return sum(streamed(part).num_rows for part in parts)
 
     def copy(self, table: TableId, through: Offset) -> Copy | None:
         """See `Staging.copy`."""
         return self._copies.newest(table, through)
+
+    def copies(self, table: TableId, through: Offset) -> list[Copy]:
+        """Return all copies of a table that are complete as of an offset, the oldest first."""
+        return self._copies.complete(table, through)
 
     def captured_since(self, table: TableId, through: Offset) -> Offset:
         """Return the offset of the copy's begin since which a table is captured without a gap."""

@@ -27,6 +27,7 @@ from headrace.keys import quoted
 from headrace.protocols import Destination, Slice
 from headrace.testing.destination_drift_suite import DriftSuite
 from headrace.testing.destination_joins_suite import BagSuite, JoinSuite
+from headrace.testing.destination_kinds_suite import KindSuite
 from headrace.testing.destination_marts_suite import MartSuite
 from headrace.testing.destination_unique_suite import UniqueSuite
 from headrace.testing.destinations import (
@@ -143,11 +144,15 @@ class OwnerSuite:
                 assert destination.read(queries) == before, place
 
     def test_a_table_that_cannot_take_its_model_breaks_this_model_alone(
-        self, destination: Destination
+        self, destination: Destination, destinations: Destinations
     ) -> None:
         second = model_of("second", "SELECT id::BIGINT AS id, v FROM raw.shop.t")
         other = model_of("second", "SELECT v AS id FROM raw.shop.t")
         destination.apply(slice_of(0, (MODEL, [row(1)]), (other, [row(1, "no number")])))
+        target = destination.table_of("second")
+        # A user's, of which the one or the other stands in the way of another type.
+        for statement in ("CREATE INDEX of_id ON {t} (id)", "CREATE VIEW seen AS SELECT id FROM {t}"):
+            destinations.alter(destination, statement.format(t=target))
         with pytest.raises(ModelBroken, match="Table second cannot take the model's columns") as caught:
             destination.apply(slice_of(1, (MODEL, [row(2)]), (second, [row(1)])))
         assert caught.value.model == "second"
@@ -345,6 +350,20 @@ class TableSuite:
         model = limited(destination, model_of("typed", text))
         same_rows(destination, model, [row(1, "7"), row(2, None)])
 
+    def test_a_row_goes_by_its_source_key_whatever_number_a_model_has_made_of_it(
+        self, destination: Destination
+    ) -> None:
+        plain = model_of("m", "SELECT id::BIGINT AS id, v FROM raw.shop.t")
+        moved = model_of("m", "SELECT id::BIGINT + 1 AS id, v FROM raw.shop.t")
+        assert (plain.numbered, moved.numbered) == ("id", None)
+        query = f"SELECT id, v, _source_key FROM {destination.table_of('m')} ORDER BY _source_key"
+        destination.apply(slice_of(0, (plain, [row(1), row(2), row(3)]), size=3))
+        destination.apply(slice_of(3, (plain, [row(1, "b"), row(3, None, _op="d")]), size=2))
+        assert table(destination, query) == [(1, "b", "1"), (2, "a", "2")]
+        destination.apply(slice_of(5, (moved, [row(1, "c")])))
+        destination.apply(slice_of(6, (plain, [row(2, "d")])))
+        assert table(destination, query) == [(2, "c", "1"), (2, "d", "2")]
+
     def test_a_source_key_may_be_of_any_length(self, destination: Destination) -> None:
         model = mirror("shop", shape(("v", "text"), key=("v",)))
         keys = [os.urandom(4_000).hex() + end for end in "ab"]
@@ -432,7 +451,7 @@ def same_rows(destination: Destination, model: RowModel, cells: Sequence[Cells])
 
 
 class DestinationSuite(
-    OwnerSuite, BooksSuite, TableSuite, UniqueSuite, DriftSuite, BagSuite, JoinSuite, MartSuite
+    OwnerSuite, BooksSuite, TableSuite, UniqueSuite, DriftSuite, BagSuite, JoinSuite, KindSuite, MartSuite
 ):
     """The contract as a whole."""
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from headrace.change import Column, TableId, TableSchema
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
-from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, mirror_expression
+from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Contested, Place, Prepared
 from headrace.scrub import scrub
 from headrace.transform.evaluate import Evaluation
@@ -34,6 +34,7 @@ from headrace.transform.sql import Check, ModelText
 from headrace.transform.stepping import settle, step
 
 _local = threading.local()
+_WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _Outcome = TypeVar("_Outcome")
 _CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
 _SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
@@ -98,11 +99,14 @@ class RowModel:
         """Return what judges changes under the model, on a connection of `engine`."""
         return PythonEvaluation(db, self, self.python) if self.python else Evaluation(db, self)
 
+    def settled(self, changes: pa.Table) -> Prepared:
+        """Return what the whole histories of some keys come to."""
+        with engine() as db:
+            return settle(db, self.prepare(changes))
+
     def whole(self, changes: pa.Table) -> Prepared:
         """Return what the whole histories of some keys come to, in a table where nothing was before."""
-        prepared = uncontested(self, lambda model: alone(model.prepare(changes)))
-        with engine() as db:
-            return settle(db, prepared)
+        return uncontested(self, lambda model: alone(model.settled(changes)))
 
     def refusing(self, contested: Contested) -> RowModel:
         """Return the model that takes what was contested for bad; its version is the same."""
@@ -119,6 +123,17 @@ class RowModel:
     def is_mirror(self) -> bool:
         """Whether the model follows its table's shape instead of a file."""
         return self.version.startswith("mirror:")
+
+    @property
+    def numbered(self) -> str | None:
+        """See `Table.numbered`."""
+        key = [column for column in self.schema.columns if column.name in self.schema.key]
+        plain = self.kind.materialize == "latest" and self.kind.delete == "hard"
+        if not plain or self.python is not None or len(key) != 1 or not is_whole(key[0].type):
+            return None
+        outputs = (output for output in self.outputs if output[2] in _WHOLE)
+        reading = (name for name, text, _ in outputs if _reads(text, key[0], self.alias))
+        return next(reading, None)
 
     def types(self) -> dict[str, str]:
         """See `Model.types`."""
@@ -228,6 +243,8 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
     Raises ModelBroken with the engine's own words when an expression names a missing column or
     does not type-check, and ModelError when its key is not the source's and cannot be kept unique.
     """
+    if not schema.key:
+        refuse_without_key(text.file, text.kind)
     if isinstance(text, PythonText):
         return _bind_python(text, schema)
     types = dict(text.types)
@@ -253,10 +270,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
         outputs = tuple(
             (name, expression, _type_name(db, text, type_)) for name, expression, type_ in outputs
         )
-    unique = _unique(text, schema, outputs)
-    if not schema.key:
-        refuse_without_key(text.file, text.kind)
-    return replace(model, outputs=outputs, unique=unique)
+    return replace(model, outputs=outputs, unique=_unique(text, schema, outputs))
 
 
 def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:

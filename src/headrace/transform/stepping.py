@@ -46,8 +46,9 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
     events = events_of(db, key, changes.filter(pc.invert(is_truncate)))
     points = points_of(db, key, events)
     db.register("arrow_changes", events)
-    db.execute("CREATE OR REPLACE TEMP TABLE happened AS SELECT *, _hr_n AS n FROM arrow_changes")
+    db.execute("CREATE OR REPLACE TEMP TABLE happened AS FROM arrow_changes")
     db.register("points", points)
+    db.register("truncates", changes.filter(is_truncate))
     _say(db, model)
     evaluation = model.evaluation(db)
     asked = db.sql("SELECT n FROM said WHERE own AND what IS NULL ORDER BY n").to_arrow_table()["n"]
@@ -63,7 +64,6 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
     records = records_of(evaluation, events, first_bad.to_arrow_table()["n"].combine_chunks())
     if makes == "append" and model.kind.delete == "soft":
         _tell_deletes(db, model, events)
-    db.register("arrow_changes", changes.filter(is_truncate))
     made = steps.Steps(makes, _steps(db, model))
     counts = Counts(read=changes.num_rows, applied=changes.num_rows)
     return Prepared(False, _NO_KEYS, NO_ROWS, records, counts, steps=made)
@@ -74,19 +74,21 @@ def _say(db: duckdb.DuckDBPyConnection, model: RowModel) -> None:
     what = "CASE WHEN p.gone THEN 'gone' END"
     if model.kind.materialize == "history":
         last = "row_number() OVER (PARTITION BY p.k, e._epoch, e._commit ORDER BY p.n DESC) = 1"
-        what = f"CASE WHEN NOT {last} THEN 'over' WHEN p.gone THEN 'gone' END"
+        what = f"CASE WHEN NOT {last} OR t.ordinal > e._ordinal THEN 'over' WHEN p.gone THEN 'gone' END"
     db.execute(
         f"CREATE OR REPLACE TEMP TABLE said AS SELECT p.*, {what} AS what "
-        "FROM points p JOIN happened e ON e.n = p.n"
+        "FROM points p JOIN happened e ON e._hr_n = p.n LEFT JOIN ("
+        "SELECT _epoch, _commit, max(_ordinal) AS ordinal FROM truncates GROUP BY ALL) t "
+        "ON t._epoch = e._epoch AND t._commit = e._commit"
     )
     if model.kind.materialize == "append":
         # A copied row that says what is known already is no change.
-        cells = ", ".join(quoted(column.name) for column in model.schema.columns)
+        cells = ", ".join(f"e.{quoted(column.name)}" for column in model.schema.columns)
         db.execute(
             f"""UPDATE said SET what = 'same' FROM (
               SELECT p.n, p.own, e._op = 'r' AND NOT p.gone AND NOT lag(p.gone) OVER w
                 AND row({cells}) IS NOT DISTINCT FROM lag(row({cells})) OVER w AS same
-              FROM points p JOIN happened e ON e.n = p.n WINDOW w AS (PARTITION BY p.k ORDER BY p.n)
+              FROM points p JOIN happened e ON e._hr_n = p.n WINDOW w AS (PARTITION BY p.k ORDER BY p.n)
             ) s WHERE s.same AND s.own AND said.own AND s.n = said.n"""
         )
 
@@ -102,13 +104,13 @@ def _tell_deletes(db: duckdb.DuckDBPyConnection, model: RowModel, events: pa.Tab
     )
     db.execute(
         f"""CREATE OR REPLACE TEMP TABLE left_behind AS
-        SELECT *, true AS own FROM happened
-        UNION ALL BY NAME SELECT * REPLACE ({before}, 'd' AS _op), false AS own
+        SELECT *, true AS _hr_own FROM happened
+        UNION ALL BY NAME SELECT * REPLACE ({before}, 'd' AS _op), false AS _hr_own
         FROM happened WHERE _before IS NOT NULL"""
     )
     gone = db.sql(
         """SELECT l.* REPLACE (s.k AS _hr_k, 2 * s.n + s.own::INT AS _hr_n)
-        FROM said s JOIN left_behind l ON l.n = s.n AND l.own = s.own WHERE s.what = 'gone'"""
+        FROM said s JOIN left_behind l ON l._hr_n = s.n AND l._hr_own = s.own WHERE s.what = 'gone'"""
     ).to_arrow_table()
     if not gone.num_rows:
         return
@@ -127,9 +129,9 @@ def _steps(db: duckdb.DuckDBPyConnection, model: RowModel) -> pa.Table:
     place = "_epoch, _commit, _ordinal, make_timestamptz(_committed_at) AS _moment"
     return db.sql(
         f"""SELECT s.k AS _source_key, {place}, s.what AS _what, s.own AS _own{outputs}
-        FROM said s JOIN happened h ON h.n = s.n LEFT JOIN made m ON m._hr_n = s.n AND m._own = s.own
+        FROM said s JOIN happened h ON h._hr_n = s.n LEFT JOIN made m ON m._hr_n = s.n AND m._own = s.own
         UNION ALL BY NAME SELECT NULL::VARCHAR AS _source_key, {place}, 'truncate' AS _what, true AS _own
-        FROM arrow_changes"""
+        FROM truncates"""
     ).to_arrow_table()
 
 

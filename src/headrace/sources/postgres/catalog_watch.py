@@ -37,7 +37,7 @@ SELECT c.oid::bigint, n.nspname, c.relname, c.relfilenode::bigint,
   coalesce((SELECT string_agg(i.indkey::text, ',' ORDER BY i.indexrelid) FROM pg_index i
     WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident)), '') || c.relreplident::text,
   (SELECT jsonb_agg(jsonb_build_array(a.attnum, a.attname, a.atttypid::bigint, a.atttypmod, a.xmin::text,
-      a.atthasmissing) ORDER BY a.attnum)
+      a.atthasmissing) ORDER BY a.attnum)::text
    FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = ANY (%s::oid[])
@@ -59,7 +59,12 @@ class _Table:
     oid: int
     file: int
     key: str
-    columns: tuple[_Column, ...]
+    described: str
+    """Its columns as JSON: read only where it differs from what it was."""
+
+    @property
+    def columns(self) -> list[_Column]:
+        return [_Column(*column) for column in json.loads(self.described)]
 
     def looks_like(self, other: _Table) -> bool:
         """Whether the stream would describe both alike."""
@@ -108,8 +113,7 @@ def catalog_changes(db: Connection, log: LogIndex, tables: Iterable[TableId]) ->
         elif called != table:
             noted |= {table: was, called: found[called]}
             yield CatalogChange("moved", table, now=called)
-        else:
-            now = found[table]
+        elif (now := found[table]) != was:
             if not was.looks_like(now):
                 yield CatalogChange("altered", table)
             if reason := _rewritten(was, now):
@@ -183,19 +187,16 @@ def _read(db: Connection, oids: list[int], tables: Sequence[TableId]) -> dict[Ta
     names = [qualified(table) for table in tables]
     rows = db.execute(_TABLES, [oids, names]).fetchall()
     return {
-        TableId(schema, name): _Table(oid, file, key, tuple(_Column(*c) for c in columns or ()))
-        for oid, schema, name, file, key, columns in rows
+        TableId(schema, name): _Table(oid, file, key, described or "[]")
+        for oid, schema, name, file, key, described in rows
     }
 
 
 def _known(log: LogIndex) -> dict[TableId, _Table]:
-    return {
-        TableId(*table): _Table(oid, file, key, tuple(_Column(*column) for column in columns))
-        for table, oid, file, key, columns in json.loads(log.note(_NOTE) or "[]")
-    }
+    return {TableId(*table): _Table(*rest) for table, *rest in json.loads(log.note(_NOTE) or "[]")}
 
 
 def _write(log: LogIndex, tables: Mapping[TableId, _Table]) -> None:
-    rows = [(table, t.oid, t.file, t.key, t.columns) for table, t in sorted(tables.items())]
+    rows = [(table, t.oid, t.file, t.key, t.described) for table, t in sorted(tables.items())]
     if (note := json.dumps(rows, ensure_ascii=False)) != log.note(_NOTE):
         log.set_note(_NOTE, note)
