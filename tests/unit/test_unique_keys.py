@@ -210,6 +210,26 @@ def test_what_a_refused_row_falls_back_to_is_contested_in_turn(
     assert (made.rows(), set(made.opened())) == ({"1": 1, "2": 3}, {3, 4})
 
 
+def test_who_had_the_key_keeps_it_though_another_came_first(
+    destination: DuckDBDestination, model: RowModel
+) -> None:
+    events = [put("1", "1"), put("2", "2"), put("2", "1"), put("1", "1")]
+    made = table(destination, model, events).apply([2])
+    assert (made.rows(), made.opened()) == ({"1": 1, "2": 2}, {3: UNIQUE})
+
+
+@pytest.mark.parametrize("first", [gone("1"), Event("t")])
+def test_a_row_that_was_gone_does_not_come_back_for_its_key(
+    destination: DuckDBDestination, model: RowModel, first: Event
+) -> None:
+    # What 1 had, 3 has now: 1, refused the key of 5, is not there at all.
+    events = [put("1", "1"), first, put("3", "1"), put("5", "2"), put("1", "2")]
+    made = table(destination, model, events).apply([1], 2)
+    assert (made.rows(), made.opened()) == ({"3": 1, "5": 2}, {5: UNIQUE})
+    made = table(destination, model, events).apply([1])
+    assert (made.rows(), made.opened()) == ({"3": 1, "5": 2}, {5: UNIQUE})
+
+
 def test_a_later_change_takes_the_place_of_a_refused_one(
     destination: DuckDBDestination, model: RowModel
 ) -> None:
