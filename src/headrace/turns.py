@@ -54,14 +54,17 @@ class Gate:
         Waits `patience` seconds for a moment in which nobody is inside, then shuts the door to others for
         `push` seconds so that there is one; gives False where those inside take longer.
         """
+        is_alone = False
         with self._changed:
             self._wanted = True
-            is_alone = self._changed.wait_for(self._is_empty, patience)
-            if not is_alone:
-                self._shut = True
-                is_alone = self._changed.wait_for(self._is_empty, push)
-            self._wanted, self._shut = False, is_alone
-            self._changed.notify_all()
+            try:
+                is_alone = self._changed.wait_for(self._is_empty, patience)
+                if not is_alone:
+                    self._shut = True
+                    is_alone = self._changed.wait_for(self._is_empty, push)
+            finally:  # an interrupt leaves the door open
+                self._wanted, self._shut = False, is_alone
+                self._changed.notify_all()
         try:
             yield is_alone
         finally:

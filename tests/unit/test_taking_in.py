@@ -10,6 +10,7 @@ import pytest
 from headrace.change import TableId
 from headrace.config import load_project
 from headrace.sources.postgres import source
+from headrace.sources.postgres.catalog_watch import CatalogChange
 from headrace.testing.memory_log import MemoryLog
 
 
@@ -27,3 +28,21 @@ def test_a_new_table_that_is_dropped_while_it_is_published_does_not_stop_its_sou
     monkeypatch.setattr(source, "check_publication", lambda *_: None)
     monkeypatch.setattr(source, "publish", gone)
     assert "dropped" in shop._obstacle(log, TableId("public", "t"))  # type: ignore[arg-type]
+
+
+def test_a_table_that_has_its_name_back_is_waited_for_anew_when_it_goes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "headrace.toml").write_text('[source.shop]\nurl = "postgresql://u@h/d"\n')
+    (config,) = load_project(tmp_path).sources
+    shop, log, table = source.PostgresSource(config, 1 << 20, 0.0), MemoryLog("shop"), TableId("public", "t")
+    found = [CatalogChange("gone", table)]
+    monkeypatch.setattr(source.PostgresSource, "_catalog", lambda _: None)
+    monkeypatch.setattr(source, "in_recovery", lambda _: False)
+    monkeypatch.setattr(source, "emit", lambda *_: 1 << 40)
+    monkeypatch.setattr(source, "catalog_changes", lambda *_: iter(found))
+    shop._look_at_catalog(log)  # type: ignore[arg-type]
+    assert shop._gone == {table: 1 << 40}
+    found.clear()
+    shop._look_at_catalog(log)  # type: ignore[arg-type]
+    assert not shop._gone, "its last changes would be left out when it goes"

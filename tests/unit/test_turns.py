@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 
-from headrace.turns import Turns
+import pytest
+
+from headrace.turns import Gate, Turns
 
 
 def test_one_who_takes_it_again_at_once_is_behind_those_who_wait() -> None:
@@ -47,3 +49,18 @@ def test_one_at_a_time_has_it() -> None:
     for thread in threads:
         thread.join()
     assert seen == [1] * 800
+
+
+def test_an_interrupt_of_who_waits_to_be_alone_leaves_the_gate_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gate._changed, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt), gate.alone(1.0, 1.0):
+            pass
+    assert not gate._wanted
+    with gate.passed(), gate.passed():
+        pass

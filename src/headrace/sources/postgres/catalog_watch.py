@@ -31,6 +31,7 @@ _NOTE = "catalog"
 _ANNOUNCED = "announced"
 _WORD = "shape "
 _LOCK_WAIT = "100ms"
+_LOCK_HELD = "2s"
 
 _TABLES = """
 SELECT c.oid::bigint, n.nspname, c.relname, c.relfilenode::bigint,
@@ -141,6 +142,8 @@ def announce(db: Connection, config: SourceConfig, log: LogIndex, table: TableId
         amend(db, config, [table])
         with db.transaction():
             db.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'".encode())
+            # The lock is short also where our own disk is slow: the application's DDL would queue behind it.
+            db.execute(f"SET LOCAL idle_in_transaction_session_timeout = '{_LOCK_HELD}'".encode())
             db.execute(f"SELECT FROM {qualified(table)} LIMIT 0".encode())
             (shape,) = capturable_shapes(db, config, [table])
             word = secrets.token_hex(8)

@@ -246,7 +246,11 @@ class PostgresSource:
         """Take up what became of the captured tables, and take in new ones."""
         db = self._catalog()
         awaited = set[TableId]()
-        for change in catalog_changes(db, log, captured_tables(log)):
+        changes = list(catalog_changes(db, log, captured_tables(log)))
+        # One that has its name back may go once more, and then what it held in between is still to come.
+        away = {change.table for change in changes if change.kind not in ("altered", "rewritten")}
+        self._gone = {table: at for table, at in self._gone.items() if table in away}
+        for change in changes:
             table = change.table
             if change.kind == "altered":
                 if not in_recovery(db) and not announce(db, self._config, log, table):
