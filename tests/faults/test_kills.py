@@ -138,6 +138,7 @@ POINTS = {
     "staging.commit_synced": "once",
     "destination.join.commit": "copy",
     "destination.join.attach": "copy",
+    "destination.join.snapshot": "suite",
     "destination.apply.part": "once",
     "destination.apply.commit": "once",
     "destination.apply.committed": "once",
