@@ -654,7 +654,7 @@ def ended(pid: int) -> bool:
         try:
             if " Z " in Path(f"/proc/{pid}/stat").read_text():
                 return True
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return True
         time.sleep(0.02)
     return False

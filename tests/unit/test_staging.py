@@ -203,13 +203,17 @@ def test_the_timeline_of_a_table_says_what_changed(tmp_path: Path, log: SQLiteLo
     load(staging, log)
     found = list(timeline(staging, A, log.end().offset))
     assert [event.what for event in found] == [
-        ("2 columns, key (id)",),
-        ("w added: text",),
-        ("v dropped", "id: text is bigint", "key (id) is key (id, w)"),
-        ("w dropped", "id: bigint is text", "key (id, w) is key (id)"),
+        "2 columns, key (id)",
+        "w added: text",
+        "v dropped",
+        "id: text is bigint",
+        "key (id) is key (id, w)",
+        "w dropped",
+        "id: bigint is text",
+        "key (id, w) is key (id)",
     ]
-    assert (found[2].position, found[2].committed_at, found[2].kind) == (at, 70, "shape")
-    assert len(list(timeline(staging, A, found[2].offset))) == 3
+    assert (found[2].position, found[2].committed_at, found[2].kind) == (at, 70, "column_dropped")
+    assert len(list(timeline(staging, A, found[2].offset))) == 5
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from headrace.config import SourceConfig
 from headrace.errors import UserError
 from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection, qualified
-from headrace.sources.postgres.publication import amend, capturable_shapes
+from headrace.sources.postgres.fingerprint import amend_own
+from headrace.sources.postgres.publication import capturable_shapes
 
 _NOTE = "catalog"
 _ANNOUNCED = "announced"
@@ -139,7 +140,7 @@ def announce(db: Connection, config: SourceConfig, log: LogIndex, table: TableId
     nobody else can know, and no more.
     """
     try:
-        amend(db, config, [table])
+        amend_own(db, config, log, [table])
         with db.transaction():
             db.execute(f"SET LOCAL lock_timeout = '{_LOCK_WAIT}'".encode())
             # The lock is short also where our own disk is slow: the application's DDL would queue behind it.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from headrace.errors import RESYNC, SourceGap
 from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection
 from headrace.sources.postgres.clauses import has_clauses
+from headrace.sources.postgres.publication import amend
 from headrace.sources.postgres.tables import captured_tables
 
 alerts = logging.getLogger("headrace.alert")
@@ -161,6 +163,16 @@ def check_publication(db: Connection, config: SourceConfig, log: LogIndex) -> No
                 config.name, config.publication,
             )  # fmt: skip
         log.set_note(_NOTE, found.to_json())
+
+
+def amend_own(db: Connection, config: SourceConfig, log: LogIndex, tables: Sequence[TableId]) -> None:
+    """Like `amend`, where the publication is what it was: what it becomes is expected from now on.
+
+    Raises SourceGap where somebody else has changed it.
+    """
+    check_publication(db, config, log)
+    if amend(db, config, tables):
+        expect_publication(db, config, log)
 
 
 def captured_oids(log: LogIndex) -> dict[int, TableId]:

@@ -23,7 +23,7 @@ from headrace.sources.postgres.catalog_watch import announced_shape
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.continuity import Continuity
 from headrace.sources.postgres.copier import Copier
-from headrace.sources.postgres.fingerprint import captured_oids
+from headrace.sources.postgres.fingerprint import amend_own, captured_oids
 from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.identity import Server
 from headrace.sources.postgres.lsn import parse_lsn
@@ -198,7 +198,8 @@ class Follower:
         log, config = self._log, self._config
         waiting = [table for table, state in read_states(log).items() if state.stage == "requested"]
         announced = partial(announced_shape, log)
-        shapes = Shapes(log.schemas(), self._db, config, self._on_rewrite, waiting, announced)
+        amend = partial(amend_own, self._db, config, log)
+        shapes = Shapes(log.schemas(), self._db, config, self._on_rewrite, waiting, announced, amend)
         known = partial(read_states, log)
         roster = Roster(config.name, captured_tables(log), partial(captured_oids, log), known, self._moved)
         return GroupBuilder(shapes, roster, Policy(config), space, epoch_of(log))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from headrace.change import RESERVED, Column, TableId, TableSchema
@@ -19,7 +19,6 @@ from headrace.sources.postgres.catalog import (
 from headrace.sources.postgres.columns import HASHED, Policy
 from headrace.sources.postgres.ddl import rewritten
 from headrace.sources.postgres.events import Relation
-from headrace.sources.postgres.publication import amend
 
 logger = logging.getLogger("headrace.capture")
 
@@ -41,11 +40,13 @@ class Shapes:
         on_rewrite: OnRewrite,
         waiting: Collection[TableId] = (),
         announced: Callable[[str, str], TableSchema | None] = lambda _, __: None,
+        amend: Callable[[Sequence[TableId]], None] = lambda _: None,
     ) -> None:
         """Tables `waiting` for a copy may have become anything since the log knew them.
 
         `on_rewrite` is called before the group with such a change is out, and again if that group is built
-        again. `announced` returns the shape that a message, of a prefix and a content, announces."""
+        again. `announced` returns the shape that a message, of a prefix and a content, announces; `amend`
+        has the publication give out what these tables have gained."""
         self._known = dict(known)
         self._catalog = catalog
         self._config = config
@@ -53,6 +54,7 @@ class Shapes:
         self._on_rewrite = on_rewrite
         self._waiting = set(waiting)
         self._announced = announced
+        self._amend = amend
 
     def __getitem__(self, table: TableId) -> TableSchema:
         return self._known[table]
@@ -74,7 +76,7 @@ class Shapes:
         known = self._known.get(table)
         if known is not None and self._policy.excludes_of(table):
             # Where columns are listed in the publication, one that the table has gained is not among them.
-            amend(self._catalog, self._config, [table])
+            self._amend([table])
         return self._replace(known, self._shape(relation, known))
 
     def announced(self, prefix: str, content: str) -> TableSchema | None:
