@@ -112,7 +112,7 @@ def test_all_commands_work_on_a_postgres_destination(warehouse: Warehouse) -> No
     source = warehouse.source
     source.execute("UPDATE orders SET status = CASE WHEN id = 3 THEN 'no number' ELSE '7' END WHERE id < 6")
     source.execute("DELETE FROM orders WHERE id > 2990")
-    source.execute("ALTER TABLE orders ADD COLUMN added date DEFAULT '2024-02-29'")
+    source.execute("ALTER TABLE orders ADD COLUMN added date")
     source.execute("DELETE FROM lines WHERE ctid = (SELECT min(ctid) FROM lines)")
     (warehouse.folder / "models").mkdir()
     (warehouse.folder / "models" / "small.sql").write_text(MODEL)
