@@ -27,7 +27,7 @@ class _Refusing:
 
 
 def test_a_table_that_may_be_read_no_longer_does_not_stop_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_watch, "amend", lambda *_: [])
+    monkeypatch.setattr(catalog_watch, "amend_own", lambda *_: None)
     db: Any = _Refusing()
     log: Any = MemoryLog("shop")
     config: Any = None
