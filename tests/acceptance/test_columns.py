@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,10 @@ from headrace.errors import SourceGap, UserError
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import decode_rows
 from headrace.pipeline import Pipeline
-from headrace.server import is_running, read
-from headrace.sources.postgres import watchman
 from headrace.sources.postgres.clauses import Clause, held_clauses
 from headrace.sources.postgres.preflight import inspect
 from headrace.testing.postgres import INSTALLS, PostgresServer
 from headrace.verify import verify
-from pipelines import running, until
 
 SALT = "a salt that is long enough"
 SETTINGS = f"""
@@ -233,26 +229,6 @@ def test_a_column_that_a_table_gains_is_published_and_said(
     )
     once(project)
     assert found(project, "SELECT id, more FROM shop.t ORDER BY 1") == [(1, "seen"), (2, "seen")]
-
-
-@pytest.mark.parametrize("server", [18], indirect=True)
-def test_a_column_that_a_table_gains_while_it_is_followed_is_our_own_doing(
-    server: PostgresServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watchman, "WATCH_EVERY", 0.1)
-    run(server, "CREATE DATABASE live_gains")
-    run(server, "CREATE TABLE t (id int PRIMARY KEY, secret text)", database="live_gains")
-    project = once(made(tmp_path, server, 'exclude = ["*.*.secret"]', "live_gains"))
-    with caplog.at_level(logging.WARNING, "headrace.alert"), running(project):
-        until(lambda: is_running(project))
-        run(server, "ALTER TABLE t ADD COLUMN more text; INSERT INTO t VALUES (1)", database="live_gains")
-        until(lambda: "PUBLICATION of public.t changed" in caplog.text)
-        run(server, "INSERT INTO t VALUES (2, 'x', 'seen')", database="live_gains")
-        rows = ["SELECT count(*) AS n FROM shop.t"]
-        until(lambda: "STOPPED" in caplog.text or read(project, rows)[0]["n"].to_pylist() == [2])
-        time.sleep(0.5)  # the publication is looked at again
-    assert "STOPPED" not in caplog.text
-    assert found(project, "SELECT more FROM shop.t WHERE id = 2") == [("seen",)]
 
 
 @pytest.mark.parametrize(

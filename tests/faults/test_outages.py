@@ -31,7 +31,7 @@ from headrace.config import Project, load_project
 from headrace.errors import RESYNC, HeadraceError
 from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
-from headrace.server import ask, read
+from headrace.server import ask, is_running, read
 from headrace.staging.delta import DeltaStaging
 from headrace.testing import shop
 from headrace.testing.postgres import PostgresServer
@@ -158,7 +158,7 @@ def source_is_away(folder: Path, seconds: float, *, crash: bool = False) -> floa
         run_once(project)
         workload = shop.Workload(url, transactions_per_second=200)
         with running(project) as process, workload:
-            until(lambda: workload.committed > 200)
+            until(lambda: is_running(project) and workload.committed > 200)
             if crash:
                 server.kill()
             else:
