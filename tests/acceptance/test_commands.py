@@ -219,7 +219,9 @@ def test_how_far_copies_are(project: Path, url: str, monkeypatch: pytest.MonkeyP
     assert wide["left_s"] is None or wide["left_s"] > 0
     # The estimate shrinks with the clock between two looks.
     again = answer("status", cwd=project)["sources"][0]["tables"]
-    assert [{**table, "left_s": None} for table in again] == [{**table, "left_s": None} for table in (accounts, wide)]
+    assert [{**table, "left_s": None} for table in again] == [
+        {**table, "left_s": None} for table in (accounts, wide)
+    ]
     shown = here("status", cwd=project).out
     assert "1 copying" in shown
     (line,) = (line for line in shown.splitlines() if line.startswith("public.wide "))

@@ -135,6 +135,43 @@ def test_changes_all_over_a_large_table_have_the_memory_that_they_take(
     assert table(destination, counts) == [(many, len(keys))]
 
 
+def test_a_small_slice_leaves_its_checkpoint_to_later(destination: DuckDBDestination) -> None:
+    log = destination.path.with_name(f"{destination.path.name}.wal")
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
+    assert log.stat().st_size
+    with duckdb.connect(str(destination.path), read_only=True) as elsewhere:
+        assert elsewhere.execute("SELECT id, v FROM shop.t").fetchall() == [(1, "a")]
+    reader = DuckDBDestination(destination.path)
+    reader.read(["SELECT 1"], read_only=True)
+    reader.close()
+    assert log.exists()
+    destination.close()
+    assert not log.exists()
+    assert table(destination) == [(1, "a")]
+
+
+DIE = """
+import os, sys, duckdb
+db = duckdb.connect(sys.argv[1])
+db.execute("DELETE FROM big WHERE i % 2000 = 0")
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_process_has_left_to_replay_may_be_more_than_an_apply_may_hold(
+    destination: DuckDBDestination,
+) -> None:
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
+    with destination.connected() as db:
+        db.execute("CREATE TABLE big AS SELECT i FROM range(10_000_000) r(i)")
+        db.execute("CHECKPOINT")
+    subprocess.run([sys.executable, "-c", DIE, str(destination.path)], check=False, timeout=60)
+    destination.apply(slice_of(1, (MODEL, [row(2)])))
+    assert table(destination) == [(1, "a"), (2, "a")]
+    (found,) = destination.read(["SELECT count(*) AS n FROM big"])
+    assert found["n"].to_pylist() == [9_995_000]
+
+
 def test_a_file_of_another_version_is_refused_with_what_differs(destination: DuckDBDestination) -> None:
     destination.apply(slice_of(0, (MODEL, [row(1)])))
     with duckdb.connect(str(destination.path)) as db:

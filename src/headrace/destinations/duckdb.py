@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ QUERY_MEMORY = 512 << 20
 
 _SCAN_ROWS = 10_000
 """Rows in memory at once of a result that is scanned."""
+
+_REPLAYED = 4 << 20
+"""Bytes of the write-ahead log from which on a commit checkpoints. The next one to open the file replays what
+there is, within some 20 ms; a checkpoint with each close would take most of the time of small slices in
+large tables, since it writes anew what the file says of each of their parts."""
 
 _VECTOR, _VECTOR_BYTES = 2048, 20 << 10
 """Of so many rows that lie together, a transaction that deletes one holds who deleted each: so many bytes."""
@@ -127,6 +132,9 @@ class DuckDBDestination(Database):
         try:
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET enable_progress_bar = false")
+            if not read_only:
+                connection.execute("PRAGMA disable_checkpoint_on_shutdown")
+                connection.execute(f"SET checkpoint_threshold = '{_REPLAYED}B'")
             connection.execute("SET allocator_flush_threshold = '16MB'")
             connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
             self._grant(connection, max(memory, MEMORY))
@@ -136,6 +144,8 @@ class DuckDBDestination(Database):
         finally:
             with _opening:
                 self._granted.pop(id(connection), None)
+                if not read_only and not self._granted and _holds_much(connection):
+                    connection.execute("PRAGMA enable_checkpoint_on_shutdown")
                 connection.close()
                 self._left = self._signature()
 
@@ -162,7 +172,12 @@ class DuckDBDestination(Database):
         most that any of them was promised."""
         with _opening:
             self._granted[id(connection)] = max(size, self._granted.get(id(connection), 0))
-            connection.execute(f"SET memory_limit = '{max(self._granted.values())}B'")
+            limit = f"SET memory_limit = '{max(self._granted.values())}B'"
+            try:
+                connection.execute(limit)
+            except duckdb.OutOfMemoryException:  # a process that was killed has left more to replay
+                connection.execute("CHECKPOINT")
+                connection.execute(limit)
 
     def _not_ours(self, text: str) -> DestinationError:
         return DestinationError(
@@ -229,6 +244,19 @@ class DuckDBDestination(Database):
                     f'Name another: [destination] {key} = "{name}"',
                 )
         return None
+
+    def checkpoint(self) -> None:
+        """Write into the file what its write-ahead log holds, so that it is whole by itself, unless another
+        transaction of this process is writing."""
+        if self.path.with_name(f"{self.path.name}.wal").exists():
+            with self.connected() as db, suppress(duckdb.TransactionException):
+                db.execute("CHECKPOINT")
+
+    def close(self) -> None:
+        """See `Destination.close`. Who has only read leaves the file as it is."""
+        if self.commits:
+            with suppress(DestinationError):
+                self.checkpoint()
 
     def fault_of(self, error: Exception) -> str | None:
         """See `Database.fault_of`."""
@@ -361,6 +389,16 @@ def _batches(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
     except (duckdb.Error, pa.ArrowException, OSError) as error:  # Arrow passes an engine's error on as these
         # Its message may quote a cell.
         raise DestinationError("A query of the destination failed on the way.", "Try again.") from error
+
+
+def _holds_much(db: duckdb.DuckDBPyConnection) -> bool:
+    """Whether changes that no checkpoint has written hold so much memory that the next one to open the file had
+    better find them there: what can be let go of, goes."""
+    try:
+        db.execute(f"SET memory_limit = '{MEMORY // 2}B'")
+    except duckdb.OutOfMemoryException:
+        return True
+    return False
 
 
 def _spills_to(db: duckdb.DuckDBPyConnection) -> str:

@@ -111,11 +111,12 @@ class Publisher:
     def _publish(self) -> bool:
         """In this order, so that the name always stands for a whole copy of one commit:
 
-        1. while nobody has the file open, what its write-ahead log holds is written into it, and it is
-           copied under a lock that keeps other processes from changing it;
+        1. what its write-ahead log holds is written into it, and, while nobody has the file open, once more if
+           need be; it is copied under a lock that keeps other processes from changing it;
         2. the copy is synced, and opened once to see that it is whole;
         3. it takes the name, and the folder is synced.
         """
+        self._destination.checkpoint()  # so that it does not take time while others wait
         with self._destination.gate.alone(_PATIENCE, _PUSH) as is_alone:
             begun = time.monotonic()
             if not is_alone:
@@ -149,9 +150,7 @@ class Publisher:
     def _copy(self) -> None:
         source = self._destination.path
         log = source.with_name(f"{source.name}.wal")
-        if log.exists():  # of a process that was killed
-            with self._destination.connected() as db:
-                db.execute("CHECKPOINT")
+        self._destination.checkpoint()
         with source.open("rb") as original:
             try:
                 # The engine locks so, too. It would lose its own lock on the file as ours is closed, were it
