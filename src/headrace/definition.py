@@ -74,8 +74,9 @@ class Definition:
     contract: Mapping[str, str] | type
     memory: str
     timeout: str
-    settings: Mapping[str, str]
-    """What the header of a SQL model would have besides: `materialize` and `delete`, if they were given."""
+    settings: Mapping[str, str | Sequence[str]]
+    """What the header of a SQL model would have besides: `materialize`, `delete` and what is said of alerts,
+    if they were given."""
 
 
 def model(
@@ -87,6 +88,10 @@ def model(
     timeout: str = "10s",
     materialize: str | None = None,
     delete: str | None = None,
+    freshness: str | None = None,
+    severity: str | None = None,
+    owner: str | None = None,
+    route: Sequence[str] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Mark the function that makes a model's rows; it is returned as it is, and can be called in a test.
 
@@ -107,8 +112,17 @@ def model(
         `"latest"`, `"append"` or `"history"`, as in the header of a SQL model.
     delete
         `"hard"` or `"soft"`, as there.
+    freshness, severity, owner, route
+        Of its alerts, as there.
     """
-    given = {"materialize": materialize, "delete": delete}
+    given: dict[str, str | Sequence[str] | None] = {
+        "materialize": materialize,
+        "delete": delete,
+        "freshness": freshness,
+        "severity": severity,
+        "owner": owner,
+        "route": route,
+    }
     settings = {name: value for name, value in given.items() if value is not None}
     rules = {} if contract is None else contract
 

@@ -19,10 +19,11 @@ import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
+from headrace.transform import alerting
 from headrace.transform.header import settings_of, version_of
 from headrace.transform.kind import LATEST, Kind, kind_of
 
-_KEYS = ("key", "contract", "materialize", "delete")
+_KEYS = ("key", "contract", "materialize", "delete", *alerting.KEYS)
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
@@ -52,7 +53,8 @@ class ModelText:
     """A model file, taken apart.
 
     `outputs` are (name, expression) pairs and `where` is '' or an expression, both verbatim;
-    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states.
+    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states, `alerts`
+    who is told of what goes wrong.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ModelText:
     checks: tuple[Check, ...]
     version: str
     kind: Kind = LATEST
+    alerts: alerting.AlertSettings = alerting.DEFAULT
 
     @property
     def file(self) -> str:
@@ -94,7 +97,8 @@ def read_model(path: Path, name: str = "") -> ModelText:
     kind = kind_of(path.name, settings, [name for name, _ in outputs])
     version = version_of(text)
     name = name or path.stem
-    return ModelText(name, source, table, alias, outputs, where, key, types, checks, version, kind)
+    alerts = alerting.alert_settings_of(path.name, settings)
+    return ModelText(name, source, table, alias, outputs, where, key, types, checks, version, kind, alerts)
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:
