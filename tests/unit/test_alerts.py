@@ -319,3 +319,24 @@ def test_whatever_a_library_raises_is_a_failure_that_quotes_nothing(monkeypatch:
     with pytest.raises(Undelivered) as caught:
         send(OPS, MESSAGE)
     assert "hunter2" not in str(caught.value)
+
+
+def test_many_may_make_the_file_at_once(tmp_path: Path) -> None:
+    for round_ in range(5):
+        stores = [AlertStore(tmp_path / f"{round_}.db") for _ in range(8)]
+        failed: list[Exception] = []
+
+        def open_one(store: AlertStore, failed: list[Exception] = failed) -> None:
+            try:
+                store.silence("sales", 9e9, "known", 0.0)
+            except Exception as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=open_one, args=(store,)) for store in stores]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        for store in stores:
+            store.close()

@@ -8,6 +8,7 @@ are seconds since 1970 in UTC.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.alarms import Alarm, Severity
+from headrace.errors import LogBusy
 from headrace.log.database import Database
 
 FILE = "alerts.db"
@@ -22,28 +24,29 @@ FILE = "alerts.db"
 
 _FORMAT = 1
 _SCRIPT = """
-CREATE TABLE alerts (
+CREATE TABLE IF NOT EXISTS alerts (
   id TEXT PRIMARY KEY, kind TEXT NOT NULL, subject TEXT NOT NULL, source TEXT NOT NULL, model TEXT NOT NULL,
   severity TEXT NOT NULL, grade INTEGER NOT NULL, words TEXT NOT NULL, lasts INTEGER NOT NULL,
   began_at REAL NOT NULL, said_at REAL NOT NULL, ended_at REAL
 ) WITHOUT ROWID;
-CREATE UNIQUE INDEX firing ON alerts (kind, subject) WHERE ended_at IS NULL;
-CREATE TABLE told (
+CREATE UNIQUE INDEX IF NOT EXISTS firing ON alerts (kind, subject) WHERE ended_at IS NULL;
+CREATE TABLE IF NOT EXISTS told (
   channel TEXT NOT NULL, alert TEXT NOT NULL, grade INTEGER NOT NULL, is_over INTEGER NOT NULL,
   PRIMARY KEY (channel, alert)
 ) WITHOUT ROWID;
-CREATE TABLE deliveries (
+CREATE TABLE IF NOT EXISTS deliveries (
   id TEXT PRIMARY KEY, channel TEXT NOT NULL, "group" TEXT NOT NULL, body TEXT NOT NULL,
   made_at REAL NOT NULL, attempts INTEGER NOT NULL, due_at REAL NOT NULL, failure TEXT NOT NULL, done_at REAL
 ) WITHOUT ROWID;
-CREATE INDEX by_channel ON deliveries (channel, "group");
-CREATE TABLE silences (
+CREATE INDEX IF NOT EXISTS by_channel ON deliveries (channel, "group");
+CREATE TABLE IF NOT EXISTS silences (
   subject TEXT PRIMARY KEY, until REAL NOT NULL, reason TEXT NOT NULL, made_at REAL NOT NULL
 ) WITHOUT ROWID;
 """
 _COLUMNS = "id, kind, subject, source, model, severity, grade, words, lasts, began_at, said_at, ended_at"
 _DELIVERY = 'id, channel, "group", body, made_at, attempts, due_at, failure, done_at'
 _MAX_WORDS = 4096
+_CREATE_TRIES = 50  # a pipeline and a command may make the file at once
 _ONCE_AGAIN = 4 * 3600.0
 """Seconds in which what does not last is told once, however often it is said."""
 _LATE = 86_400.0
@@ -297,8 +300,19 @@ class AlertStore:
         with self._opening:
             if self._opened is None:
                 self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._opened = Database(self._path, script=_SCRIPT, version=_FORMAT)
+                self._opened = _made(self._path)
             return self._opened
+
+
+def _made(path: Path) -> Database:
+    for left in reversed(range(_CREATE_TRIES)):
+        try:
+            return Database(path, script=_SCRIPT, version=_FORMAT)
+        except LogBusy:
+            if not left:
+                raise
+            time.sleep(0.02)
+    raise AssertionError
 
 
 def _alert(row: Sequence[Any]) -> Alert:
