@@ -63,6 +63,9 @@ CREATE TABLE IF NOT EXISTS headrace.marts (
   inputs VARCHAR, refreshed_at TIMESTAMPTZ
 );
 CREATE TABLE IF NOT EXISTS headrace.shapes (model VARCHAR, columns VARCHAR, numbered VARCHAR);
+CREATE TABLE IF NOT EXISTS headrace.suspensions (
+  model VARCHAR, suspended_by VARCHAR, state VARCHAR, suspended_at TIMESTAMPTZ
+);
 """
 
 

@@ -19,10 +19,12 @@ import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
+from headrace.transform.handling import KEYS as HANDLING
+from headrace.transform.handling import NO_SAY, Handling, handling_of
 from headrace.transform.header import settings_of, version_of
 from headrace.transform.kind import LATEST, Kind, kind_of
 
-_KEYS = ("key", "contract", "materialize", "delete")
+_KEYS = ("key", "contract", "materialize", "delete", *HANDLING)
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
@@ -66,6 +68,7 @@ class ModelText:
     checks: tuple[Check, ...]
     version: str
     kind: Kind = LATEST
+    handling: Handling = NO_SAY
 
     @property
     def file(self) -> str:
@@ -94,7 +97,8 @@ def read_model(path: Path, name: str = "") -> ModelText:
     kind = kind_of(path.name, settings, [name for name, _ in outputs])
     version = version_of(text)
     name = name or path.stem
-    return ModelText(name, source, table, alias, outputs, where, key, types, checks, version, kind)
+    handling = handling_of(path.name, settings, [name for name, _ in outputs])
+    return ModelText(name, source, table, alias, outputs, where, key, types, checks, version, kind, handling)
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from headrace.document import Invalid
 from headrace.errors import ModelBroken, ModelError
+from headrace.transform.handling import handling_of
 from headrace.transform.header import version_of
 from headrace.transform.kind import kind_of
 from headrace.transform.python.process import Script, describe
@@ -193,6 +194,7 @@ def _filled(text: PythonText, said: Mapping[str, Any]) -> PythonText:
         outputs=tuple((name, name) for name, _ in types),
         key=key,
         kind=kind_of(file, definition["settings"], names),
+        handling=handling_of(file, definition["settings"], names),
         types=tuple(types),
         checks=tuple(checks),
         takes=said["kind"],

@@ -1,0 +1,43 @@
+"""What a model's header says of its bad rows, and of values that nobody is to see beside its table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.errors import ModelError
+
+KEYS = ("max_error_rate",)
+"""The header's keys that are read here."""
+
+DEFAULT_ERROR_RATE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Handling:
+    """`max_error_rate`: which share of its changes may fail before the model is suspended, 1 for any."""
+
+    max_error_rate: float = DEFAULT_ERROR_RATE
+
+
+NO_SAY = Handling()
+"""That of a model which says nothing."""
+
+
+def handling_of(file: str, settings: Mapping[str, Any], outputs: Collection[str]) -> Handling:
+    """Return what a header says. Raises ModelError, naming the file, for what cannot be meant."""
+    del outputs
+    return Handling(_error_rate(file, settings.get("max_error_rate", DEFAULT_ERROR_RATE)))
+
+
+def _error_rate(file: str, value: object) -> float:
+    if value is False:
+        return 1.0
+    rate = value if type(value) in (int, float) else None
+    if rate is None or not 0 < float(rate) <= 1:  # type: ignore[arg-type]
+        raise ModelError(
+            f"{file}: max_error_rate must be a number above 0 and up to 1, or false.",
+            "0.5 suspends the model where half of its newest changes fail; 1 or false never does.",
+        )
+    return float(rate)  # type: ignore[arg-type]
