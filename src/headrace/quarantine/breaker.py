@@ -10,6 +10,7 @@ What waits for a parent, or has lost it, is no fault of the model and is not cou
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from headrace.errors import BreakerTripped
 if TYPE_CHECKING:
     from headrace.prepared import Prepared
 
+logger = logging.getLogger("headrace.lane")
+
 LEAST = 1_000
 """Changes without which nothing is judged."""
 WINDOW = 10_000
@@ -32,21 +35,32 @@ FOREIGN_KEY = "constraint.foreign_key"
 
 
 class Guarded(Protocol):
-    """What is asked of a model: name, version of its file, and which share of its changes may fail."""
+    """What is asked of a model."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name."""
+        ...
+
     @property
-    def version(self) -> str: ...
+    def version(self) -> str:
+        """The version of its file."""
+        ...
+
     @property
-    def max_error_rate(self) -> float: ...
+    def max_error_rate(self) -> float:
+        """Which share of its newest changes may fail; 1 for any."""
+        ...
 
 
 class Tally(NamedTuple):
-    """How many changes were judged, and how many of them failed."""
+    """How many changes were judged, how many of them failed, and how many good ones violate a check that
+    only warns or nulls."""
 
     judged: int = 0
     failed: int = 0
+    warned: int = 0
+    nulled: int = 0
 
 
 @dataclass(slots=True)
@@ -58,7 +72,7 @@ class _Window:
 
     def with_(self, more: Iterable[Tally]) -> Tally:
         parts = [*self.parts, *more]
-        return Tally(sum(part.judged for part in parts), sum(part.failed for part in parts))
+        return Tally(*map(sum, zip(*parts, strict=True)))
 
     def add(self, parts: Iterable[Tally]) -> None:
         self.parts.extend(parts)
@@ -116,9 +130,16 @@ class Breakers:
             del prepared
 
     def keep(self) -> None:
-        """Take over what was admitted: its transaction is committed."""
+        """Take over what was admitted: its transaction is committed. What it has of checks that only warn is
+        logged, once."""
         for name, parts in self._pending.items():
             self._windows[name].add(parts)
+            _, _, warned, nulled = map(sum, zip(*parts, strict=True))
+            if warned or nulled:
+                logger.warning(
+                    "model %s: %d changes applied that violate a check, %d with a cell nulled for it",
+                    name, warned + nulled, nulled,
+                )  # fmt: skip
             self._tripped.discard(name)
         self._pending.clear()
 
@@ -137,10 +158,11 @@ def tally_of(prepared: Prepared) -> Tally:
     if prepared.steps is not None:
         # Of each key the first bad change alone has a record, and all were judged.
         failed = pc.sum(pc.equal(prepared.steps.table["_what"], "bad")).as_py() or 0
-        return Tally(prepared.counts.read, failed)
+        return Tally(prepared.counts.read, failed, prepared.counts.warned, prepared.counts.nulled)
     settled = prepared.counts.read - prepared.counts.superseded - orphans
     # A share of whole histories counts no changes of its own.
-    return Tally(max(settled, prepared.rows.num_rows + failed), failed)
+    judged = max(settled, prepared.rows.num_rows + failed)
+    return Tally(judged, failed, prepared.counts.warned, prepared.counts.nulled)
 
 
 def _most_frequent(prepared: Prepared) -> str:

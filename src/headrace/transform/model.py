@@ -111,8 +111,17 @@ class RowModel:
         return uncontested(self, lambda model: alone(model.settled(changes)))
 
     def refusing(self, contested: Contested) -> RowModel:
-        """Return the model that takes what was contested for bad; its version is the same."""
+        """Return the model that takes what was contested for bad; its version is the same. Raises ModelBroken
+        where that is to suspend it."""
         refused = contested.refused.get(self.name)
+        if refused and self.handling.on_key_violation == "suspend":
+            key = ", ".join(self.unique)
+            raise ModelBroken(
+                self.name,
+                f"{len(refused):,} changes would give their rows the key ({key}) of others, which suspends "
+                "the model (on_violation).",
+                f"Mend the data or the model, then run `headrace resume {self.name}`.",
+            )
         return replace(self, refused=self.refused | refused) if refused else self
 
     def limited(self, limits: Sequence[tuple[str, str]]) -> RowModel:
