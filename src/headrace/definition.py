@@ -74,9 +74,8 @@ class Definition:
     contract: Mapping[str, str] | type
     memory: str
     timeout: str
-    settings: Mapping[str, str | Sequence[str]]
-    """What the header of a SQL model would have besides: `materialize`, `delete` and what is said of alerts,
-    if they were given."""
+    settings: Mapping[str, object]
+    """What the header of a SQL model would have besides, of what was given."""
 
 
 def model(
@@ -88,6 +87,8 @@ def model(
     timeout: str = "10s",
     materialize: str | None = None,
     delete: str | None = None,
+    max_error_rate: float | None = None,
+    on_violation: str | None = None,
     freshness: str | None = None,
     severity: str | None = None,
     owner: str | None = None,
@@ -112,12 +113,19 @@ def model(
         `"latest"`, `"append"` or `"history"`, as in the header of a SQL model.
     delete
         `"hard"` or `"soft"`, as there.
+    max_error_rate
+        Which share of the newest changes may fail before the model is suspended; 1 for any.
+    on_violation
+        What becomes of a row that violates a rule which has no ON VIOLATION of its own: `"quarantine"`,
+        `"warn"`, `"null"` or `"suspend"`.
     freshness, severity, owner, route
         Of its alerts, as there.
     """
-    given: dict[str, str | Sequence[str] | None] = {
+    given = {
         "materialize": materialize,
         "delete": delete,
+        "max_error_rate": max_error_rate,
+        "on_violation": on_violation,
         "freshness": freshness,
         "severity": severity,
         "owner": owner,

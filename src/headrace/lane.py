@@ -20,11 +20,12 @@ from dataclasses import replace
 import pyarrow as pa
 
 from headrace.ahead import ahead
-from headrace.alarms import NEW_CAUSE, trigger
+from headrace.alarms import trigger_issue, trigger_suspended
 from headrace.binding import Binder
 from headrace.change import START, Mark, Offset, Position, SourceMark, source_marker
 from headrace.config import Project, SourceConfig
 from headrace.errors import (
+    BreakerTripped,
     HeadraceError,
     LogTrimmed,
     ModelBroken,
@@ -37,6 +38,7 @@ from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
 from headrace.prepared import Contested
 from headrace.protocols import Destination, ModelState, Part, Slice
+from headrace.quarantine.breaker import Breakers
 from headrace.rebuilding import folded
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
@@ -48,13 +50,12 @@ from headrace.transform.model import RowModel, preparing, uncontested
 from headrace.turns import Turns
 
 logger = logging.getLogger("headrace.lane")
+Works = Callable[[bool], None]
 
 _LOAD_BYTES = 32 << 20
 _SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
 """What one transaction of the destination takes; it is in memory piece by piece only."""
 _RUNNING = ("in_sync", "joining")
-_NO_VERSION = ""
-"""The version that a model is suspended with for what its table is: any runs once the table fits."""
 
 
 class Lane:
@@ -83,7 +84,10 @@ class Lane:
         root = project.staging_path(config.name)
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
-        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins, project.state / "spill")
+        self._breakers = Breakers()
+        self.joiner = Joiner(
+            config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
+        )
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
@@ -97,13 +101,9 @@ class Lane:
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 
-    def capture(
-        self, stop: threading.Event, until: int | None = None, works: Callable[[bool], None] | None = None
-    ) -> None:
-        """Copy from the source to the log until `stop`, or until the log is past LSN `until`.
-
-        `works` is called when the source has answered, with whether something was appended to the log.
-        """
+    def capture(self, stop: threading.Event, until: int | None = None, works: Works | None = None) -> None:
+        """Copy from the source to the log until `stop`, or until the log is past LSN `until`; tell `works`,
+        whenever the source has answered, whether something was appended."""
         try:
             with closing(self.source.read(self.log)) as groups:
                 for group in groups:
@@ -248,9 +248,32 @@ class Lane:
         return list(self._models(self.staging.through()))
 
     def suspended(self) -> dict[str, str]:
-        """Return the suspended models with their reasons."""
+        """Return the models that are suspended, but not by hand, with their reasons."""
         states = self.destination.models(self.config.name)
-        return {name: state.reason for name, state in states.items() if state.state == "suspended"}
+        broken = {
+            name: s for name, s in states.items() if s.state == "suspended" and s.suspended_by != "hand"
+        }
+        return {name: state.reason for name, state in broken.items()}
+
+    def has(self, model_name: str) -> bool:
+        """Whether there is such a model of this source, be it one that does not bind."""
+        named = {*(text.name for text in self._texts), *(model.name for model in self.models())}
+        return model_name in named or self._asked(model_name)[1] is not None
+
+    def hold(self, model_name: str, reason: str) -> None:
+        """Suspend a model until it is released, over restarts and whatever becomes of its file."""
+        with self.applying:
+            self.destination.hold(model_name, self.config.name, f"by hand{reason and ': '}{reason}")
+            self._stands = None
+        logger.info("model %s is suspended by hand", model_name)
+
+    def release(self, model_name: str) -> None:
+        """Let a suspended model be tried again. Raises UserError if it is not suspended."""
+        with self.applying:
+            if not self.destination.release(model_name, self.config.name):
+                raise UserError(f"Model {model_name} is not suspended.", "`headrace status` says how it is.")
+            self._stands = None
+        logger.info("model %s goes on", model_name)
 
     def needs(self) -> Needs | None:
         """Return what must stay of the log; None where the destination has not been asked.
@@ -306,7 +329,7 @@ class Lane:
             if model is not None and not dry_run and self.destination.forget_if_reshaped(model, mend=True):
                 self._stands = None
                 return False
-            if model is None or stand is None or (stand.state, stand.version) == ("suspended", model.version):
+            if model is None or stand is None or not stand.runs(model.version):
                 words = f"Model {model_name} does not run now, or there is none."
                 raise UserError(words, "`headrace status` says more.")
             if self.destination.forget_if_reshaped(model, dry_run=True):
@@ -348,11 +371,13 @@ class Lane:
         """Ask the destination; a model whose mended file has other columns starts from the beginning."""
         self.joiner.know(None)
         stands = self.destination.models(self.config.name)
+        self._breakers.know_tripped(n for n, state in stands.items() if state.suspended_by == "breaker")
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
         for model in self._models(self.staging.through()):
             state = stands.get(model.name)
-            if state is None or state.version == model.version or model.is_mirror:
+            is_held = state is not None and state.suspended_by == "hand"
+            if state is None or is_held or model.is_mirror or state.version == model.version:
                 continue
             try:
                 if self.destination.forget_if_reshaped(model):
@@ -361,7 +386,8 @@ class Lane:
             except ModelBroken as error:
                 self._suspend(model.name, model.version, error)
                 stands[model.name] = replace(state, state="suspended", version=model.version)
-        self._put_aside(stands)
+        if self._tables and not self._read_only:
+            self._binder.put_aside(self._texts, self._tables, stands)
         return stands
 
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
@@ -370,6 +396,7 @@ class Lane:
         place = (self._mark(after), self._mark(through), position, committed_at)
         try:
             while True:
+                self._breakers.begin()
                 parts = ahead(self._preparer, self._parts(models, after, through, in_sync))
                 try:
                     with closing(parts):
@@ -384,6 +411,7 @@ class Lane:
         except BaseException:
             self._stands = None
             raise
+        self._breakers.keep()
         self._moved(models, through, in_sync)
         self._alert(issues)
 
@@ -403,6 +431,7 @@ class Lane:
                     quiet = False
                     prepared = model.prepare(self.joiner.filled(model, changes, through))
                     del changes  # not beside what the destination makes of them
+                    self._breakers.admit(model, prepared)
                     yield Part(model, prepared, model.name in in_sync)
                     del prepared
             if quiet:
@@ -441,8 +470,7 @@ class Lane:
         paused = {table for table, state in self._tables.items() if state.paused}
         for model in self._models(through):
             state = (self._stands or {}).get(model.name)
-            suspended = state and state.state == "suspended" and state.version == model.version
-            if not suspended and model.table not in paused:
+            if (state is None or state.runs(model.version)) and model.table not in paused:
                 yield model
 
     def _models(self, through: Offset) -> Iterator[RowModel]:
@@ -450,42 +478,16 @@ class Lane:
         removed = {table for table, state in self._tables.items() if state.stage == "removed"}
         return self._binder.models(self._texts, removed, through)
 
-    def _put_aside(self, stands: dict[str, ModelState]) -> None:
-        """Retire what the project no longer has, and suspend models of tables that are not captured."""
-        if not self._tables or self._read_only:
-            return
-        # Those count that are to be staged yet, too: their models wait.
-        captured = {table.label for table, state in self._tables.items() if state.stage != "removed"}
-        modelled = {text.table for text in self._texts}
-        named = {f"{self.config.name}.{label}" for label in captured - modelled}
-        for text in self._texts:
-            named.add(text.name)
-            if text.table not in captured:
-                reason = f"raw.{text.source}.{text.table} is not captured{self._why(text.table)}."
-                remedy = f"Mend models/{text.file}, or add the table to [source.{text.source}] tables."
-                self._suspend(text.name, _NO_VERSION, ModelBroken(text.name, reason, remedy))
-        for name, state in stands.items():
-            if name not in named and state.state != "retired":
-                logger.info("%s is no longer a model of this project: its table stays as it is", name)
-                self.destination.retire(name, self.config.name)
-
-    def _why(self, label: str) -> str:
-        """Say why a table is captured no longer, where that is known."""
-        reasons = (s.reason for t, s in self._tables.items() if t.label == label and s.reason)
-        return "".join(f": it is {reason}" for reason in reasons)
-
     def _does_not_fit(self, name: str, error: HeadraceError) -> None:
-        self._suspend(name, _NO_VERSION, error)
+        self._suspend(name, "", error)  # any version runs once its table fits
 
     def _suspend(self, name: str, version: str, error: HeadraceError) -> None:
         if self._read_only:
             return
         self._stands = None
-        if self.destination.suspend(name, self.config.name, version, str(error)):
-            words = error.paragraph()
-            trigger(
-                "suspended", name, "SUSPENDED model %s: %s", name, words, source=self.config.name, model=name
-            )
+        tripped = isinstance(error, BreakerTripped)
+        if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
+            trigger_suspended(name, self.config.name, error.paragraph())
 
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)
@@ -494,6 +496,4 @@ class Lane:
 
     def _alert(self, issues: Sequence[str]) -> None:
         for issue in issues:
-            model, reason, columns, message, count = self.destination.issue(issue)
-            trigger("issue", issue, NEW_CAUSE, issue, model, reason, columns, message, count, issue,
-                    source=self.config.name, model=model)  # fmt: skip
+            trigger_issue(issue, self.config.name, *self.destination.issue(issue))

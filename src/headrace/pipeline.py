@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from headrace.alarms import resolve, trigger
+from headrace.alarms import resolve, tell, trigger
 from headrace.alerts.service import Alerting
 from headrace.change import TableId
 from headrace.config import Project
@@ -137,7 +137,7 @@ class Pipeline:
             for thread in self._threads:
                 thread.join()
             for fault in self._published_once():
-                trigger("notice", fault.paragraph(), "%s", fault.paragraph(), severity="error")
+                tell("%s", fault.paragraph(), severity="error")
             self._alerting.finish()
             server.close()
             self.close()
@@ -155,7 +155,7 @@ class Pipeline:
             faults += self._marts_once()
             faults += self._published_once()
             for fault in faults[1:]:
-                trigger("notice", fault.paragraph(), "%s", fault.paragraph(), severity="error")
+                tell("%s", fault.paragraph(), severity="error")
             if faults:
                 raise faults[0]
         finally:
@@ -201,6 +201,8 @@ class Pipeline:
             "tables": self._change_tables,
             "resync": self._resync,
             "compact": self._compact,
+            "suspend": self._suspend,
+            "resume": self._resume,
         }
         return Server(self.project.state, self.lanes[0].destination, handlers)
 
@@ -211,6 +213,21 @@ class Pipeline:
     def _rebuild(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
         return {"beside": lane.rebuild(request["model"], dry_run=request["dry_run"])}
+
+    def _suspend(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.lane_of(request["model"]).hold(request["model"], request["reason"])
+        return {}
+
+    def _resume(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.lane_of(request["model"]).release(request["model"])
+        return {}
+
+    def lane_of(self, model: str) -> Lane:
+        """Return the lane that a row model or a mirror is of. Raises UserError where there is no such one."""
+        lane = next((lane for lane in self.lanes if lane.has(model)), None)
+        if lane is None:
+            raise UserError(f"There is no row model {model}.", "`headrace models ls` names what there is.")
+        return lane
 
     def snapshot(self, source: str, model: str, place: str, into: str | None) -> dict[str, Any]:
         """See `headrace.snapshot.take_snapshot`."""

@@ -314,6 +314,12 @@ class ModelState:
     reason: str
     offset: Offset
     open_records: int
+    suspended_by: str = ""
+    """`hand`, or `breaker` until a part has passed since; '' for what else there may be."""
+
+    def runs(self, version: str) -> bool:
+        """Whether the model takes changes if its file is of this version."""
+        return self.suspended_by != "hand" and (self.state, self.version) != ("suspended", version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -454,12 +460,20 @@ class Destination(Protocol):
         """
         ...
 
-    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
-        """Mark a version of a model suspended with its reason; True if it was not already so."""
+    def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
+        """Mark a version of a model suspended, by its breaker if `tripped`; True if it was not already so."""
+        ...
+
+    def hold(self, model: str, source: str, reason: str) -> None:
+        """Mark a model suspended by hand: it stays so, whatever becomes of its file, until `release`."""
+        ...
+
+    def release(self, model: str, source: str) -> bool:
+        """Let a suspended model be tried again; False if it was not suspended."""
         ...
 
     def reconsider(self, source: str) -> None:
-        """Have the suspended models of a source tried once more: their tables may be mended."""
+        """Have the models tried once more that were broken: their tables may be mended."""
         ...
 
     def retire(self, model: str, source: str) -> None:

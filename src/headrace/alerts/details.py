@@ -84,7 +84,7 @@ def commands(alert: Alert, text: ModelText | None) -> dict[str, str]:
             "silence": f"headrace alerts silence {alert.subject} --for 4h --reason TEXT",
         }
     if alert.kind == "suspended":
-        return {"show": "headrace status", "fix": mend}
+        return {"show": "headrace status", "fix": mend, "redrive": f"headrace resume {alert.subject}"}
     return {"show": "headrace status"}
 
 

@@ -44,6 +44,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "headrace.cli.captured:resync_source",
         "Begin anew with a source after a gap, and repair what differs.",
     ),
+    "suspend": (
+        "headrace.cli.suspension:suspend",
+        "Let one model stand still until it is resumed; all else goes on.",
+    ),
+    "resume": ("headrace.cli.suspension:resume", "Let a suspended model be tried again."),
     "rebuild": (
         "headrace.cli.rebuild:rebuild",
         "Make a model's table once more from staging, beside the live one, and swap.",

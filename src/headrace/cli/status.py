@@ -36,6 +36,8 @@ _QUERIES = (
     "GROUP BY source, model, issue ORDER BY records DESC, issue",
     "SELECT mart, kind, state, reason, incomplete, missing, positions, rows, "
     "extract(epoch FROM refreshed_at) AS refreshed_at FROM headrace.marts ORDER BY mart",
+    "SELECT model, sum(warned)::BIGINT AS warned, sum(nulled)::BIGINT AS nulled FROM headrace.ledger "
+    "WHERE kind <> 'void' GROUP BY model",
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -69,8 +71,8 @@ def status(
       - `capture`: `lag_bytes` not yet confirmed to the source; `load`: `rows`, `bytes`, `oldest_s`
       - `visible`: `offset`, `position`, `as_of` (seconds since 1970: all that the source committed
         until then is visible, unless a model says otherwise), `age_s`; null before the first apply
-      - `models`: `name`, `state`, `reason`, `offset`, `position`, `open_records`, `backlog`: `rows`,
-        `bytes`, `oldest_s`
+      - `models`: `name`, `state`, `reason`, `offset`, `position`, `open_records`, `warned` and `nulled`
+        (applied changes that violate a check which warns or nulls), `backlog`: `rows`, `bytes`, `oldest_s`
       - `quarantine`: open records by cause: `issue`, `model`, `reason`, `columns`, `message`,
         `records`, `blocked` (changes that wait behind them), `age_s`
       - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason, or `read_by`, the
@@ -90,7 +92,7 @@ def status(
 def gather(project: Project) -> dict[str, Any]:
     """Ask log, staging, destination, source and the running pipeline; what cannot be asked is named."""
     live = _live(project)
-    tables: list[Rows] = [[], [], [], []]
+    tables: list[Rows] = [[], [], [], [], []]
     error: str | None = None
     # Before the first run there is nothing to ask.
     has_run = any(project.log_path(source.name).exists() for source in project.sources)
@@ -182,6 +184,7 @@ def _live(project: Project) -> dict[str, Any] | None:
 def _source(
     project: Project, source: SourceConfig, live: dict[str, Any] | None, tables: Sequence[Rows]
 ) -> dict[str, Any]:
+    tolerated = {row["model"]: row for row in tables[4]}
     progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables[:3])
     path = project.log_path(source.name)
     report: dict[str, Any] = {"name": source.name, "has_run": path.exists(), "error": None}
@@ -191,6 +194,9 @@ def _source(
         try:
             report |= _hops(project, source, path, live, models)
             report["tables"] = tables_of(project, source)
+            for model in report["models"]:
+                counts = tolerated.get(model["name"], {})
+                model |= {name: counts.get(name, 0) for name in ("warned", "nulled")}
         except HeadraceError as error:
             report["error"] = str(error)
     slot = _slot(source)
@@ -405,6 +411,9 @@ def _print_models(models: Rows) -> None:
     for row in models:
         if row["reason"]:
             print(f"{row['name']} {row['state']}: {row['reason']}")
+        if row["warned"] or row["nulled"]:
+            both = f"{row['warned']:,} applied with a warning, {row['nulled']:,} with a cell nulled"
+            print(f"{row['name']} checks: {both}")
 
 
 def _print_causes(causes: Rows) -> None:

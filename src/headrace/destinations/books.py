@@ -115,6 +115,7 @@ class Books:
         if others:
             names = ", ".join(map(literal, others))
             self._db.execute(f"DELETE FROM headrace.models WHERE model IN ({names})")
+            self._db.execute(f"DELETE FROM headrace.suspensions WHERE model IN ({names})")
         insert(
             self._db,
             "models",
@@ -176,6 +177,7 @@ def stand(
         f"SELECT count(*) FROM headrace.quarantine WHERE model = $1 AND {OPEN}", [model.name]
     )
     db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
+    db.execute("DELETE FROM headrace.suspensions WHERE model = $1", [model.name])
     state = "in_sync" if in_sync else "joining"
     where = (at, position.epoch, position.commit, committed_at)
     insert(db, "models", [(model.name, model.source, model.version, state, "", *where, records)])

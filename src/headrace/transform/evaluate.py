@@ -20,6 +20,7 @@ from headrace.prepared import Claims
 from headrace.scrub import scrub
 
 if TYPE_CHECKING:
+    from headrace.transform.handling import Action
     from headrace.transform.model import RowModel
 
 _ASKED_ROWS = 200
@@ -108,6 +109,7 @@ class Evaluation:
         """Return `n`, `k` and `verdict` (good, filtered or bad) of each event that was judged."""
         judged = self._judged
         assert judged is not None
+        self._refuse_suspending(judged)
         filtered = pc.if_else(judged["_hr_filtered"], "filtered", "good")
         verdicts = pc.if_else(self._bad(judged), "bad", filtered)
         return pa.table({"n": judged["_hr_n"], "k": judged["_hr_k"], "verdict": verdicts})
@@ -127,6 +129,11 @@ class Evaluation:
         apart = pc.or_(self._bad(judged), judged["_hr_filtered"])
         good = judged.filter(pc.invert(apart)) if pc.any(apart).as_py() else judged
         names = [name for name, _, _ in self._model.outputs]
+        for i, check in enumerate(self._model.checks):
+            if check.on_violation == "null":
+                at, cells = good.schema.get_field_index(check.column), good[check.column]
+                nulled = pc.if_else(good[f"_hr_v{i}"], pa.scalar(None, cells.type), cells)
+                good = good.set_column(at, check.column, nulled)
         return good.select(["_hr_n", "_hr_k", *names]).rename_columns(["_hr_n", "_source_key", *names])
 
     def faults(self, events: pa.Table) -> Iterator[tuple[int, str, str, str, str]]:
@@ -136,11 +143,14 @@ class Evaluation:
         wanted = set(events["_hr_n"].to_pylist())
         judged = self._judged
         assert judged is not None
-        bad = judged.filter(self._bad(judged)).select(["_hr_n", "_hr_failed", *self._violations()])
+        bad = judged.filter(self._bad(judged)).select(
+            ["_hr_n", "_hr_failed", *self._violations("quarantine")]
+        )
         found = [tuple(row.values()) for row in bad.to_pylist() if row["_hr_n"] in wanted]
+        checks = [check for check in self._model.checks if check.on_violation == "quarantine"]
         for n, *violated in ((n, *violated) for n, failed, *violated in found if not failed):
             if True in violated:
-                check = self._model.checks[violated.index(True)]
+                check = checks[violated.index(True)]
                 yield n, "constraint", check.reason, check.column, f"{check.column}: {check.text} is violated"
             else:
                 key = ", ".join(self._model.unique)
@@ -153,19 +163,43 @@ class Evaluation:
         """Return the rows that took the query down; they are in no judgement."""
         return sorted(self._fatal)
 
-    def _violations(self) -> list[str]:
-        """Return the columns that say of each check whether a row violates it."""
-        return [f"_hr_v{i}" for i in range(len(self._model.checks))]
+    def _violations(self, *actions: Action) -> list[str]:
+        """Return the columns that say of each check with one of some actions whether a row violates it."""
+        return [f"_hr_v{i}" for i, check in enumerate(self._model.checks) if check.on_violation in actions]
+
+    def tolerated(self, settled: pa.Array | None) -> dict[str, int]:
+        """Return how many good rows violate a check that only warns (`warned`), and how many have a cell
+        nulled (`nulled`); of those numbered in `settled`, if given."""
+        judged = self._judged
+        assert judged is not None
+        counts = {}
+        for name, columns in (("warned", self._violations("warn")), ("nulled", self._violations("null"))):
+            if columns:
+                rows = judged.filter(pc.invert(self._bad(judged)))
+                rows = rows if settled is None else rows.filter(pc.is_in(rows["_hr_n"], value_set=settled))
+                counts[name] = pc.sum(_any_of(rows, columns)).as_py() or 0
+        return counts
 
     def _bad(self, judged: pa.Table) -> pa.ChunkedArray:
         """Return which rows have failed or violate a check."""
         bad = pc.fill_null(judged["_hr_failed"], False)  # a filter that is null is neither
-        for name in self._violations():
+        for name in self._violations("quarantine"):
             bad = pc.or_(bad, judged[name])
         if len(self._refused):
             refused = pc.is_in(judged["_hr_n"], value_set=self._refused)
             bad = pc.or_(bad, pc.and_(refused, pc.invert(judged["_hr_filtered"])))
         return bad
+
+    def _refuse_suspending(self, judged: pa.Table) -> None:
+        """Raise ModelBroken where a row violates a check that is to suspend the model."""
+        for i, check in enumerate(self._model.checks):
+            if check.on_violation == "suspend" and (count := pc.sum(judged[f"_hr_v{i}"]).as_py()):
+                raise ModelBroken(
+                    self._model.name,
+                    f"{count:,} changes violate {check.column}: {check.text}, which suspends the model "
+                    "(on_violation).",
+                    f"Mend the data or the model, then run `headrace resume {self._model.name}`.",
+                )
 
     def _violation(self, i: int) -> str:
         check = self._model.checks[i]
@@ -249,6 +283,13 @@ class Evaluation:
         except duckdb.Error as error:
             return "transform.expression", scrub(str(error))
         return "transform.expression", "the expression fails together with the others"
+
+
+def _any_of(rows: pa.Table, columns: list[str]) -> pa.ChunkedArray:
+    found = rows[columns[0]]
+    for name in columns[1:]:
+        found = pc.or_(found, rows[name])
+    return found
 
 
 def _is_the_engines(error: duckdb.Error) -> bool:

@@ -88,6 +88,7 @@ def fold(
             superseded=total - len(settled) - len(resets) - records.num_rows,
             filtered=filtered,
             quarantined=records.num_rows,
+            **evaluation.tolerated(chosen),
         ),
         claims=evaluation.claims(events, points["k"], chosen),
     )

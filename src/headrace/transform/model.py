@@ -22,6 +22,7 @@ from headrace.prepared import Contested, Place, Prepared
 from headrace.scrub import scrub
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
+from headrace.transform.handling import NO_SAY, Handling
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
 from headrace.transform.python.evaluate import PythonEvaluation, PythonRows
@@ -80,6 +81,7 @@ class RowModel:
     """What makes the rows that the expressions are over, where that is Python and not the raw table."""
     unique: tuple[str, ...] = ()
     """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
+    handling: Handling = NO_SAY
     refused: frozenset[Place] = field(default=frozenset(), compare=False)
     """Changes that are bad since their rows would have the key of another."""
 
@@ -109,8 +111,17 @@ class RowModel:
         return uncontested(self, lambda model: alone(model.settled(changes)))
 
     def refusing(self, contested: Contested) -> RowModel:
-        """Return the model that takes what was contested for bad; its version is the same."""
+        """Return the model that takes what was contested for bad; its version is the same. Raises ModelBroken
+        where that is to suspend it."""
         refused = contested.refused.get(self.name)
+        if refused and self.handling.on_key_violation == "suspend":
+            key = ", ".join(self.unique)
+            raise ModelBroken(
+                self.name,
+                f"{len(refused):,} changes would give their rows the key ({key}) of others, which suspends "
+                "the model (on_violation).",
+                f"Mend the data or the model, then run `headrace resume {self.name}`.",
+            )
         return replace(self, refused=self.refused | refused) if refused else self
 
     def limited(self, limits: Sequence[tuple[str, str]]) -> RowModel:
@@ -118,6 +129,11 @@ class RowModel:
         outputs = {name for name, _, _ in self.outputs}
         more = (Check(column, condition) for column, condition in limits if column in outputs)
         return replace(self, checks=(*self.checks, *more)) if limits else self
+
+    @property
+    def max_error_rate(self) -> float:
+        """Which share of its newest changes may fail before it is taken for broken; 1 for any."""
+        return self.handling.max_error_rate
 
     @property
     def is_mirror(self) -> bool:
@@ -146,7 +162,7 @@ def preparing(model: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if verdict_of(error) is Verdict.RETRY:
+        if verdict_of(error) is Verdict.RETRY or isinstance(error, ModelBroken):
             raise
         if isinstance(error, HeadraceError):
             raise ModelBroken(model, str(error), error.remedy) from error
@@ -265,6 +281,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             checks=text.checks,
             version=text.version,
             kind=text.kind,
+            handling=text.handling,
         )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(
@@ -302,6 +319,7 @@ def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
             checks=(*_key_checks(text, schema, types), *text.checks),
             version=text.version,
             kind=text.kind,
+            handling=text.handling,
             python=PythonRows(text.name, worker, seen if text.reads is None else text.reads),
         )
         made = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, type_ in types.items())
