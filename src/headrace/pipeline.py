@@ -101,7 +101,11 @@ class Pipeline:
             self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
             self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._alerting = Alerting(project, self.lanes)
-            self._wait_for_destination()
+            try:
+                self._wait_for_destination()
+            except BaseException:
+                self._alerting.close()
+                raise
         except BaseException:
             forget_empty_logs(project.state)
             self._lock.close()

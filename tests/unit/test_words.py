@@ -6,8 +6,6 @@ import errno
 
 import pytest
 
-from headrace.pipeline import _words
-
 
 @pytest.mark.parametrize(
     ("error", "words"),
@@ -18,5 +16,5 @@ from headrace.pipeline import _words
     ],
 )  # fmt: skip
 def test_an_error_is_told_without_the_cells_that_it_quotes(error: Exception, words: str) -> None:
-    assert words in _words(error)
-    assert "4111" not in _words(error)
+    assert words in words(error)
+    assert "4111" not in words(error)

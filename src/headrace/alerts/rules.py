@@ -215,10 +215,9 @@ def _low(name: str, free: int, limit: int) -> Holding:
 
 
 def _end(alert: Alert) -> None:
-    words = "RESOLVED %s %s"
-    resolve(
-        alert.kind, alert.subject, words, alert.kind, alert.subject, source=alert.source, model=alert.model
-    )
+    of = f" of model {alert.model}" if alert.model not in ("", alert.subject) else ""
+    about = {"source": alert.source, "model": alert.model}
+    resolve(alert.kind, alert.subject, "RESOLVED %s %s%s", alert.kind, alert.subject, of, **about)
 
 
 def _existing(path: Path) -> Path:
