@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from headrace.keys import quoted
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Contested, Place, Prepared
 from headrace.scrub import scrub
+from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
 from headrace.transform.handling import NO_SAY, Handling
@@ -34,32 +34,10 @@ from headrace.transform.soft import fold_soft
 from headrace.transform.sql import Check, ModelText
 from headrace.transform.stepping import settle, step
 
-_local = threading.local()
 _WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _Outcome = TypeVar("_Outcome")
 _CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
 _SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
-
-
-def engine() -> duckdb.DuckDBPyConnection:
-    """Return this thread's DuckDB for prepare, with the settings that isolation needs.
-
-    `common_subexpressions` is off: DuckDB 2.0.0 otherwise lifts a cast that occurs twice out of its TRY,
-    and one bad row fails the query.
-    """
-    connection: duckdb.DuckDBPyConnection | None = getattr(_local, "connection", None)
-    if connection is None:
-        connection = duckdb.connect()
-        connection.execute("SET disabled_optimizers = 'common_subexpressions'")
-        connection.execute("SET preserve_insertion_order = true")
-        connection.execute("SET enable_progress_bar = false")
-        # What one evaluation frees goes back before the next: the default keeps up to half a gigabyte.
-        connection.execute("SET allocator_flush_threshold = '16MB'")
-        connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
-        _local.connection = connection
-    cursor = connection.cursor()
-    cursor.execute("SET TimeZone = 'UTC'")  # a setting of the session: a cursor is one of its own
-    return cursor
 
 
 @dataclass(frozen=True, slots=True)
