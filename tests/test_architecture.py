@@ -29,6 +29,9 @@ FLOORS = [
         "scrub",
         "definition",
         "schema_policy",
+        "alarms",
+        "channels",
+        "posting",
     },
     {
         "protocols",
@@ -64,6 +67,8 @@ FLOORS = [
         "marts",
         "authoring",
         "raw",
+        "alerts",
+        "waits",
     },
     {"cli", "console", "testing"},
 ]

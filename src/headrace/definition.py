@@ -89,6 +89,10 @@ def model(
     delete: str | None = None,
     max_error_rate: float | None = None,
     on_violation: str | None = None,
+    freshness: str | None = None,
+    severity: str | None = None,
+    owner: str | None = None,
+    route: Sequence[str] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Mark the function that makes a model's rows; it is returned as it is, and can be called in a test.
 
@@ -114,12 +118,18 @@ def model(
     on_violation
         What becomes of a row that violates a rule which has no ON VIOLATION of its own: `"quarantine"`,
         `"warn"`, `"null"` or `"suspend"`.
+    freshness, severity, owner, route
+        Of its alerts, as there.
     """
-    given = {
+    given: dict[str, object] = {
         "materialize": materialize,
         "delete": delete,
         "max_error_rate": max_error_rate,
         "on_violation": on_violation,
+        "freshness": freshness,
+        "severity": severity,
+        "owner": owner,
+        "route": route,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     rules = {} if contract is None else contract

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -20,6 +20,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from headrace.ahead import ahead
+from headrace.alarms import NEW_CAUSE, trigger
 from headrace.binding import Binder
 from headrace.change import START, Mark, Offset, Position, SourceMark, source_marker
 from headrace.config import Project, SourceConfig
@@ -49,7 +50,6 @@ from headrace.transform.model import RowModel, preparing, uncontested
 from headrace.turns import Turns
 
 logger = logging.getLogger("headrace.lane")
-alerts = logging.getLogger("headrace.alert")
 
 _LOAD_BYTES = 32 << 20
 _SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
@@ -100,8 +100,13 @@ class Lane:
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 
-    def capture(self, stop: threading.Event, until: int | None = None) -> None:
-        """Copy from the source to the log until `stop`, or until the log is past LSN `until`."""
+    def capture(
+        self, stop: threading.Event, until: int | None = None, works: Callable[[bool], None] | None = None
+    ) -> None:
+        """Copy from the source to the log until `stop`, or until the log is past LSN `until`.
+
+        `works` is called when the source has answered, with whether something was appended to the log.
+        """
         try:
             with closing(self.source.read(self.log)) as groups:
                 for group in groups:
@@ -109,6 +114,8 @@ class Lane:
                         self.log.append(group)
                         if position := self.log.position():
                             self.source.confirm(position)
+                    if works is not None:
+                        works(bool(group))
                     if stop.is_set() or (until is not None and self._captured_past(until)):
                         return
         except SourceGap as gap:
@@ -483,7 +490,10 @@ class Lane:
         self._stands = None
         tripped = isinstance(error, BreakerTripped)
         if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
-            alerts.error("SUSPENDED model %s: %s", name, error.paragraph())
+            words = error.paragraph()
+            trigger(
+                "suspended", name, "SUSPENDED model %s: %s", name, words, source=self.config.name, model=name
+            )
 
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)
@@ -493,8 +503,5 @@ class Lane:
     def _alert(self, issues: Sequence[str]) -> None:
         for issue in issues:
             model, reason, columns, message, count = self.destination.issue(issue)
-            alerts.warning(
-                "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
-                "`headrace quarantine redrive --issue %s`.",
-                issue, model, reason, columns, message, count, issue,
-            )  # fmt: skip
+            trigger("issue", issue, NEW_CAUSE, issue, model, reason, columns, message, count, issue,
+                    source=self.config.name, model=model)  # fmt: skip

@@ -60,6 +60,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
     "staging": ("", "List the raw tables and what they were; compact them."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
+    "alerts": ("", "List alerts and their delivery, test the channels, silence."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
 }
@@ -72,6 +73,12 @@ QUARANTINE: Mapping[str, tuple[str, str]] = {
         "Show one record: its values, its reason, its place in the log.",
     ),
     "redrive": ("headrace.cli.quarantine:redrive", "Try records again with the models as they are now."),
+}
+
+ALERTS: Mapping[str, tuple[str, str]] = {
+    "list": ("headrace.cli.alerts:list_alerts", "List what fires and what was, and how its delivery stands."),
+    "test": ("headrace.cli.alerts:send_test", "Send a test by every channel."),
+    "silence": ("headrace.cli.alerts:silence", "Have nobody told of a model or an issue for a while."),
 }
 
 TABLES: Mapping[str, tuple[str, str]] = {
@@ -123,7 +130,14 @@ STAGING: Mapping[str, tuple[str, str]] = {
     "compact": ("headrace.cli.staging:compact", "Merge small files into large ones now."),
 }
 
-_GROUPS = {"log": LOG, "models": MODELS, "quarantine": QUARANTINE, "staging": STAGING, "tables": TABLES}
+_GROUPS = {
+    "alerts": ALERTS,
+    "log": LOG,
+    "models": MODELS,
+    "quarantine": QUARANTINE,
+    "staging": STAGING,
+    "tables": TABLES,
+}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 

@@ -19,12 +19,13 @@ import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
+from headrace.transform import alerting
 from headrace.transform.handling import KEYS as HANDLING
 from headrace.transform.handling import NO_SAY, Action, Handling, action_of, handling_of
 from headrace.transform.header import settings_of, version_of
 from headrace.transform.kind import LATEST, Kind, kind_of
 
-_KEYS = ("key", "contract", "materialize", "delete", *HANDLING)
+_KEYS = ("key", "contract", "materialize", "delete", *HANDLING, *alerting.KEYS)
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
@@ -60,7 +61,8 @@ class ModelText:
     """A model file, taken apart.
 
     `outputs` are (name, expression) pairs and `where` is '' or an expression, both verbatim;
-    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states.
+    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states, `alerts`
+    who is told of what goes wrong.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ModelText:
     version: str
     kind: Kind = LATEST
     handling: Handling = NO_SAY
+    alerts: alerting.AlertSettings = alerting.DEFAULT
 
     @property
     def file(self) -> str:
@@ -105,7 +108,10 @@ def read_model(path: Path, name: str = "") -> ModelText:
     kind = kind_of(path.name, settings, [name for name, _ in outputs])
     version = version_of(text)
     name = name or path.stem
-    return ModelText(name, source, table, alias, outputs, where, key, types, checks, version, kind, handling)
+    alerts = alerting.alert_settings_of(path.name, settings)
+    return ModelText(
+        name, source, table, alias, outputs, where, key, types, checks, version, kind, handling, alerts
+    )
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:
@@ -295,10 +301,10 @@ def checked(
     Raises ModelError, naming the file, where a check would null what must not be null.
     """
     found, required = list[Check](), {check.column for check in checks if not check.expression}
-    for check in checks:
-        is_of_key = check.column in key and not check.expression
-        if is_of_key and check.on_violation == handling.on_violation:
-            check = replace(check, on_violation=handling.on_key_violation)
+    for said in checks:
+        is_of_key = said.column in key and not said.expression
+        is_said_of_all = is_of_key and said.on_violation == handling.on_violation
+        check = replace(said, on_violation=handling.on_key_violation) if is_said_of_all else said
         if (is_of_key and check.on_violation == "warn") or (
             check.on_violation == "null" and check.column in {*key, *required}
         ):
