@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
-from headrace.keys import literal, quoted
-from headrace.prepared import Claims
+from headrace.keys import literal, quoted, source_key
+from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
 from headrace.scrub import scrub
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 _ASKED_ROWS = 200
 """Bad rows per evaluation whose message is asked of the engine one by one; more rows of the same
 column share the message of the first."""
-
-UNIQUE = "constraint.unique"
-"""The reason of a change that would give its row the key of another."""
 
 
 class Evaluation:
@@ -38,25 +35,26 @@ class Evaluation:
         self._model = model
         self._fatal: dict[int, str] = {}
         self._judged: pa.Table | None = None
-        self._refused = pa.array([], pa.int64())
+        self._refused = pa.table({"n": pa.array([], pa.int64()), "reference": pa.array([], pa.string())})
 
     def refuse(self, events: pa.Table) -> None:
         """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
         if not self._model.refused:
             return
-        places = list(zip(*self._model.refused, strict=True))
-        names = ("_epoch", "_commit", "_ordinal")
-        self._db.register("placed", events.select(["_hr_n", *names]))
-        self._db.register(
-            "refused", pa.table({n: pa.array(p, pa.int64()) for n, p in zip(names, places, strict=True)})
-        )
-        found = self._db.sql(f"SELECT _hr_n FROM placed SEMI JOIN refused USING ({', '.join(names)})")
-        self._refused = found.to_arrow_table()["_hr_n"].combine_chunks()
+        names = ("_epoch", "_commit", "_ordinal", "reference")
+        cells = zip(*self._model.refused, strict=True)
+        types = (pa.int64(), pa.int64(), pa.int64(), pa.string())
+        refused = {name: pa.array(each, type_) for name, each, type_ in zip(names, cells, types, strict=True)}
+        self._db.register("placed", events.select(["_hr_n", *names[:3]]))
+        self._db.register("refused", pa.table(refused))
+        self._refused = self._db.sql(
+            "SELECT _hr_n AS n, reference FROM placed JOIN refused USING (_epoch, _commit, _ordinal)"
+        ).to_arrow_table()
 
     def claims(self, events: pa.Table, effects: pa.ChunkedArray, settled: pa.Array | None) -> Claims | None:
-        """Return the keys that `rows` claim; None if the source's key keeps them apart. `effects` are the
-        source keys of all effects of the events."""
-        if not self._model.unique:
+        """Return what `rows` claim; None if the source's key keeps them apart and nothing refers to another.
+        `effects` are the source keys of all effects of the events."""
+        if not self._model.claims:
             return None
         good = self._chosen(settled)
         made_by = events.take(good["_hr_n"])
@@ -65,7 +63,7 @@ class Evaluation:
         once = keys.field("values").filter(pc.equal(keys.field("counts"), 1))
         sole = pc.is_in(good["_source_key"], value_set=once)
         made = pa.table({"_source_key": good["_source_key"], **places, "sole": sole})
-        return Claims(self._model.name, self._model.unique, made)
+        return Claims(self._model.name, self._model.unique, made, self._model.references)
 
     def query(self, events: str) -> str:
         """Return the query that judges the rows of relation `events`.
@@ -138,16 +136,41 @@ class Evaluation:
         assert judged is not None
         bad = judged.filter(self._bad(judged)).select(["_hr_n", "_hr_failed", *self._violations()])
         found = [tuple(row.values()) for row in bad.to_pylist() if row["_hr_n"] in wanted]
+        lacks = dict(zip(*(column.to_pylist() for column in self._refused.columns), strict=True))
         for n, *violated in ((n, *violated) for n, failed, *violated in found if not failed):
             if True in violated:
                 check = self._model.checks[violated.index(True)]
                 yield n, "constraint", check.reason, check.column, f"{check.column}: {check.text} is violated"
+            elif lacks.get(n) is not None:
+                reference = next(each for each in self._model.own_references if each.name == lacks[n])
+                columns = ", ".join(reference.columns)
+                yield n, "constraint", FOREIGN_KEY, columns, f"{columns}: {reference.parent} has no such row"
             else:
                 key = ", ".join(self._model.unique)
                 yield n, "constraint", UNIQUE, key, f"{key}: another row of the table has this key"
         for n in sorted(wanted & self._fatal.keys()):
             yield n, "transform", "transform.expression", "", self._fatal[n]
         yield from self._expression_faults(sorted(n for n, failed, *_ in found if failed))
+
+    def awaited(self, numbers: pa.Array) -> pa.ChunkedArray:
+        """Return for each of these bad events what it waits for: JSON of `model`, `columns` and `values`
+        (texts) of the row that it lacks, or whose key it would have, with that row's source `key` where that
+        is known and the name of the `constraint`; null for what is bad by itself."""
+        model = self._model
+        if not self._refused.num_rows or not model.claims:
+            return pa.chunked_array([pa.nulls(len(numbers), pa.string())])
+        waits = list(model.own_references)
+        if model.unique:
+            waits.append(Reference(model.name, "", model.unique, model.name, model.unique))
+        cases = " ".join(f"WHEN {literal(each.name)} THEN {_waited(each)}" for each in waits)
+        self._db.register("judged", self._judged)
+        self._db.register("lacks", self._refused)
+        self._db.register("numbers", pa.table({"n": numbers, "i": pa.array(range(len(numbers)), pa.int64())}))
+        fails = " OR ".join(f"j.{name}" for name in ("_hr_failed", *self._violations()))
+        return self._db.sql(
+            f"SELECT CASE WHEN NOT ({fails}) THEN CASE coalesce(l.reference, '') {cases} END END AS awaited "
+            "FROM numbers w LEFT JOIN lacks l USING (n) LEFT JOIN judged j ON j._hr_n = l.n ORDER BY w.i"
+        ).to_arrow_table()["awaited"]
 
     def fatal(self) -> list[int]:
         """Return the rows that took the query down; they are in no judgement."""
@@ -162,8 +185,8 @@ class Evaluation:
         bad = pc.fill_null(judged["_hr_failed"], False)  # a filter that is null is neither
         for name in self._violations():
             bad = pc.or_(bad, judged[name])
-        if len(self._refused):
-            refused = pc.is_in(judged["_hr_n"], value_set=self._refused)
+        if self._refused.num_rows:
+            refused = pc.is_in(judged["_hr_n"], value_set=self._refused["n"].combine_chunks())
             bad = pc.or_(bad, pc.and_(refused, pc.invert(judged["_hr_filtered"])))
         return bad
 
@@ -249,6 +272,21 @@ class Evaluation:
         except duckdb.Error as error:
             return "transform.expression", scrub(str(error))
         return "transform.expression", "the expression fails together with the others"
+
+
+def _waited(reference: Reference) -> str:
+    """Return the expression of `Evaluation.awaited` over the outputs of a row."""
+    cells = [f"{quoted(name)}::VARCHAR" for name in reference.columns]
+    key = source_key([cells[i] for i in reference.by_key]) if reference.by_key else "NULL"
+    members = {
+        "constraint": literal(reference.name),
+        "model": literal(reference.parent),
+        "columns": f"[{', '.join(map(literal, reference.to))}]",
+        "values": f"[{', '.join(cells)}]",
+        "key": key,
+    }
+    struct = ", ".join(f"{literal(name)}: {value}" for name, value in members.items())
+    return f"to_json({{{struct}}})::VARCHAR"
 
 
 def _is_the_engines(error: duckdb.Error) -> bool:

@@ -19,10 +19,11 @@ import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
+from headrace.transform.foreign import ORPHAN_AFTER, ForeignKey, foreign_keys_of, orphan_after_of
 from headrace.transform.header import settings_of, version_of
 from headrace.transform.kind import LATEST, Kind, kind_of
 
-_KEYS = ("key", "contract", "materialize", "delete")
+_KEYS = ("key", "contract", "materialize", "delete", "foreign_key", "orphan_after")
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
@@ -52,7 +53,8 @@ class ModelText:
     """A model file, taken apart.
 
     `outputs` are (name, expression) pairs and `where` is '' or an expression, both verbatim;
-    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states.
+    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states;
+    `orphan_after` are seconds.
     """
 
     name: str
@@ -66,6 +68,8 @@ class ModelText:
     checks: tuple[Check, ...]
     version: str
     kind: Kind = LATEST
+    foreign_keys: tuple[ForeignKey, ...] = ()
+    orphan_after: float = ORPHAN_AFTER
 
     @property
     def file(self) -> str:
@@ -92,9 +96,11 @@ def read_model(path: Path, name: str = "") -> ModelText:
     key = _key(path.name, settings, outputs)
     checks = (*(Check(column, "") for column in key if Check(column, "") not in checks), *checks)
     kind = kind_of(path.name, settings, [name for name, _ in outputs])
-    version = version_of(text)
-    name = name or path.stem
-    return ModelText(name, source, table, alias, outputs, where, key, types, checks, version, kind)
+    foreign_keys = foreign_keys_of(path.name, settings, [name for name, _ in outputs])
+    return ModelText(
+        name or path.stem, source, table, alias, outputs, where, key, types, checks, version_of(text), kind,
+        foreign_keys, orphan_after_of(path.name, settings),
+    )  # fmt: skip
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:
