@@ -20,12 +20,18 @@ class Key(NamedTuple):
     types: tuple[str, ...]
 
 
+class Due(NamedTuple):
+    """References that were `put_off`, or never judged, and can be judged now; by model the source keys of
+    records that might pass now, since what they refer to is there, or its own record is among them, or their
+    key is free; and how many records wait."""
+
+    put_off: Sequence[Reference]
+    ready: Mapping[str, pa.Array]
+    waiting: int
+
+
 class Waits(Protocol):
     """The open records of a destination that wait for a row, or for a key to be free."""
-
-    def count(self, source: str) -> int:
-        """Return how many there are of a source."""
-        ...
 
     def refold(
         self,
@@ -40,16 +46,11 @@ class Waits(Protocol):
         """
         ...
 
-    def put_off(self, source: str, references: Collection[Reference]) -> Sequence[Reference]:
-        """Return those of some references that were never judged, or put off, and can be judged now."""
-        ...
-
-    def ready(
-        self, source: str, references: Collection[Reference], keys: Collection[Key], limit: int
-    ) -> Mapping[str, pa.Array]:
-        """Return by model the source keys of records that might pass now: what they refer to is there, or its
-        own record is among them, or their key is free. About `limit` at most, if these do not need each
-        other."""
+    def due(
+        self, source: str, references: Collection[Reference], keys: Collection[Key], limit: int, /
+    ) -> Due:
+        """Return what can be done for references whose models are in sync, and for keys; see `Due`. Some `limit`
+        of source keys at most, if these do not need each other."""
         ...
 
     def expire(

@@ -59,7 +59,9 @@ class Waiting:
         self._source = source
         self._joiner = joiner
         self._destination = destination
+        self._together = frozenset[Reference]()
         self._is_due = True
+        self._was_apart = True
         self._waits = True
         self._looks_at = 0.0
 
@@ -75,8 +77,8 @@ class Waiting:
         self._waits |= prepared.records["waiting_on"].null_count < prepared.records.num_rows
 
     def look(self) -> None:
-        """Look at all with the next step: models have come to stand elsewhere."""
-        self._is_due = self._waits = True
+        """Look with the next step for references that were put off: a table is another."""
+        self._is_due = self._was_apart = True
 
     def folded(
         self, models: Sequence[RowModel], through: Mapping[str, Offset], again: Again
@@ -123,42 +125,44 @@ class Waiting:
         Raises ModelBroken, and what the destination raises.
         """
         running = [model for model in models if model.claims and model.name in stands]
-        references = {each for model in running for each in model.references}
-        if not running:
-            return False
-        if self._is_due:
-            return self._release(running, references, stands)
+        names = {model.name for model in running}
+        references = {each for model in running for each in model.references if each.model in names}
+        together = frozenset(each for each in references if _stand_together(each, stands))
+        if together != self._together:
+            self._together, self._is_due, self._was_apart = together, True, True
+        if self._is_due and (self._waits or self._was_apart):
+            return self._release(running, together, stands)
+        self._is_due = False
         if self._waits and references and time.monotonic() >= self._looks_at:
             after = {model.name: model.orphan_after for model in running}
-            pause = min(after.values()) / 4
-            self._looks_at = time.monotonic() + min(max(pause, _MOST_OFTEN), _LEAST_OFTEN)
-            mine = [each for each in references if each.model in after]
-            alert(self._destination.waits.expire(self._source, mine, after))
-            self._waits = self._destination.waits.count(self._source) > 0
+            self._looks_at = time.monotonic() + min(max(min(after.values()) / 4, _MOST_OFTEN), _LEAST_OFTEN)
+            alert(self._destination.waits.expire(self._source, references, after))
         return False
 
     def _release(
         self, models: Sequence[RowModel], references: Collection[Reference], stands: Mapping[str, ModelState]
     ) -> bool:
-        waits = self._destination.waits
-        if due := waits.put_off(self._source, references):
-            self.refold(models, stands, {}, due)
-            self._waits = True
-        self._is_due = False
-        if not (self._waits and waits.count(self._source)):
-            self._waits = False
-            return bool(due)
         keys = [Key(model.name, model.unique, _types(model)) for model in models if model.unique]
-        again = waits.ready(self._source, references, keys, _AT_ONCE)
-        names = {model.name for model in models}
-        again = {name: ready for name, ready in again.items() if name in names}
-        if not again:
-            return bool(due)
-        before = waits.count(self._source)
-        self.refold(models, stands, again)
-        # What came of it may be what others wait for; where nothing did, it is not tried again by itself.
-        self._is_due = waits.count(self._source) < before
-        return True
+        due = self._destination.waits.due(self._source, references, keys, _AT_ONCE)
+        self._waits = due.waiting > 0
+        if due.put_off:
+            self.refold(models, stands, {}, due.put_off)
+            return True
+        self._was_apart = False
+        if due.ready:
+            # What came of it may be what others wait for; where nothing did, it is not tried again by itself.
+            self._is_due = self.refold(models, stands, due.ready)["resolved"] > 0
+            return True
+        self._is_due = False
+        return False
+
+
+def _stand_together(reference: Reference, stands: Mapping[str, ModelState]) -> bool:
+    """Whether the models of a reference are in sync with each other, so that it is judged."""
+    child, parent = (stands.get(name) for name in (reference.model, reference.parent))
+    if child is None or parent is None or "in_sync" not in (child.state, parent.state):
+        return False
+    return (child.state, child.offset) == (parent.state, parent.offset)
 
 
 def _types(model: RowModel) -> tuple[str, ...]:

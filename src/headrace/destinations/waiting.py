@@ -18,7 +18,7 @@ from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
 from headrace.prepared import FOREIGN_KEY, UNIQUE, Prepared, Reference
 from headrace.protocols import Model
-from headrace.reference import Key
+from headrace.reference import Due, Key
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database
@@ -33,16 +33,6 @@ class Waits:
 
     def __init__(self, destination: Database) -> None:
         self._destination = destination
-
-    def count(self, source: str) -> int:
-        """See `headrace.reference.Waits.count`."""
-        with self._destination.open() as db:
-            self._destination.set_up(db)
-            ((found,),) = db.execute(
-                f"SELECT count(*) FROM {QUARANTINE} WHERE source = $1 AND {OPEN} AND waiting_on IS NOT NULL",
-                [source],
-            )
-        return int(found)
 
     def refold(
         self,
@@ -63,33 +53,39 @@ class Waits:
             "still_quarantined": sum(each.still_open for each in found),
         }
 
-    def put_off(self, source: str, references: Collection[Reference]) -> Sequence[Reference]:
-        """See `headrace.reference.Waits.put_off`."""
-        with self._destination.open() as db:
-            self._destination.set_up(db)
-            return put_off(db, source, can_be_judged(db, source, references))
+    def due(self, source: str, references: Collection[Reference], keys: Collection[Key], limit: int) -> Due:
+        """See `headrace.reference.Waits.due`."""
+        with self._looking(source) as db:
+            judged = can_be_judged(db, source, references)
+            ((waiting,),) = db.execute(
+                f"SELECT count(*) FROM {QUARANTINE} WHERE source = $1 AND {OPEN} AND waiting_on IS NOT NULL",
+                [source],
+            )
+            ready = self._ready(db, source, judged, keys, limit) if waiting and (judged or keys) else {}
+            return Due(put_off(db, source, judged), ready, int(waiting))
 
-    def ready(
-        self, source: str, references: Collection[Reference], keys: Collection[Key], limit: int
+    def _ready(
+        self,
+        db: Session,
+        source: str,
+        judged: Collection[Reference],
+        keys: Collection[Key],
+        limit: int,
     ) -> Mapping[str, pa.Array]:
-        """See `headrace.reference.Waits.ready`.
+        """Return the source keys of records that might pass.
 
         Each record asks for one row: where that is not there, but a record of it is, it asks for what that
         one asks for. So with each step all ask twice as far, and what asks for ever is in a circle.
         """
-        with self._looking(source) as db:
-            judged = can_be_judged(db, source, references)
-            found = [self._asking(db, each) for each in judged]
-            found += [self._gone(db, source, references)] if references else []
-            found += [self._contesting(db, each) for each in keys]
-            if not found:
-                return {}
-            db.keep("_hr_asks", _newest(" UNION ALL ".join(found)))
-            self._go_on(db)
-            rows = db.execute(
-                "SELECT DISTINCT model, key, state <> 'there' AS connected FROM _hr_asks "
-                "WHERE state IN ('there', 'asks', 'with') ORDER BY connected DESC, model, key"
-            )
+        found = [self._asking(db, each) for each in judged]
+        found += [self._gone(db, source, judged)] if judged else []
+        found += [self._contesting(db, each) for each in keys]
+        db.keep("_hr_asks", _newest(" UNION ALL ".join(found)))
+        self._go_on(db)
+        rows = db.execute(
+            "SELECT DISTINCT model, key, state <> 'there' AS connected FROM _hr_asks "
+            "WHERE state IN ('there', 'asks', 'with') ORDER BY connected DESC, model, key"
+        )
         connected = sum(1 for row in rows if row[2])
         chosen: dict[str, list[str]] = {}
         for model, key, _ in rows[: max(limit, connected)]:
