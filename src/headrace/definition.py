@@ -121,7 +121,7 @@ def model(
     freshness, severity, owner, route
         Of its alerts, as there.
     """
-    given = {
+    given: dict[str, object] = {
         "materialize": materialize,
         "delete": delete,
         "max_error_rate": max_error_rate,

@@ -16,5 +16,5 @@ import pytest
     ],
 )  # fmt: skip
 def test_an_error_is_told_without_the_cells_that_it_quotes(error: Exception, words: str) -> None:
-    assert words in words(error)
-    assert "4111" not in words(error)
+    assert words in waits.words(error)
+    assert "4111" not in waits.words(error)
