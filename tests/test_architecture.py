@@ -70,7 +70,7 @@ FLOORS = [
         "authoring",
         "raw",
         "alerts",
-        "waits",
+        "outages",
     },
     {"cli", "console", "testing"},
 ]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from headrace.errors import ForeignDestination
     from headrace.join import Joins
     from headrace.mart import Marts
-    from headrace.reference import Waits
+    from headrace.reference import Outages
 
 
 class Source(Protocol):
@@ -389,7 +389,7 @@ class Destination(Protocol):
         ...
 
     @property
-    def waits(self) -> Waits:
+    def waits(self) -> Outages:
         """What waits for rows that it refers to."""
         ...
 

@@ -30,7 +30,7 @@ class Due(NamedTuple):
     waiting: int
 
 
-class Waits(Protocol):
+class Outages(Protocol):
     """The open records of a destination that wait for a row, or for a key to be free."""
 
     def refold(

@@ -104,7 +104,7 @@ class Waiting:
         *,
         dry_run: bool = False,
     ) -> dict[str, int]:
-        """Fold keys of models again, and what their rows leave dangling; see `Waits.refold`."""
+        """Fold keys of models again, and what their rows leave dangling; see `Outages.refold`."""
 
         def attempt(models: Sequence[RowModel], again: Again) -> dict[str, int]:
             through = {name: stands[name].offset for name in again}

@@ -130,6 +130,20 @@ def _is_whole(alert: dict[str, Any]) -> None:
         assert details[name], name
 
 
+def test_an_issue_in_a_postgres_destination_is_told_as_whole(
+    project: Project, server: PostgresServer, web: Web
+) -> None:
+    sql(server, "DROP SCHEMA IF EXISTS headrace CASCADE", "DROP SCHEMA IF EXISTS away CASCADE")
+    sql(server, "INSERT INTO orders SELECT i, 'new', 'bad' FROM generate_series(10, 1008) i")
+    config = project.root / "headrace.toml"
+    to = f'[destination]\ntype = "postgres"\nurl = "{server.url}"\nschema = "away"\n'
+    config.write_text(f"{config.read_text()}{to}")
+    model = project.models / "sales.sql"
+    model.write_text(model.read_text().replace("/* headrace", "/* headrace\nmax_error_rate = 1"))
+    Pipeline(load_project(project.root)).run_once()
+    _is_whole(only(web.taken()))
+
+
 def test_a_kill_between_the_record_and_its_delivery_loses_no_alert(project: Project, web: Web) -> None:
     killed = -signal.SIGKILL
     assert run_once(project, alerts_record="kill@1") == killed

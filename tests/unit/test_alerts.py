@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import pytest
 
-from headrace import waits
+from headrace import outages
 from headrace.alarms import KINDS, Alarm, resolve, trigger
 from headrace.alerts import sending, smtp
 from headrace.alerts.grouping import is_for, muted, notice_due, severity_of
@@ -28,9 +28,9 @@ from headrace.channels import AlertsConfig, Channel
 from headrace.config import load_project
 from headrace.errors import DestinationUnavailable, LogFull, SourceUnavailable
 from headrace.lane import Lane
+from headrace.outages import Outages
 from headrace.secret import Secret
 from headrace.transform.alerting import AlertSettings
-from headrace.waits import Waits
 from receivers import Mail, Web
 
 TIMERS = AlertsConfig()
@@ -254,8 +254,8 @@ def test_an_issue_that_escalates_or_comes_back_is_graver_and_told_again() -> Non
 def test_a_wait_that_lasts_is_alerted_of_once_and_over_when_it_works(
     alerting: Alerting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waits, "ALERT_AFTER", 0.0)
-    lasting = Waits()
+    monkeypatch.setattr(outages, "ALERT_AFTER", 0.0)
+    lasting = Outages()
     assert lasting.fails("shop.capture", SourceUnavailable("away")) is False
     assert lasting.fails("shop.capture", SourceUnavailable("away")) is True
     lasting.fails("shop.load", LogFull("full"))

@@ -6,6 +6,8 @@ import errno
 
 import pytest
 
+from headrace import outages
+
 
 @pytest.mark.parametrize(
     ("error", "words"),
@@ -16,5 +18,5 @@ import pytest
     ],
 )  # fmt: skip
 def test_an_error_is_told_without_the_cells_that_it_quotes(error: Exception, words: str) -> None:
-    assert words in waits.words(error)
-    assert "4111" not in waits.words(error)
+    assert words in outages.words(error)
+    assert "4111" not in outages.words(error)

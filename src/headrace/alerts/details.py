@@ -21,8 +21,16 @@ SAMPLES = 3
 _RECENT_MINUTES = 5
 _NOT_DDL = ("shape", "copy", "copied", "reordered")
 
-_FIGURES = f"""SELECT issue, min(source) AS source, min(model) AS model, min(stage) AS stage,
-min(reason) AS reason, min(columns) AS columns, min(message) AS message, min(table_name) AS table_name,
+
+def of_cause(*columns: str) -> str:
+    """Return SQL for columns of the records that made an issue: not of those that are of it since they wait
+    for one of these."""
+    caused = "FILTER (WHERE waiting_on IS NULL)"
+    return ", ".join(f"coalesce(min({name}) {caused}, min({name})) AS {name}" for name in columns)
+
+
+_FIGURES = f"""SELECT issue,
+{of_cause("source", "model", "stage", "reason", "columns", "message", "table_name")},
 count(*) AS records,
 count(*) FILTER (WHERE status = 'quarantined') AS quarantined,
 count(*) FILTER (WHERE status = 'waiting') AS waiting,

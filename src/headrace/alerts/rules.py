@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.alarms import Severity, resolve, trigger, trigger_issue, trigger_suspended
+from headrace.alerts.details import of_cause
 from headrace.alerts.store import Alert
 from headrace.config import Project
 from headrace.errors import HeadraceError
@@ -48,10 +49,10 @@ AGAIN_WITHIN = 600.0
 _MODELS = """SELECT m.model, m.source, m.state, m.reason, m."offset", m.open_records, s.suspended_by
 FROM headrace.models m LEFT JOIN headrace.suspensions s ON s.model = m.model
 WHERE m.state <> 'retired' ORDER BY m.model"""
-_ISSUES = """SELECT issue, min(source) AS source, model, min(reason) AS reason, min(columns) AS columns,
-min(message) AS message, count(*) AS records, 'new' AS state FROM headrace.quarantine
+_ISSUES = f"""SELECT issue, {of_cause("source", "model", "reason", "columns", "message")},
+count(*) AS records, 'new' AS state FROM headrace.quarantine
 WHERE status = 'quarantined' AND model IN (SELECT model FROM headrace.models WHERE state <> 'retired')
-GROUP BY issue, model ORDER BY issue"""
+GROUP BY issue ORDER BY issue"""
 _MARTS = "SELECT mart, reason FROM headrace.marts WHERE state = 'suspended' ORDER BY mart"
 _CALM = 1.25
 """A disk is no longer low with so many times what makes it low, so that it does not ring twice."""
