@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from headrace.change import Offset, TableId, TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, ModelBroken
 from headrace.evolution import Evolution, Evolutions
-from headrace.protocols import Destination, LogIndex
+from headrace.protocols import Destination, LogIndex, ModelState
 from headrace.schema_policy import action
 from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.tables import TableState
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.model import RowModel, bind, mirror, refuse_twins
 from headrace.transform.sql import ModelText
 
+logger = logging.getLogger("headrace.lane")
 alerts = logging.getLogger("headrace.alert")
 
 
@@ -65,7 +68,32 @@ class Binder:
                 if known is None or known[0] != evolution:
                     known = self._bound[name] = (evolution, self._bind(name, evolution, text, through))
                 if isinstance(known[1], RowModel):
-                    yield known[1]
+                    decisions = self._staging.decisions(name, through)
+                    yield replace(known[1], decisions=decisions) if decisions else known[1]
+
+    def put_aside(
+        self,
+        texts: Sequence[ModelText],
+        tables: Mapping[TableId, TableState],
+        stands: Mapping[str, ModelState],
+    ) -> None:
+        """Retire what the project no longer has, and suspend models of tables that are not captured."""
+        # Those count that are to be staged yet, too: their models wait.
+        captured = {table.label for table, state in tables.items() if state.stage != "removed"}
+        modelled = {text.table for text in texts}
+        named = {f"{self._config.name}.{label}" for label in captured - modelled}
+        for text in texts:
+            named.add(text.name)
+            if text.table not in captured:
+                why = next((s.reason for t, s in tables.items() if t.label == text.table and s.reason), "")
+                known = f": it is {why}" if why else ""
+                reason = f"raw.{text.source}.{text.table} is not captured{known}."
+                remedy = f"Mend models/{text.file}, or add the table to [source.{text.source}] tables."
+                self._suspend(text.name, ModelBroken(text.name, reason, remedy))
+        for name, state in stands.items():
+            if name not in named and state.state != "retired":
+                logger.info("%s is no longer a model of this project: its table stays as it is", name)
+                self._destination.retire(name, self._config.name)
 
     def _evolved(self, shapes: Sequence[TableSchema]) -> dict[TableId, Evolution]:
         evolved = self._evolutions.of(shapes, keep=not self._read_only)

@@ -16,13 +16,13 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-
-import pyarrow as pa
+from typing import Any
 
 from headrace.ahead import ahead
 from headrace.binding import Binder
 from headrace.change import START, Mark, Offset, Position, SourceMark, source_marker
 from headrace.config import Project, SourceConfig
+from headrace.decisions import Decision
 from headrace.errors import (
     HeadraceError,
     LogTrimmed,
@@ -36,14 +36,14 @@ from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
 from headrace.prepared import Contested
 from headrace.protocols import Destination, ModelState, Part, Slice
-from headrace.rebuilding import folded
+from headrace.redriving import Redriver
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
-from headrace.transform.model import RowModel, preparing, uncontested
+from headrace.transform.model import RowModel, preparing
 from headrace.turns import Turns
 
 logger = logging.getLogger("headrace.lane")
@@ -53,8 +53,6 @@ _LOAD_BYTES = 32 << 20
 _SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
 """What one transaction of the destination takes; it is in memory piece by piece only."""
 _RUNNING = ("in_sync", "joining")
-_NO_VERSION = ""
-"""The version that a model is suspended with for what its table is: any runs once the table fits."""
 
 
 class Lane:
@@ -84,6 +82,7 @@ class Lane:
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
         self.joiner = Joiner(config.name, self.log, self.staging, destination.joins, project.state / "spill")
+        self.redriver = Redriver(config.name, self.log, self.staging, destination, self.joiner)
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
@@ -156,7 +155,10 @@ class Lane:
             # changes the answer.
             list(self._models(staged))
             joined = self._join(staged)
-            return self._apply_next(staged) or joined
+            self._ask_where_models_stand()
+            stands = ((model, self._offset(model)) for model in list(self._runnable(staged)))
+            decided = self.redriver.take_in(stands, self._suspend)
+            return self._apply_next(staged) or joined or decided
 
     def _join(self, staged: Offset) -> bool:
         """Take the next model that has a copy to join one step further; False when there is none."""
@@ -177,6 +179,7 @@ class Lane:
             if step == "begin" and not self.joiner.runs(model, staged):
                 self._stand(model, "joining", 0)
             if step == "attach":
+                self.redriver.forget()
                 self._moved([model], self.joiner.joined_at(model), ())
             if step != "wait":
                 return True
@@ -258,35 +261,46 @@ class Lane:
         stops = {*stands, *self.joiner.targets(), self._reached}
         return Needs(min([staged, held_by_copies(self.log), *running]), frozenset(stops))
 
-    def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:
+    def redrive(
+        self, model_name: str, keys: Sequence[str], *, dry_run: bool = False, each: bool = False
+    ) -> dict[str, Any]:
         """Fold the whole raw history of some source keys under the model as it is now, and apply it.
 
         Everything up to where the model stands counts: an old value can never overwrite a newer one,
         and redriving twice changes nothing. Returns how many records are resolved and how many stay
-        (`resolved`, `still_quarantined`), or `rebuilding`: how many keys
-        belong to a model that has other columns now and is built again from staging with all its rows.
+        (`resolved`, `still_quarantined`), if `each` also what becomes of each (`records`), or `rebuilding`:
+        how many keys belong to a model that has other columns now and is built again with all its rows.
         """
         with self.applying:
             self.reload_models(now=True)
-            model = next((m for m in self._models(self.staging.through()) if m.name == model_name), None)
             if self._stands is None and not dry_run:
                 known = model_name in self.destination.models(self.config.name)
                 self._stands = self._where_models_stand()
                 if known and model_name not in self._stands:
                     return {"resolved": 0, "still_quarantined": 0, "rebuilding": len(keys)}
-            stands = self.destination.models(self.config.name).get(model_name)
-            if model is None or stands is None or self.joiner.stands_on(model) is None:
-                raise HeadraceError(
-                    f"Model {model_name} does not run now, or still takes in its table's copy.",
-                    "Wait for it, or mend it; `headrace status` says why.",
-                )
-            wanted = pa.array(keys, pa.string())
-            history = self.joiner.history(model, stands.offset, wanted)
+            model, stand = self._standing(model_name)
+            return self.redriver.redrive(model, stand.offset, keys, dry_run=dry_run, each=each)
 
-            def attempt(model: RowModel) -> dict[str, int]:
-                return self.destination.redrive(model, folded(model, history, wanted), dry_run=dry_run)
+    def decide(self, decision: Decision, *, dry_run: bool = False) -> dict[str, Any]:
+        """Put a decision about changes of a model into the log; returns the `offset` of its entry. Once that
+        is staged, the next `apply` brings it into the table. With `dry_run` only say what would become of
+        each record. Raises UserError for one that cannot be, and for a model that does not run."""
+        with self.applying:
+            self.reload_models(now=True)
+            model, stand = self._standing(decision.model)
+            if dry_run:
+                return self.redriver.try_decision(model, stand.offset, decision)
+            return {"offset": self.redriver.decide(model, decision)}
 
-            return uncontested(model, attempt)
+    def _standing(self, model_name: str) -> tuple[RowModel, ModelState]:
+        """Return a model that runs, with where it stands. Raises UserError for any other."""
+        model, stand = self._asked(model_name)
+        if model is None or stand is None or self.joiner.stands_on(model) is None:
+            raise UserError(
+                f"Model {model_name} does not run now, or still takes in its table's copy.",
+                "Wait for it, or mend it; `headrace status` says why.",
+            )
+        return model, stand
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> bool:
         """Begin to build a model once more, beside its live table; returns False for a table that others have
@@ -329,6 +343,7 @@ class Lane:
     def close(self) -> None:
         """Close source and log."""
         self._preparer.shutdown()
+        self.redriver.close()
         self.joiner.close()
         self.source.close()
         self.log.close()
@@ -340,6 +355,7 @@ class Lane:
     def _where_models_stand(self) -> dict[str, ModelState]:
         """Ask the destination; a model whose mended file has other columns starts from the beginning."""
         self.joiner.know(None)
+        self.redriver.forget()
         stands = self.destination.models(self.config.name)
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
@@ -351,10 +367,13 @@ class Lane:
                 if self.destination.forget_if_reshaped(model):
                     logger.info("model %s has other columns now: it is built again from staging", model.name)
                     del stands[model.name]
+                elif state.open_records and not self._read_only:
+                    self.redriver.try_version(model, state.offset)
             except ModelBroken as error:
                 self._suspend(model.name, model.version, error)
                 stands[model.name] = replace(state, state="suspended", version=model.version)
-        self._put_aside(stands)
+        if self._tables and not self._read_only:
+            self._binder.put_aside(self._texts, self._tables, stands)
         return stands
 
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
@@ -443,32 +462,8 @@ class Lane:
         removed = {table for table, state in self._tables.items() if state.stage == "removed"}
         return self._binder.models(self._texts, removed, through)
 
-    def _put_aside(self, stands: dict[str, ModelState]) -> None:
-        """Retire what the project no longer has, and suspend models of tables that are not captured."""
-        if not self._tables or self._read_only:
-            return
-        # Those count that are to be staged yet, too: their models wait.
-        captured = {table.label for table, state in self._tables.items() if state.stage != "removed"}
-        modelled = {text.table for text in self._texts}
-        named = {f"{self.config.name}.{label}" for label in captured - modelled}
-        for text in self._texts:
-            named.add(text.name)
-            if text.table not in captured:
-                reason = f"raw.{text.source}.{text.table} is not captured{self._why(text.table)}."
-                remedy = f"Mend models/{text.file}, or add the table to [source.{text.source}] tables."
-                self._suspend(text.name, _NO_VERSION, ModelBroken(text.name, reason, remedy))
-        for name, state in stands.items():
-            if name not in named and state.state != "retired":
-                logger.info("%s is no longer a model of this project: its table stays as it is", name)
-                self.destination.retire(name, self.config.name)
-
-    def _why(self, label: str) -> str:
-        """Say why a table is captured no longer, where that is known."""
-        reasons = (s.reason for t, s in self._tables.items() if t.label == label and s.reason)
-        return "".join(f": it is {reason}" for reason in reasons)
-
     def _does_not_fit(self, name: str, error: HeadraceError) -> None:
-        self._suspend(name, _NO_VERSION, error)
+        self._suspend(name, "", error)  # any version runs once its table fits
 
     def _suspend(self, name: str, version: str, error: HeadraceError) -> None:
         if self._read_only:

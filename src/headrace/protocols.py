@@ -31,6 +31,7 @@ from headrace.prepared import Prepared
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from headrace.decisions import Outcome
     from headrace.errors import ForeignDestination
     from headrace.join import Joins
     from headrace.mart import Marts
@@ -104,8 +105,8 @@ class Log(Protocol):
         """Delete entries through the last end of a group up to an offset; return the bytes given back.
 
         Of many it deletes the first ones only, so that nobody waits for long: at least one group.
-        Shapes and markers of copies stay, and so do stops: ends of groups at which a reader of staging can
-        still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
+        Shapes, markers of copies and decisions stay, and so do stops: ends of groups where readers of staging
+        can still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
         """
         ...
 
@@ -294,6 +295,14 @@ class Model(Table, Protocol):
         """Hash of all that determines its output."""
         ...
 
+    @property
+    def schema_version(self) -> int:
+        """The version of its table's shape."""
+
+    @property
+    def supersedes(self) -> bool:
+        """Whether a later good change of a source key takes the place of the earlier ones."""
+
     def prepare(self, changes: pa.Table) -> Prepared:
         """Check and convert changes (as `Staging.read` returns them, unchanged cells resolved).
 
@@ -443,16 +452,24 @@ class Destination(Protocol):
         """
         ...
 
-    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
+    def redrive(
+        self, model: Model, prepared: Prepared, *, dry_run: bool = False, decided: Outcome | None = None
+    ) -> dict[str, int]:
         """Apply what the current model makes of the whole histories of some keys (`prepared.removed`),
         in one transaction; with `dry_run` only find out what that would do.
 
-        Open records of these keys that are no longer bad become resolved; those still bad count one
-        more attempt; changes that the current model refuses and an earlier one took become records.
-        Returns how many records are `resolved` and how many are `still_quarantined`. Raises Contested for
-        changes to prepare once more.
+        Open records of these keys that are no longer bad become resolved; those still bad count one more
+        attempt; changes that the current model refuses and an earlier one took become records, and records
+        tell what was `decided`. Returns how many are `resolved`, `still_quarantined` and, if some were
+        decided on, `discarded`. Raises Contested for changes to prepare once more.
         """
         ...
+
+    def decided(self, source: str) -> dict[str, Offset]:
+        """Return through which offset the decisions about each model's changes are in its table."""
+
+    def archive_issue(self, issue: str, actor: str) -> None:
+        """Put an issue aside until it escalates. Raises UserError for one that is not there, or resolved."""
 
     def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
         """Mark a version of a model suspended with its reason; True if it was not already so."""
@@ -475,12 +492,9 @@ class Destination(Protocol):
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:
         """Return model, reason, columns, message and number of records of an issue."""
-        ...
 
     def foreign(self, source: str) -> ForeignDestination:
         """Build the refusal of a destination whose progress is another log's."""
-        ...
 
     def close(self) -> None:
         """Give connections back; the next use opens new ones."""
-        ...

@@ -9,18 +9,20 @@ from contextlib import AbstractContextManager, contextmanager
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import Counts, Mark
+from headrace.change import Mark, Offset
+from headrace.decisions import Outcome
+from headrace.destinations import issues
 from headrace.destinations.books import (
     Books,
+    close_records,
     count_changes,
     insert,
     move_progress,
-    numbers,
     read_progress,
-    record,
 )
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
+from headrace.destinations.redriving import redrive
 from headrace.destinations.session import Session, Unfit
 from headrace.destinations.shapes import Shape, record_shape, recorded, refuse_drift
 from headrace.destinations.steps import StepBook
@@ -155,6 +157,8 @@ class Database(ABC):
                 db.begin(source, steady=steady)
                 yield db
                 refuse_contested(db)
+                if db.counts_issues:
+                    issues.settle(db)
                 if db.changed:
                     count_changes(db, db.changed)
                 db.commit() if keep else db.rollback()
@@ -231,37 +235,26 @@ class Database(ABC):
         with self.writing(source) as db:
             return read_progress(db, source)
 
-    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
+    def redrive(
+        self, model: Model, prepared: Prepared, *, dry_run: bool = False, decided: Outcome | None = None
+    ) -> dict[str, int]:
         """See `Destination.redrive`."""
-        name = literal(model.name)
-        mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM _hr_redriven r)"
-        same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
-        bad = int(prepared.records.num_rows)
-        with self.writing(model.source, keep=not dry_run) as db:
-            db.keep("_hr_redriven", "SELECT key FROM _hr_given", pa.table({"key": prepared.removed}))
-            ((before, waited),) = db.execute(
-                f"SELECT count(*), coalesce(sum(blocked), 0)::BIGINT FROM headrace.quarantine q WHERE {mine}"
+        return redrive(self, model, prepared, decided, dry_run=dry_run)
+
+    def decided(self, source: str) -> dict[str, Offset]:
+        """See `Destination.decided`."""
+        with self.open() as db:
+            rows = db.execute(
+                'SELECT model, "offset" FROM headrace.decided WHERE model IN '
+                "(SELECT model FROM headrace.models WHERE source = $1)",
+                [source],
             )
-            self.make_table(db, model)
-            self.change_rows(db, model.source, model, prepared)
-            resolved = db.change(
-                f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
-                f"resolved_at = now(), attempts = attempts + 1, last_attempt = now(), "
-                f"model_version = {literal(model.version)} WHERE {mine} "
-                f"AND NOT EXISTS (SELECT 1 FROM _hr_given b WHERE {same})",
-                given=prepared.records.select(["epoch", "commit", "ordinal"]),
-            )
-            record(db, model, prepared.records)
-            moved, freed = before - bad, waited - (pc.sum(prepared.records["blocked"]).as_py() or 0)
-            if moved or freed:
-                counts = numbers(Counts(applied=moved + freed, quarantined=-moved, blocked=-freed))
-                insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
-            db.execute(
-                f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
-                f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
-            )
-            failpoint("destination.redrive.commit")
-        return {"resolved": resolved, "still_quarantined": bad}
+        return {str(model): int(offset) for model, offset in rows}
+
+    def archive_issue(self, issue: str, actor: str) -> None:
+        """See `Destination.archive_issue`."""
+        with self.writing("") as db:
+            issues.archive(db, issue, actor)
 
     def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
         """See `Destination.suspend`."""
@@ -310,14 +303,13 @@ class Database(ABC):
     def _forget(self, db: Session, model: Model) -> None:
         with self._blaming(model.name, "cannot be built again"):
             self.drop_table(db, model)
-        db.execute(
-            f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
-            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
-            [model.name],
-        )
+        close_records(
+            db, f"model = {literal(model.name)} AND {OPEN}", "'superseded', resolution = 'rebuilt'",
+            version=model.version,
+        )  # fmt: skip
         db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
-        db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
-        db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
+        for table in ("models", "joins", "decided"):
+            db.execute(f"DELETE FROM headrace.{table} WHERE model = $1", [model.name])
         db.changed.add(model.name)
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:
