@@ -29,6 +29,9 @@ FLOORS = [
         "scrub",
         "definition",
         "schema_policy",
+        "alarms",
+        "channels",
+        "posting",
     },
     {
         "protocols",
@@ -44,6 +47,7 @@ FLOORS = [
         "ahead",
         "evolution",
         "decisions",
+        "records",
     },
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {
@@ -51,6 +55,7 @@ FLOORS = [
         "history",
         "rebuilding",
         "redriving",
+        "capturing",
         "recopied",
         "snapshot",
         "lane",
@@ -66,6 +71,8 @@ FLOORS = [
         "marts",
         "authoring",
         "raw",
+        "alerts",
+        "waits",
     },
     {"cli", "console", "testing"},
 ]

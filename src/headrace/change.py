@@ -261,7 +261,7 @@ def shape_in(kind: str, payload: bytes | str) -> TableSchema | None:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Where the changes of a slice went, for one model. `read` is the sum of all others."""
+    """Where the changes of a slice went, for one model. `read` is the sum of the next six."""
 
     read: int = 0
     applied: int = 0
@@ -270,6 +270,10 @@ class Counts:
     quarantined: int = 0
     waiting: int = 0
     blocked: int = 0
+    warned: int = 0
+    """Of those applied, how many violate a check that only warns."""
+    nulled: int = 0
+    """Of those applied, how many have a cell nulled since it violates a check."""
 
     def closes(self) -> bool:
         """Whether every change that was read is accounted for."""

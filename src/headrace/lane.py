@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 from headrace.ahead import ahead
+from headrace.alarms import NEW_CAUSE, trigger
 from headrace.binding import Binder
-from headrace.change import START, Mark, Offset, Position, SourceMark, source_marker
+from headrace.capturing import capture
+from headrace.change import Mark, Offset, Position
 from headrace.config import Project, SourceConfig
 from headrace.decisions import Decision
 from headrace.errors import (
+    BreakerTripped,
     HeadraceError,
     LogTrimmed,
     ModelBroken,
-    SourceGap,
     StagingBehind,
     UserError,
 )
@@ -36,10 +38,10 @@ from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
 from headrace.prepared import Contested
 from headrace.protocols import Destination, ModelState, Part, Slice
+from headrace.quarantine.breaker import Breakers
 from headrace.redriving import Redriver
-from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
-from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
+from headrace.sources.postgres.tables import copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
@@ -47,7 +49,6 @@ from headrace.transform.model import RowModel, preparing
 from headrace.turns import Turns
 
 logger = logging.getLogger("headrace.lane")
-alerts = logging.getLogger("headrace.alert")
 
 _LOAD_BYTES = 32 << 20
 _SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
@@ -81,7 +82,10 @@ class Lane:
         root = project.staging_path(config.name)
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
-        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins, project.state / "spill")
+        self._breakers = Breakers()
+        self.joiner = Joiner(
+            config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
+        )
         self.redriver = Redriver(config.name, self.log, self.staging, destination, self.joiner)
         self.folder = folder
         self._current = folder.current()
@@ -96,34 +100,11 @@ class Lane:
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 
-    def capture(self, stop: threading.Event, until: int | None = None) -> None:
-        """Copy from the source to the log until `stop`, or until the log is past LSN `until`."""
-        try:
-            with closing(self.source.read(self.log)) as groups:
-                for group in groups:
-                    if group:
-                        self.log.append(group)
-                        if position := self.log.position():
-                            self.source.confirm(position)
-                    if stop.is_set() or (until is not None and self._captured_past(until)):
-                        return
-        except SourceGap as gap:
-            self._mark_gap(str(gap))
-            raise
-
-    def _mark_gap(self, reason: str) -> None:
-        """Let every reader of the log know that changes are missing here; said once, while it lasts."""
-        last = self.log.entry(self.log.end().offset)
-        mark = SourceMark("gap", reason)
-        if last is None or last.entry.payload != mark.to_json().encode():
-            self.log.append([source_marker(self.log.position() or START, mark)])
-
-    def _captured_past(self, lsn: int) -> bool:
-        states = read_states(self.log).values()
-        if not states or any(state.stage in UNFINISHED for state in states):
-            return False
-        # What the slot was made behind is in the copies.
-        return durable_commit(self.log) > lsn
+    def capture(
+        self, stop: threading.Event, until: int | None = None, works: Callable[[bool], None] | None = None
+    ) -> None:
+        """See `headrace.capturing.capture`."""
+        capture(self.source, self.log, stop, until, works)
 
     def load(self) -> bool:
         """Stage what comes next, or see what another project has; False when nothing was to be done."""
@@ -244,9 +225,32 @@ class Lane:
         return list(self._models(self.staging.through()))
 
     def suspended(self) -> dict[str, str]:
-        """Return the suspended models with their reasons."""
+        """Return the models that are suspended, but not by hand, with their reasons."""
         states = self.destination.models(self.config.name)
-        return {name: state.reason for name, state in states.items() if state.state == "suspended"}
+        broken = {
+            name: s for name, s in states.items() if s.state == "suspended" and s.suspended_by != "hand"
+        }
+        return {name: state.reason for name, state in broken.items()}
+
+    def has(self, model_name: str) -> bool:
+        """Whether there is such a model of this source, be it one that does not bind."""
+        named = {*(text.name for text in self._texts), *(model.name for model in self.models())}
+        return model_name in named or self._asked(model_name)[1] is not None
+
+    def hold(self, model_name: str, reason: str) -> None:
+        """Suspend a model until it is released, over restarts and whatever becomes of its file."""
+        with self.applying:
+            self.destination.hold(model_name, self.config.name, f"by hand{reason and ': '}{reason}")
+            self._stands = None
+        logger.info("model %s is suspended by hand", model_name)
+
+    def release(self, model_name: str) -> None:
+        """Let a suspended model be tried again. Raises UserError if it is not suspended."""
+        with self.applying:
+            if not self.destination.release(model_name, self.config.name):
+                raise UserError(f"Model {model_name} is not suspended.", "`headrace status` says how it is.")
+            self._stands = None
+        logger.info("model %s goes on", model_name)
 
     def needs(self) -> Needs | None:
         """Return what must stay of the log; None where the destination has not been asked.
@@ -313,7 +317,7 @@ class Lane:
             if model is not None and not dry_run and self.destination.forget_if_reshaped(model, mend=True):
                 self._stands = None
                 return False
-            if model is None or stand is None or (stand.state, stand.version) == ("suspended", model.version):
+            if model is None or stand is None or not stand.runs(model.version):
                 words = f"Model {model_name} does not run now, or there is none."
                 raise UserError(words, "`headrace status` says more.")
             if self.destination.forget_if_reshaped(model, dry_run=True):
@@ -357,11 +361,13 @@ class Lane:
         self.joiner.know(None)
         self.redriver.forget()
         stands = self.destination.models(self.config.name)
+        self._breakers.know_tripped(n for n, state in stands.items() if state.suspended_by == "breaker")
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
         for model in self._models(self.staging.through()):
             state = stands.get(model.name)
-            if state is None or state.version == model.version or model.is_mirror:
+            is_held = state is not None and state.suspended_by == "hand"
+            if state is None or is_held or model.is_mirror or state.version == model.version:
                 continue
             try:
                 if self.destination.forget_if_reshaped(model):
@@ -382,6 +388,7 @@ class Lane:
         place = (self._mark(after), self._mark(through), position, committed_at)
         try:
             while True:
+                self._breakers.begin()
                 parts = ahead(self._preparer, self._parts(models, after, through, in_sync))
                 try:
                     with closing(parts):
@@ -396,6 +403,7 @@ class Lane:
         except BaseException:
             self._stands = None
             raise
+        self._breakers.keep()
         self._moved(models, through, in_sync)
         self._alert(issues)
 
@@ -415,6 +423,7 @@ class Lane:
                     quiet = False
                     prepared = model.prepare(self.joiner.filled(model, changes, through))
                     del changes  # not beside what the destination makes of them
+                    self._breakers.admit(model, prepared)
                     yield Part(model, prepared, model.name in in_sync)
                     del prepared
             if quiet:
@@ -453,8 +462,7 @@ class Lane:
         paused = {table for table, state in self._tables.items() if state.paused}
         for model in self._models(through):
             state = (self._stands or {}).get(model.name)
-            suspended = state and state.state == "suspended" and state.version == model.version
-            if not suspended and model.table not in paused:
+            if (state is None or state.runs(model.version)) and model.table not in paused:
                 yield model
 
     def _models(self, through: Offset) -> Iterator[RowModel]:
@@ -469,8 +477,12 @@ class Lane:
         if self._read_only:
             return
         self._stands = None
-        if self.destination.suspend(name, self.config.name, version, str(error)):
-            alerts.error("SUSPENDED model %s: %s", name, error.paragraph())
+        tripped = isinstance(error, BreakerTripped)
+        if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
+            words = error.paragraph()
+            trigger(
+                "suspended", name, "SUSPENDED model %s: %s", name, words, source=self.config.name, model=name
+            )
 
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)
@@ -480,8 +492,5 @@ class Lane:
     def _alert(self, issues: Sequence[str]) -> None:
         for issue in issues:
             model, reason, columns, message, count = self.destination.issue(issue)
-            alerts.warning(
-                "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
-                "`headrace quarantine redrive --issue %s`.",
-                issue, model, reason, columns, message, count, issue,
-            )  # fmt: skip
+            trigger("issue", issue, NEW_CAUSE, issue, model, reason, columns, message, count, issue,
+                    source=self.config.name, model=model)  # fmt: skip

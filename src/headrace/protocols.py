@@ -27,11 +27,11 @@ from headrace.change import (
     TableSchema,
 )
 from headrace.prepared import Prepared
+from headrace.records import Records
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from headrace.decisions import Outcome
     from headrace.errors import ForeignDestination
     from headrace.join import Joins
     from headrace.mart import Marts
@@ -323,6 +323,12 @@ class ModelState:
     reason: str
     offset: Offset
     open_records: int
+    suspended_by: str = ""
+    """`hand`, or `breaker` until a part has passed since; '' for what else there may be."""
+
+    def runs(self, version: str) -> bool:
+        """Whether the model takes changes if its file is of this version."""
+        return self.suspended_by != "hand" and (self.state, self.version) != ("suspended", version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +368,7 @@ Scanned = tuple["pa.Schema", "Iterator[pa.RecordBatch]"]
 """A result that is read batch by batch."""
 
 
-class Destination(Protocol):
+class Destination(Records, Protocol):
     """Where rows arrive, with the progress, the quarantine and the ledger of their arrival.
 
     Each method that changes something is one transaction. All of them raise DestinationUnavailable
@@ -452,31 +458,20 @@ class Destination(Protocol):
         """
         ...
 
-    def redrive(
-        self, model: Model, prepared: Prepared, *, dry_run: bool = False, decided: Outcome | None = None
-    ) -> dict[str, int]:
-        """Apply what the current model makes of the whole histories of some keys (`prepared.removed`),
-        in one transaction; with `dry_run` only find out what that would do.
-
-        Open records of these keys that are no longer bad become resolved; those still bad count one more
-        attempt; changes that the current model refuses and an earlier one took become records, and records
-        tell what was `decided`. Returns how many are `resolved`, `still_quarantined` and, if some were
-        decided on, `discarded`. Raises Contested for changes to prepare once more.
-        """
+    def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
+        """Mark a version of a model suspended, by its breaker if `tripped`; True if it was not already so."""
         ...
 
-    def decided(self, source: str) -> dict[str, Offset]:
-        """Return through which offset the decisions about each model's changes are in its table."""
+    def hold(self, model: str, source: str, reason: str) -> None:
+        """Mark a model suspended by hand: it stays so, whatever becomes of its file, until `release`."""
+        ...
 
-    def archive_issue(self, issue: str, actor: str) -> None:
-        """Put an issue aside until it escalates. Raises UserError for one that is not there, or resolved."""
-
-    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
-        """Mark a version of a model suspended with its reason; True if it was not already so."""
+    def release(self, model: str, source: str) -> bool:
+        """Let a suspended model be tried again; False if it was not suspended."""
         ...
 
     def reconsider(self, source: str) -> None:
-        """Have the suspended models of a source tried once more: their tables may be mended."""
+        """Have the models tried once more that were broken: their tables may be mended."""
         ...
 
     def retire(self, model: str, source: str) -> None:
@@ -489,9 +484,6 @@ class Destination(Protocol):
         become superseded and its ledger rows void: it is built again from staging. Raises ModelBroken where
         others have changed them, but to mend it."""
         ...
-
-    def issue(self, issue: str) -> tuple[str, str, str, str, int]:
-        """Return model, reason, columns, message and number of records of an issue."""
 
     def foreign(self, source: str) -> ForeignDestination:
         """Build the refusal of a destination whose progress is another log's."""

@@ -9,14 +9,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from pipelines import running
-from projects import Done, here
 
 from headrace.config import Project, load_project
 from headrace.pipeline import Pipeline
 from headrace.server import read_rows
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
+from projects import Done, here
 
 STRICT = "SELECT id::INT AS id, amount::INT AS amount, note FROM raw.shop.t"
 LOOSE = "SELECT id::INT AS id, TRY_CAST(amount AS INT) AS amount, note FROM raw.shop.t"

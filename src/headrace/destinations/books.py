@@ -135,6 +135,7 @@ class Books:
         if others:
             names = ", ".join(map(literal, others))
             self._db.execute(f"DELETE FROM headrace.models WHERE model IN ({names})")
+            self._db.execute(f"DELETE FROM headrace.suspensions WHERE model IN ({names})")
         insert(
             self._db,
             "models",
@@ -219,7 +220,7 @@ def stand(
     ((records,),) = db.execute(
         f"SELECT count(*) FROM headrace.quarantine WHERE model = $1 AND {OPEN}", [model.name]
     )
-    for table in ("models", "decided"):  # what was decided meanwhile is looked at again
+    for table in ("models", "suspensions", "decided"):  # what was decided meanwhile is looked at again
         db.execute(f"DELETE FROM headrace.{table} WHERE model = $1", [model.name])
     state = "in_sync" if in_sync else "joining"
     where = (at, position.epoch, position.commit, committed_at)

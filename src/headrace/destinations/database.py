@@ -11,12 +11,11 @@ import pyarrow.compute as pc
 
 from headrace.change import Mark, Offset
 from headrace.decisions import Outcome
-from headrace.destinations import issues
+from headrace.destinations import issues, suspending
 from headrace.destinations.books import (
     Books,
     close_records,
     count_changes,
-    insert,
     move_progress,
     read_progress,
 )
@@ -186,11 +185,7 @@ class Database(ABC):
         """See `Destination.models`."""
         with self.open() as db:
             self.set_up(db)
-            rows = db.execute(
-                'SELECT model, source, version, state, reason, "offset", open_records '
-                "FROM headrace.models WHERE source = $1",
-                [source],
-            )
+            rows = db.execute(suspending.STATES, [source])
         return {str(row[0]): ModelState(*row) for row in rows}
 
     def apply(self, work: Slice) -> Sequence[str]:
@@ -256,28 +251,25 @@ class Database(ABC):
         with self.writing("") as db:
             issues.archive(db, issue, actor)
 
-    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
+    def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
         """See `Destination.suspend`."""
         with self.writing(source) as db:
-            known = db.execute("SELECT state, version, reason FROM headrace.models WHERE model = $1", [model])
-            if known == [("suspended", version, reason)]:
-                return False
-            if known:
-                db.execute(
-                    "UPDATE headrace.models SET state = 'suspended', version = $1, reason = $2, "
-                    "updated_at = now() WHERE model = $3",
-                    [version, reason, model],
-                )
-            else:
-                insert(db, "models", [(model, source, version, "suspended", reason, 0, 0, 0, 0, 0)])
-            return True
+            return suspending.suspend(db, model, source, version, reason, tripped=tripped)
+
+    def hold(self, model: str, source: str, reason: str) -> None:
+        """See `Destination.hold`."""
+        with self.writing(source) as db:
+            suspending.hold(db, model, source, reason)
+
+    def release(self, model: str, source: str) -> bool:
+        """See `Destination.release`."""
+        with self.writing(source) as db:
+            return suspending.release(db, model)
 
     def reconsider(self, source: str) -> None:
         """See `Destination.reconsider`."""
         with self.writing(source) as db:
-            db.execute(
-                "UPDATE headrace.models SET version = '' WHERE source = $1 AND state = 'suspended'", [source]
-            )
+            suspending.reconsider(db, source)
 
     def retire(self, model: str, source: str) -> None:
         """See `Destination.retire`."""

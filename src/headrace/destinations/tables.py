@@ -10,7 +10,17 @@ from headrace.errors import DestinationError
 if TYPE_CHECKING:
     from headrace.destinations.session import Session
 
-LEDGER_COUNTS = ("read", "applied", "superseded", "filtered", "quarantined", "waiting", "blocked")
+LEDGER_COUNTS = (
+    "read",
+    "applied",
+    "superseded",
+    "filtered",
+    "quarantined",
+    "waiting",
+    "blocked",
+    "warned",
+    "nulled",
+)
 
 RECORD_COLUMNS = (
     "id, issue, source, model, table_name, stage, reason, columns, message, op, is_partial, key, epoch, "
@@ -47,7 +57,7 @@ CREATE TABLE IF NOT EXISTS headrace.joining AS SELECT * FROM headrace.quarantine
 CREATE TABLE IF NOT EXISTS headrace.ledger (
   source VARCHAR, model VARCHAR, kind VARCHAR, "after" BIGINT, "through" BIGINT,
   read BIGINT, applied BIGINT, superseded BIGINT, filtered BIGINT, quarantined BIGINT,
-  waiting BIGINT, blocked BIGINT, model_version VARCHAR, recorded_at TIMESTAMPTZ
+  waiting BIGINT, blocked BIGINT, warned BIGINT, nulled BIGINT, model_version VARCHAR, recorded_at TIMESTAMPTZ
 );
 CREATE TABLE IF NOT EXISTS headrace.joins (
   model VARCHAR, source VARCHAR, version VARCHAR, "begin" BIGINT, "end" BIGINT, stands BIGINT,
@@ -72,6 +82,9 @@ CREATE TABLE IF NOT EXISTS headrace.issues (
 );
 CREATE TABLE IF NOT EXISTS headrace.decided (model VARCHAR, "offset" BIGINT);
 CREATE TABLE IF NOT EXISTS headrace.shapes (model VARCHAR, columns VARCHAR, numbered VARCHAR);
+CREATE TABLE IF NOT EXISTS headrace.suspensions (
+  model VARCHAR, suspended_by VARCHAR, state VARCHAR, suspended_at TIMESTAMPTZ
+);
 """
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,8 +20,10 @@ from headrace.keys import quoted
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Contested, Place, Prepared
 from headrace.scrub import scrub
+from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
+from headrace.transform.handling import NO_SAY, Handling
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
 from headrace.transform.python.evaluate import PythonEvaluation, PythonRows
@@ -34,32 +35,10 @@ from headrace.transform.soft import fold_soft
 from headrace.transform.sql import Check, ModelText
 from headrace.transform.stepping import settle, step
 
-_local = threading.local()
 _WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _Outcome = TypeVar("_Outcome")
 _CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
 _SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
-
-
-def engine() -> duckdb.DuckDBPyConnection:
-    """Return this thread's DuckDB for prepare, with the settings that isolation needs.
-
-    `common_subexpressions` is off: DuckDB 2.0.0 otherwise lifts a cast that occurs twice out of its TRY,
-    and one bad row fails the query.
-    """
-    connection: duckdb.DuckDBPyConnection | None = getattr(_local, "connection", None)
-    if connection is None:
-        connection = duckdb.connect()
-        connection.execute("SET disabled_optimizers = 'common_subexpressions'")
-        connection.execute("SET preserve_insertion_order = true")
-        connection.execute("SET enable_progress_bar = false")
-        # What one evaluation frees goes back before the next: the default keeps up to half a gigabyte.
-        connection.execute("SET allocator_flush_threshold = '16MB'")
-        connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
-        _local.connection = connection
-    cursor = connection.cursor()
-    cursor.execute("SET TimeZone = 'UTC'")  # a setting of the session: a cursor is one of its own
-    return cursor
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +60,7 @@ class RowModel:
     """What makes the rows that the expressions are over, where that is Python and not the raw table."""
     unique: tuple[str, ...] = ()
     """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
+    handling: Handling = NO_SAY
     refused: frozenset[Place] = field(default=frozenset(), compare=False)
     """Changes that are bad since their rows would have the key of another."""
     decisions: Decisions | None = field(default=None, compare=False)
@@ -120,8 +100,17 @@ class RowModel:
         return uncontested(self, lambda model: alone(model.settled(changes)))
 
     def refusing(self, contested: Contested) -> RowModel:
-        """Return the model that takes what was contested for bad; its version is the same."""
+        """Return the model that takes what was contested for bad; its version is the same. Raises ModelBroken
+        where that is to suspend it."""
         refused = contested.refused.get(self.name)
+        if refused and self.handling.on_key_violation == "suspend":
+            key = ", ".join(self.unique)
+            raise ModelBroken(
+                self.name,
+                f"{len(refused):,} changes would give their rows the key ({key}) of others, which suspends "
+                "the model (on_violation).",
+                f"Mend the data or the model, then run `headrace resume {self.name}`.",
+            )
         return replace(self, refused=self.refused | refused) if refused else self
 
     def limited(self, limits: Sequence[tuple[str, str]]) -> RowModel:
@@ -129,6 +118,11 @@ class RowModel:
         outputs = {name for name, _, _ in self.outputs}
         more = (Check(column, condition) for column, condition in limits if column in outputs)
         return replace(self, checks=(*self.checks, *more)) if limits else self
+
+    @property
+    def max_error_rate(self) -> float:
+        """Which share of its newest changes may fail before it is taken for broken; 1 for any."""
+        return self.handling.max_error_rate
 
     @property
     def is_mirror(self) -> bool:
@@ -167,7 +161,7 @@ def preparing(model: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if verdict_of(error) is Verdict.RETRY:
+        if verdict_of(error) is Verdict.RETRY or isinstance(error, ModelBroken):
             raise
         if isinstance(error, HeadraceError):
             raise ModelBroken(model, str(error), error.remedy) from error
@@ -286,6 +280,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             checks=text.checks,
             version=text.version,
             kind=text.kind,
+            handling=text.handling,
         )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(
@@ -323,6 +318,7 @@ def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
             checks=(*_key_checks(text, schema, types), *text.checks),
             version=text.version,
             kind=text.kind,
+            handling=text.handling,
             python=PythonRows(text.name, worker, seen if text.reads is None else text.reads),
         )
         made = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, type_ in types.items())
