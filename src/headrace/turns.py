@@ -51,7 +51,7 @@ class Gate:
     def alone(self, patience: float, push: float) -> Iterator[bool]:
         """Be inside alone, and give True; one at a time may ask for it.
 
-        Outages `patience` seconds for a moment in which nobody is inside, then shuts the door to others for
+        Waits `patience` seconds for a moment in which nobody is inside, then shuts the door to others for
         `push` seconds so that there is one; gives False where those inside take longer.
         """
         is_alone = False

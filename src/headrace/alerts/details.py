@@ -22,27 +22,22 @@ _RECENT_MINUTES = 5
 _NOT_DDL = ("shape", "copy", "copied", "reordered")
 
 
-def of_cause(*columns: str) -> str:
-    """Return SQL for columns of the records that made an issue: not of those that are of it since they wait
-    for one of these."""
-    caused = "FILTER (WHERE waiting_on IS NULL)"
-    return ", ".join(f"coalesce(min({name}) {caused}, min({name})) AS {name}" for name in columns)
-
-
-_FIGURES = f"""SELECT issue,
-{of_cause("source", "model", "stage", "reason", "columns", "message", "table_name")},
-count(*) AS records,
-count(*) FILTER (WHERE status = 'quarantined') AS quarantined,
-count(*) FILTER (WHERE status = 'waiting') AS waiting,
-sum(CASE WHEN status IN ('quarantined', 'waiting') THEN blocked ELSE 0 END)::BIGINT AS blocked,
-count(*) FILTER (WHERE first_seen > now() - INTERVAL '{_RECENT_MINUTES} minutes') AS recent,
-extract(epoch FROM min(first_seen))::DOUBLE PRECISION AS first_seen,
-extract(epoch FROM max(last_attempt))::DOUBLE PRECISION AS last_seen,
-extract(epoch FROM min(committed_at))::DOUBLE PRECISION AS first_commit,
-extract(epoch FROM max(committed_at))::DOUBLE PRECISION AS last_commit,
-min(commit) AS first_position, max(commit) AS last_position, min(txid) AS first_txid, max(txid) AS last_txid,
-min("offset") AS first_offset, max("offset") AS last_offset
-FROM headrace.quarantine WHERE issue IN (ISSUES) GROUP BY issue"""
+_FIGURES = f"""SELECT i.issue, i.source, i.model, i.state, i.stage, i.reason, i.columns, i.message,
+i.records, q.*
+FROM headrace.issues i JOIN (SELECT issue AS of_issue,
+  count(*) FILTER (WHERE status = 'quarantined') AS quarantined,
+  count(*) FILTER (WHERE status = 'waiting') AS waiting,
+  sum(CASE WHEN status IN ('quarantined', 'waiting') THEN blocked ELSE 0 END)::BIGINT AS blocked,
+  count(*) FILTER (WHERE first_seen > now() - INTERVAL '{_RECENT_MINUTES} minutes') AS recent,
+  extract(epoch FROM min(first_seen))::DOUBLE PRECISION AS first_seen,
+  extract(epoch FROM max(last_attempt))::DOUBLE PRECISION AS last_seen,
+  extract(epoch FROM min(committed_at))::DOUBLE PRECISION AS first_commit,
+  extract(epoch FROM max(committed_at))::DOUBLE PRECISION AS last_commit,
+  min(commit) AS first_position, max(commit) AS last_position,
+  min(txid) AS first_txid, max(txid) AS last_txid,
+  min("offset") AS first_offset, max("offset") AS last_offset
+  FROM headrace.quarantine WHERE issue IN (ISSUES) GROUP BY issue
+) q ON q.of_issue = i.issue"""
 
 Details = dict[str, Any]
 
@@ -98,7 +93,7 @@ def commands(alert: Alert, text: ModelText | None) -> dict[str, str]:
 
 def _figures(row: Mapping[str, Any]) -> Details:
     return {
-        **{name: row[name] for name in ("stage", "reason", "columns", "message", "table_name")},
+        **{name: row[name] for name in ("state", "stage", "reason", "columns", "message")},
         **{name: row[name] for name in ("records", "quarantined", "waiting", "blocked")},
         "per_minute": round(row["recent"] / _RECENT_MINUTES, 1),
         "first_seen": time_text(row["first_seen"]),
@@ -120,7 +115,8 @@ def _what_changed(
         kept = versions / text.name / f"{text.version}{Path(text.file).suffix}"
         if kept.exists():
             changed["model_changed_at"] = time_text(kept.stat().st_mtime)
-    table = table_of(lane, row["table_name"]) if lane else None
+    name = text.table if text else row["model"].removeprefix(f"{row['source']}.")
+    table = table_of(lane, name) if lane else None
     if lane is None or table is None:
         return changed
     events = timeline(lane.staging, table, lane.staging.through())

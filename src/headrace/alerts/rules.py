@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from headrace.alarms import Severity, resolve, trigger, trigger_issue, trigger_suspended
-from headrace.alerts.details import of_cause
 from headrace.alerts.store import Alert
 from headrace.config import Project
 from headrace.errors import HeadraceError
@@ -49,10 +48,11 @@ AGAIN_WITHIN = 600.0
 _MODELS = """SELECT m.model, m.source, m.state, m.reason, m."offset", m.open_records, s.suspended_by
 FROM headrace.models m LEFT JOIN headrace.suspensions s ON s.model = m.model
 WHERE m.state <> 'retired' ORDER BY m.model"""
-_ISSUES = f"""SELECT issue, {of_cause("source", "model", "reason", "columns", "message")},
-count(*) AS records, 'new' AS state FROM headrace.quarantine
-WHERE status = 'quarantined' AND model IN (SELECT model FROM headrace.models WHERE state <> 'retired')
-GROUP BY issue ORDER BY issue"""
+_ISSUES = """SELECT i.issue, i.source, i.model, i.reason, i.columns, i.message, i.state, q.records
+FROM headrace.issues i JOIN (
+  SELECT issue, count(*) AS records FROM headrace.quarantine WHERE status = 'quarantined' GROUP BY issue
+) q ON q.issue = i.issue
+WHERE i.model IN (SELECT model FROM headrace.models WHERE state <> 'retired') ORDER BY i.issue"""
 _MARTS = "SELECT mart, reason FROM headrace.marts WHERE state = 'suspended' ORDER BY mart"
 _CALM = 1.25
 """A disk is no longer low with so many times what makes it low, so that it does not ring twice."""
