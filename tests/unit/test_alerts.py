@@ -218,11 +218,11 @@ def test_what_is_muted_is_told_when_nothing_mutes_it_any_more(alerting: Alerting
     assert [alert["kind"] for alert in body["alerts"]] == ["suspended"]
     assert body["severity"] == "error"
     resolve("suspended", "sales", "RESOLVED", model="sales")
-    alerting._store.silence("v1:1", 3e9, "known", 0.0)
+    alerting._store.silence("sales", 3e9, "known", 0.0)
     alerting.plan(2.1e9)
     (body,) = sent(alerting)
     assert [(each["kind"], each["status"]) for each in body["alerts"]] == [("suspended", "resolved")]
-    alerting._store.silence("v1:1", 0.0, "", 1.0)
+    alerting._store.silence("sales", 0.0, "", 1.0)
     alerting.plan(2.2e9)
     (body,) = sent(alerting)
     assert [(each["kind"], each["status"]) for each in body["alerts"]] == [("issue", "firing")]
