@@ -43,6 +43,7 @@ FLOORS = [
         "debezium",
         "ahead",
         "evolution",
+        "masking",
     },
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {

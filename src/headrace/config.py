@@ -81,6 +81,7 @@ class SourceConfig:
     Copies: how many connections read at once, how many bytes per second all of them may read (0: no
     limit), how large a chunk is on the source's disk (bytes), how old a snapshot grows (seconds).
     With an `upstream` nothing is captured: that project's staging of the same source is read.
+    `pii` are patterns `table.column` of columns whose values are shown nowhere beside the data.
     `exclude` and `hash` are patterns `schema.table.column` of columns that are left out or hashed with
     `hash_salt`; `where` holds pairs of a pattern of tables and the condition of the rows to capture.
     """
@@ -109,6 +110,7 @@ class SourceConfig:
     failover: bool | None = None
     standby_url: Secret | None = None
     schema_changes: Rules = ()
+    pii: tuple[str, ...] = ()
     upstream: Project | None = None
 
     @property
@@ -402,7 +404,9 @@ def _sources(
         if "staging_of" in table:
             given = document.table(path, table, reading)
             if here and "staging_of" in given and (upstream := _upstream(document, path, given, here)):
-                found.append(source_config(name, Secret(""), upstream=upstream))
+                captured = next(source for source in upstream.sources if source.name == name)
+                pii = (*captured.pii, *given.get("pii", ()))
+                found.append(source_config(name, Secret(""), upstream=upstream, pii=pii))
             continue
         given = document.table(path, table, own)
         if "url" not in table:
@@ -465,6 +469,7 @@ def _source_parsers(secret: SecretParsers) -> dict[str, Parser]:
         "failover": values.boolean,
         "standby_url": secret.url,
         "schema_changes": lambda value: value,
+        "pii": values.marked_columns,
     }
 
 

@@ -89,6 +89,7 @@ def model(
     delete: str | None = None,
     max_error_rate: float | None = None,
     on_violation: str | None = None,
+    pii: Sequence[str] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Mark the function that makes a model's rows; it is returned as it is, and can be called in a test.
 
@@ -114,12 +115,15 @@ def model(
     on_violation
         What becomes of a row that violates a rule which has no ON VIOLATION of its own: `"quarantine"`,
         `"warn"`, `"null"` or `"suspend"`.
+    pii
+        Output columns whose values are shown nowhere beside the table.
     """
     given = {
         "materialize": materialize,
         "delete": delete,
         "max_error_rate": max_error_rate,
         "on_violation": on_violation,
+        "pii": None if pii is None else list(pii),
     }
     settings = {name: value for name, value in given.items() if value is not None}
     rules = {} if contract is None else contract

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -32,6 +32,7 @@ from headrace.join import Join
 from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
 from headrace.log.proof import verify as verify_log
+from headrace.masking import MASK, marked_in, masks_key
 from headrace.pipeline import open_lanes
 from headrace.prepared import Contested
 from headrace.server import is_running, read
@@ -116,7 +117,12 @@ def _source(project: Project, source: str) -> list[Finding]:
                 return [Finding(what, False, f"{behind} changes are not captured yet: run the pipeline")]
             captured = captured_tables(lane.log)
             schemas = lane.staging.schemas(lane.staging.through()).values()
-            return [_compare_source(lane, snapshot, schema) for schema in schemas if schema.table in captured]
+            found = list[Finding]()
+            for schema in (schema for schema in schemas if schema.table in captured):
+                cells = marked_in(config.pii, schema.table, [column.name for column in schema.columns])
+                compared = [_compare_source(lane, snapshot, schema)]
+                found += _masked(compared, is_key=masks_key(schema, cells))
+            return found
     except psycopg.Error as error:
         return [Finding(what, False, f"cannot be read: {type(error).__name__}")]
 
@@ -205,9 +211,17 @@ def _destination(project: Project, source: str) -> list[Finding]:
             continue
         mine = records.filter(pc.equal(records["model"], model.name))
         own = ledger.filter(pc.equal(ledger["model"], model.name)).to_pylist()
-        findings += _compare_model(lane, model, state, table, mine)
+        findings += _masked(_compare_model(lane, model, state, table, mine), is_key=model.masked.key)
         findings.append(_check_ledger(lane, model, state["offset"], own, mine["blocked"].to_pylist()))
     return findings
+
+
+def _masked(findings: Sequence[Finding], *, is_key: bool) -> list[Finding]:
+    """Return findings without the keys of rows where these are not to be shown."""
+    return [
+        replace(finding, keys=tuple(MASK for _ in finding.keys) if is_key else finding.keys)
+        for finding in findings
+    ]
 
 
 def _check_progress(lane: Lane, rows: Sequence[dict[str, Any]], begun: Offset) -> Finding:

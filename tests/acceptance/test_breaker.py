@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
+from tests.pipelines import running, until
+from tests.projects import here
 
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError
@@ -16,8 +17,6 @@ from headrace.pipeline import Pipeline
 from headrace.server import read_rows
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
-from tests.pipelines import running, until
-from tests.projects import here
 
 GOOD = "SELECT id::INT AS id, TRY_CAST(amount AS INT) AS amount FROM raw.shop.t"
 STRICT = "SELECT id::INT AS id, amount::INT AS amount FROM raw.shop.t"
@@ -144,7 +143,7 @@ def test_what_a_person_suspends_stays_so_until_it_is_resumed_and_holds_nothing(s
         shop.sql("INSERT INTO t VALUES (3, '3')", "INSERT INTO u VALUES (2)")
         until(lambda: shop.rows("SELECT count(*) FROM shop.u") == [(2,)])
         time.sleep(1.2)  # the folder is looked at once a second
-        until(lambda: pipeline.lanes[0].needs())
+        until(pipeline.lanes[0].needs)
         needs = pipeline.lanes[0].needs()
         (stood,) = shop.rows("SELECT \"offset\" FROM headrace.models WHERE model = 'm'")
         # The log may be trimmed beyond where it stands, which stays a stop.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.unit.test_evaluate import bound, prepare, staged
 
 from headrace.errors import ModelBroken, ModelError
 from headrace.prepared import Contested
 from headrace.transform.model import RowModel
 from headrace.transform.sql import read_model
-from tests.unit.test_evaluate import bound, prepare, staged
 
 BODY = "SELECT id::INT AS id, v::INT AS x, v AS y FROM raw.s.t"
 

@@ -241,7 +241,7 @@ def record_from(
           'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
           {source} AS source, {name} AS model, {table} AS table_name,
           stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
-          committed_at, "offset", preview, blocked,
+          committed_at, "offset", preview, blocked, key_is_masked,
           {literal(model.version)} AS model_version, 'quarantined' AS status FROM {relation} AS i
         ) r LEFT JOIN {into} q ON q.id = r.id""",
         given,

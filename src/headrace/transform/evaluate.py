@@ -20,6 +20,7 @@ from headrace.prepared import Claims
 from headrace.scrub import scrub
 
 if TYPE_CHECKING:
+    from headrace.masking import Masked
     from headrace.transform.handling import Action
     from headrace.transform.model import RowModel
 
@@ -40,6 +41,11 @@ class Evaluation:
         self._fatal: dict[int, str] = {}
         self._judged: pa.Table | None = None
         self._refused = pa.array([], pa.int64())
+
+    @property
+    def masked(self) -> Masked:
+        """What of the model is not shown."""
+        return self._model.masked
 
     def refuse(self, events: pa.Table) -> None:
         """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""

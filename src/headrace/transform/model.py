@@ -17,6 +17,7 @@ import pyarrow as pa
 from headrace.change import Column, TableId, TableSchema
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
+from headrace.masking import NOTHING, Masked
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Contested, Place, Prepared
 from headrace.scrub import scrub
@@ -82,6 +83,8 @@ class RowModel:
     unique: tuple[str, ...] = ()
     """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
     handling: Handling = NO_SAY
+    masked: Masked = NOTHING
+    """What of it is not shown, see `headrace.transform.pii`."""
     refused: frozenset[Place] = field(default=frozenset(), compare=False)
     """Changes that are bad since their rows would have the key of another."""
 

@@ -295,10 +295,10 @@ def checked(
     Raises ModelError, naming the file, where a check would null what must not be null.
     """
     found, required = list[Check](), {check.column for check in checks if not check.expression}
-    for check in checks:
-        is_of_key = check.column in key and not check.expression
-        if is_of_key and check.on_violation == handling.on_violation:
-            check = replace(check, on_violation=handling.on_key_violation)
+    for given in checks:
+        is_of_key = given.column in key and not given.expression
+        is_default = is_of_key and given.on_violation == handling.on_violation
+        check = replace(given, on_violation=handling.on_key_violation) if is_default else given
         if (is_of_key and check.on_violation == "warn") or (
             check.on_violation == "null" and check.column in {*key, *required}
         ):
