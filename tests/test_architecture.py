@@ -59,6 +59,7 @@ FLOORS = [
         "reading",
         "server",
         "verify",
+        "conservation",
         "memory",
         "upkeep",
         "upstream",

@@ -45,6 +45,7 @@ __all__ = [
     "DestinationConfig",
     "LogConfig",
     "Project",
+    "QuarantineConfig",
     "ScaleConfig",
     "Secret",
     "SourceConfig",
@@ -182,6 +183,14 @@ class DestinationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QuarantineConfig:
+    """`[quarantine]`: how many open records, and bytes of them, there may be; a model with more waits."""
+
+    max_records: int = 10_000_000
+    max_bytes: int = 16 << 30
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleConfig:
     """`[scale]`: the freshness to aim for, from source commit to visible, in seconds."""
 
@@ -199,6 +208,7 @@ class Project:
     staging: StagingConfig
     destination: DestinationConfig
     scale: ScaleConfig
+    quarantine: QuarantineConfig
     env: str = ""
 
     @property
@@ -269,6 +279,8 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
     folder_of = values.path_in(root, "folder")
     staging = document.section("staging", {"path": folder_of, "maintenance_cpu": share, "grace": grace})
     destination = _destination(document, root, secret)
+    bounds = {"max_records": values.count(1, 1 << 40), "max_bytes": values.size("64KiB", "1048576GiB")}
+    quarantine = document.section("quarantine", bounds)
     scale = document.section("scale", {"freshness": values.duration("100ms", "24h")})
     document.raise_mistakes()
     return Project(
@@ -278,6 +290,7 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
         staging=StagingConfig(**{"path": state_folder(root, env) / "staging", **staging}),
         destination=DestinationConfig(**destination),
         scale=ScaleConfig(**scale),
+        quarantine=QuarantineConfig(**quarantine),
         env=env,
     )
 

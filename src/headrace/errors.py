@@ -22,7 +22,8 @@
     │   └── ForeignDestination its progress belongs to another log: refused before anything is read
     ├── StateInUse             another process runs on this state folder
     └── ModelBroken            a model that cannot run at all: SUSPEND
-        └── BreakerTripped     too many of its changes fail one after another
+        ├── BreakerTripped     too many of its changes fail one after another
+        └── QuarantineFull     its records would be more than the quarantine may hold
 
 Verdicts: RETRY, the world is broken and not the record; QUARANTINE, the record is broken; SUSPEND,
 the model (or the source) is broken and stops alone. Each message says what happened, to what, and
@@ -179,6 +180,10 @@ class ModelBroken(HeadraceError):
 
 class BreakerTripped(ModelBroken):
     """So many changes of a model fail that it is taken for broken."""
+
+
+class QuarantineFull(ModelBroken):
+    """The model's records would be more than the quarantine may hold: it waits, and none is dropped."""
 
 
 _BY_NAME = {

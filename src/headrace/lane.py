@@ -16,12 +16,13 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 
 from headrace.ahead import ahead
 from headrace.binding import Binder
-from headrace.change import START, Mark, Offset, Position, SourceMark, source_marker
+from headrace.change import Mark, Offset, Position
 from headrace.config import Project, SourceConfig
 from headrace.errors import (
     BreakerTripped,
@@ -38,7 +39,9 @@ from headrace.log.sqlite import SQLiteLog
 from headrace.prepared import Contested
 from headrace.protocols import Destination, ModelState, Part, Slice
 from headrace.quarantine.breaker import Breakers
+from headrace.quarantine.limit import SizeLimit
 from headrace.rebuilding import folded
+from headrace.sources.postgres.continuity import mark_gap
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
@@ -83,7 +86,7 @@ class Lane:
         root = project.staging_path(config.name)
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
-        self._breakers = Breakers()
+        self._breakers = Breakers(SizeLimit(project.quarantine, destination.read))
         self.joiner = Joiner(
             config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
         )
@@ -95,7 +98,13 @@ class Lane:
         self._tables = read_states(self.log)
         self._read_only = read_only
         self._binder = Binder(
-            config, self.log, self.staging, destination, self._does_not_fit, read_only=read_only
+            # Any version runs once its table fits.
+            config,
+            self.log,
+            self.staging,
+            destination,
+            partial(self._suspend, ""),
+            read_only=read_only,
         )
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
@@ -112,15 +121,8 @@ class Lane:
                     if stop.is_set() or (until is not None and self._captured_past(until)):
                         return
         except SourceGap as gap:
-            self._mark_gap(str(gap))
+            mark_gap(self.log, str(gap))
             raise
-
-    def _mark_gap(self, reason: str) -> None:
-        """Let every reader of the log know that changes are missing here; said once, while it lasts."""
-        last = self.log.entry(self.log.end().offset)
-        mark = SourceMark("gap", reason)
-        if last is None or last.entry.payload != mark.to_json().encode():
-            self.log.append([source_marker(self.log.position() or START, mark)])
 
     def _captured_past(self, lsn: int) -> bool:
         states = read_states(self.log).values()
@@ -172,7 +174,7 @@ class Lane:
             try:
                 step = self.joiner.step(model, copy, self._stands or {}, running, self._reached, self._alert)
             except ModelBroken as error:
-                self._suspend(model.name, model.version, error)
+                self._suspend(model.version, model.name, error)
                 return True
             except BaseException:
                 self._stands = None
@@ -261,15 +263,13 @@ class Lane:
         with self.applying:
             self.destination.hold(model_name, self.config.name, f"by hand{reason and ': '}{reason}")
             self._stands = None
-        logger.info("model %s is suspended by hand", model_name)
 
     def release(self, model_name: str) -> None:
         """Let a suspended model be tried again. Raises UserError if it is not suspended."""
         with self.applying:
-            if not self.destination.release(model_name, self.config.name):
-                raise UserError(f"Model {model_name} is not suspended.", "`headrace status` says how it is.")
-            self._stands = None
-        logger.info("model %s goes on", model_name)
+            released, self._stands = self.destination.release(model_name, self.config.name), None
+        if not released:
+            raise UserError(f"Model {model_name} is not suspended.", "`headrace status` says how it is.")
 
     def needs(self) -> Needs | None:
         """Return what must stay of the log; None where the destination has not been asked.
@@ -367,7 +367,7 @@ class Lane:
         """Ask the destination; a model whose mended file has other columns starts from the beginning."""
         self.joiner.know(None)
         stands = self.destination.models(self.config.name)
-        self._breakers.know_tripped(n for n, state in stands.items() if state.suspended_by == "breaker")
+        self._breakers.know(name for name, state in stands.items() if state.suspended_by == "breaker")
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
         for model in self._models(self.staging.through()):
@@ -380,7 +380,7 @@ class Lane:
                     logger.info("model %s has other columns now: it is built again from staging", model.name)
                     del stands[model.name]
             except ModelBroken as error:
-                self._suspend(model.name, model.version, error)
+                self._suspend(model.version, model.name, error)
                 stands[model.name] = replace(state, state="suspended", version=model.version)
         if self._tables and not self._read_only:
             self._binder.put_aside(self._texts, self._tables, stands)
@@ -402,7 +402,7 @@ class Lane:
                     models = [model.refusing(contested) for model in models]
         except ModelBroken as error:
             broken = next(model for model in models if model.name == error.model)
-            self._suspend(broken.name, broken.version, error)
+            self._suspend(broken.version, broken.name, error)
             return
         except BaseException:
             self._stands = None
@@ -474,15 +474,14 @@ class Lane:
         removed = {table for table, state in self._tables.items() if state.stage == "removed"}
         return self._binder.models(self._texts, removed, through)
 
-    def _does_not_fit(self, name: str, error: HeadraceError) -> None:
-        self._suspend(name, "", error)  # any version runs once its table fits
-
-    def _suspend(self, name: str, version: str, error: HeadraceError) -> None:
+    def _suspend(self, version: str, name: str, error: HeadraceError) -> None:
         if self._read_only:
             return
         self._stands = None
-        tripped = isinstance(error, BreakerTripped)
-        if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
+        if self._breakers.has_room(error):
+            return
+        by_breaker = isinstance(error, BreakerTripped)
+        if self.destination.suspend(name, self.config.name, version, str(error), tripped=by_breaker):
             alerts.error("SUSPENDED model %s: %s", name, error.paragraph())
 
     def _mark(self, offset: Offset) -> Mark:

@@ -442,7 +442,7 @@ class Destination(Protocol):
         ...
 
     def apply(self, work: Slice) -> Sequence[str]:
-        """Apply a slice in one transaction (data, quarantine, ledger, progress); return the ids of new issues.
+        """Apply a slice in one transaction (data, quarantine, ledger, progress); return ids of new issues.
 
         The models named in `work` move from `work.after` to `work.through`; one that does not stand at
         `work.after` is refused: a second owner, or a repeated call, can do no harm. Raises ModelBroken for a

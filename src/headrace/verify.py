@@ -13,10 +13,8 @@ Four comparisons, each at an exact position:
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import duckdb
@@ -26,6 +24,7 @@ import pyarrow.compute as pc
 
 from headrace.change import Mark, Offset, TableSchema
 from headrace.config import Project
+from headrace.conservation import check_ledger, ledger_of
 from headrace.destinations.joins import joins_of
 from headrace.errors import HeadraceError
 from headrace.join import Join
@@ -184,9 +183,7 @@ def _destination(project: Project, source: str) -> list[Finding]:
         f'SELECT model, state, version, "offset" FROM headrace.models WHERE source = {literal(source)}',
         "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked FROM headrace.quarantine "
         f"WHERE source = {literal(source)} AND status IN ('quarantined', 'waiting', 'blocked')",
-        'SELECT model, kind, "after", "through", read, quarantined, blocked, '
-        "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
-        f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
+        ledger_of(source),
         f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
         joins_of(source),
         *(
@@ -212,7 +209,8 @@ def _destination(project: Project, source: str) -> list[Finding]:
         mine = records.filter(pc.equal(records["model"], model.name))
         own = ledger.filter(pc.equal(ledger["model"], model.name)).to_pylist()
         findings += _masked(_compare_model(lane, model, state, table, mine), is_key=model.masked.key)
-        findings.append(_check_ledger(lane, model, state["offset"], own, mine["blocked"].to_pylist()))
+        account = check_ledger(lane.log, model.table, state["offset"], own, mine["blocked"].to_pylist())
+        findings.append(Finding(f"ledger of {model.name}", *account))
     return findings
 
 
@@ -315,61 +313,6 @@ def as_type(rows: pa.Table, column: str, type_: str) -> str:
     if is_nested and pa.types.is_string(rows.schema.field(column).type):
         return f"CAST({quoted(column)}::JSON AS {type_})"
     return quoted(column)
-
-
-def _check_ledger(
-    lane: Lane, model: RowModel, offset: int, rows: Sequence[dict[str, Any]], records: Sequence[int]
-) -> Finding:
-    what = f"ledger of {model.name}"
-    open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
-    if open_rows:
-        return Finding(what, False, f"{len(open_rows)} rows do not close", len(rows))
-    held = [
-        (item.offset, item.entry.kind, item.entry.rows)
-        for item in lane.log.headers(0, lane.log.end().offset)
-        if item.entry.table == model.table
-    ]
-    # After what is held: of that, what lies behind the beginning was not trimmed while it was read.
-    begin = lane.log.begin().offset
-    streamed = [(at, count) for at, kind, count in held if kind in ("rows", "truncate")]
-    copied = [(at, count) for at, kind, count in held if kind == "copy"]
-    for kind, entries in (("copy", copied), ("apply", streamed)):
-        spans = [(row["after"], row["through"], row["read"]) for row in rows if row["kind"] == kind]
-        spans = [span for span in spans if span[0] >= begin]  # what retention has deleted cannot be counted
-        if wrong := _wrong_span(entries, spans):
-            return Finding(what, False, f"({wrong[0]}, {wrong[1]}] has not read what the log holds there")
-    total = sum(row["read"] for row in rows)
-    applied = [
-        (row["after"], row["read"]) for row in rows if row["kind"] == "apply" and row["after"] >= begin
-    ]
-    since = min((after for after, _ in applied), default=offset if begin else 0)
-    due = sum(count for at, count in streamed if since < at <= offset)
-    if due != sum(read for _, read in applied):
-        return Finding(what, False, f"does not account for all of {due} changes", len(rows))
-    quarantined = sum(row["quarantined"] for row in rows)
-    if quarantined != len(records):
-        return Finding(what, False, f"says {quarantined} open records, there are {len(records)}", len(rows))
-    blocked = sum(row["blocked"] for row in rows)
-    if blocked != sum(records):
-        wait = f"says that {blocked} changes wait behind them, the records say {sum(records)}"
-        return Finding(what, False, wait, len(rows))
-    return Finding(what, True, f"closes over {total} changes", len(rows))
-
-
-def _wrong_span(
-    entries: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, int]]
-) -> tuple[int, int, int] | None:
-    """Return the first span (after, through, read) that overlaps another, or read something else than the
-    entries (offset, rows) in it."""
-    offsets = [offset for offset, _ in entries]
-    sums = [0, *accumulate(rows for _, rows in entries)]
-    reached = 0
-    for after, through, figure in sorted(spans):
-        held = sums[bisect_right(offsets, through)] - sums[bisect_right(offsets, after)]
-        if after < reached or figure != held:
-            return after, through, figure
-        reached = through
-    return None
 
 
 def _compare(

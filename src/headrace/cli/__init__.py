@@ -59,6 +59,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
     "staging": ("", "List the raw tables and what they were; compact them."),
+    "ledger": ("", "Check that every change that was read is accounted for."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
@@ -72,6 +73,10 @@ QUARANTINE: Mapping[str, tuple[str, str]] = {
         "Show one record: its values, its reason, its place in the log.",
     ),
     "redrive": ("headrace.cli.quarantine:redrive", "Try records again with the models as they are now."),
+}
+
+LEDGER: Mapping[str, tuple[str, str]] = {
+    "check": ("headrace.cli.ledger:check", "Hold the ledger against log, staging and quarantine."),
 }
 
 TABLES: Mapping[str, tuple[str, str]] = {
@@ -123,7 +128,14 @@ STAGING: Mapping[str, tuple[str, str]] = {
     "compact": ("headrace.cli.staging:compact", "Merge small files into large ones now."),
 }
 
-_GROUPS = {"log": LOG, "models": MODELS, "quarantine": QUARANTINE, "staging": STAGING, "tables": TABLES}
+_GROUPS = {
+    "ledger": LEDGER,
+    "log": LOG,
+    "models": MODELS,
+    "quarantine": QUARANTINE,
+    "staging": STAGING,
+    "tables": TABLES,
+}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 
