@@ -15,6 +15,7 @@ from headrace.schema_policy import action
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.tables import TableState
 from headrace.staging.delta import DeltaStaging
+from headrace.transform.linking import link
 from headrace.transform.model import RowModel, bind, mirror, refuse_twins
 from headrace.transform.pii import marked
 from headrace.transform.sql import ModelText
@@ -45,6 +46,7 @@ class Binder:
         self._read_only = read_only
         self._evolutions = Evolutions(log, lambda table, kind: action(config.schema_changes, table, kind))
         self._bound: dict[str, tuple[Evolution, RowModel | HeadraceError]] = {}
+        self._links: tuple[tuple[object, ...], list[RowModel], Sequence[RowModel]] | None = None
 
     def reload(self) -> bool:
         """Take over what a person has let go on; True if anything has."""
@@ -59,6 +61,7 @@ class Binder:
     ) -> Iterator[RowModel]:
         """Yield the models that bind: a mirror of each table that no file reads, but for those `removed`."""
         shapes = [shape for table, shape in self._staging.schemas(through).items() if table not in removed]
+        bound, away = list[RowModel](), {text.name for text in texts}
         for table, evolution in self._evolved(shapes).items():
             read = [text for text in texts if text.table == table.label]
             chosen: list[ModelText | None] = [*read] or [None]
@@ -68,7 +71,23 @@ class Binder:
                 if known is None or known[0] != evolution:
                     known = self._bound[name] = (evolution, self._bind(name, evolution, text, through))
                 if isinstance(known[1], RowModel):
-                    yield known[1]
+                    bound.append(known[1])
+                    away.discard(name)
+                else:
+                    away.add(name)
+        yield from self._linked(bound, {text.name: text for text in texts}, away)
+
+    def _linked(
+        self, bound: list[RowModel], texts: Mapping[str, ModelText], away: Collection[str]
+    ) -> Sequence[RowModel]:
+        """Return bound models with the references between them; one that cannot have its own is suspended."""
+        given = (list(map(id, bound)), list(map(id, texts.values())), set(away))
+        if self._links is None or self._links[0] != given:
+            linked = link(bound, texts, away)
+            self._links = (given, bound, linked.models)
+            for name, fault in linked.faults.items():
+                self._suspend(name, fault)
+        return self._links[2]
 
     def put_aside(
         self,

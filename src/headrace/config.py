@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from headrace import values
 from headrace.change import TableId
+from headrace.channels import DEFAULT_ALERTS, AlertsConfig, read_alerts
 from headrace.document import (
     FILE_NAME,
     MAX_FILE_BYTES,
@@ -210,6 +211,7 @@ class Project:
     scale: ScaleConfig
     quarantine: QuarantineConfig
     env: str = ""
+    alerts: AlertsConfig = DEFAULT_ALERTS
 
     @property
     def state(self) -> Path:
@@ -282,6 +284,7 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
     bounds = {"max_records": values.count(1, 1 << 40), "max_bytes": values.size("64KiB", "1048576GiB")}
     quarantine = document.section("quarantine", bounds)
     scale = document.section("scale", {"freshness": values.duration("100ms", "24h")})
+    alerts = read_alerts(document, secret)
     document.raise_mistakes()
     return Project(
         root=root,
@@ -292,6 +295,7 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
         scale=ScaleConfig(**scale),
         quarantine=QuarantineConfig(**quarantine),
         env=env,
+        alerts=alerts,
     )
 
 

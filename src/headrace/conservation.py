@@ -6,12 +6,12 @@ itself, against the open records, and against what log and staging hold.
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from headrace.alarms import resolve, trigger
 from headrace.change import Offset, TableId
 from headrace.destinations.tables import OPEN
 from headrace.keys import literal
@@ -20,8 +20,6 @@ from headrace.protocols import LogIndex, Staging
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-alerts = logging.getLogger("headrace.alert")
 
 EVERY = 60.0
 """Seconds between two looks of a running pipeline."""
@@ -68,20 +66,25 @@ class LedgerWatch:
 
     def step(self) -> None:
         """Look once. Raises what the destination raises."""
-        open_ = dict[str, str]()
+        open_ = dict[str, tuple[str, str]]()
         for lane in self._lanes:
-            (found,) = lane.destination.read([summary_of(lane.config.name)])
+            source = lane.config.name
+            (found,) = lane.destination.read([summary_of(source)])
             for row in found.to_pylist():
-                open_[row["model"]] = (
+                what = (
                     f"{row['broken']} rows do not close"
                     if row["broken"]
                     else f"it says {row['said']} open records, there are {row['found']}"
                 )
+                open_[row["model"]] = (source, what)
         for model in open_.keys() - self._told:
-            alerts.error(
-                "LEDGER of model %s does not close: %s. Run `headrace ledger check` and `headrace verify`.",
-                model, open_[model],
-            )  # fmt: skip
+            source, what = open_[model]
+            words = (
+                "LEDGER of model %s does not close: %s. Run `headrace ledger check` and `headrace verify`."
+            )
+            trigger("ledger", model, words, model, what, source=source, model=model)
+        for model in self._told - open_.keys():
+            resolve("ledger", model, "The ledger of model %s closes again.", model, model=model)
         self._told = set(open_)
 
 
@@ -90,7 +93,7 @@ def queries_of(source: str) -> list[str]:
     mine = f"source = {literal(source)}"
     return [
         f"SELECT model, \"offset\" FROM headrace.models WHERE {mine} AND state <> 'retired' ORDER BY model",
-        f"SELECT model, blocked FROM headrace.quarantine WHERE {mine} AND {OPEN}",
+        f"SELECT model, status, blocked FROM headrace.quarantine WHERE {mine} AND {OPEN}",
         ledger_of(source),
     ]
 
@@ -105,22 +108,22 @@ def accounts(lane: Lane, results: Sequence[pa.Table]) -> Iterator[tuple[str, Acc
     for stand in stands:
         name = stand["model"]
         own = [row for row in ledger if row["model"] == name]
-        blocked = [row["blocked"] or 0 for row in records if row["model"] == name]
+        mine = [row for row in records if row["model"] == name]
         if name not in tables or not stand["offset"]:
-            yield name, _sums(own, blocked) or Account(True, "its rows close", len(own))
+            yield name, _sums(own, mine) or Account(True, "its rows close", len(own))
             continue
-        account = check_ledger(lane.log, tables[name], stand["offset"], own, blocked)
+        account = check_ledger(lane.log, tables[name], stand["offset"], own, mine)
         if account.closes:
             account = _check_staging(lane.log, lane.staging, tables[name], stand["offset"]) or account
         yield name, account
 
 
 def check_ledger(
-    log: LogIndex, table: TableId, offset: Offset, rows: Sequence[dict[str, Any]], blocked: Sequence[int]
+    log: LogIndex, table: TableId, offset: Offset, rows: Sequence[dict[str, Any]], records: Sequence[Any]
 ) -> Account:
     """Hold a model's ledger, through an offset, against what the log holds of its table, and against its open
-    records, of which each blocks so many changes."""
-    if fault := _sums(rows, blocked):
+    records (`status`, and `blocked` changes behind it)."""
+    if fault := _sums(rows, records):
         return fault
     held = [
         (item.offset, item.entry.kind, item.entry.rows)
@@ -146,17 +149,18 @@ def check_ledger(
     return Account(True, f"closes over {sum(row['read'] for row in rows)} changes", len(rows))
 
 
-def _sums(rows: Sequence[dict[str, Any]], blocked: Sequence[int]) -> Account | None:
+def _sums(rows: Sequence[dict[str, Any]], records: Sequence[Any]) -> Account | None:
     """Return what is wrong with a ledger by itself, and beside the open records; None if nothing is."""
     broken = sum((row["read"] or 0) != row["parts"] for row in rows)
     if broken:
         return Account(False, f"{broken} rows do not close", len(rows))
-    said = sum(row["quarantined"] + row["waiting"] for row in rows)
-    if said != len(blocked):
-        return Account(False, f"says {said} open records, there are {len(blocked)}", len(rows))
-    waits = sum(row["blocked"] for row in rows)
-    if waits != sum(blocked):
-        words = f"says that {waits} changes wait behind them, the records say {sum(blocked)}"
+    waiting = sum(record["status"] == "waiting" for record in records)
+    for name, there in (("quarantined", len(records) - waiting), ("waiting", waiting)):
+        if (said := sum(row[name] for row in rows)) != there:
+            return Account(False, f"says {said} {name} records, there are {there}", len(rows))
+    blocked, behind = (sum(row["blocked"] or 0 for row in each) for each in (rows, records))
+    if blocked != behind:
+        words = f"says that {blocked} changes wait behind them, the records say {behind}"
         return Account(False, words, len(rows))
     return None
 

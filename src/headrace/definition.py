@@ -90,6 +90,10 @@ def model(
     max_error_rate: float | None = None,
     on_violation: str | None = None,
     pii: Sequence[str] | None = None,
+    freshness: str | None = None,
+    severity: str | None = None,
+    owner: str | None = None,
+    route: Sequence[str] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Mark the function that makes a model's rows; it is returned as it is, and can be called in a test.
 
@@ -117,13 +121,19 @@ def model(
         `"warn"`, `"null"` or `"suspend"`.
     pii
         Output columns whose values are shown nowhere beside the table.
+    freshness, severity, owner, route
+        Of its alerts, as there.
     """
-    given = {
+    given: dict[str, object] = {
         "materialize": materialize,
         "delete": delete,
         "max_error_rate": max_error_rate,
         "on_violation": on_violation,
         "pii": None if pii is None else list(pii),
+        "freshness": freshness,
+        "severity": severity,
+        "owner": owner,
+        "route": route,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     rules = {} if contract is None else contract

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -46,6 +45,7 @@ from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.engine import engine
 from headrace.transform.model import RowModel, preparing, uncontested
 
 logger = logging.getLogger("headrace.joining")
@@ -423,10 +423,13 @@ def _of(keys: pa.Array | None, model: RowModel, changes: pa.Table) -> pa.Table:
     """Return the changes of some source keys, or all; a change of the key is one of both."""
     if keys is None:
         return changes
-    own, before = identity(model.schema)
-    with duckdb.connect() as db:
-        db.register("changes", changes)
-        found = db.sql(f"SELECT {own} AS own, {before} AS before FROM changes").to_arrow_table()
+    key, (own, before) = model.schema.key, identity(model.schema)
+    if len(key) == 1 and changes["_before"].null_count == changes.num_rows:
+        found = changes.select(key)
+    else:
+        with engine() as db:
+            db.register("changes", changes)
+            found = db.sql(f"SELECT {own} AS own, {before} AS before FROM changes").to_arrow_table()
     mine = pc.equal(changes["_op"], "t")
     for column in found.columns:
         mine = pc.or_(mine, pc.is_in(column, value_set=keys))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -21,6 +21,7 @@ from functools import partial
 import pyarrow as pa
 
 from headrace.ahead import ahead
+from headrace.alarms import NEW_CAUSE, trigger
 from headrace.binding import Binder
 from headrace.change import Mark, Offset, Position
 from headrace.config import Project, SourceConfig
@@ -36,11 +37,9 @@ from headrace.errors import (
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
-from headrace.prepared import Contested
 from headrace.protocols import Destination, ModelState, Part, Slice
 from headrace.quarantine.breaker import Breakers
 from headrace.quarantine.limit import SizeLimit
-from headrace.rebuilding import folded
 from headrace.sources.postgres.continuity import mark_gap
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
@@ -48,11 +47,11 @@ from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_c
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
-from headrace.transform.model import RowModel, preparing, uncontested
+from headrace.transform.model import RowModel, preparing
 from headrace.turns import Turns
+from headrace.waiting import Again, Waiting, settled
 
 logger = logging.getLogger("headrace.lane")
-alerts = logging.getLogger("headrace.alert")
 
 _LOAD_BYTES = 32 << 20
 _SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
@@ -90,6 +89,7 @@ class Lane:
         self.joiner = Joiner(
             config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
         )
+        self.waiting = Waiting(config.name, self.joiner, destination)
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
@@ -97,20 +97,18 @@ class Lane:
         self._reached: Offset = 0
         self._tables = read_states(self.log)
         self._read_only = read_only
-        self._binder = Binder(
-            # Any version runs once its table fits.
-            config,
-            self.log,
-            self.staging,
-            destination,
-            partial(self._suspend, ""),
-            read_only=read_only,
-        )
+        refuse = partial(self._suspend, "")  # of no version: any runs once its table fits
+        self._binder = Binder(config, self.log, self.staging, destination, refuse, read_only=read_only)
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 
-    def capture(self, stop: threading.Event, until: int | None = None) -> None:
-        """Copy from the source to the log until `stop`, or until the log is past LSN `until`."""
+    def capture(
+        self, stop: threading.Event, until: int | None = None, works: Callable[[bool], None] | None = None
+    ) -> None:
+        """Copy from the source to the log until `stop`, or until the log is past LSN `until`.
+
+        `works` is called when the source has answered, with whether something was appended to the log.
+        """
         try:
             with closing(self.source.read(self.log)) as groups:
                 for group in groups:
@@ -118,6 +116,8 @@ class Lane:
                         self.log.append(group)
                         if position := self.log.position():
                             self.source.confirm(position)
+                    if works is not None:
+                        works(bool(group))
                     if stop.is_set() or (until is not None and self._captured_past(until)):
                         return
         except SourceGap as gap:
@@ -161,7 +161,8 @@ class Lane:
             # changes the answer.
             list(self._models(staged))
             joined = self._join(staged)
-            return self._apply_next(staged) or joined
+            applied = self._apply_next(staged)
+            return self._look_after_waiting(staged) or applied or joined
 
     def _join(self, staged: Offset) -> bool:
         """Take the next model that has a copy to join one step further; False when there is none."""
@@ -183,6 +184,7 @@ class Lane:
                 self._stand(model, "joining", 0)
             if step == "attach":
                 self._moved([model], self.joiner.joined_at(model), ())
+                self.waiting.look()
             if step != "wait":
                 return True
         return False
@@ -204,6 +206,15 @@ class Lane:
         chosen = [model for model in models if stands[model.name] == after]
         self._apply(chosen, after, through, caught_up=through >= max(further, default=through))
         return True
+
+    def _look_after_waiting(self, staged: Offset) -> bool:
+        self._ask_where_models_stand()
+        try:
+            models = list(self._runnable(staged))
+            return self.waiting.step(models, self._stands or {}, self._alert)
+        except ModelBroken as error:
+            self._suspend(error.model, {each.name: each.version for each in models}[error.model], error)
+            return True
 
     def reload_models(self, *, now: bool = False) -> bool:
         """Take over the model files that changed; True if any did.
@@ -237,7 +248,7 @@ class Lane:
         staged = self.staging.through()
         if staged < self.log.end().offset or self._stands is None:
             return False
-        if any(self.joiner.pending(model, staged) for model in self._active(staged)):
+        if self.waiting.is_due or any(self.joiner.pending(model, staged) for model in self._active(staged)):
             return False
         return all(self._offset(model) >= staged for model in self._runnable(staged))
 
@@ -289,8 +300,8 @@ class Lane:
 
         Everything up to where the model stands counts: an old value can never overwrite a newer one,
         and redriving twice changes nothing. Returns how many records are resolved and how many stay
-        (`resolved`, `still_quarantined`), or `rebuilding`: how many keys
-        belong to a model that has other columns now and is built again from staging with all its rows.
+        (`resolved`, `still_quarantined`), or `rebuilding`: how many keys belong to a model that has other
+        columns now and is built again from staging with all its rows.
         """
         with self.applying:
             self.reload_models(now=True)
@@ -300,19 +311,14 @@ class Lane:
                 self._stands = self._where_models_stand()
                 if known and model_name not in self._stands:
                     return {"resolved": 0, "still_quarantined": 0, "rebuilding": len(keys)}
-            stands = self.destination.models(self.config.name).get(model_name)
-            if model is None or stands is None or self.joiner.stands_on(model) is None:
+            states = self.destination.models(self.config.name)
+            if model is None or model_name not in states or self.joiner.stands_on(model) is None:
                 raise HeadraceError(
                     f"Model {model_name} does not run now, or still takes in its table's copy.",
                     "Wait for it, or mend it; `headrace status` says why.",
                 )
-            wanted = pa.array(keys, pa.string())
-            history = self.joiner.history(model, stands.offset, wanted)
-
-            def attempt(model: RowModel) -> dict[str, int]:
-                return self.destination.redrive(model, folded(model, history, wanted), dry_run=dry_run)
-
-            return uncontested(model, attempt)
+            again = {model_name: pa.array(keys, pa.string())}
+            return self.waiting.refold(self.models(), states, again, dry_run=dry_run)
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> bool:
         """Begin to build a model once more, beside its live table; returns False for a table that others have
@@ -390,19 +396,17 @@ class Lane:
         position, committed_at = self.log.place(through)
         in_sync = {model.name for model in models if caught_up and self._is_of(model, position)}
         place = (self._mark(after), self._mark(through), position, committed_at)
+
+        def attempt(models: Sequence[RowModel], again: Again) -> Sequence[str]:
+            self._breakers.begin()
+            parts = ahead(self._preparer, self._parts(models, (after, through), in_sync, again))
+            with closing(parts):
+                return self.destination.apply(Slice(self.config.name, *place, parts))
+
         try:
-            while True:
-                self._breakers.begin()
-                parts = ahead(self._preparer, self._parts(models, after, through, in_sync))
-                try:
-                    with closing(parts):
-                        issues = self.destination.apply(Slice(self.config.name, *place, parts))
-                    break
-                except Contested as contested:
-                    models = [model.refusing(contested) for model in models]
+            issues = settled(models, attempt)
         except ModelBroken as error:
-            broken = next(model for model in models if model.name == error.model)
-            self._suspend(broken.version, broken.name, error)
+            self._suspend({each.name: each.version for each in models}[error.model], error.model, error)
             return
         except BaseException:
             self._stands = None
@@ -412,7 +416,7 @@ class Lane:
         self._alert(issues)
 
     def _parts(
-        self, models: Sequence[RowModel], after: Offset, through: Offset, in_sync: Collection[str]
+        self, models: Sequence[RowModel], span: tuple[Offset, Offset], in_sync: Collection[str], again: Again
     ) -> Iterator[Part]:
         """Prepare piece by piece while the destination takes them; a model without changes costs nothing.
 
@@ -422,16 +426,19 @@ class Lane:
         for model in models:
             quiet = True
             with preparing(model.name):
-                pieces = self.staging.pieces(model.table, after, through)
+                pieces = self.staging.pieces(model.table, *span)
                 while (changes := next(pieces, None)) is not None:
                     quiet = False
-                    prepared = model.prepare(self.joiner.filled(model, changes, through))
+                    prepared = model.prepare(self.joiner.filled(model, changes, span[1]))
                     del changes  # not beside what the destination makes of them
                     self._breakers.admit(model, prepared)
+                    self.waiting.note(model, prepared)
                     yield Part(model, prepared, model.name in in_sync)
                     del prepared
             if quiet:
                 yield Part(model, NOTHING, model.name in in_sync)
+        for model, prepared in self.waiting.folded(models, dict.fromkeys(again, span[1]), again):
+            yield Part(model, prepared, model.name in in_sync, refolded=True)
 
     def _is_of(self, model: RowModel, position: Position) -> bool:
         """Whether a model's table is made of a copy whose changes the log holds without a gap."""
@@ -480,9 +487,12 @@ class Lane:
         self._stands = None
         if self._breakers.has_room(error):
             return
-        by_breaker = isinstance(error, BreakerTripped)
-        if self.destination.suspend(name, self.config.name, version, str(error), tripped=by_breaker):
-            alerts.error("SUSPENDED model %s: %s", name, error.paragraph())
+        tripped = isinstance(error, BreakerTripped)
+        if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
+            words = error.paragraph()
+            trigger(
+                "suspended", name, "SUSPENDED model %s: %s", name, words, source=self.config.name, model=name
+            )
 
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)
@@ -492,8 +502,5 @@ class Lane:
     def _alert(self, issues: Sequence[str]) -> None:
         for issue in issues:
             model, reason, columns, message, count = self.destination.issue(issue)
-            alerts.warning(
-                "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
-                "`headrace quarantine redrive --issue %s`.",
-                issue, model, reason, columns, message, count, issue,
-            )  # fmt: skip
+            trigger("issue", issue, NEW_CAUSE, issue, model, reason, columns, message, count, issue,
+                    source=self.config.name, model=model)  # fmt: skip

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from headrace.join import Joins
     from headrace.mart import Marts
     from headrace.masking import Masked
+    from headrace.reference import Waits
 
 
 class Source(Protocol):
@@ -327,11 +328,12 @@ class ModelState:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One model's share of a slice, or a piece of that share, ready to apply."""
+    """One model's share of a slice, or a piece of it; `refolded` is of whole histories, and comes last."""
 
     model: Model
     prepared: Prepared
     in_sync: bool
+    refolded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +389,11 @@ class Destination(Protocol):
     @property
     def marts(self) -> Marts:
         """What is computed from its tables."""
+        ...
+
+    @property
+    def waits(self) -> Waits:
+        """What waits for rows that it refers to."""
         ...
 
     def exists(self) -> bool:

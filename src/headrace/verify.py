@@ -13,7 +13,7 @@ Four comparisons, each at an exact position:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -33,13 +33,12 @@ from headrace.lane import Lane
 from headrace.log.proof import verify as verify_log
 from headrace.masking import MASK, marked_in, masks_key
 from headrace.pipeline import open_lanes
-from headrace.prepared import Contested
+from headrace.prepared import FOREIGN_KEY, UNIQUE, Contested, Reference
 from headrace.server import is_running, read
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.snapshot import SourceSnapshot, pending_changes, take_snapshot
 from headrace.sources.postgres.tables import captured_tables
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.evaluate import UNIQUE
 from headrace.transform.model import RowModel, as_text
 
 _SHOWN_KEYS = 10
@@ -181,18 +180,21 @@ def _destination(project: Project, source: str) -> list[Finding]:
     models = lane.models()
     queries = [
         f'SELECT model, state, version, "offset" FROM headrace.models WHERE source = {literal(source)}',
-        "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked FROM headrace.quarantine "
-        f"WHERE source = {literal(source)} AND status IN ('quarantined', 'waiting', 'blocked')",
+        "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked, status "
+        f"FROM headrace.quarantine WHERE source = {literal(source)} "
+        "AND status IN ('quarantined', 'waiting', 'blocked')",
         ledger_of(source),
         f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
         joins_of(source),
+        f"SELECT model, name FROM headrace.foreign_keys WHERE source = {literal(source)} "
+        "AND unchecked_since IS NULL",
         *(
             f"SELECT _source_key, {_columns(model)} FROM {lane.destination.table_of(model.name)}"
             for model in models
         ),
     ]
     try:
-        states, records, ledger, progress, joins, *tables = read(project, queries)
+        states, records, ledger, progress, joins, kept, *tables = read(project, queries)
     except HeadraceError as error:
         return [Finding(f"destination of {source}", False, str(error))]
     lane.close()
@@ -209,9 +211,34 @@ def _destination(project: Project, source: str) -> list[Finding]:
         mine = records.filter(pc.equal(records["model"], model.name))
         own = ledger.filter(pc.equal(ledger["model"], model.name)).to_pylist()
         findings += _masked(_compare_model(lane, model, state, table, mine), is_key=model.masked.key)
-        account = check_ledger(lane.log, model.table, state["offset"], own, mine["blocked"].to_pylist())
+        account = check_ledger(lane.log, model.table, state["offset"], own, mine.to_pylist())
         findings.append(Finding(f"ledger of {model.name}", *account))
+    judged = {(row["model"], row["name"]) for row in kept.to_pylist()}
+    references = (each for model in models for each in model.own_references)
+    found = dict(zip((model.name for model in models), tables, strict=True))
+    for each in references:
+        if (each.model, each.name) in judged:
+            hidden = next(model.masked.key for model in models if model.name == each.model)
+            findings += _masked([_referred(each, found)], is_key=hidden)
     return findings
+
+
+def _referred(reference: Reference, tables: Mapping[str, pa.Table]) -> Finding:
+    """Look for rows that refer to none."""
+    with duckdb.connect() as db:
+        db.register("child", tables[reference.model])
+        db.register("parent", tables[reference.parent])
+        pairs = zip(reference.columns, reference.to, strict=True)
+        same = " AND ".join(f"p.{quoted(to)} = c.{quoted(column)}" for column, to in pairs)
+        some = " AND ".join(f"c.{quoted(column)} IS NOT NULL" for column in reference.columns)
+        rows = db.execute(
+            f"SELECT _source_key FROM child c WHERE {some} "
+            f"AND NOT EXISTS (SELECT 1 FROM parent p WHERE {same}) ORDER BY 1 LIMIT {_SHOWN_KEYS}"
+        ).fetchall()
+    what = f"foreign key {reference.name} of {reference.model}"
+    detail = f"some rows refer to no row of {reference.parent}" if rows else "every row refers to one"
+    keys = tuple(str(key) for (key,) in rows)
+    return Finding(what, not rows, detail, tables[reference.model].num_rows, keys)
 
 
 def _masked(findings: Sequence[Finding], *, is_key: bool) -> list[Finding]:
@@ -287,12 +314,13 @@ def _compare_model(
 
 
 def _refused(model: RowModel, records: pa.Table) -> Contested:
-    """Return what the open records say was refused since another row had the key."""
-    is_of_keys = pc.and_(
-        pc.equal(records["reason"], UNIQUE), pc.equal(records["model_version"], model.version)
+    """Return what the open records say was refused since another row had the key, or none was referred to."""
+    is_of_others = pc.and_(
+        pc.is_in(records["reason"], pa.array([UNIQUE, FOREIGN_KEY])),
+        pc.equal(records["model_version"], model.version),
     )
-    places = records.filter(is_of_keys).select(["epoch", "commit", "ordinal"]).to_pylist()
-    return Contested({model.name: frozenset(tuple(place.values()) for place in places)})
+    places = records.filter(is_of_others).select(["epoch", "commit", "ordinal"]).to_pylist()
+    return Contested({model.name: [(row["epoch"], row["commit"], row["ordinal"], None) for row in places]})
 
 
 def _keys_apart(db: duckdb.DuckDBPyConnection, model: RowModel, table: pa.Table) -> Finding:

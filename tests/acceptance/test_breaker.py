@@ -8,8 +8,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from tests.pipelines import running, until
-from tests.projects import here
 
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError
@@ -17,6 +15,8 @@ from headrace.pipeline import Pipeline
 from headrace.server import read_rows
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
+from pipelines import running, until
+from projects import here
 
 GOOD = "SELECT id::INT AS id, TRY_CAST(amount AS INT) AS amount FROM raw.shop.t"
 STRICT = "SELECT id::INT AS id, amount::INT AS amount FROM raw.shop.t"

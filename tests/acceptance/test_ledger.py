@@ -9,7 +9,6 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from tests.projects import here, sales_project, sql
 
 from headrace.config import Project, load_project
 from headrace.conservation import LedgerWatch
@@ -17,6 +16,7 @@ from headrace.errors import HeadraceError
 from headrace.pipeline import Pipeline
 from headrace.server import read_rows
 from headrace.testing.postgres import PostgresServer
+from projects import here, sales_project, sql
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_ledger_closes_and_what_is_taken_from_it_or_from_the_records_shows(
     pipeline.close()
     assert not [r for r in caplog.records if "does not close" in r.getMessage()]
     for statement, words in (
-        ("DELETE FROM headrace.quarantine WHERE key = '5'", "says 2 open records, there are 1"),
+        ("DELETE FROM headrace.quarantine WHERE key = '5'", "says 2 quarantined records, there are 1"),
         ("UPDATE headrace.ledger SET applied = applied + 1", "rows do not close"),
         (
             "UPDATE headrace.ledger SET applied = applied + 1, read = read + 1",

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from tests.projects import here
 
 from headrace.cli.run import OneLine
 from headrace.config import load_project
@@ -16,6 +15,7 @@ from headrace.pipeline import Pipeline
 from headrace.server import read_rows
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
+from projects import here
 
 SECRET = "s3cr3t"
 """In each planted value."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.unit.test_evaluate import staged
+from test_evaluate import staged
 
 from headrace.change import Column, TableId, TableSchema
 from headrace.errors import ModelError

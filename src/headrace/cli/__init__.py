@@ -61,6 +61,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "staging": ("", "List the raw tables and what they were; compact them."),
     "ledger": ("", "Check that every change that was read is accounted for."),
     "quarantine": ("", "List, show and redrive the changes that could not be applied."),
+    "alerts": ("", "List alerts and their delivery, test the channels, silence."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
 }
@@ -77,6 +78,12 @@ QUARANTINE: Mapping[str, tuple[str, str]] = {
 
 LEDGER: Mapping[str, tuple[str, str]] = {
     "check": ("headrace.cli.ledger:check", "Hold the ledger against log, staging and quarantine."),
+}
+
+ALERTS: Mapping[str, tuple[str, str]] = {
+    "list": ("headrace.cli.alerts:list_alerts", "List what fires and what was, and how its delivery stands."),
+    "test": ("headrace.cli.alerts:send_test", "Send a test by every channel."),
+    "silence": ("headrace.cli.alerts:silence", "Have nobody told of a model or an issue for a while."),
 }
 
 TABLES: Mapping[str, tuple[str, str]] = {
@@ -130,6 +137,7 @@ STAGING: Mapping[str, tuple[str, str]] = {
 
 _GROUPS = {
     "ledger": LEDGER,
+    "alerts": ALERTS,
     "log": LOG,
     "models": MODELS,
     "quarantine": QUARANTINE,

@@ -22,7 +22,7 @@ from headrace.masking import MASK
 from headrace.server import ask, is_running, read
 from headrace.sources.postgres.lsn import format_lsn
 
-MAX_KEYS = 20_000
+MAX_KEYS = 100_000
 """Keys in one request: with keys of usual length it stays below the server's bound for a request."""
 
 _MAX_KEY_BYTES = 8 << 20

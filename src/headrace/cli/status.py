@@ -61,6 +61,8 @@ def status(
       changed nothing since), and by source, in `sources`, what is `visible` in it.
     - `disk`: `free` bytes, `per_day` (what logs and raw tables add, from what the last day brought), `days`
       until it is full; the destination's growth is not in it.
+    - `alerts`: how many are `firing`; of each channel that fails, in `failing`, `channel`, `attempts`,
+      `age_s`, `failure`.
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
       - `tables`: the captured ones, each as `headrace tables list --json` prints it
       - `position` (last durable in the log), `log`: `id`, `begin` (what is before it is
@@ -108,6 +110,7 @@ def gather(project: Project) -> dict[str, Any]:
         "stopped": live["stopped"] if live else {},
         "waiting": live["waiting"] if live else {},
         "alarms": live["alarms"] if live else {},
+        "alerts": _alerts(project),
         "destination": {
             "path": project.destination.name,
             "error": error,
@@ -117,6 +120,26 @@ def gather(project: Project) -> dict[str, Any]:
         "disk": forecast(project, [source["storage"] for source in sources]),
         "sources": sources,
         "marts": [_mart(row) for row in tables[3]],
+    }
+
+
+def _alerts(project: Project) -> dict[str, Any]:
+    from headrace.alerts.store import FILE, AlertStore
+
+    store = AlertStore(project.state / FILE)
+    try:
+        firing, failing = len(store.firing()), store.failing()
+    finally:
+        store.close()
+    return {
+        "firing": firing,
+        "failing": [
+            {
+                **{name: getattr(delivery, name) for name in ("channel", "attempts", "failure")},
+                "age_s": _seconds(time.time() - delivery.made_at),
+            }
+            for delivery in failing
+        ],
     }
 
 
@@ -287,6 +310,9 @@ def _print(report: Mapping[str, Any]) -> None:
     for name, alarms in report["alarms"].items():
         for alarm in alarms:
             print(f"ALARM {name}: {alarm}")
+    for each in report["alerts"]["failing"]:
+        waits = f"{each['attempts']} attempts, {age_text(each['age_s'])}"
+        print(f"ALERTS are not delivered by {each['channel']} ({waits}): {each['failure']}")
     if report["destination"]["error"]:
         print(f"destination not asked: {report['destination']['error']}")
     print(f"disk: {disk_words(report['disk'], report['destination']['bytes'])}")

@@ -1,35 +1,49 @@
 """Running a model's expressions so that a bad row fails alone.
 
 `TRY({'a': expr_a, …})` is null exactly where a row fails, and costs what the plain query costs when
-rows are good. The filter is an output too, and outputs stand under it, so that a guard in WHERE
-protects its casts. What TRY cannot hold is found by bisection.
+rows are good; outputs that are mere casts are tried each by itself, which costs the same when they are
+bad (see `headrace.transform.casts`). The filter is an output too, and outputs stand under it, so that a
+guard in WHERE protects its casts. What TRY cannot hold is found by bisection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
-from headrace.keys import literal, quoted
-from headrace.prepared import Claims
+from headrace.keys import literal, quoted, source_key
+from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
 from headrace.scrub import scrub
+from headrace.transform.casts import Cast, cast_of
 
 if TYPE_CHECKING:
     from headrace.masking import Masked
     from headrace.transform.handling import Action
     from headrace.transform.model import RowModel
 
-_ASKED_ROWS = 200
-"""Bad rows per evaluation whose message is asked of the engine one by one; more rows of the same
-column share the message of the first."""
+_ASKED_ROWS, _SAYING_NOTHING_NEW = 100, 3
+"""Bad rows of one column whose message is asked of the engine one by one, at most and while there is a new
+one among the last few; more of them share the message of the first."""
 
-UNIQUE = "constraint.unique"
-"""The reason of a change that would give its row the key of another."""
+FAULTS = pa.schema(
+    {
+        "n": pa.int64(),
+        "stage": pa.string(),
+        "reason": pa.string(),
+        "columns": pa.string(),
+        "message": pa.string(),
+    }
+)
+"""What is wrong with events, by their numbers."""
+
+_Cause = tuple[str, str, str, str]
+"""Stage, reason, columns and message."""
 
 
 class Evaluation:
@@ -40,7 +54,7 @@ class Evaluation:
         self._model = model
         self._fatal: dict[int, str] = {}
         self._judged: pa.Table | None = None
-        self._refused = pa.array([], pa.int64())
+        self._refused = pa.table({"n": pa.array([], pa.int64()), "reference": pa.array([], pa.string())})
 
     @property
     def masked(self) -> Masked:
@@ -51,19 +65,20 @@ class Evaluation:
         """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
         if not self._model.refused:
             return
-        places = list(zip(*self._model.refused, strict=True))
-        names = ("_epoch", "_commit", "_ordinal")
-        self._db.register("placed", events.select(["_hr_n", *names]))
-        self._db.register(
-            "refused", pa.table({n: pa.array(p, pa.int64()) for n, p in zip(names, places, strict=True)})
-        )
-        found = self._db.sql(f"SELECT _hr_n FROM placed SEMI JOIN refused USING ({', '.join(names)})")
-        self._refused = found.to_arrow_table()["_hr_n"].combine_chunks()
+        names = ("_epoch", "_commit", "_ordinal", "reference")
+        cells = zip(*self._model.refused, strict=True)
+        types = (pa.int64(), pa.int64(), pa.int64(), pa.string())
+        refused = {name: pa.array(each, type_) for name, each, type_ in zip(names, cells, types, strict=True)}
+        self._db.register("placed", events.select(["_hr_n", *names[:3]]))
+        self._db.register("refused", pa.table(refused))
+        self._refused = self._db.sql(
+            "SELECT _hr_n AS n, reference FROM placed JOIN refused USING (_epoch, _commit, _ordinal)"
+        ).to_arrow_table()
 
     def claims(self, events: pa.Table, effects: pa.ChunkedArray, settled: pa.Array | None) -> Claims | None:
-        """Return the keys that `rows` claim; None if the source's key keeps them apart. `effects` are the
-        source keys of all effects of the events."""
-        if not self._model.unique:
+        """Return what `rows` claim; None if the source's key keeps them apart and nothing refers to another.
+        `effects` are the source keys of all effects of the events."""
+        if not self._model.claims:
             return None
         good = self._chosen(settled)
         made_by = events.take(good["_hr_n"])
@@ -72,17 +87,26 @@ class Evaluation:
         once = keys.field("values").filter(pc.equal(keys.field("counts"), 1))
         sole = pc.is_in(good["_source_key"], value_set=once)
         made = pa.table({"_source_key": good["_source_key"], **places, "sole": sole})
-        return Claims(self._model.name, self._model.unique, made)
+        return Claims(self._model.name, self._model.unique, made, self._model.references)
 
     def query(self, events: str) -> str:
         """Return the query that judges the rows of relation `events`.
 
-        Columns: `_hr_n`, `_hr_k`, `_hr_failed`, `_hr_filtered`, one `_hr_v<i>` per check that is
-        true where it is violated, then the outputs.
+        Columns: `_hr_n`, `_hr_k`, `_hr_failed`, `_hr_cast` (where nothing failed under TRY, the place of the
+        first output whose cast fails), `_hr_filtered`, one `_hr_v<i>` per check that is true where it is
+        violated, then the outputs.
         """
         model = self._model
-        struct = ", ".join(f"{literal(name)}: ({expression})" for name, expression, _ in model.outputs)
-        made = f"TRY({{{struct}}})"
+        casts = self._casts()
+        tried, beside = list[str](), list[str]()
+        for i, (name, expression, _) in enumerate(model.outputs):
+            if (cast := casts.get(i)) is None:
+                tried.append(f"{literal(name)}: ({expression})")
+            elif cast.is_column:
+                beside.append(f", ({cast.operand}) AS _hr_o{i}")
+            else:
+                tried.append(f"'_hr_o{i}': ({cast.operand})")
+        made = f"TRY({{{', '.join(tried)}}})" if tried else "true"
         failed, filtered = "r IS NULL", "false"
         keep = "true"
         if model.where:
@@ -90,12 +114,31 @@ class Evaluation:
             made = f"CASE WHEN {keep}.keep THEN {made} END"
             failed = "f IS NULL OR (f.keep AND r IS NULL)"
             filtered = "f IS NOT NULL AND f.keep IS NOT TRUE"
-        checks = "".join(f", {self._violation(i)} AS _hr_v{i}" for i in range(len(model.checks)))
-        return (
-            f"SELECT *{checks} FROM (SELECT _hr_n, _hr_k, {failed} AS _hr_failed, "
-            f"{filtered} AS _hr_filtered, unnest(r) FROM (SELECT _hr_n, _hr_k, {keep} AS f, {made} AS r "
-            f"FROM {events} AS {quoted(model.alias)}))"
+        inner = f"SELECT _hr_n, _hr_k, {keep} AS f, {made} AS r{''.join(beside)} FROM {events}"
+        tries = "".join(f", {cast.tried(_operand(i, cast))} AS _hr_c{i}" for i, cast in casts.items())
+        wrong = " ".join(
+            f"WHEN _hr_c{i} IS NULL AND {_operand(i, cast)} IS NOT NULL THEN {i}" for i, cast in casts.items()
         )
+        cast_fails = f"CASE WHEN {failed} OR {filtered} THEN NULL {wrong} END" if casts else "NULL"
+        outputs = ", ".join(
+            f"{f'_hr_c{i}' if i in casts else f'r.{quoted(name)}'} AS {quoted(name)}"
+            for i, (name, _, _) in enumerate(model.outputs)
+        )
+        checks = "".join(f", {self._violation(i)} AS _hr_v{i}" for i in range(len(model.checks)))
+        judged = (
+            f"SELECT _hr_n, _hr_k, {failed} AS _hr_failed, {cast_fails}::SMALLINT AS _hr_cast, "
+            f"{filtered} AS _hr_filtered, {outputs} "
+            f"FROM (SELECT *{tries} FROM ({inner} AS {quoted(model.alias)}))"
+        )
+        return f"SELECT *{checks} FROM ({judged})"
+
+    def _casts(self) -> dict[int, Cast]:
+        """Return those of the outputs that are casts of a text, by their place."""
+        model = self._model
+        source = model.schema.columns if model.python is None else ()
+        columns = tuple(column.name for column in source) or tuple(model.types())
+        found = ((i, cast_of(output[1], columns, model.alias)) for i, output in enumerate(model.outputs))
+        return {i: cast for i, cast in found if cast is not None}
 
     def run(self, events: pa.Table) -> pa.Table:
         """Judge events and return `n`, `k` and `verdict` (good, filtered or bad) of each.
@@ -142,28 +185,67 @@ class Evaluation:
                 good = good.set_column(at, check.column, nulled)
         return good.select(["_hr_n", "_hr_k", *names]).rename_columns(["_hr_n", "_source_key", *names])
 
-    def faults(self, events: pa.Table) -> Iterator[tuple[int, str, str, str, str]]:
-        """Yield (n, stage, reason, columns, message) for each of these bad events that was judged;
+    def faults(self, events: pa.Table) -> pa.Table:
+        """Return what is wrong with those of these events that were judged and are bad, see `FAULTS`;
         messages are scrubbed of values."""
-        self._events(events)
-        wanted = set(events["_hr_n"].to_pylist())
         judged = self._judged
         assert judged is not None
-        bad = judged.filter(self._bad(judged)).select(
-            ["_hr_n", "_hr_failed", *self._violations("quarantine")]
+        wanted = events["_hr_n"].combine_chunks()
+        bad = judged.select(["_hr_n", "_hr_failed", "_hr_cast", *self._violations("quarantine")])
+        bad = bad.filter(pc.and_(self._bad(judged), pc.is_in(judged["_hr_n"], value_set=wanted)))
+        failed = _failed(bad)
+        fatal = sorted(self._fatal.keys() & set(wanted.to_pylist())) if self._fatal else []
+        return pa.concat_tables(
+            [
+                self._violated(bad.filter(pc.invert(failed))),
+                _faults(
+                    pa.array(fatal, pa.int64()),
+                    range(len(fatal)),
+                    [("transform", "transform.expression", "", self._fatal[n]) for n in fatal],
+                ),
+                *self._expression_faults(events, bad.filter(failed)),
+            ]
         )
-        found = [tuple(row.values()) for row in bad.to_pylist() if row["_hr_n"] in wanted]
-        checks = [check for check in self._model.checks if check.on_violation == "quarantine"]
-        for n, *violated in ((n, *violated) for n, failed, *violated in found if not failed):
-            if True in violated:
-                check = checks[violated.index(True)]
-                yield n, "constraint", check.reason, check.column, f"{check.column}: {check.text} is violated"
-            else:
-                key = ", ".join(self._model.unique)
-                yield n, "constraint", UNIQUE, key, f"{key}: another row of the table has this key"
-        for n in sorted(wanted & self._fatal.keys()):
-            yield n, "transform", "transform.expression", "", self._fatal[n]
-        yield from self._expression_faults(sorted(n for n, failed, *_ in found if failed))
+
+    def _violated(self, bad: pa.Table) -> pa.Table:
+        """Say of rows which check they violate first; those that violate none are refused: they lack what
+        they refer to, or would have the key of another."""
+        checks = [(i, c) for i, c in enumerate(self._model.checks) if c.on_violation == "quarantine"]
+        key = ", ".join(self._model.unique)
+        causes = [("constraint", c.reason, c.column, f"{c.column}: {c.text} is violated") for _, c in checks]
+        causes.append(("constraint", UNIQUE, key, f"{key}: another row of the table has this key"))
+        for reference in self._model.own_references:
+            columns = ", ".join(reference.columns)
+            what = f"{columns}: {reference.parent} has no such row"
+            causes.append(("constraint", FOREIGN_KEY, columns, what))
+        which = np.full(bad.num_rows, len(checks))
+        for place, reference in enumerate(self._model.own_references, len(checks) + 1):
+            lacking = self._refused.filter(pc.equal(self._refused["reference"], reference.name))["n"]
+            which[pc.is_in(bad["_hr_n"], value_set=lacking.combine_chunks()).to_numpy()] = place
+        for place, (i, _) in reversed(list(enumerate(checks))):
+            which[pc.fill_null(bad[f"_hr_v{i}"], False).to_numpy()] = place
+        return _faults(bad["_hr_n"].combine_chunks(), which, causes)
+
+    def awaited(self, numbers: pa.Array) -> pa.ChunkedArray:
+        """Return for each of these bad events what it waits for: JSON of `model`, `columns` and `values`
+        (texts) of the row that it lacks, or whose key it would have, with that row's source `key` where that
+        is known and the name of the `constraint`; null for what is bad by itself."""
+        model = self._model
+        if not self._refused.num_rows or not model.claims:
+            return pa.chunked_array([pa.nulls(len(numbers), pa.string())])
+        waits = list(model.own_references)
+        if model.unique:
+            waits.append(Reference(model.name, "", model.unique, model.name, model.unique))
+        cases = " ".join(f"WHEN {literal(each.name)} THEN {_waited(each)}" for each in waits)
+        self._db.register("judged", self._judged)
+        self._db.register("lacks", self._refused)
+        self._db.register("numbers", pa.table({"n": numbers, "i": pa.array(range(len(numbers)), pa.int64())}))
+        checks = self._violations("quarantine")
+        fails = " OR ".join(["j._hr_failed", "j._hr_cast IS NOT NULL", *(f"j.{name}" for name in checks)])
+        return self._db.sql(
+            f"SELECT CASE WHEN NOT ({fails}) THEN CASE coalesce(l.reference, '') {cases} END END AS awaited "
+            "FROM numbers w LEFT JOIN lacks l USING (n) LEFT JOIN judged j ON j._hr_n = l.n ORDER BY w.i"
+        ).to_arrow_table()["awaited"]
 
     def fatal(self) -> list[int]:
         """Return the rows that took the query down; they are in no judgement."""
@@ -188,11 +270,11 @@ class Evaluation:
 
     def _bad(self, judged: pa.Table) -> pa.ChunkedArray:
         """Return which rows have failed or violate a check."""
-        bad = pc.fill_null(judged["_hr_failed"], False)  # a filter that is null is neither
+        bad = _failed(judged)
         for name in self._violations("quarantine"):
             bad = pc.or_(bad, judged[name])
-        if len(self._refused):
-            refused = pc.is_in(judged["_hr_n"], value_set=self._refused)
+        if self._refused.num_rows:
+            refused = pc.is_in(judged["_hr_n"], value_set=self._refused["n"].combine_chunks())
             bad = pc.or_(bad, pc.and_(refused, pc.invert(judged["_hr_filtered"])))
         return bad
 
@@ -209,7 +291,7 @@ class Evaluation:
 
     def _violation(self, i: int) -> str:
         check = self._model.checks[i]
-        live = "NOT _hr_failed AND NOT _hr_filtered"
+        live = "NOT _hr_failed AND _hr_cast IS NULL AND NOT _hr_filtered"
         if not check.expression:
             return f"({live} AND {quoted(check.column)} IS NULL)"
         held = f"TRY({{'held': ({check.expression})}})"
@@ -251,32 +333,46 @@ class Evaluation:
         assert self._judged is not None
         self._judged = pa.concat_tables([self._judged, judged])
 
-    def _expression_faults(self, failed: list[int]) -> Iterator[tuple[int, str, str, str, str]]:
-        if not failed:
-            return
+    def _expression_faults(self, events: pa.Table, failed: pa.Table) -> Iterator[pa.Table]:
+        """Yield what is wrong with rows of which an expression fails: of each the first one."""
         parts = [(name, expression) for name, expression, _ in self._model.outputs]
-        if self._model.where:
-            parts.insert(0, ("", self._model.where))
-        known: dict[str, tuple[str, str]] = {}
-        asked = 0
-        for n, column, expression in self._blame(failed, parts):
-            if asked < _ASKED_ROWS or column not in known:
-                asked += 1
-                known[column] = self._ask(n, expression)
-            reason, message = known[column]
-            yield n, "transform", reason if column else "transform.filter", column, message
+        blamed = [
+            failed.filter(pc.is_valid(failed["_hr_cast"])).select(["_hr_n", "_hr_cast"]),
+            self._blame(events, failed.filter(pc.is_null(failed["_hr_cast"]))["_hr_n"], parts),
+        ]
+        found = pa.concat_tables(blamed).sort_by("_hr_n")
+        for which in pc.unique(found["_hr_cast"]).to_pylist():
+            numbers = found.filter(pc.equal(found["_hr_cast"], which))["_hr_n"].combine_chunks()
+            name, expression = parts[which] if which < len(parts) else ("", self._model.where)
+            causes = self._causes(events, numbers[:_ASKED_ROWS], name, expression)
+            yield _faults(numbers, [*range(len(causes)), *[0] * (len(numbers) - len(causes))], causes)
 
-    def _blame(self, failed: list[int], parts: list[tuple[str, str]]) -> Iterator[tuple[int, str, str]]:
-        """Yield for each failed row the first expression that fails on it."""
-        self._db.register("failed_rows", pa.table({"n": pa.array(failed, pa.int64())}))
-        tests = ", ".join(f"TRY({{'v': ({expression})}}) IS NULL" for _, expression in parts)
-        rows = self._db.execute(
-            f"SELECT _hr_n, {tests} FROM events AS {quoted(self._model.alias)} "
-            "WHERE _hr_n IN (SELECT n FROM failed_rows) ORDER BY 1"
-        ).fetchall()
-        for n, *fails in rows:
-            name, expression = parts[fails.index(True)] if True in fails else parts[0]
-            yield n, name, expression
+    def _blame(self, events: pa.Table, failed: pa.ChunkedArray, parts: Sequence[tuple[str, str]]) -> pa.Table:
+        """Return for each failed row (`_hr_n`) which expression is the first that fails on it (`_hr_cast`):
+        the number of an output, or of the one behind the last for the filter."""
+        if not len(failed):
+            return pa.table({"_hr_n": failed, "_hr_cast": pa.array([], pa.int16())})
+        tests = [(i, expression) for i, (_, expression) in enumerate(parts)]
+        if self._model.where:
+            tests.insert(0, (len(parts), self._model.where))
+        cases = " ".join(f"WHEN TRY({{'v': ({expression})}}) IS NULL THEN {i}" for i, expression in tests)
+        self._events(_those(events, failed.combine_chunks()))
+        return self._db.sql(
+            f"SELECT _hr_n, (CASE {cases} ELSE {tests[0][0]} END)::SMALLINT AS _hr_cast "
+            f"FROM events AS {quoted(self._model.alias)}"
+        ).to_arrow_table()
+
+    def _causes(self, events: pa.Table, numbers: pa.Array, column: str, expression: str) -> list[_Cause]:
+        """Ask the engine of each of a few rows why an expression fails on it."""
+        self._events(_those(events, numbers))
+        causes = list[_Cause]()
+        for n in numbers.to_pylist():
+            reason, message = self._ask(n, expression)
+            causes.append(("transform", reason if column else "transform.filter", column, message))
+            before, last = causes[:-_SAYING_NOTHING_NEW], causes[-_SAYING_NOTHING_NEW:]
+            if len(last) == _SAYING_NOTHING_NEW and set(last) <= set(before or last[:1]):
+                break
+        return causes
 
     def _ask(self, n: int, expression: str) -> tuple[str, str]:
         """Ask the engine for its message about one row; returns (reason, message)."""
@@ -296,6 +392,46 @@ def _any_of(rows: pa.Table, columns: list[str]) -> pa.ChunkedArray:
     for name in columns[1:]:
         found = pc.or_(found, rows[name])
     return found
+
+
+def _failed(judged: pa.Table) -> pa.ChunkedArray:
+    """Return of which rows an expression has failed."""
+    failed = pc.fill_null(judged["_hr_failed"], False)  # a filter that is null is neither
+    casts = judged["_hr_cast"]
+    return failed if casts.null_count == len(casts) else pc.or_(failed, pc.is_valid(casts))
+
+
+def _those(events: pa.Table, numbers: pa.Array) -> pa.Table:
+    """Return the events of these numbers."""
+    return events.filter(pc.is_in(events["_hr_n"], value_set=numbers))
+
+
+def _operand(i: int, cast: Cast) -> str:
+    """Return where the query that judges has the operand of an output's cast."""
+    return f"_hr_o{i}" if cast.is_column else f"r._hr_o{i}"
+
+
+def _faults(numbers: pa.Array, which: Sequence[int] | np.ndarray, causes: Sequence[_Cause]) -> pa.Table:
+    """Return events with their causes, given for each by its place among `causes`."""
+    places = pa.array(which, pa.int64())
+    cells = zip(*causes, strict=True) if causes else [()] * (len(FAULTS) - 1)
+    columns = [pa.array(column, pa.string()).take(places) for column in cells]
+    return pa.table([numbers, *columns], schema=FAULTS)
+
+
+def _waited(reference: Reference) -> str:
+    """Return the expression of `Evaluation.awaited` over the outputs of a row."""
+    cells = [f"{quoted(name)}::VARCHAR" for name in reference.columns]
+    key = source_key([cells[i] for i in reference.by_key]) if reference.by_key else "NULL"
+    members = {
+        "constraint": literal(reference.name),
+        "model": literal(reference.parent),
+        "columns": f"[{', '.join(map(literal, reference.to))}]",
+        "values": f"[{', '.join(cells)}]",
+        "key": key,
+    }
+    struct = ", ".join(f"{literal(name)}: {value}" for name, value in members.items())
+    return f"to_json({{{struct}}})::VARCHAR"
 
 
 def _is_the_engines(error: duckdb.Error) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,10 +18,12 @@ from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, ver
 from headrace.keys import quoted
 from headrace.masking import NOTHING, Masked
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
-from headrace.prepared import Contested, Place, Prepared
+from headrace.prepared import Contested, Prepared, Reference, Refused
 from headrace.scrub import scrub
+from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
+from headrace.transform.foreign import ORPHAN_AFTER
 from headrace.transform.handling import NO_SAY, Handling
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
@@ -35,32 +36,10 @@ from headrace.transform.soft import fold_soft
 from headrace.transform.sql import Check, ModelText
 from headrace.transform.stepping import settle, step
 
-_local = threading.local()
 _WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _Outcome = TypeVar("_Outcome")
 _CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
 _SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
-
-
-def engine() -> duckdb.DuckDBPyConnection:
-    """Return this thread's DuckDB for prepare, with the settings that isolation needs.
-
-    `common_subexpressions` is off: DuckDB 2.0.0 otherwise lifts a cast that occurs twice out of its TRY,
-    and one bad row fails the query.
-    """
-    connection: duckdb.DuckDBPyConnection | None = getattr(_local, "connection", None)
-    if connection is None:
-        connection = duckdb.connect()
-        connection.execute("SET disabled_optimizers = 'common_subexpressions'")
-        connection.execute("SET preserve_insertion_order = true")
-        connection.execute("SET enable_progress_bar = false")
-        # What one evaluation frees goes back before the next: the default keeps up to half a gigabyte.
-        connection.execute("SET allocator_flush_threshold = '16MB'")
-        connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
-        _local.connection = connection
-    cursor = connection.cursor()
-    cursor.execute("SET TimeZone = 'UTC'")  # a setting of the session: a cursor is one of its own
-    return cursor
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +64,12 @@ class RowModel:
     handling: Handling = NO_SAY
     masked: Masked = NOTHING
     """What of it is not shown, see `headrace.transform.pii`."""
-    refused: frozenset[Place] = field(default=frozenset(), compare=False)
-    """Changes that are bad since their rows would have the key of another."""
+    references: tuple[Reference, ...] = ()
+    """The foreign keys of its rows, and those that refer to its rows."""
+    orphan_after: float = ORPHAN_AFTER
+    """Seconds for which a row waits for what it refers to, before that is an error."""
+    refused: frozenset[Refused] = field(default=frozenset(), compare=False)
+    """Changes that are bad since their rows would have the key of another, or refer to none."""
 
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
@@ -117,15 +100,26 @@ class RowModel:
         """Return the model that takes what was contested for bad; its version is the same. Raises ModelBroken
         where that is to suspend it."""
         refused = contested.refused.get(self.name)
-        if refused and self.handling.on_key_violation == "suspend":
+        taken = [place for *place, foreign_key in refused or () if foreign_key is None]
+        if taken and self.handling.on_key_violation == "suspend":
             key = ", ".join(self.unique)
             raise ModelBroken(
                 self.name,
-                f"{len(refused):,} changes would give their rows the key ({key}) of others, which suspends "
+                f"{len(taken):,} changes would give their rows the key ({key}) of others, which suspends "
                 "the model (on_violation).",
                 f"Mend the data or the model, then run `headrace resume {self.name}`.",
             )
-        return replace(self, refused=self.refused | refused) if refused else self
+        return replace(self, refused=self.refused.union(refused)) if refused else self
+
+    @property
+    def claims(self) -> bool:
+        """Whether what its rows claim has to be known, see `Claims`."""
+        return bool(self.unique or self.references)
+
+    @property
+    def own_references(self) -> tuple[Reference, ...]:
+        """The foreign keys of its rows."""
+        return tuple(each for each in self.references if each.model == self.name)
 
     def limited(self, limits: Sequence[tuple[str, str]]) -> RowModel:
         """Return the model with `Destination.limits` of its outputs as further checks."""
@@ -153,6 +147,15 @@ class RowModel:
         outputs = (output for output in self.outputs if output[2] in _WHOLE)
         reading = (name for name, text, _ in outputs if _reads(text, key[0], self.alias))
         return next(reading, None)
+
+    def holding(self, column: str) -> list[str]:
+        """Return the outputs that hold a column of the raw table, its values told apart as they are there."""
+        (known,) = (each for each in self.schema.columns if each.name == column)
+        return [
+            name
+            for name, text, type_ in self.outputs
+            if _reads(text, known, self.alias) and cast_keeps_apart(known.type, type_)
+        ]
 
     def types(self) -> dict[str, str]:
         """See `Model.types`."""
@@ -190,7 +193,7 @@ def alone(prepared: Prepared) -> Prepared:
     """Return an outcome that is all there is. Raises Contested where rows of it would have one key: the row
     of the earliest change has it."""
     claims = prepared.claims
-    if claims is None:
+    if claims is None or not claims.key:
         return prepared
     key = ", ".join(f"m.{quoted(name)}" for name in claims.key)
     with engine() as db:
@@ -201,7 +204,7 @@ def alone(prepared: Prepared) -> Prepared:
             f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY p.epoch, p.commit, p.ordinal) > 1"
         ).fetchall()
     if refused:
-        raise Contested({claims.model: frozenset(refused)})
+        raise Contested({claims.model: [(*place, None) for place in refused]})
     return prepared
 
 
@@ -285,6 +288,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             version=text.version,
             kind=text.kind,
             handling=text.handling,
+            orphan_after=text.orphan_after,
         )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(

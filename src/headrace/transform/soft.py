@@ -77,7 +77,7 @@ def fold_soft(
     verdicts = evaluation.run(undecided(events, lasts.to_arrow_table()["n"]))
     verdicts = with_fatal(evaluation, verdicts, events)
     if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
-        verdicts = evaluation.run(undecided(events, earlier_of_bad(db, points, verdicts)))
+        verdicts = evaluation.run(undecided(events, earlier_of_bad(points, verdicts)))
         verdicts = with_fatal(evaluation, verdicts, events)
     _decide(db, events, points, verdicts, cleared)
     bad = db.sql(_BAD).to_arrow_table()["n"].combine_chunks()

@@ -19,12 +19,16 @@ import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
+from headrace.transform import alerting
+from headrace.transform.foreign import ORPHAN_AFTER, ForeignKey, foreign_keys_of, orphan_after_of
 from headrace.transform.handling import KEYS as HANDLING
 from headrace.transform.handling import NO_SAY, Action, Handling, action_of, handling_of
 from headrace.transform.header import settings_of, version_of
 from headrace.transform.kind import LATEST, Kind, kind_of
 
-_KEYS = ("key", "contract", "materialize", "delete", *HANDLING)
+_KEYS = (
+    "key", "contract", "materialize", "delete", "foreign_key", "orphan_after", *HANDLING, *alerting.KEYS
+)  # fmt: skip
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
@@ -60,7 +64,8 @@ class ModelText:
     """A model file, taken apart.
 
     `outputs` are (name, expression) pairs and `where` is '' or an expression, both verbatim;
-    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states.
+    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states, `alerts`
+    who is told of what goes wrong; `orphan_after` are seconds.
     """
 
     name: str
@@ -75,6 +80,9 @@ class ModelText:
     version: str
     kind: Kind = LATEST
     handling: Handling = NO_SAY
+    alerts: alerting.AlertSettings = alerting.DEFAULT
+    foreign_keys: tuple[ForeignKey, ...] = ()
+    orphan_after: float = ORPHAN_AFTER
 
     @property
     def file(self) -> str:
@@ -103,9 +111,12 @@ def read_model(path: Path, name: str = "") -> ModelText:
     key = _key(path.name, settings, outputs)
     checks = checked(path.name, key, checks, handling)
     kind = kind_of(path.name, settings, [name for name, _ in outputs])
-    version = version_of(text)
-    name = name or path.stem
-    return ModelText(name, source, table, alias, outputs, where, key, types, checks, version, kind, handling)
+    foreign_keys = foreign_keys_of(path.name, settings, names)
+    return ModelText(
+        name or path.stem, source, table, alias, outputs, where, key, types, checks, version_of(text), kind,
+        handling, alerting.alert_settings_of(path.name, settings), foreign_keys,
+        orphan_after_of(path.name, settings),
+    )  # fmt: skip
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:
@@ -295,10 +306,10 @@ def checked(
     Raises ModelError, naming the file, where a check would null what must not be null.
     """
     found, required = list[Check](), {check.column for check in checks if not check.expression}
-    for given in checks:
-        is_of_key = given.column in key and not given.expression
-        is_default = is_of_key and given.on_violation == handling.on_violation
-        check = replace(given, on_violation=handling.on_key_violation) if is_default else given
+    for said in checks:
+        is_of_key = said.column in key and not said.expression
+        is_said_of_all = is_of_key and said.on_violation == handling.on_violation
+        check = replace(said, on_violation=handling.on_key_violation) if is_said_of_all else said
         if (is_of_key and check.on_violation == "warn") or (
             check.on_violation == "null" and check.column in {*key, *required}
         ):

@@ -16,6 +16,7 @@ from typing import Any
 
 from headrace.document import Invalid
 from headrace.errors import ModelBroken, ModelError
+from headrace.transform.alerting import alert_settings_of
 from headrace.transform.handling import handling_of
 from headrace.transform.header import version_of
 from headrace.transform.kind import kind_of
@@ -195,6 +196,7 @@ def _filled(text: PythonText, said: Mapping[str, Any]) -> PythonText:
         key=key,
         kind=kind_of(file, definition["settings"], names),
         handling=handling,
+        alerts=alert_settings_of(file, definition["settings"]),
         types=tuple(types),
         checks=checked(file, key, checks, handling),
         takes=said["kind"],
