@@ -48,6 +48,7 @@ FLOORS = [
         "ahead",
         "evolution",
         "masking",
+        "standing",
     },
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {

@@ -10,11 +10,12 @@ from headrace.change import Offset, TableId, TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, ModelBroken
 from headrace.evolution import Evolution, Evolutions
-from headrace.protocols import Destination, LogIndex, ModelState
+from headrace.protocols import Destination, LogIndex
 from headrace.schema_policy import action
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.tables import TableState
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
 from headrace.transform.linking import link
 from headrace.transform.model import RowModel, bind, mirror, refuse_twins
 from headrace.transform.pii import marked

@@ -46,7 +46,6 @@ __all__ = [
     "DestinationConfig",
     "LogConfig",
     "Project",
-    "QuarantineConfig",
     "ScaleConfig",
     "Secret",
     "SourceConfig",
@@ -421,8 +420,7 @@ def _sources(
         if "staging_of" in table:
             given = document.table(path, table, reading)
             if here and "staging_of" in given and (upstream := _upstream(document, path, given, here)):
-                captured = next(source for source in upstream.sources if source.name == name)
-                pii = (*captured.pii, *given.get("pii", ()))
+                pii = (*next(s.pii for s in upstream.sources if s.name == name), *given.get("pii", ()))
                 found.append(source_config(name, Secret(""), upstream=upstream, pii=pii))
             continue
         given = document.table(path, table, own)

@@ -37,7 +37,7 @@ from headrace.errors import (
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import Destination, ModelState, Part, Slice
+from headrace.protocols import Destination, Part, Slice
 from headrace.quarantine.breaker import Breakers
 from headrace.quarantine.limit import SizeLimit
 from headrace.sources.postgres.continuity import mark_gap
@@ -45,6 +45,7 @@ from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, preparing
@@ -259,15 +260,8 @@ class Lane:
     def suspended(self) -> dict[str, str]:
         """Return the models that are suspended, but not by hand, with their reasons."""
         states = self.destination.models(self.config.name)
-        broken = {
-            name: s for name, s in states.items() if s.state == "suspended" and s.suspended_by != "hand"
-        }
-        return {name: state.reason for name, state in broken.items()}
-
-    def has(self, model_name: str) -> bool:
-        """Whether there is such a model of this source, be it one that does not bind."""
-        named = {*(text.name for text in self._texts), *(model.name for model in self.models())}
-        return model_name in named or self._asked(model_name)[1] is not None
+        broken = (s for s in states.values() if s.state == "suspended" and s.suspended_by != "hand")
+        return {state.name: state.reason for state in broken}
 
     def hold(self, model_name: str, reason: str) -> None:
         """Suspend a model until it is released, over restarts and whatever becomes of its file."""
@@ -291,8 +285,7 @@ class Lane:
         running = [self._offset(model) for model in self._runnable(staged)] if self._stands else []
         if self._stands is None:
             return None
-        stands = [state.offset for state in self._stands.values()]
-        stops = {*stands, *self.joiner.targets(), self._reached}
+        stops = {self._reached, *self.joiner.targets(), *(each.offset for each in self._stands.values())}
         return Needs(min([staged, held_by_copies(self.log), *running]), frozenset(stops))
 
     def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:

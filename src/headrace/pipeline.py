@@ -229,10 +229,14 @@ class Pipeline:
 
     def lane_of(self, model: str) -> Lane:
         """Return the lane that a row model or a mirror is of. Raises UserError where there is no such one."""
-        lane = next((lane for lane in self.lanes if lane.has(model)), None)
-        if lane is None:
-            raise UserError(f"There is no row model {model}.", "`headrace models ls` names what there is.")
-        return lane
+        for lane in self.lanes:
+            source = lane.config.name
+            with lane.applying:
+                named = {each.name for each in lane.models()}  # of files, and mirrors
+                named |= {text.name for text in lane.folder.current(now=True) if text.source == source}
+                if model in named or model in lane.destination.models(source):
+                    return lane
+        raise UserError(f"There is no row model {model}.", "`headrace models ls` names what there is.")
 
     def snapshot(self, source: str, model: str, place: str, into: str | None) -> dict[str, Any]:
         """See `headrace.snapshot.take_snapshot`."""

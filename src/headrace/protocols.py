@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from headrace.mart import Marts
     from headrace.masking import Masked
     from headrace.reference import Waits
+    from headrace.standing import ModelState
 
 
 class Source(Protocol):
@@ -305,25 +306,6 @@ class Model(Table, Protocol):
         model can't run on any row.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """How a model stands in the destination."""
-
-    name: str
-    source: str
-    version: str
-    state: str
-    reason: str
-    offset: Offset
-    open_records: int
-    suspended_by: str = ""
-    """`hand`, or `breaker` until a part has passed since; else ''."""
-
-    def runs(self, version: str) -> bool:
-        """Whether the model takes changes if its file is of this version."""
-        return self.suspended_by != "hand" and (self.state, self.version) != ("suspended", version)
 
 
 @dataclass(frozen=True, slots=True)

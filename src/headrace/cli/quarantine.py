@@ -113,6 +113,7 @@ def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  
     folder = "" if project == Path() else f" --project {quote(str(project))}"
     one = f"--model {quote(record['model'])} --key={quote(record['key'] or '')}"
     if record["key_is_masked"]:
+        record["waiting_on"] = record["waiting_on"] and MASK
         record["key"], one = MASK, f"--model {quote(record['model'])} --key=KEY"
     record["redrive"] = [
         f"headrace quarantine redrive {which}{folder}" for which in (f"--issue {record['issue']}", one)

@@ -31,7 +31,8 @@ from headrace.errors import CommitUnknown, DestinationError, ForeignDestination,
 from headrace.failpoints import failpoint
 from headrace.keys import quoted
 from headrace.prepared import Prepared, Reference
-from headrace.protocols import DestinationFinding, Model, ModelState, Scanned, Slice, Table
+from headrace.protocols import DestinationFinding, Model, Scanned, Slice, Table
+from headrace.standing import ModelState
 
 _REFUSES = "cannot take the model's rows"
 

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from headrace.config import QuarantineConfig
 from headrace.errors import BreakerTripped
+from headrace.prepared import FOREIGN_KEY
 from headrace.quarantine.limit import SizeLimit
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ LEAST = 1_000
 """Changes without which nothing is judged."""
 WINDOW = 10_000
 """So many of the newest changes count, and what else came in the same part."""
-FOREIGN_KEY = "constraint.foreign_key"
-"""The reason that does not count."""
 
 
 class Guarded(Protocol):

@@ -23,7 +23,6 @@ from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
 
 if TYPE_CHECKING:
-    from headrace.masking import Masked
     from headrace.transform.handling import Action
     from headrace.transform.model import RowModel
 
@@ -57,9 +56,9 @@ class Evaluation:
         self._refused = pa.table({"n": pa.array([], pa.int64()), "reference": pa.array([], pa.string())})
 
     @property
-    def masked(self) -> Masked:
-        """What of the model is not shown."""
-        return self._model.masked
+    def model(self) -> RowModel:
+        """The model that judges."""
+        return self._model
 
     def refuse(self, events: pa.Table) -> None:
         """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""

@@ -254,9 +254,9 @@ def records_of(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Ta
                 name: rows[f"_{name}"]
                 for name in ("epoch", "commit", "ordinal", "txid", "committed_at", "offset")
             },
-            "preview": _previews(rows, evaluation.masked.cells),
+            "preview": _previews(rows, evaluation.model.masked.cells),
             "blocked": pa.repeat(pa.scalar(0, pa.int64()), rows.num_rows),
-            "key_is_masked": pa.repeat(evaluation.masked.key, rows.num_rows),
+            "key_is_masked": pa.repeat(evaluation.model.key_is_masked, rows.num_rows),
             "waiting_on": evaluation.awaited(bad),
         },
         schema=RECORD,

@@ -128,6 +128,12 @@ class RowModel:
         return replace(self, checks=(*self.checks, *more)) if limits else self
 
     @property
+    def key_is_masked(self) -> bool:
+        """Whether a record's source key, or what it waits for, holds values that are not to be shown."""
+        awaited = {*self.unique, *(column for each in self.own_references for column in each.columns)}
+        return self.masked.key or not awaited.isdisjoint(self.masked.outputs)
+
+    @property
     def max_error_rate(self) -> float:
         """Which share of its newest changes may fail before it is taken for broken; 1 for any."""
         return self.handling.max_error_rate
