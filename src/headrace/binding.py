@@ -11,13 +11,15 @@ from headrace.change import Offset, TableId, TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, ModelBroken
 from headrace.evolution import Evolution, Evolutions
-from headrace.protocols import Destination, LogIndex, ModelState
+from headrace.protocols import Destination, LogIndex
 from headrace.schema_policy import action
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.tables import TableState
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
 from headrace.transform.linking import link
 from headrace.transform.model import RowModel, bind, mirror, refuse_twins
+from headrace.transform.pii import marked
 from headrace.transform.sql import ModelText
 
 logger = logging.getLogger("headrace.lane")
@@ -138,7 +140,8 @@ class Binder:
                     f"Look at it, then run `headrace tables resume {schema.table}`.",
                 )
             refuse_twins(name, schema, () if text else self._staging.schemas(through))
-            model = bind(text, schema) if text else mirror(self._config.name, schema)
+            bound = bind(text, schema) if text else mirror(self._config.name, schema)
+            model = marked(bound, text, self._config.pii)
             return model.limited(self._destination.limits(model))
         except HeadraceError as error:
             told = self._since_when(name, schema, error, through) if text else error

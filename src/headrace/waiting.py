@@ -18,9 +18,10 @@ from headrace.change import Offset
 from headrace.decisions import Outcome
 from headrace.joining import Joiner
 from headrace.prepared import Contested, Prepared, Reference
-from headrace.protocols import Destination, ModelState
+from headrace.protocols import Destination
 from headrace.rebuilding import folded
 from headrace.reference import NOTHING_DECIDED, Key
+from headrace.standing import ModelState
 from headrace.transform.model import RowModel, preparing
 
 _AT_ONCE = 100_000

@@ -55,6 +55,11 @@ class Evaluation:
         self._judged: pa.Table | None = None
         self._refused = pa.table({"n": pa.array([], pa.int64()), "reference": pa.array([], pa.string())})
 
+    @property
+    def model(self) -> RowModel:
+        """The model that judges."""
+        return self._model
+
     def refuse(self, events: pa.Table) -> None:
         """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
         if not self._model.refused:

@@ -17,6 +17,7 @@ from headrace.change import Column, Counts, TableId, TableSchema
 from headrace.decisions import Decisions
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
+from headrace.masking import NOTHING, Masked
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Contested, Prepared, Reference, Refused
 from headrace.scrub import scrub
@@ -62,6 +63,8 @@ class RowModel:
     unique: tuple[str, ...] = ()
     """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
     handling: Handling = NO_SAY
+    masked: Masked = NOTHING
+    """What of it is not shown, see `headrace.transform.pii`."""
     references: tuple[Reference, ...] = ()
     """The foreign keys of its rows, and those that refer to its rows."""
     orphan_after: float = ORPHAN_AFTER
@@ -134,6 +137,12 @@ class RowModel:
         outputs = {name for name, _, _ in self.outputs}
         more = (Check(column, condition) for column, condition in limits if column in outputs)
         return replace(self, checks=(*self.checks, *more)) if limits else self
+
+    @property
+    def key_is_masked(self) -> bool:
+        """Whether a record's source key, or what it waits for, holds values that are not to be shown."""
+        awaited = {*self.unique, *(column for each in self.own_references for column in each.columns)}
+        return self.masked.key or not awaited.isdisjoint(self.masked.outputs)
 
     @property
     def max_error_rate(self) -> float:
