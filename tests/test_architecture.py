@@ -77,7 +77,7 @@ FLOORS = [
         "authoring",
         "raw",
         "alerts",
-        "waits",
+        "outages",
     },
     {"cli", "console", "testing"},
 ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from headrace.alarms import tell
 from headrace.change import Offset, TableId, TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, ModelBroken
@@ -23,7 +24,6 @@ from headrace.transform.pii import marked
 from headrace.transform.sql import ModelText
 
 logger = logging.getLogger("headrace.lane")
-alerts = logging.getLogger("headrace.alert")
 
 
 class Binder:
@@ -122,9 +122,10 @@ class Binder:
         judged = [(table, each) for table, (_, fresh) in evolved.items() for each in fresh]
         for table, each in judged if not self._read_only else ():
             if each.action == "freeze":
-                alerts.warning(
+                tell(
                     "FROZEN %s of source %s: %s. The destination keeps its shape, raw has it all "
                     "(schema_changes, %s).", table, self._config.name, each.what, each.kind,
+                    source=self._config.name,
                 )  # fmt: skip
         return {table: evolution for table, (evolution, _) in evolved.items()}
 

@@ -13,13 +13,15 @@ from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, read_states
 
+Works = Callable[[bool], None]
+
 
 def capture(
     source: PostgresSource,
     log: SQLiteLog,
     stop: threading.Event,
     until: int | None,
-    works: Callable[[bool], None] | None,
+    works: Works | None,
 ) -> None:
     """Copy from a source to its log until `stop`, or until the log is past LSN `until`.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -20,9 +20,9 @@ from functools import partial
 from typing import Any
 
 from headrace.ahead import ahead
-from headrace.alarms import NEW_CAUSE, trigger
+from headrace.alarms import trigger_issue, trigger_suspended
 from headrace.binding import Binder
-from headrace.capturing import capture
+from headrace.capturing import Works, capture
 from headrace.change import Mark, Offset, Position
 from headrace.config import Project, SourceConfig
 from headrace.decisions import Decision
@@ -103,9 +103,7 @@ class Lane:
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 
-    def capture(
-        self, stop: threading.Event, until: int | None = None, works: Callable[[bool], None] | None = None
-    ) -> None:
+    def capture(self, stop: threading.Event, until: int | None = None, works: Works | None = None) -> None:
         """See `headrace.capturing.capture`."""
         capture(self.source, self.log, stop, until, works)
 
@@ -486,10 +484,7 @@ class Lane:
             return
         tripped = isinstance(error, BreakerTripped)
         if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
-            words = error.paragraph()
-            trigger(
-                "suspended", name, "SUSPENDED model %s: %s", name, words, source=self.config.name, model=name
-            )
+            trigger_suspended(name, self.config.name, error.paragraph())
 
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)
@@ -498,6 +493,4 @@ class Lane:
 
     def _alert(self, issues: Sequence[str]) -> None:
         for issue in issues:
-            model, reason, columns, message, count = self.destination.issue(issue)
-            trigger("issue", issue, NEW_CAUSE, issue, model, reason, columns, message, count, issue,
-                    source=self.config.name, model=model)  # fmt: skip
+            trigger_issue(issue, self.config.name, *self.destination.issue(issue))

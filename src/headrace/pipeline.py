@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from headrace.alarms import resolve, trigger
+from headrace.alarms import resolve, tell, trigger
 from headrace.alerts.service import Alerting
 from headrace.change import TableId
 from headrace.config import Project
@@ -40,6 +40,7 @@ from headrace.errors import (
 from headrace.lane import Lane
 from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
+from headrace.outages import Outages, source_of, words
 from headrace.server import Server
 from headrace.snapshot import take_snapshot
 from headrace.sources.postgres.slot import POINT
@@ -49,7 +50,6 @@ from headrace.state import forget_empty_logs, take_state
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
 from headrace.upstream import PIN_EVERY, ReadingPlace
-from headrace.waits import Waits, source_of, words
 
 logger = logging.getLogger("headrace.pipeline")
 
@@ -92,7 +92,7 @@ class Pipeline:
         self.project = project
         self.stop = stop or threading.Event()
         self._errors: dict[str, HeadraceError | BaseException] = {}
-        self._waits = Waits()
+        self._outages = Outages()
         self._threads: list[threading.Thread] = []
         self._lock = take_state(project.state)
         try:
@@ -108,7 +108,11 @@ class Pipeline:
             self._ledger = LedgerWatch(self.lanes)
             self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._alerting = Alerting(project, self.lanes)
-            self._wait_for_destination()
+            try:
+                self._wait_for_destination()
+            except BaseException:
+                self._alerting.close()
+                raise
         except BaseException:
             forget_empty_logs(project.state)
             self._lock.close()
@@ -145,7 +149,7 @@ class Pipeline:
             for thread in self._threads:
                 thread.join()
             for fault in self._published_once():
-                trigger("notice", fault.paragraph(), "%s", fault.paragraph(), severity="error")
+                tell("%s", fault.paragraph(), severity="error")
             self._alerting.finish()
             server.close()
             self.close()
@@ -163,7 +167,7 @@ class Pipeline:
             faults += self._marts_once()
             faults += self._published_once()
             for fault in faults[1:]:
-                trigger("notice", fault.paragraph(), "%s", fault.paragraph(), severity="error")
+                tell("%s", fault.paragraph(), severity="error")
             if faults:
                 raise faults[0]
         finally:
@@ -181,7 +185,7 @@ class Pipeline:
         return {
             "pid": os.getpid(),
             "stopped": stopped,
-            "waiting": self._waits.reasons(),
+            "waiting": self._outages.reasons(),
             "staged": staged,
             "alarms": alarms,
             "is_current": self._publisher is not None and self._publisher.is_current(),
@@ -346,7 +350,7 @@ class Pipeline:
 
     def _captured(self, name: str, appended: bool) -> None:
         """Note that a source has answered: that it goes on, if it does not wait for something else."""
-        self._waits.works(name, None if appended else SourceUnavailable)
+        self._outages.works(name, None if appended else SourceUnavailable)
 
     def _begin(self, name: str, step: Callable[[], object]) -> None:
         """Start a thread that repeats a step."""
@@ -381,11 +385,11 @@ class Pipeline:
                 if verdict_of(error) is not Verdict.RETRY:
                     self._give_up(name, error)
                     return
-                again = self._waits.fails(name, error)
+                again = self._outages.fails(name, error)
                 pause = min(pause * 2, _LONGEST_PAUSE) if again else _FIRST_PAUSE
                 self.stop.wait(pause)
             else:
-                self._waits.works(name)
+                self._outages.works(name)
 
     def _give_up(self, name: str, error: BaseException) -> None:
         self._errors[name] = error
@@ -458,10 +462,10 @@ class Pipeline:
             try:
                 result = step()
             except DestinationUnavailable as error:
-                self._waits.fails(name, error)
+                self._outages.fails(name, error)
                 self.stop.wait(_FIRST_PAUSE)
                 continue
-            self._waits.works(name)
+            self._outages.works(name)
             return result
         return None
 

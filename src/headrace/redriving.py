@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import duckdb
 import pyarrow as pa
 
+from headrace.alarms import tell
 from headrace.change import START, Offset
 from headrace.decisions import PLACE, Decision, Decisions, Outcome
 from headrace.errors import HeadraceError, ModelBroken, UserError
@@ -32,7 +33,6 @@ from headrace.transform.model import RowModel, preparing
 from headrace.waiting import Waiting
 
 logger = logging.getLogger("headrace.redriving")
-alerts = logging.getLogger("headrace.alert")
 
 _BATCH = 20_000  # keys of decisions that are redriven in one transaction
 _TRIED = 10_000
@@ -188,12 +188,13 @@ class Redriver:
             logger.info("model %s: its records were not tried: %s", model.name, type(error).__name__)
             return
         if tried:
-            alerts.warning(
+            tell(
                 "RECORDS %d of %d open records of model %s would pass under its new version%s",
                 passing,
                 tried,
                 model.name,
                 f": headrace quarantine redrive --model {model.name} --all" if passing else ".",
+                source=model.source,
             )
 
     def _tried(self, model: RowModel, stand: Offset) -> tuple[int, int]:
