@@ -82,7 +82,7 @@ def verify(project: Project) -> Report:
         report.findings += _log(project, source.name)
         if not source.upstream:  # its own project compares it
             report.findings += _source(project, source.name)
-        report.findings += _destination(project, source.name)
+        report.findings += verify_destination(project, source.name)
     return report
 
 
@@ -173,7 +173,7 @@ def _compare_source(lane: Lane, snapshot: SourceSnapshot, schema: TableSchema) -
         return _compare(db, what, "SELECT * FROM expected", keyed, list(model.types()))
 
 
-def _destination(project: Project, source: str) -> list[Finding]:
+def verify_destination(project: Project, source: str) -> list[Finding]:
     """Compare the destination with the fold of staging at the position that it says it stands at."""
     lane = _lane(project, source)
     begun = lane.log.begin().offset
