@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from headrace.change import Offset, TableId, TableSchema
@@ -14,6 +15,7 @@ from headrace.protocols import Destination, LogIndex
 from headrace.schema_policy import action
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.staging.delta import DeltaStaging
+from headrace.transform.attempts import Attempts
 from headrace.transform.model import RowModel, bind, mirror, refuse_twins
 from headrace.transform.sql import ModelText
 
@@ -32,8 +34,11 @@ class Binder:
         suspend: Callable[[str, HeadraceError], None],
         *,
         read_only: bool,
+        attempts: Attempts | None = None,
     ) -> None:
-        """`suspend` is called once with a model that does not bind, or that waits for a person."""
+        """`suspend` is called once with a model that does not bind, or that waits for a person; `attempts` is
+        where it is noted what is prepared."""
+        self._attempts = attempts
         self._config = config
         self._log = log
         self._staging = staging
@@ -91,7 +96,7 @@ class Binder:
                 )
             refuse_twins(name, schema, () if text else self._staging.schemas(through))
             model = bind(text, schema) if text else mirror(self._config.name, schema)
-            return model.limited(self._destination.limits(model))
+            return replace(model.limited(self._destination.limits(model)), attempts=self._attempts)
         except HeadraceError as error:
             told = self._since_when(name, schema, error, through) if text else error
             self._suspend(name, told)

@@ -41,6 +41,7 @@ from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
+from headrace.transform.attempts import Attempts
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, preparing, uncontested
@@ -91,9 +92,11 @@ class Lane:
         self._reached: Offset = 0
         self._tables = read_states(self.log)
         self._read_only = read_only
+        attempts = Attempts(project.state / "attempts" / config.name, read_only=read_only)
         self._binder = Binder(
-            config, self.log, self.staging, destination, self._does_not_fit, read_only=read_only
-        )
+            config, self.log, self.staging, destination, self._does_not_fit,
+            read_only=read_only, attempts=attempts,
+        )  # fmt: skip
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 

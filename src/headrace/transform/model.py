@@ -19,6 +19,7 @@ from headrace.keys import quoted
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Contested, Place, Prepared
 from headrace.scrub import scrub
+from headrace.transform.attempts import Attempts
 from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
@@ -60,9 +61,19 @@ class RowModel:
     """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
     refused: frozenset[Place] = field(default=frozenset(), compare=False)
     """Changes that are bad since their rows would have the key of another."""
+    attempts: Attempts | None = field(default=None, compare=False)
+    """Where it is noted what is being prepared, if it is to be."""
+    suspect: bool = field(default=False, compare=False)
+    """Whether changes may end the process that judges them: they are tried in another one first."""
 
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
+        if self.attempts is None:
+            return self._prepared(changes)
+        with self.attempts.attempt(self.name, self.version, changes) as suspect:
+            return (replace(self, suspect=True) if suspect else self)._prepared(changes)
+
+    def _prepared(self, changes: pa.Table) -> Prepared:
         with engine() as db:
             if self.kind.materialize != "latest":
                 return step(db, self, changes)
