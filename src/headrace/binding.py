@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -11,14 +11,17 @@ from headrace.change import Offset, TableId, TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, ModelBroken
 from headrace.evolution import Evolution, Evolutions
-from headrace.protocols import Destination, LogIndex
+from headrace.protocols import Destination, LogIndex, ModelState
 from headrace.schema_policy import action
 from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.tables import TableState
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.attempts import Attempts
+from headrace.transform.linking import link
 from headrace.transform.model import RowModel, bind, mirror, refuse_twins
 from headrace.transform.sql import ModelText
 
+logger = logging.getLogger("headrace.lane")
 alerts = logging.getLogger("headrace.alert")
 
 
@@ -47,6 +50,7 @@ class Binder:
         self._read_only = read_only
         self._evolutions = Evolutions(log, lambda table, kind: action(config.schema_changes, table, kind))
         self._bound: dict[str, tuple[Evolution, RowModel | HeadraceError]] = {}
+        self._links: tuple[tuple[object, ...], list[RowModel], Sequence[RowModel]] | None = None
 
     def reload(self) -> bool:
         """Take over what a person has let go on; True if anything has."""
@@ -61,6 +65,7 @@ class Binder:
     ) -> Iterator[RowModel]:
         """Yield the models that bind: a mirror of each table that no file reads, but for those `removed`."""
         shapes = [shape for table, shape in self._staging.schemas(through).items() if table not in removed]
+        bound, away = list[RowModel](), {text.name for text in texts}
         for table, evolution in self._evolved(shapes).items():
             read = [text for text in texts if text.table == table.label]
             chosen: list[ModelText | None] = [*read] or [None]
@@ -70,7 +75,49 @@ class Binder:
                 if known is None or known[0] != evolution:
                     known = self._bound[name] = (evolution, self._bind(name, evolution, text, through))
                 if isinstance(known[1], RowModel):
-                    yield known[1]
+                    bound.append(known[1])
+                    away.discard(name)
+                else:
+                    away.add(name)
+        for model in self._linked(bound, {text.name: text for text in texts}, away):
+            decisions = self._staging.decisions(model.name, through)
+            yield replace(model, decisions=decisions) if decisions else model
+
+    def _linked(
+        self, bound: list[RowModel], texts: Mapping[str, ModelText], away: Collection[str]
+    ) -> Sequence[RowModel]:
+        """Return bound models with the references between them; one that cannot have its own is suspended."""
+        given = (list(map(id, bound)), list(map(id, texts.values())), set(away))
+        if self._links is None or self._links[0] != given:
+            linked = link(bound, texts, away)
+            self._links = (given, bound, linked.models)
+            for name, fault in linked.faults.items():
+                self._suspend(name, fault)
+        return self._links[2]
+
+    def put_aside(
+        self,
+        texts: Sequence[ModelText],
+        tables: Mapping[TableId, TableState],
+        stands: Mapping[str, ModelState],
+    ) -> None:
+        """Retire what the project no longer has, and suspend models of tables that are not captured."""
+        # Those count that are to be staged yet, too: their models wait.
+        captured = {table.label for table, state in tables.items() if state.stage != "removed"}
+        modelled = {text.table for text in texts}
+        named = {f"{self._config.name}.{label}" for label in captured - modelled}
+        for text in texts:
+            named.add(text.name)
+            if text.table not in captured:
+                why = next((s.reason for t, s in tables.items() if t.label == text.table and s.reason), "")
+                known = f": it is {why}" if why else ""
+                reason = f"raw.{text.source}.{text.table} is not captured{known}."
+                remedy = f"Mend models/{text.file}, or add the table to [source.{text.source}] tables."
+                self._suspend(text.name, ModelBroken(text.name, reason, remedy))
+        for name, state in stands.items():
+            if name not in named and state.state != "retired":
+                logger.info("%s is no longer a model of this project: its table stays as it is", name)
+                self._destination.retire(name, self._config.name)
 
     def _evolved(self, shapes: Sequence[TableSchema]) -> dict[TableId, Evolution]:
         evolved = self._evolutions.of(shapes, keep=not self._read_only)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from headrace import values
 from headrace.change import TableId
+from headrace.channels import DEFAULT_ALERTS, AlertsConfig, read_alerts
 from headrace.document import (
     FILE_NAME,
     MAX_FILE_BYTES,
@@ -198,6 +199,7 @@ class Project:
     destination: DestinationConfig
     scale: ScaleConfig
     env: str = ""
+    alerts: AlertsConfig = DEFAULT_ALERTS
 
     @property
     def state(self) -> Path:
@@ -268,6 +270,7 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
     staging = document.section("staging", {"path": folder_of, "maintenance_cpu": share, "grace": grace})
     destination = _destination(document, root, secret)
     scale = document.section("scale", {"freshness": values.duration("100ms", "24h")})
+    alerts = read_alerts(document, secret)
     document.raise_mistakes()
     return Project(
         root=root,
@@ -277,6 +280,7 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
         destination=DestinationConfig(**destination),
         scale=ScaleConfig(**scale),
         env=env,
+        alerts=alerts,
     )
 
 

@@ -22,6 +22,7 @@
     │   └── ForeignDestination its progress belongs to another log: refused before anything is read
     ├── StateInUse             another process runs on this state folder
     └── ModelBroken            a model that cannot run at all: SUSPEND
+        └── BreakerTripped     too many of its changes fail one after another
 
 Verdicts: RETRY, the world is broken and not the record; QUARANTINE, the record is broken; SUSPEND,
 the model (or the source) is broken and stops alone. Each message says what happened, to what, and
@@ -174,6 +175,10 @@ class ModelBroken(HeadraceError):
     def __init__(self, model: str, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
         self.model = model
+
+
+class BreakerTripped(ModelBroken):
+    """So many changes of a model fail that it is taken for broken."""
 
 
 _BY_NAME = {

@@ -29,6 +29,7 @@ from headrace.join import Join, Joins, Phase, Why
 from headrace.keys import identity
 from headrace.prepared import Prepared
 from headrace.protocols import LogIndex, ModelState
+from headrace.quarantine.breaker import Breakers
 from headrace.rebuilding import PHASES, Rebuilding, newest_decides
 from headrace.recopied import (
     absences,
@@ -63,9 +64,16 @@ class Joiner:
     """Takes models of one source through their joins, one slice at a time."""
 
     def __init__(
-        self, source: str, log: LogIndex, staging: DeltaStaging, joins: Joins, spill: Path | None = None
+        self,
+        source: str,
+        log: LogIndex,
+        staging: DeltaStaging,
+        joins: Joins,
+        spill: Path | None = None,
+        breakers: Breakers | None = None,
     ) -> None:
         """What does not fit in memory while history is read goes to the folder `spill`."""
+        self._breakers = breakers or Breakers()
         self._source = source
         self._log = log
         self._staging = staging
@@ -252,9 +260,13 @@ class Joiner:
 
         def attempt(model: RowModel) -> Sequence[str]:
             made = self._prepare(join, model, copy, target)[1] if model.refused else pieces
+            self._breakers.begin()
+            if join.why != "dry run":
+                made = self._breakers.admitted(model, made)
             return self._destination.step(join, following, model, made, accounts)
 
         issues = uncontested(model, attempt)
+        self._breakers.keep()
         self._keep(following)
         alert(issues)
         return "slice"

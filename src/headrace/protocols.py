@@ -27,6 +27,7 @@ from headrace.change import (
     TableSchema,
 )
 from headrace.prepared import Prepared
+from headrace.records import Records
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from headrace.errors import ForeignDestination
     from headrace.join import Joins
     from headrace.mart import Marts
+    from headrace.reference import Waits
 
 
 class Source(Protocol):
@@ -104,8 +106,8 @@ class Log(Protocol):
         """Delete entries through the last end of a group up to an offset; return the bytes given back.
 
         Of many it deletes the first ones only, so that nobody waits for long: at least one group.
-        Shapes and markers of copies stay, and so do stops: ends of groups at which a reader of staging can
-        still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
+        Shapes, markers of copies and decisions stay, and so do stops: ends of groups where readers of staging
+        can still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
         """
         ...
 
@@ -294,6 +296,14 @@ class Model(Table, Protocol):
         """Hash of all that determines its output."""
         ...
 
+    @property
+    def schema_version(self) -> int:
+        """The version of its table's shape."""
+
+    @property
+    def supersedes(self) -> bool:
+        """Whether a later good change of a source key takes the place of the earlier ones."""
+
     def prepare(self, changes: pa.Table) -> Prepared:
         """Check and convert changes (as `Staging.read` returns them, unchanged cells resolved).
 
@@ -314,15 +324,22 @@ class ModelState:
     reason: str
     offset: Offset
     open_records: int
+    suspended_by: str = ""
+    """`hand`, or `breaker` until a part has passed since; '' for what else there may be."""
+
+    def runs(self, version: str) -> bool:
+        """Whether the model takes changes if its file is of this version."""
+        return self.suspended_by != "hand" and (self.state, self.version) != ("suspended", version)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One model's share of a slice, or a piece of that share, ready to apply."""
+    """One model's share of a slice, or a piece of it; `refolded` is of whole histories, and comes last."""
 
     model: Model
     prepared: Prepared
     in_sync: bool
+    refolded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +370,7 @@ Scanned = tuple["pa.Schema", "Iterator[pa.RecordBatch]"]
 """A result that is read batch by batch."""
 
 
-class Destination(Protocol):
+class Destination(Records, Protocol):
     """Where rows arrive, with the progress, the quarantine and the ledger of their arrival.
 
     Each method that changes something is one transaction. All of them raise DestinationUnavailable
@@ -378,6 +395,11 @@ class Destination(Protocol):
     @property
     def marts(self) -> Marts:
         """What is computed from its tables."""
+        ...
+
+    @property
+    def waits(self) -> Waits:
+        """What waits for rows that it refers to."""
         ...
 
     def exists(self) -> bool:
@@ -443,23 +465,20 @@ class Destination(Protocol):
         """
         ...
 
-    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
-        """Apply what the current model makes of the whole histories of some keys (`prepared.removed`),
-        in one transaction; with `dry_run` only find out what that would do.
-
-        Open records of these keys that are no longer bad become resolved; those still bad count one
-        more attempt; changes that the current model refuses and an earlier one took become records.
-        Returns how many records are `resolved` and how many are `still_quarantined`. Raises Contested for
-        changes to prepare once more.
-        """
+    def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
+        """Mark a version of a model suspended, by its breaker if `tripped`; True if it was not already so."""
         ...
 
-    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
-        """Mark a version of a model suspended with its reason; True if it was not already so."""
+    def hold(self, model: str, source: str, reason: str) -> None:
+        """Mark a model suspended by hand: it stays so, whatever becomes of its file, until `release`."""
+        ...
+
+    def release(self, model: str, source: str) -> bool:
+        """Let a suspended model be tried again; False if it was not suspended."""
         ...
 
     def reconsider(self, source: str) -> None:
-        """Have the suspended models of a source tried once more: their tables may be mended."""
+        """Have the models tried once more that were broken: their tables may be mended."""
         ...
 
     def retire(self, model: str, source: str) -> None:
@@ -473,14 +492,8 @@ class Destination(Protocol):
         others have changed them, but to mend it."""
         ...
 
-    def issue(self, issue: str) -> tuple[str, str, str, str, int]:
-        """Return model, reason, columns, message and number of records of an issue."""
-        ...
-
     def foreign(self, source: str) -> ForeignDestination:
         """Build the refusal of a destination whose progress is another log's."""
-        ...
 
     def close(self) -> None:
         """Give connections back; the next use opens new ones."""
-        ...

@@ -124,8 +124,8 @@ def path_in(root: Path, what: str) -> Parser:
         text = string(value)
         if "${" in text:
             raise Invalid(
-                "${…} is filled in only in url, standby_url and hash_salt of a source, and in anchor_url and "
-                "anchor_key of [log]"
+                "${…} is filled in only in url, standby_url and hash_salt of a source, in anchor_url and "
+                "anchor_key of [log], and in url and secret of a channel of [alerts]"
             )
         if not text.strip() or not text.isprintable() or "://" in text:
             raise Invalid(f"must be the path of a local {what}; addresses are not supported")

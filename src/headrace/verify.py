@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -33,13 +33,12 @@ from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
 from headrace.log.proof import verify as verify_log
 from headrace.pipeline import open_lanes
-from headrace.prepared import Contested
+from headrace.prepared import FOREIGN_KEY, UNIQUE, Contested, Reference
 from headrace.server import is_running, read
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.snapshot import SourceSnapshot, pending_changes, take_snapshot
 from headrace.sources.postgres.tables import captured_tables
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.evaluate import UNIQUE
 from headrace.transform.model import RowModel, as_text
 
 _SHOWN_KEYS = 10
@@ -176,20 +175,23 @@ def _destination(project: Project, source: str) -> list[Finding]:
     models = lane.models()
     queries = [
         f'SELECT model, state, version, "offset" FROM headrace.models WHERE source = {literal(source)}',
-        "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked FROM headrace.quarantine "
-        f"WHERE source = {literal(source)} AND status IN ('quarantined', 'waiting', 'blocked')",
-        'SELECT model, kind, "after", "through", read, quarantined, blocked, '
+        "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked, status "
+        f"FROM headrace.quarantine WHERE source = {literal(source)} "
+        "AND status IN ('quarantined', 'waiting', 'blocked')",
+        'SELECT model, kind, "after", "through", read, quarantined, waiting, blocked, '
         "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
         f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
         f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
         joins_of(source),
+        f"SELECT model, name FROM headrace.foreign_keys WHERE source = {literal(source)} "
+        "AND unchecked_since IS NULL",
         *(
             f"SELECT _source_key, {_columns(model)} FROM {lane.destination.table_of(model.name)}"
             for model in models
         ),
     ]
     try:
-        states, records, ledger, progress, joins, *tables = read(project, queries)
+        states, records, ledger, progress, joins, kept, *tables = read(project, queries)
     except HeadraceError as error:
         return [Finding(f"destination of {source}", False, str(error))]
     lane.close()
@@ -206,8 +208,29 @@ def _destination(project: Project, source: str) -> list[Finding]:
         mine = records.filter(pc.equal(records["model"], model.name))
         own = ledger.filter(pc.equal(ledger["model"], model.name)).to_pylist()
         findings += _compare_model(lane, model, state, table, mine)
-        findings.append(_check_ledger(lane, model, state["offset"], own, mine["blocked"].to_pylist()))
-    return findings
+        findings.append(_check_ledger(lane, model, state["offset"], own, mine.to_pylist()))
+    judged = {(row["model"], row["name"]) for row in kept.to_pylist()}
+    references = (each for model in models for each in model.own_references)
+    found = dict(zip((model.name for model in models), tables, strict=True))
+    return findings + [_referred(each, found) for each in references if (each.model, each.name) in judged]
+
+
+def _referred(reference: Reference, tables: Mapping[str, pa.Table]) -> Finding:
+    """Look for rows that refer to none."""
+    with duckdb.connect() as db:
+        db.register("child", tables[reference.model])
+        db.register("parent", tables[reference.parent])
+        pairs = zip(reference.columns, reference.to, strict=True)
+        same = " AND ".join(f"p.{quoted(to)} = c.{quoted(column)}" for column, to in pairs)
+        some = " AND ".join(f"c.{quoted(column)} IS NOT NULL" for column in reference.columns)
+        rows = db.execute(
+            f"SELECT _source_key FROM child c WHERE {some} "
+            f"AND NOT EXISTS (SELECT 1 FROM parent p WHERE {same}) ORDER BY 1 LIMIT {_SHOWN_KEYS}"
+        ).fetchall()
+    what = f"foreign key {reference.name} of {reference.model}"
+    detail = f"some rows refer to no row of {reference.parent}" if rows else "every row refers to one"
+    keys = tuple(str(key) for (key,) in rows)
+    return Finding(what, not rows, detail, tables[reference.model].num_rows, keys)
 
 
 def _check_progress(lane: Lane, rows: Sequence[dict[str, Any]], begun: Offset) -> Finding:
@@ -275,12 +298,13 @@ def _compare_model(
 
 
 def _refused(model: RowModel, records: pa.Table) -> Contested:
-    """Return what the open records say was refused since another row had the key."""
-    is_of_keys = pc.and_(
-        pc.equal(records["reason"], UNIQUE), pc.equal(records["model_version"], model.version)
+    """Return what the open records say was refused since another row had the key, or none was referred to."""
+    is_of_others = pc.and_(
+        pc.is_in(records["reason"], pa.array([UNIQUE, FOREIGN_KEY])),
+        pc.equal(records["model_version"], model.version),
     )
-    places = records.filter(is_of_keys).select(["epoch", "commit", "ordinal"]).to_pylist()
-    return Contested({model.name: frozenset(tuple(place.values()) for place in places)})
+    places = records.filter(is_of_others).select(["epoch", "commit", "ordinal"]).to_pylist()
+    return Contested({model.name: [(row["epoch"], row["commit"], row["ordinal"], None) for row in places]})
 
 
 def _keys_apart(db: duckdb.DuckDBPyConnection, model: RowModel, table: pa.Table) -> Finding:
@@ -304,7 +328,7 @@ def as_type(rows: pa.Table, column: str, type_: str) -> str:
 
 
 def _check_ledger(
-    lane: Lane, model: RowModel, offset: int, rows: Sequence[dict[str, Any]], records: Sequence[int]
+    lane: Lane, model: RowModel, offset: int, rows: Sequence[dict[str, Any]], records: Sequence[Any]
 ) -> Finding:
     what = f"ledger of {model.name}"
     open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
@@ -332,12 +356,13 @@ def _check_ledger(
     due = sum(count for at, count in streamed if since < at <= offset)
     if due != sum(read for _, read in applied):
         return Finding(what, False, f"does not account for all of {due} changes", len(rows))
-    quarantined = sum(row["quarantined"] for row in rows)
-    if quarantined != len(records):
-        return Finding(what, False, f"says {quarantined} open records, there are {len(records)}", len(rows))
-    blocked = sum(row["blocked"] for row in rows)
-    if blocked != sum(records):
-        wait = f"says that {blocked} changes wait behind them, the records say {sum(records)}"
+    waiting = sum(record["status"] == "waiting" for record in records)
+    for name, there in (("quarantined", len(records) - waiting), ("waiting", waiting)):
+        if (said := sum(row[name] for row in rows)) != there:
+            return Finding(what, False, f"says {said} {name} records, there are {there}", len(rows))
+    blocked, behind = (sum(row["blocked"] for row in each) for each in (rows, records))
+    if blocked != behind:
+        wait = f"says that {blocked} changes wait behind them, the records say {behind}"
         return Finding(what, False, wait, len(rows))
     return Finding(what, True, f"closes over {total} changes", len(rows))
 

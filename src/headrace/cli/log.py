@@ -15,6 +15,7 @@ from headrace.cells import json_of
 from headrace.change import CopyMark, LoggedEntry, SourceMark, TableSchema
 from headrace.cli.log_where import time_text
 from headrace.cli.tables import print_json_lines, print_table
+from headrace.decisions import Decision
 from headrace.errors import UserError
 from headrace.log.consumers import Cursor, Cursors
 from headrace.log.places import told
@@ -288,7 +289,12 @@ def _what(item: LoggedEntry) -> str:
         case "marker":
             copy = CopyMark.from_json(entry.payload)
             return f"copy's chunk {copy.chunk}" if copy.kind == "chunk" else f"copy's {copy.kind}"
-    return ""
+    return _decided(Decision.from_json(entry.payload)) if entry.kind == "decision" else ""
+
+
+def _decided(made: Decision) -> str:
+    changes = f"{len(made.changes)} change{'s' * (len(made.changes) != 1)}"
+    return _one_line(f"{made.verb} {changes} of {made.model}, by {made.actor}")
 
 
 def _one_line(text: str) -> str:

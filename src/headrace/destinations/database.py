@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import Counts, Mark
+from headrace.change import Mark, Offset
+from headrace.decisions import Outcome
+from headrace.destinations import issues, suspending
 from headrace.destinations.books import (
     Books,
+    close_records,
     count_changes,
-    insert,
     move_progress,
-    numbers,
     read_progress,
-    record,
 )
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
+from headrace.destinations.references import judge_references
+from headrace.destinations.refolding import refold
 from headrace.destinations.session import Session, Unfit
 from headrace.destinations.shapes import Shape, record_shape, recorded, refuse_drift
 from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import OPEN, refuse_other_version
 from headrace.destinations.unique import note_claims, refuse_contested
+from headrace.destinations.waiting import Waits
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
-from headrace.prepared import Prepared
+from headrace.prepared import Prepared, Reference
 from headrace.protocols import DestinationFinding, Model, ModelState, Scanned, Slice, Table
+from headrace.reference import NOTHING_DECIDED
 
 _REFUSES = "cannot take the model's rows"
 
@@ -48,6 +52,7 @@ class Database(ABC):
         self._numbered: dict[str, str | None] = {}
         self.joins = Joins(self)
         self.marts = Marts(self)
+        self.waits = Waits(self)
         self.commits = 0
         self._quiet = 0
         self._is_known = False  # that Headrace's own tables are as this version has them
@@ -139,12 +144,19 @@ class Database(ABC):
 
     @contextmanager
     def writing(
-        self, source: str, *, memory: int = 0, keep: bool = True, steady: bool = False
+        self,
+        source: str,
+        *,
+        memory: int = 0,
+        keep: bool = True,
+        steady: bool = False,
+        references: Collection[Reference] = (),
     ) -> Iterator[Session]:
         """Open a transaction that changes what is of a source; committed at the end, unless not to `keep`.
 
-        Raises ModelBroken where a constraint that waited for the end refuses a model's rows, and Contested
-        where rows would have the keys of others.
+        At its end some `references` are judged, too, whose rows it does not change. Raises ModelBroken where
+        a constraint that waited for the end refuses a model's rows, and Contested where rows would have the
+        keys of others, or refer to none.
         """
         try:
             with self.open(memory=memory) as db:
@@ -154,7 +166,10 @@ class Database(ABC):
                     self.set_up(db)
                 db.begin(source, steady=steady)
                 yield db
+                judge_references(db, source, self.table_of, references)
                 refuse_contested(db)
+                if db.counts_issues:
+                    issues.settle(db)
                 if db.changed:
                     count_changes(db, db.changed)
                 db.commit() if keep else db.rollback()
@@ -182,11 +197,7 @@ class Database(ABC):
         """See `Destination.models`."""
         with self.open() as db:
             self.set_up(db)
-            rows = db.execute(
-                'SELECT model, source, version, state, reason, "offset", open_records '
-                "FROM headrace.models WHERE source = $1",
-                [source],
-            )
+            rows = db.execute(suspending.STATES, [source])
         return {str(row[0]): ModelState(*row) for row in rows}
 
     def apply(self, work: Slice) -> Sequence[str]:
@@ -204,6 +215,9 @@ class Database(ABC):
                 self._check(db, work)
                 books, steps = Books(db, work), StepBook(self, db, work.source)
                 for part in work.parts:
+                    if part.refolded:
+                        books.refolded(part.model, refold(self, db, part.model, part.prepared))
+                        continue
                     self.make_table(db, part.model)
                     with self._blaming(part.model.name):
                         books.admit(part, self.table_of(part.model.name))
@@ -231,60 +245,47 @@ class Database(ABC):
         with self.writing(source) as db:
             return read_progress(db, source)
 
-    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
+    def redrive(
+        self, model: Model, prepared: Prepared, *, dry_run: bool = False, decided: Outcome | None = None
+    ) -> dict[str, int]:
         """See `Destination.redrive`."""
-        name = literal(model.name)
-        mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM _hr_redriven r)"
-        same = "b.epoch = q.epoch AND b.commit = q.commit AND b.ordinal = q.ordinal"
-        bad = int(prepared.records.num_rows)
-        with self.writing(model.source, keep=not dry_run) as db:
-            db.keep("_hr_redriven", "SELECT key FROM _hr_given", pa.table({"key": prepared.removed}))
-            ((before, waited),) = db.execute(
-                f"SELECT count(*), coalesce(sum(blocked), 0)::BIGINT FROM headrace.quarantine q WHERE {mine}"
-            )
-            self.make_table(db, model)
-            self.change_rows(db, model.source, model, prepared)
-            resolved = db.change(
-                f"UPDATE headrace.quarantine q SET status = 'resolved', resolution = 'redriven', "
-                f"resolved_at = now(), attempts = attempts + 1, last_attempt = now(), "
-                f"model_version = {literal(model.version)} WHERE {mine} "
-                f"AND NOT EXISTS (SELECT 1 FROM _hr_given b WHERE {same})",
-                given=prepared.records.select(["epoch", "commit", "ordinal"]),
-            )
-            record(db, model, prepared.records)
-            moved, freed = before - bad, waited - (pc.sum(prepared.records["blocked"]).as_py() or 0)
-            if moved or freed:
-                counts = numbers(Counts(applied=moved + freed, quarantined=-moved, blocked=-freed))
-                insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
-            db.execute(
-                f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
-                f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
-            )
-            failpoint("destination.redrive.commit")
-        return {"resolved": resolved, "still_quarantined": bad}
+        outcome = {model.name: decided} if decided else NOTHING_DECIDED
+        return self.waits.refold(model.source, [(model, prepared)], dry_run=dry_run, decided=outcome)
 
-    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
+    def decided(self, source: str) -> dict[str, Offset]:
+        """See `Destination.decided`."""
+        with self.open() as db:
+            rows = db.execute(
+                'SELECT model, "offset" FROM headrace.decided WHERE model IN '
+                "(SELECT model FROM headrace.models WHERE source = $1)",
+                [source],
+            )
+        return {str(model): int(offset) for model, offset in rows}
+
+    def archive_issue(self, issue: str, actor: str) -> None:
+        """See `Destination.archive_issue`."""
+        with self.writing("") as db:
+            issues.archive(db, issue, actor)
+
+    def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
         """See `Destination.suspend`."""
         with self.writing(source) as db:
-            known = db.execute("SELECT state, version, reason FROM headrace.models WHERE model = $1", [model])
-            if known == [("suspended", version, reason)]:
-                return False
-            if known:
-                db.execute(
-                    "UPDATE headrace.models SET state = 'suspended', version = $1, reason = $2, "
-                    "updated_at = now() WHERE model = $3",
-                    [version, reason, model],
-                )
-            else:
-                insert(db, "models", [(model, source, version, "suspended", reason, 0, 0, 0, 0, 0)])
-            return True
+            return suspending.suspend(db, model, source, version, reason, tripped=tripped)
+
+    def hold(self, model: str, source: str, reason: str) -> None:
+        """See `Destination.hold`."""
+        with self.writing(source) as db:
+            suspending.hold(db, model, source, reason)
+
+    def release(self, model: str, source: str) -> bool:
+        """See `Destination.release`."""
+        with self.writing(source) as db:
+            return suspending.release(db, model)
 
     def reconsider(self, source: str) -> None:
         """See `Destination.reconsider`."""
         with self.writing(source) as db:
-            db.execute(
-                "UPDATE headrace.models SET version = '' WHERE source = $1 AND state = 'suspended'", [source]
-            )
+            suspending.reconsider(db, source)
 
     def retire(self, model: str, source: str) -> None:
         """See `Destination.retire`."""
@@ -310,14 +311,13 @@ class Database(ABC):
     def _forget(self, db: Session, model: Model) -> None:
         with self._blaming(model.name, "cannot be built again"):
             self.drop_table(db, model)
-        db.execute(
-            f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
-            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
-            [model.name],
-        )
+        close_records(
+            db, f"model = {literal(model.name)} AND {OPEN}", "'superseded', resolution = 'rebuilt'",
+            version=model.version,
+        )  # fmt: skip
         db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
-        db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
-        db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
+        for table in ("models", "joins", "decided"):
+            db.execute(f"DELETE FROM headrace.{table} WHERE model = $1", [model.name])
         db.changed.add(model.name)
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:
@@ -424,7 +424,7 @@ class Database(ABC):
 
     def _change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         target = self.table_of(model.name)
-        note_claims(db, source, target, prepared)
+        note_claims(db, source, target, model.name, prepared)
         if prepared.counts.read or prepared.rows.num_rows:  # a share of whole histories counts no changes
             db.changed.add(model.name)
         if prepared.deleted is not None:

@@ -281,6 +281,7 @@ class _DuckDBSession:
         self._rooms: dict[str, int] = {}
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
+        self.counts_issues = False
         self.claimed: dict[str, Claimed] = {}
 
     def begin(self, source: str, *, steady: bool = False) -> None:
@@ -351,6 +352,10 @@ class _DuckDBSession:
     def same_key(self, left: str, right: str) -> str:
         return f"{left} = {right}"
 
+    def json_text(self, document: str, *path: str | int) -> str:
+        steps = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+        return f"json_extract_string({document}, '${steps}')"
+
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         # Two hashes: one of 64 bits may meet by chance, both do not.
         return [f"hash({', '.join(cells)})::HUGEINT" for cells in (columns, [*columns[::-1], "'again'"])]
@@ -392,8 +397,8 @@ def _batches(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
 
 
 def _holds_much(db: duckdb.DuckDBPyConnection) -> bool:
-    """Whether changes that no checkpoint has written hold so much memory that the next one to open the file had
-    better find them there: what can be let go of, goes."""
+    """Whether changes that no checkpoint has written hold so much memory that whoever opens the file next had
+    better find them in it: what can be let go of, goes."""
     try:
         db.execute(f"SET memory_limit = '{MEMORY // 2}B'")
     except duckdb.OutOfMemoryException:

@@ -18,8 +18,19 @@ import pyarrow as pa
 
 from headrace.cells import json_of
 from headrace.change import Counts, Mark, Position, TableId
-from headrace.destinations.books import heal, insert, move_progress, numbers, record, record_from, stand
+from headrace.destinations.books import (
+    close_records,
+    heal,
+    insert,
+    move_progress,
+    numbers,
+    overtaken,
+    record,
+    record_from,
+    stand,
+)
 from headrace.destinations.multiset import take_off
+from headrace.destinations.references import judge_anew
 from headrace.destinations.session import Session
 from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import JOINING, OPEN, QUARANTINE
@@ -101,7 +112,7 @@ class Joins:
         head = (join.source, model.name)
         target = _target(join, model)
         table = self._destination.table_of(target.name)
-        healed, counts, issues = 0, Counts(), list[str]()
+        moved, counts, issues = Counts(), Counts(), list[str]()
         with self._destination.writing(join.source) as db:
             _check(db, join)
             self._destination.make_table(db, target)
@@ -111,8 +122,8 @@ class Joins:
                     steps.add(model, target, prepared)
                     del prepared
                     continue
-                healed += heal(db, model.name, prepared, join.end, records)
-                healed += take_off(db, join.source, model.name, table, prepared, join.end, records)
+                moved += heal(db, model.name, prepared, join.end, records)
+                moved += overtaken(take_off(db, join.source, model.name, table, prepared, join.end, records))
                 self._destination.change_rows(db, join.source, target, prepared)
                 issues += record(db, model, prepared.records, records)
                 counts += prepared.counts
@@ -125,9 +136,9 @@ class Joins:
                 own = Account("copy" if join.phase == "copy" else "apply", join.offset, through, counts)
                 told = [own] if accounts is None else accounts
                 rows = [(*head, *each[:3], *numbers(each.counts), model.version) for each in told]
-                if healed:
-                    moved = numbers(Counts(superseded=healed, quarantined=-healed))
-                    rows.append((*head, "superseded", join.offset, through, *moved, model.version))
+                if moved.superseded:
+                    span = (join.offset, through)
+                    rows.append((*head, "superseded", *span, *numbers(moved), model.version))
                 insert(db, "ledger", rows)
             _save(db, following)
             failpoint("destination.join.commit")
@@ -153,6 +164,7 @@ class Joins:
                 self._destination.drop_table(db, _target(join, model))
             if join.why != "dry run":
                 stand(db, model, at.offset, position, committed_at, in_sync=in_sync)
+                judge_anew(db, model.name, position.commit)
                 _balance(db, join, model)
                 move_progress(db, join.source, at, position, committed_at)
             _save(db, replace(join, phase="done", stands=join.end))
@@ -280,6 +292,14 @@ class _Renamed:
         return self.model.version
 
     @property
+    def schema_version(self) -> int:
+        return self.model.schema_version
+
+    @property
+    def supersedes(self) -> bool:
+        return self.model.supersedes
+
+    @property
     def numbered(self) -> str | None:
         return self.model.numbered
 
@@ -326,11 +346,8 @@ def _void(db: Session, join: Join) -> None:
     since = f"AND kind = 'copy' AND \"after\" >= {join.stands}" if join.beside else ""
     db.execute(f"UPDATE headrace.ledger SET kind = 'void' WHERE model = $1 {since}", [join.model])
     if not join.beside:
-        db.execute(
-            f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = 'rebuilt', "
-            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
-            [join.model],
-        )
+        mine = f"model = {literal(join.model)} AND {OPEN}"
+        close_records(db, mine, "'superseded', resolution = 'rebuilt'")
 
 
 def _check(db: Session, join: Join) -> None:
@@ -345,10 +362,8 @@ def _exchange_records(db: Session, join: Join, model: Model) -> list[str]:
     """Put the open records from beside in the place of the live table's; return new issues."""
     name = literal(model.name)
     resolution = "resync" if join.why == "copy" else "rebuilt"
-    db.execute(
-        f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = '{resolution}', resolved_at = now() "
-        f"WHERE model = {name} AND {OPEN}"
-    )
+    status = f"'superseded', resolution = '{resolution}'"
+    close_records(db, f"model = {name} AND {OPEN}", status, version=model.version)
     db.keep("_hr_beside", f"SELECT * FROM {JOINING} WHERE model = {name} AND {OPEN}")
     return record_from(db, model, "_hr_beside")
 
@@ -356,16 +371,18 @@ def _exchange_records(db: Session, join: Join, model: Model) -> list[str]:
 def _balance(db: Session, join: Join, model: Model) -> None:
     """Let the ledger say how many records are open, and what they block, where a join has changed that."""
     name = literal(model.name)
-    ((records, behind),) = db.execute(
-        "SELECT count(*), coalesce(sum(blocked), 0)::BIGINT "
-        f"FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
+    now = db.execute(
+        "SELECT count(*) FILTER (WHERE status <> 'waiting'), count(*) FILTER (WHERE status = 'waiting'), "
+        f"coalesce(sum(blocked), 0)::BIGINT FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
     )
-    ((known, known_behind),) = db.execute(
-        "SELECT coalesce(sum(quarantined), 0)::BIGINT, coalesce(sum(blocked), 0)::BIGINT "
+    known = db.execute(
+        "SELECT coalesce(sum(quarantined), 0)::BIGINT, coalesce(sum(waiting), 0)::BIGINT, "
+        "coalesce(sum(blocked), 0)::BIGINT "
         f"FROM headrace.ledger WHERE model = {name} AND kind <> 'void'"
     )
-    opened, blocked = records - known, behind - known_behind
-    if opened or blocked:
+    opened, waiting, blocked = (each - before for each, before in zip(now[0], known[0], strict=True))
+    if opened or waiting or blocked:
         kind = "resync" if join.why == "copy" else "rebuild"
-        moved = numbers(Counts(superseded=-opened - blocked, quarantined=opened, blocked=blocked))
+        gone = -opened - waiting - blocked
+        moved = numbers(Counts(superseded=gone, quarantined=opened, waiting=waiting, blocked=blocked))
         insert(db, "ledger", [(model.source, model.name, kind, 0, 0, *moved, model.version)])

@@ -63,6 +63,7 @@ class PostgresSession:
         self._name = name
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
+        self.counts_issues = False
         self.claimed: dict[str, Claimed] = {}
         self._held: pa.Table | None = None  # what the temporary table _hr_given is made of
 
@@ -202,6 +203,10 @@ class PostgresSession:
     def same_key(self, left: str, right: str) -> str:
         """See `Session.same_key`: the first part is what the index is of."""
         return f"{_prefix(left)} = {_prefix(right)} AND {left} = {right}"
+
+    def json_text(self, document: str, *path: str | int) -> str:
+        """See `Session.json_text`."""
+        return f"({document}::json #>> '{{{','.join(map(str, path))}}}')"
 
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         """See `Session.fingerprints`. As text, since not every type can be compared."""

@@ -111,8 +111,8 @@ class Publisher:
     def _publish(self) -> bool:
         """In this order, so that the name always stands for a whole copy of one commit:
 
-        1. what its write-ahead log holds is written into it, and, while nobody has the file open, once more if
-           need be; it is copied under a lock that keeps other processes from changing it;
+        1. what its write-ahead log holds is written into it, once more if need be while nobody has the file
+           open, and it is copied under a lock that keeps other processes from changing it;
         2. the copy is synced, and opened once to see that it is whole;
         3. it takes the name, and the folder is synced.
         """

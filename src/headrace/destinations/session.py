@@ -32,6 +32,9 @@ class Session(Protocol):
     changed: set[str]
     """Models and marts whose rows the transaction changes: those that read them are due after it."""
 
+    counts_issues: bool
+    """Whether records were changed here, so that the states of their issues are to be settled."""
+
     claimed: dict[str, Claimed]
     """What was changed here of tables with a key that is to be kept unique, by table (quoted)."""
 
@@ -94,6 +97,10 @@ class Session(Protocol):
 
     def same_key(self, left: str, right: str) -> str:
         """Return the condition that two source keys are equal, `left` one of a model's table."""
+        ...
+
+    def json_text(self, document: str, *path: str | int) -> str:
+        """Return the expression of what stands in a JSON text at a path of names and places, as text."""
         ...
 
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:

@@ -19,21 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
-from headrace.keys import literal, quoted
-from headrace.prepared import Claims
+from headrace.keys import literal, quoted, source_key
+from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
 from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
 from headrace.transform.trial import killers, show_events, time_for
 
 if TYPE_CHECKING:
+    from headrace.transform.handling import Action
     from headrace.transform.model import RowModel
 
 _ASKED_ROWS, _SAYING_NOTHING_NEW = 100, 3
 """Bad rows of one column whose message is asked of the engine one by one, at most and while there is a new
 one among the last few; more of them share the message of the first."""
-
-UNIQUE = "constraint.unique"
-"""The reason of a change that would give its row the key of another."""
 
 FAULTS = pa.schema(
     {
@@ -64,25 +62,26 @@ class Evaluation:
         self._model = model
         self._fatal: dict[int, _Cause] = {}
         self._judged: pa.Table | None = None
-        self._refused = pa.array([], pa.int64())
+        self._refused = pa.table({"n": pa.array([], pa.int64()), "reference": pa.array([], pa.string())})
 
     def refuse(self, events: pa.Table) -> None:
         """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
         if not self._model.refused:
             return
-        places = list(zip(*self._model.refused, strict=True))
-        names = ("_epoch", "_commit", "_ordinal")
-        self._db.register("placed", events.select(["_hr_n", *names]))
-        self._db.register(
-            "refused", pa.table({n: pa.array(p, pa.int64()) for n, p in zip(names, places, strict=True)})
-        )
-        found = self._db.sql(f"SELECT _hr_n FROM placed SEMI JOIN refused USING ({', '.join(names)})")
-        self._refused = found.to_arrow_table()["_hr_n"].combine_chunks()
+        names = ("_epoch", "_commit", "_ordinal", "reference")
+        cells = zip(*self._model.refused, strict=True)
+        types = (pa.int64(), pa.int64(), pa.int64(), pa.string())
+        refused = {name: pa.array(each, type_) for name, each, type_ in zip(names, cells, types, strict=True)}
+        self._db.register("placed", events.select(["_hr_n", *names[:3]]))
+        self._db.register("refused", pa.table(refused))
+        self._refused = self._db.sql(
+            "SELECT _hr_n AS n, reference FROM placed JOIN refused USING (_epoch, _commit, _ordinal)"
+        ).to_arrow_table()
 
     def claims(self, events: pa.Table, effects: pa.ChunkedArray, settled: pa.Array | None) -> Claims | None:
-        """Return the keys that `rows` claim; None if the source's key keeps them apart. `effects` are the
-        source keys of all effects of the events."""
-        if not self._model.unique:
+        """Return what `rows` claim; None if the source's key keeps them apart and nothing refers to another.
+        `effects` are the source keys of all effects of the events."""
+        if not self._model.claims:
             return None
         good = self._chosen(settled)
         made_by = events.take(good["_hr_n"])
@@ -91,7 +90,7 @@ class Evaluation:
         once = keys.field("values").filter(pc.equal(keys.field("counts"), 1))
         sole = pc.is_in(good["_source_key"], value_set=once)
         made = pa.table({"_source_key": good["_source_key"], **places, "sole": sole})
-        return Claims(self._model.name, self._model.unique, made)
+        return Claims(self._model.name, self._model.unique, made, self._model.references)
 
     def query(self, events: str) -> str:
         """Return the query that judges the rows of relation `events`.
@@ -164,6 +163,7 @@ class Evaluation:
         """Return `n`, `k` and `verdict` (good, filtered or bad) of each event that was judged."""
         judged = self._judged
         assert judged is not None
+        self._refuse_suspending(judged)
         filtered = pc.if_else(judged["_hr_filtered"], "filtered", "good")
         verdicts = pc.if_else(self._bad(judged), "bad", filtered)
         return pa.table({"n": judged["_hr_n"], "k": judged["_hr_k"], "verdict": verdicts})
@@ -183,6 +183,11 @@ class Evaluation:
         apart = pc.or_(self._bad(judged), judged["_hr_filtered"])
         good = judged.filter(pc.invert(apart)) if pc.any(apart).as_py() else judged
         names = [name for name, _, _ in self._model.outputs]
+        for i, check in enumerate(self._model.checks):
+            if check.on_violation == "null":
+                at, cells = good.schema.get_field_index(check.column), good[check.column]
+                nulled = pc.if_else(good[f"_hr_v{i}"], pa.scalar(None, cells.type), cells)
+                good = good.set_column(at, check.column, nulled)
         return good.select(["_hr_n", "_hr_k", *names]).rename_columns(["_hr_n", "_source_key", *names])
 
     def faults(self, events: pa.Table) -> pa.Table:
@@ -191,7 +196,7 @@ class Evaluation:
         judged = self._judged
         assert judged is not None
         wanted = events["_hr_n"].combine_chunks()
-        bad = judged.select(["_hr_n", "_hr_failed", "_hr_cast", *self._violations()])
+        bad = judged.select(["_hr_n", "_hr_failed", "_hr_cast", *self._violations("quarantine")])
         bad = bad.filter(pc.and_(self._bad(judged), pc.is_in(judged["_hr_n"], value_set=wanted)))
         failed = _failed(bad)
         fatal = sorted(self._fatal.keys() & set(wanted.to_pylist())) if self._fatal else []
@@ -208,33 +213,86 @@ class Evaluation:
         )
 
     def _violated(self, bad: pa.Table) -> pa.Table:
-        """Say of rows which check they violate first; those that violate none are refused."""
-        checks = self._model.checks
+        """Say of rows which check they violate first; those that violate none are refused: they lack what
+        they refer to, or would have the key of another."""
+        checks = [(i, c) for i, c in enumerate(self._model.checks) if c.on_violation == "quarantine"]
         key = ", ".join(self._model.unique)
-        causes = [("constraint", c.reason, c.column, f"{c.column}: {c.text} is violated") for c in checks]
+        causes = [("constraint", c.reason, c.column, f"{c.column}: {c.text} is violated") for _, c in checks]
         causes.append(("constraint", UNIQUE, key, f"{key}: another row of the table has this key"))
+        for reference in self._model.own_references:
+            columns = ", ".join(reference.columns)
+            what = f"{columns}: {reference.parent} has no such row"
+            causes.append(("constraint", FOREIGN_KEY, columns, what))
         which = np.full(bad.num_rows, len(checks))
-        for i in reversed(range(len(checks))):
-            which[pc.fill_null(bad[f"_hr_v{i}"], False).to_numpy()] = i
+        for place, reference in enumerate(self._model.own_references, len(checks) + 1):
+            lacking = self._refused.filter(pc.equal(self._refused["reference"], reference.name))["n"]
+            which[pc.is_in(bad["_hr_n"], value_set=lacking.combine_chunks()).to_numpy()] = place
+        for place, (i, _) in reversed(list(enumerate(checks))):
+            which[pc.fill_null(bad[f"_hr_v{i}"], False).to_numpy()] = place
         return _faults(bad["_hr_n"].combine_chunks(), which, causes)
+
+    def awaited(self, numbers: pa.Array) -> pa.ChunkedArray:
+        """Return for each of these bad events what it waits for: JSON of `model`, `columns` and `values`
+        (texts) of the row that it lacks, or whose key it would have, with that row's source `key` where that
+        is known and the name of the `constraint`; null for what is bad by itself."""
+        model = self._model
+        if not self._refused.num_rows or not model.claims:
+            return pa.chunked_array([pa.nulls(len(numbers), pa.string())])
+        waits = list(model.own_references)
+        if model.unique:
+            waits.append(Reference(model.name, "", model.unique, model.name, model.unique))
+        cases = " ".join(f"WHEN {literal(each.name)} THEN {_waited(each)}" for each in waits)
+        self._db.register("judged", self._judged)
+        self._db.register("lacks", self._refused)
+        self._db.register("numbers", pa.table({"n": numbers, "i": pa.array(range(len(numbers)), pa.int64())}))
+        checks = self._violations("quarantine")
+        fails = " OR ".join(["j._hr_failed", "j._hr_cast IS NOT NULL", *(f"j.{name}" for name in checks)])
+        return self._db.sql(
+            f"SELECT CASE WHEN NOT ({fails}) THEN CASE coalesce(l.reference, '') {cases} END END AS awaited "
+            "FROM numbers w LEFT JOIN lacks l USING (n) LEFT JOIN judged j ON j._hr_n = l.n ORDER BY w.i"
+        ).to_arrow_table()["awaited"]
 
     def fatal(self) -> list[int]:
         """Return the rows that took the query down; they are in no judgement."""
         return sorted(self._fatal)
 
-    def _violations(self) -> list[str]:
-        """Return the columns that say of each check whether a row violates it."""
-        return [f"_hr_v{i}" for i in range(len(self._model.checks))]
+    def _violations(self, *actions: Action) -> list[str]:
+        """Return the columns that say of each check with one of some actions whether a row violates it."""
+        return [f"_hr_v{i}" for i, check in enumerate(self._model.checks) if check.on_violation in actions]
+
+    def tolerated(self, settled: pa.Array | None) -> dict[str, int]:
+        """Return how many good rows violate a check that only warns (`warned`), and how many have a cell
+        nulled (`nulled`); of those numbered in `settled`, if given."""
+        judged = self._judged
+        assert judged is not None
+        counts = {}
+        for name, columns in (("warned", self._violations("warn")), ("nulled", self._violations("null"))):
+            if columns:
+                rows = judged.filter(pc.invert(self._bad(judged)))
+                rows = rows if settled is None else rows.filter(pc.is_in(rows["_hr_n"], value_set=settled))
+                counts[name] = pc.sum(_any_of(rows, columns)).as_py() or 0
+        return counts
 
     def _bad(self, judged: pa.Table) -> pa.ChunkedArray:
         """Return which rows have failed or violate a check."""
         bad = _failed(judged)
-        for name in self._violations():
+        for name in self._violations("quarantine"):
             bad = pc.or_(bad, judged[name])
-        if len(self._refused):
-            refused = pc.is_in(judged["_hr_n"], value_set=self._refused)
+        if self._refused.num_rows:
+            refused = pc.is_in(judged["_hr_n"], value_set=self._refused["n"].combine_chunks())
             bad = pc.or_(bad, pc.and_(refused, pc.invert(judged["_hr_filtered"])))
         return bad
+
+    def _refuse_suspending(self, judged: pa.Table) -> None:
+        """Raise ModelBroken where a row violates a check that is to suspend the model."""
+        for i, check in enumerate(self._model.checks):
+            if check.on_violation == "suspend" and (count := pc.sum(judged[f"_hr_v{i}"]).as_py()):
+                raise ModelBroken(
+                    self._model.name,
+                    f"{count:,} changes violate {check.column}: {check.text}, which suspends the model "
+                    "(on_violation).",
+                    f"Mend the data or the model, then run `headrace resume {self._model.name}`.",
+                )
 
     def _violation(self, i: int) -> str:
         check = self._model.checks[i]
@@ -348,6 +406,13 @@ class Evaluation:
         return "transform.expression", "the expression fails together with the others"
 
 
+def _any_of(rows: pa.Table, columns: list[str]) -> pa.ChunkedArray:
+    found = rows[columns[0]]
+    for name in columns[1:]:
+        found = pc.or_(found, rows[name])
+    return found
+
+
 def _failed(judged: pa.Table) -> pa.ChunkedArray:
     """Return of which rows an expression has failed."""
     failed = pc.fill_null(judged["_hr_failed"], False)  # a filter that is null is neither
@@ -384,6 +449,21 @@ def _within(db: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()  # else it might meet the next query
+
+
+def _waited(reference: Reference) -> str:
+    """Return the expression of `Evaluation.awaited` over the outputs of a row."""
+    cells = [f"{quoted(name)}::VARCHAR" for name in reference.columns]
+    key = source_key([cells[i] for i in reference.by_key]) if reference.by_key else "NULL"
+    members = {
+        "constraint": literal(reference.name),
+        "model": literal(reference.parent),
+        "columns": f"[{', '.join(map(literal, reference.to))}]",
+        "values": f"[{', '.join(cells)}]",
+        "key": key,
+    }
+    struct = ", ".join(f"{literal(name)}: {value}" for name, value in members.items())
+    return f"to_json({{{struct}}})::VARCHAR"
 
 
 def _is_the_engines(error: duckdb.Error) -> bool:

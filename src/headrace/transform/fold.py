@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from headrace.change import Counts
 from headrace.keys import key_before, key_of_row, literal, quoted
-from headrace.prepared import Prepared
+from headrace.prepared import FOREIGN_KEY, Prepared
 from headrace.transform.engine import engine
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ RECORD = pa.schema(
         "offset": pa.int64(),
         "preview": pa.string(),
         "blocked": pa.int64(),
+        "waiting_on": pa.string(),
     }
 )
 NO_ROWS = pa.table({"_source_key": pa.array([], pa.string())})
@@ -96,7 +97,9 @@ def fold(
             applied=len(settled) - filtered + len(resets),
             superseded=total - len(settled) - len(resets) - records.num_rows,
             filtered=filtered,
-            quarantined=records.num_rows,
+            quarantined=records.num_rows - (waiting := waiting_in(records)),
+            waiting=waiting,
+            **evaluation.tolerated(chosen),
         ),
         claims=evaluation.claims(events, points["k"], chosen),
     )
@@ -251,9 +254,15 @@ def records_of(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Ta
             },
             "preview": _previews(rows),
             "blocked": pa.repeat(pa.scalar(0, pa.int64()), rows.num_rows),
+            "waiting_on": evaluation.awaited(bad),
         },
         schema=RECORD,
     )
+
+
+def waiting_in(records: pa.Table) -> int:
+    """Return how many records wait for a row that they refer to."""
+    return int(pc.sum(pc.equal(records["reason"], FOREIGN_KEY)).as_py() or 0)
 
 
 def _previews(rows: pa.Table) -> pa.ChunkedArray:

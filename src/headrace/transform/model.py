@@ -13,16 +13,19 @@ from typing import TypeVar
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Column, TableId, TableSchema
+from headrace.change import Column, Counts, TableId, TableSchema
+from headrace.decisions import Decisions
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
-from headrace.prepared import Contested, Place, Prepared
+from headrace.prepared import Contested, Prepared, Reference, Refused
 from headrace.scrub import scrub
 from headrace.transform.attempts import Attempts
 from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
+from headrace.transform.foreign import ORPHAN_AFTER
+from headrace.transform.handling import NO_SAY, Handling
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
 from headrace.transform.python.evaluate import PythonEvaluation, PythonRows
@@ -59,8 +62,16 @@ class RowModel:
     """What makes the rows that the expressions are over, where that is Python and not the raw table."""
     unique: tuple[str, ...] = ()
     """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
-    refused: frozenset[Place] = field(default=frozenset(), compare=False)
-    """Changes that are bad since their rows would have the key of another."""
+    handling: Handling = NO_SAY
+    references: tuple[Reference, ...] = ()
+    """The foreign keys of its rows, and those that refer to its rows."""
+    orphan_after: float = ORPHAN_AFTER
+    """Seconds for which a row waits for what it refers to, before that is an error."""
+    refused: frozenset[Refused] = field(default=frozenset(), compare=False)
+    """Changes that are bad since their rows would have the key of another, or refer to none."""
+    decisions: Decisions | None = field(default=None, compare=False)
+    """What people decided about changes, None if nothing."""
+
     attempts: Attempts | None = field(default=None, compare=False)
     """Where it is noted what is being prepared, if it is to be."""
     suspect: bool = field(default=False, compare=False)
@@ -68,12 +79,21 @@ class RowModel:
 
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
-        if self.attempts is None:
-            return self._prepared(changes)
-        with self.attempts.attempt(self.name, self.version, changes) as suspect:
-            return (replace(self, suspect=True) if suspect else self)._prepared(changes)
+        if self.decisions is None:
+            return self._noted(changes)
+        taken = self.decisions.taken(self.schema, changes)
+        prepared, left_out = self._noted(taken), changes.num_rows - taken.num_rows
+        counts = prepared.counts + Counts(read=left_out, filtered=left_out)
+        return replace(prepared, counts=counts) if left_out else prepared
 
-    def _prepared(self, changes: pa.Table) -> Prepared:
+    def _noted(self, changes: pa.Table) -> Prepared:
+        """Prepare changes, noted while it lasts."""
+        if self.attempts is None:
+            return self._prepare(changes)
+        with self.attempts.attempt(self.name, self.version, changes) as suspect:
+            return (replace(self, suspect=True) if suspect else self)._prepare(changes)
+
+    def _prepare(self, changes: pa.Table) -> Prepared:
         with engine() as db:
             if self.kind.materialize != "latest":
                 return step(db, self, changes)
@@ -98,9 +118,29 @@ class RowModel:
         return uncontested(self, lambda model: alone(model.settled(changes)))
 
     def refusing(self, contested: Contested) -> RowModel:
-        """Return the model that takes what was contested for bad; its version is the same."""
+        """Return the model that takes what was contested for bad; its version is the same. Raises ModelBroken
+        where that is to suspend it."""
         refused = contested.refused.get(self.name)
-        return replace(self, refused=self.refused | refused) if refused else self
+        taken = [place for *place, foreign_key in refused or () if foreign_key is None]
+        if taken and self.handling.on_key_violation == "suspend":
+            key = ", ".join(self.unique)
+            raise ModelBroken(
+                self.name,
+                f"{len(taken):,} changes would give their rows the key ({key}) of others, which suspends "
+                "the model (on_violation).",
+                f"Mend the data or the model, then run `headrace resume {self.name}`.",
+            )
+        return replace(self, refused=self.refused.union(refused)) if refused else self
+
+    @property
+    def claims(self) -> bool:
+        """Whether what its rows claim has to be known, see `Claims`."""
+        return bool(self.unique or self.references)
+
+    @property
+    def own_references(self) -> tuple[Reference, ...]:
+        """The foreign keys of its rows."""
+        return tuple(each for each in self.references if each.model == self.name)
 
     def limited(self, limits: Sequence[tuple[str, str]]) -> RowModel:
         """Return the model with `Destination.limits` of its outputs as further checks."""
@@ -109,9 +149,24 @@ class RowModel:
         return replace(self, checks=(*self.checks, *more)) if limits else self
 
     @property
+    def max_error_rate(self) -> float:
+        """Which share of its newest changes may fail before it is taken for broken; 1 for any."""
+        return self.handling.max_error_rate
+
+    @property
     def is_mirror(self) -> bool:
         """Whether the model follows its table's shape instead of a file."""
         return self.version.startswith("mirror:")
+
+    @property
+    def schema_version(self) -> int:
+        """See `Model.schema_version`."""
+        return self.schema.version
+
+    @property
+    def supersedes(self) -> bool:
+        """See `Model.supersedes`."""
+        return bool(self.schema.key) and self.kind.materialize == "latest"
 
     @property
     def numbered(self) -> str | None:
@@ -124,6 +179,15 @@ class RowModel:
         reading = (name for name, text, _ in outputs if _reads(text, key[0], self.alias))
         return next(reading, None)
 
+    def holding(self, column: str) -> list[str]:
+        """Return the outputs that hold a column of the raw table, its values told apart as they are there."""
+        (known,) = (each for each in self.schema.columns if each.name == column)
+        return [
+            name
+            for name, text, type_ in self.outputs
+            if _reads(text, known, self.alias) and cast_keeps_apart(known.type, type_)
+        ]
+
     def types(self) -> dict[str, str]:
         """See `Model.types`."""
         return {name: type_ for name, _, type_ in self.outputs} | dict(self.kind.columns)
@@ -135,7 +199,7 @@ def preparing(model: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if verdict_of(error) is Verdict.RETRY:
+        if verdict_of(error) is Verdict.RETRY or isinstance(error, ModelBroken):
             raise
         if isinstance(error, HeadraceError):
             raise ModelBroken(model, str(error), error.remedy) from error
@@ -160,7 +224,7 @@ def alone(prepared: Prepared) -> Prepared:
     """Return an outcome that is all there is. Raises Contested where rows of it would have one key: the row
     of the earliest change has it."""
     claims = prepared.claims
-    if claims is None:
+    if claims is None or not claims.key:
         return prepared
     key = ", ".join(f"m.{quoted(name)}" for name in claims.key)
     with engine() as db:
@@ -171,7 +235,7 @@ def alone(prepared: Prepared) -> Prepared:
             f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY p.epoch, p.commit, p.ordinal) > 1"
         ).fetchall()
     if refused:
-        raise Contested({claims.model: frozenset(refused)})
+        raise Contested({claims.model: [(*place, None) for place in refused]})
     return prepared
 
 
@@ -254,6 +318,8 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             checks=text.checks,
             version=text.version,
             kind=text.kind,
+            handling=text.handling,
+            orphan_after=text.orphan_after,
         )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(
@@ -291,6 +357,7 @@ def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
             checks=(*_key_checks(text, schema, types), *text.checks),
             version=text.version,
             kind=text.kind,
+            handling=text.handling,
             python=PythonRows(text.name, worker, seen if text.reads is None else text.reads),
         )
         made = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, type_ in types.items())
