@@ -49,6 +49,8 @@ FLOORS = [
         "evolution",
         "decisions",
         "records",
+        "masking",
+        "standing",
     },
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {
@@ -67,6 +69,7 @@ FLOORS = [
         "reading",
         "server",
         "verify",
+        "conservation",
         "memory",
         "upkeep",
         "upstream",

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from headrace.ahead import ahead
@@ -36,12 +37,15 @@ from headrace.errors import (
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import Destination, ModelState, Part, Slice
+from headrace.protocols import Destination, Part, Slice
 from headrace.quarantine.breaker import Breakers
+from headrace.quarantine.limit import SizeLimit
 from headrace.redriving import Redriver, Running
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
+from headrace.transform.attempts import Attempts
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, preparing
@@ -82,7 +86,7 @@ class Lane:
         root = project.staging_path(config.name)
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
-        self._breakers = Breakers()
+        self._breakers = Breakers(SizeLimit(project.quarantine, destination.read))
         self.joiner = Joiner(
             config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
         )
@@ -95,8 +99,10 @@ class Lane:
         self._reached: Offset = 0
         self._tables = read_states(self.log)
         self._read_only = read_only
+        refuse = partial(self._suspend, "")  # of no version: any runs once its table fits
+        attempts = Attempts(project.state / "attempts" / config.name, read_only=read_only)
         self._binder = Binder(
-            config, self.log, self.staging, destination, self._does_not_fit, read_only=read_only
+            config, self.log, self.staging, destination, refuse, read_only=read_only, attempts=attempts
         )
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
@@ -150,7 +156,7 @@ class Lane:
             try:
                 step = self.joiner.step(model, copy, self._stands or {}, running, self._reached, self._alert)
             except ModelBroken as error:
-                self._suspend(model.name, model.version, error)
+                self._suspend(model.version, model.name, error)
                 return True
             except BaseException:
                 self._stands = None
@@ -188,7 +194,7 @@ class Lane:
         try:
             return self.waiting.step(running.models, running.stands, self._alert)
         except ModelBroken as error:
-            self._suspend(error.model, running.version_of(error.model), error)
+            self._suspend(running.version_of(error.model), error.model, error)
             return True
 
     def _running(self, staged: Offset) -> Running:
@@ -239,30 +245,21 @@ class Lane:
     def suspended(self) -> dict[str, str]:
         """Return the models that are suspended, but not by hand, with their reasons."""
         states = self.destination.models(self.config.name)
-        broken = {
-            name: s for name, s in states.items() if s.state == "suspended" and s.suspended_by != "hand"
-        }
-        return {name: state.reason for name, state in broken.items()}
-
-    def has(self, model_name: str) -> bool:
-        """Whether there is such a model of this source, be it one that does not bind."""
-        named = {*(text.name for text in self._texts), *(model.name for model in self.models())}
-        return model_name in named or self._asked(model_name)[1] is not None
+        broken = (s for s in states.values() if s.state == "suspended" and s.suspended_by != "hand")
+        return {state.name: state.reason for state in broken}
 
     def hold(self, model_name: str, reason: str) -> None:
         """Suspend a model until it is released, over restarts and whatever becomes of its file."""
         with self.applying:
             self.destination.hold(model_name, self.config.name, f"by hand{reason and ': '}{reason}")
             self._stands = None
-        logger.info("model %s is suspended by hand", model_name)
 
     def release(self, model_name: str) -> None:
         """Let a suspended model be tried again. Raises UserError if it is not suspended."""
         with self.applying:
-            if not self.destination.release(model_name, self.config.name):
-                raise UserError(f"Model {model_name} is not suspended.", "`headrace status` says how it is.")
-            self._stands = None
-        logger.info("model %s goes on", model_name)
+            released, self._stands = self.destination.release(model_name, self.config.name), None
+        if not released:
+            raise UserError(f"Model {model_name} is not suspended.", "`headrace status` says how it is.")
 
     def needs(self) -> Needs | None:
         """Return what must stay of the log; None where the destination has not been asked.
@@ -273,8 +270,7 @@ class Lane:
         running = [self._offset(model) for model in self._runnable(staged)] if self._stands else []
         if self._stands is None:
             return None
-        stands = [state.offset for state in self._stands.values()]
-        stops = {*stands, *self.joiner.targets(), self._reached}
+        stops = {self._reached, *self.joiner.targets(), *(each.offset for each in self._stands.values())}
         return Needs(min([staged, held_by_copies(self.log), *running]), frozenset(stops))
 
     def redrive(
@@ -374,7 +370,7 @@ class Lane:
         self.joiner.know(None)
         self.redriver.forget()
         stands = self.destination.models(self.config.name)
-        self._breakers.know_tripped(n for n, state in stands.items() if state.suspended_by == "breaker")
+        self._breakers.know(name for name, state in stands.items() if state.suspended_by == "breaker")
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
         for model in self._models(self.staging.through()):
@@ -389,7 +385,7 @@ class Lane:
                 elif state.open_records and not self._read_only:
                     self.redriver.try_version(model, state.offset)
             except ModelBroken as error:
-                self._suspend(model.name, model.version, error)
+                self._suspend(model.version, model.name, error)
                 stands[model.name] = replace(state, state="suspended", version=model.version)
         if self._tables and not self._read_only:
             self._binder.put_aside(self._texts, self._tables, stands)
@@ -409,7 +405,7 @@ class Lane:
         try:
             issues = settled(models, attempt)
         except ModelBroken as error:
-            self._suspend(error.model, {each.name: each.version for each in models}[error.model], error)
+            self._suspend({each.name: each.version for each in models}[error.model], error.model, error)
             return
         except BaseException:
             self._stands = None
@@ -484,13 +480,12 @@ class Lane:
         removed = {table for table, state in self._tables.items() if state.stage == "removed"}
         return self._binder.models(self._texts, removed, through)
 
-    def _does_not_fit(self, name: str, error: HeadraceError) -> None:
-        self._suspend(name, "", error)  # any version runs once its table fits
-
-    def _suspend(self, name: str, version: str, error: HeadraceError) -> None:
+    def _suspend(self, version: str, name: str, error: HeadraceError) -> None:
         if self._read_only:
             return
         self._stands = None
+        if self._breakers.has_room(error):
+            return
         tripped = isinstance(error, BreakerTripped)
         if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
             trigger_suspended(name, self.config.name, error.paragraph())

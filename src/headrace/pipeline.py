@@ -2,7 +2,8 @@
 
 For each source five threads: three repeat one verb of its lane each, capture, load, and apply, which has a
 part prepared while it takes the one before; two keep log and staging small. One more watches the source and
-does nothing but ring; one for all keeps the marts, and one a copy for readers where there is to be one. A
+does nothing but ring; one for all keeps the marts, one looks at the ledger, and one makes a copy for readers
+where there is to be one. A
 thread that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
 when it lasts; anything else stops that thread alone, with its reason, while the others go on.
 """
@@ -22,6 +23,8 @@ from headrace.alarms import resolve, tell, trigger
 from headrace.alerts.service import Alerting
 from headrace.change import TableId
 from headrace.config import Project
+from headrace.conservation import EVERY as LOOK_EVERY
+from headrace.conservation import LedgerWatch
 from headrace.decisions import Decision
 from headrace.destinations import open_destination, open_publisher
 from headrace.errors import (
@@ -102,6 +105,7 @@ class Pipeline:
                 lane.config.name: ReadingPlace(project, lane) for lane in self.lanes if lane.config.upstream
             }
             self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
+            self._ledger = LedgerWatch(self.lanes)
             self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._alerting = Alerting(project, self.lanes)
             try:
@@ -130,6 +134,7 @@ class Pipeline:
             for verb in verbs:
                 self._start(lane, verb)
         self._begin("marts", self._step_marts)
+        self._begin("ledger", self._step_ledger)
         if self._publisher is not None:
             self._begin("publish", self._step_publish)
         self._begin("alerts", lambda: self._alerting.step(self.stop))
@@ -251,10 +256,14 @@ class Pipeline:
 
     def lane_of(self, model: str) -> Lane:
         """Return the lane that a row model or a mirror is of. Raises UserError where there is no such one."""
-        lane = next((lane for lane in self.lanes if lane.has(model)), None)
-        if lane is None:
-            raise UserError(f"There is no row model {model}.", "`headrace models ls` names what there is.")
-        return lane
+        for lane in self.lanes:
+            source = lane.config.name
+            with lane.applying:
+                named = {each.name for each in lane.models()}  # of files, and mirrors
+                named |= {text.name for text in lane.folder.current(now=True) if text.source == source}
+                if model in named or model in lane.destination.models(source):
+                    return lane
+        raise UserError(f"There is no row model {model}.", "`headrace models ls` names what there is.")
 
     def snapshot(self, source: str, model: str, place: str, into: str | None) -> dict[str, Any]:
         """See `headrace.snapshot.take_snapshot`."""
@@ -351,6 +360,10 @@ class Pipeline:
     def _step_marts(self) -> None:
         self._marts.step()
         self.stop.wait(_POLL)
+
+    def _step_ledger(self) -> None:
+        if not self.stop.wait(LOOK_EVERY):
+            self._ledger.step()
 
     def _step_publish(self) -> None:
         assert self._publisher is not None

@@ -25,9 +25,10 @@ from headrace.errors import HeadraceError, ModelBroken, UserError
 from headrace.joining import Joiner
 from headrace.keys import literal
 from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import Destination, ModelState
+from headrace.protocols import Destination
 from headrace.rebuilding import folded
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
 from headrace.transform.model import RowModel, preparing
 from headrace.waiting import Waiting
 
@@ -150,7 +151,7 @@ class Redriver:
                     is_last = begin + _BATCH >= len(keys)
                     self._take_in(running, model, keys[begin : begin + _BATCH], through if is_last else 0)
             except ModelBroken as error:
-                suspend(error.model, running.version_of(error.model), error)
+                suspend(running.version_of(error.model), error.model, error)
                 continue
             self._taken = None
             logger.info("model %s: what was decided of %d keys is in its table", model.name, len(keys))

@@ -53,11 +53,9 @@ class Waits(Protocol):
         """
         ...
 
-    def due(
-        self, source: str, references: Collection[Reference], keys: Collection[Key], limit: int, /
-    ) -> Due:
-        """Return what can be done for references whose models are in sync, and for keys; see `Due`. Some
-        `limit` of source keys at most, if these do not need each other."""
+    def due(self, source: str, references: Collection[Reference], keys: Collection[Key], limit: int) -> Due:
+        """Return what can be done for references whose models are in sync, and for keys; see `Due`. At
+        most some `limit` of source keys, if these do not need each other."""
         ...
 
     def expire(

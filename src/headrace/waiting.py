@@ -18,9 +18,10 @@ from headrace.change import Offset
 from headrace.decisions import Outcome
 from headrace.joining import Joiner
 from headrace.prepared import Contested, Prepared, Reference
-from headrace.protocols import Destination, ModelState
+from headrace.protocols import Destination
 from headrace.rebuilding import folded
 from headrace.reference import NOTHING_DECIDED, Key
+from headrace.standing import ModelState
 from headrace.transform.model import RowModel, preparing
 
 _AT_ONCE = 100_000
@@ -54,10 +55,13 @@ def settled(
         try:
             return attempt(models, keys)
         except Contested as contested:
+            before = (sum(len(model.refused) for model in models), sum(map(len, keys.values())))
             models = [model.refusing(contested) for model in models]
             for name, more in contested.dangling.items():
                 known = keys.get(name, more.slice(0, 0))
                 keys[name] = pa.concat_arrays([known, more]).unique()
+            if before == (sum(len(model.refused) for model in models), sum(map(len, keys.values()))):
+                raise  # of what is contested nothing is at hand
 
 
 class Waiting:
@@ -67,7 +71,7 @@ class Waiting:
         self._source = source
         self._joiner = joiner
         self._destination = destination
-        self._together = frozenset[Reference]()
+        self._stand = frozenset[tuple[Reference, str, str]]()
         self._is_due = True
         self._was_apart = True
         self._waits = True
@@ -139,9 +143,10 @@ class Waiting:
         running = [model for model in models if model.claims and model.name in stands]
         names = {model.name for model in running}
         references = {each for model in running for each in model.references if each.model in names}
-        together = frozenset(each for each in references if _stand_together(each, stands))
-        if together != self._together:
-            self._together, self._is_due, self._was_apart = together, True, True
+        together = [each for each in references if stands[each.model].offset == _offset(each.parent, stands)]
+        stand = frozenset((each, stands[each.model].state, stands[each.parent].state) for each in together)
+        if stand != self._stand:
+            self._stand, self._is_due, self._was_apart = stand, True, True
         if self._is_due and (self._waits or self._was_apart):
             return self._release(running, together, stands)
         self._is_due = False
@@ -169,12 +174,9 @@ class Waiting:
         return False
 
 
-def _stand_together(reference: Reference, stands: Mapping[str, ModelState]) -> bool:
-    """Whether the models of a reference are in sync with each other, so that it is judged."""
-    child, parent = (stands.get(name) for name in (reference.model, reference.parent))
-    if child is None or parent is None or "in_sync" not in (child.state, parent.state):
-        return False
-    return (child.state, child.offset) == (parent.state, parent.offset)
+def _offset(model: str, stands: Mapping[str, ModelState]) -> Offset | None:
+    state = stands.get(model)
+    return state.offset if state is not None and state.state != "suspended" else None
 
 
 def _types(model: RowModel) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from family import Family, gone, put, shape_of
+from headrace.errors import ModelError
+from headrace.transform.sql import read_model
 
 CUSTOMERS = shape_of("customers", "name")
 ORDERS = shape_of("orders", "customer_id", "amount")
@@ -178,3 +180,101 @@ def test_what_waits_too_long_is_an_orphan_and_still_applied(
     tree.takes(node("1", None))
     assert (len(tree.keys("nodes")), tree.opened()) == (82, [])
     tree.verified()
+
+
+ITEMS = shape_of("items", "region", "v", key=("orderid", "line_id"))
+STOCK = shape_of("stock", "item_orderid", "item_line_id")
+_HEAD = '/* headrace\n[[foreign_key]]\ncolumns = ["{}"]\nreferences = "{}"\n{}*/\n'
+_STOCK = "SELECT id::BIGINT AS id, {}item_line_id::{} AS line_id FROM raw.shop.stock"
+
+
+def test_a_key_of_two_columns_is_one_and_a_part_that_is_null_refers_to_none(tmp_path: Path) -> None:
+    head = _HEAD.format('order_id", "line_id', "shop.items", 'to = ["orderid", "line_id"]\n')
+    shop = Family(
+        tmp_path,
+        [ITEMS, STOCK],
+        {"stock": head + _STOCK.format("item_orderid::BIGINT AS order_id, ", "BIGINT")},
+    )
+    shop.takes(
+        put("stock", "1", item_orderid="1", item_line_id="2"),
+        put("stock", "2", item_orderid="1", item_line_id=None),
+        put("items", "2,1"),
+    )
+    assert (shop.keys("stock"), shop.opened()) == (["2"], [("stock", "1", "waiting")])
+    ((waits,),) = shop.ask("SELECT waiting_on ->> 'key' FROM headrace.quarantine")
+    assert waits == '["1","2"]'
+    shop.takes(put("items", "1,2"))
+    assert (shop.keys("stock"), shop.opened()) == (["1", "2"], [])
+    shop.verified()
+
+
+@pytest.mark.parametrize(
+    ("head", "type_", "words"),
+    [
+        (_HEAD.format("line_id", "shop.item", ""), "BIGINT", "is no model of source shop"),
+        (_HEAD.format("line_id", "shop.items", ""), "BIGINT", "has 1 columns, and the key of shop.items is"),
+        (_HEAD.format("line_id", "shop.items", 'to = ["lines"]\n'), "BIGINT", "which there is not"),
+        (_HEAD.format("line_id", "shop.items", 'to = ["line_id"]\n'), "VARCHAR", "line_id is VARCHAR, and"),
+        (_HEAD.format("line_id", "shop.items", 'to = ["line_id"]\n'), "DOUBLE", "cannot be held to agree"),
+    ],
+)
+def test_a_foreign_key_that_cannot_be_kept_suspends_its_model_with_words(
+    tmp_path: Path, head: str, type_: str, words: str
+) -> None:
+    shop = Family(tmp_path, [ITEMS, STOCK], {"stock": head + _STOCK.format("", type_)})
+    shop.bring()
+    (reason,) = shop.lane.suspended().values()
+    assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ('foreign_key = "x"', "must be a list of tables"),
+        ('[[foreign_key]]\ncolumns = ["nothing"]\nreferences = "x"', "which the SELECT does not put out"),
+        ('[[foreign_key]]\ncolumns = ["id"]', "needs columns and the model they refer to"),
+        (
+            '[[foreign_key]]\ncolumns = ["id"]\nreferences = "x"\nto = ["a", "b"]',
+            "1 columns, and refers to 2",
+        ),
+        ('[[foreign_key]]\ncolumns = ["id"]\nreferences = "x"\nreferencs = "x"', "unknown key 'referencs'"),
+        ('orphan_after = "soon"', "orphan_after"),
+    ],
+)
+def test_what_is_no_foreign_key_is_refused(tmp_path: Path, more: str, words: str) -> None:
+    path = tmp_path / "m.sql"
+    path.write_text(f"/* headrace\n{more}\n*/ SELECT id::BIGINT AS id FROM raw.shop.t")
+    with pytest.raises(ModelError, match=words):
+        read_model(path)
+
+
+def test_a_parent_that_is_away_puts_the_check_off(tmp_path: Path) -> None:
+    customers = "/* headrace\nkey = ['id']\n*/ SELECT id::BIGINT AS id, {} AS name FROM raw.shop.customers"
+    sql = ORDERS_SQL.format(after="15m").replace("shop.customers", "customers")
+    shop = Family(tmp_path, [CUSTOMERS, ORDERS], {"orders": sql, "customers": customers.format("nothing")})
+    shop.takes(order("1", "7"), order("2", "8"))
+    assert (shop.keys("orders"), shop.opened()) == (["1", "2"], [])
+    off = "SELECT name, unchecked_since IS NOT NULL FROM headrace.foreign_keys"
+    (shop.folder / "models" / "customers.sql").write_text(customers.format("upper(name)"))
+    shop.reopen()
+    shop.takes(put("customers", "7", name="Ada"), order("3", "9"))
+    assert (shop.keys("orders"), [key for _, key, _ in shop.opened()]) == (["1"], ["2", "3"])
+    assert shop.ask(off) == [("customer_id_fkey", False)]
+    shop.verified()
+    # A rebuild of either makes all of its rows anew, and all references are judged.
+    for model in ("customers", "orders"):
+        assert shop.lane.rebuild(model)
+        shop.bring()
+        assert (shop.keys("orders"), [key for _, key, _ in shop.opened()]) == (["1"], ["2", "3"])
+        assert shop.ask(off) == [("customer_id_fkey", False)]
+        shop.verified()
+
+
+def test_a_key_that_becomes_free_is_taken_by_who_waited_for_it(tmp_path: Path) -> None:
+    sql = '/* headrace\nkey = ["name"]\n*/ SELECT name, id::BIGINT AS id FROM raw.shop.customers'
+    shop = Family(tmp_path, [CUSTOMERS], {"customers": sql})
+    shop.takes(put("customers", "1", name="Ada"), put("customers", "2", name="Ada"))
+    assert (shop.keys("customers"), shop.opened()) == (["1"], [("customers", "2", "quarantined")])
+    shop.takes(put("customers", "1", name="Eve"))
+    assert (shop.keys("customers"), shop.opened()) == (["1", "2"], [])
+    shop.verified()

@@ -313,7 +313,7 @@ def record_from(
           SELECT md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
           {source} AS source, {name} AS model, {table} AS table_name,
           stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
-          committed_at, "offset", preview, blocked, waiting_on, {_SQLSTATE} AS sqlstate,
+          committed_at, "offset", preview, blocked, key_is_masked, waiting_on, {_SQLSTATE} AS sqlstate,
           {_CONSTRAINT} AS constraint_name, {literal(model.version)} AS model_version,
           {model.schema_version} AS schema_version FROM {relation} AS i
         ) r LEFT JOIN {into} q ON q.id = r.id""",

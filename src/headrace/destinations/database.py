@@ -33,8 +33,9 @@ from headrace.errors import CommitUnknown, DestinationError, ForeignDestination,
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
 from headrace.prepared import Prepared, Reference
-from headrace.protocols import DestinationFinding, Model, ModelState, Scanned, Slice, Table
+from headrace.protocols import DestinationFinding, Model, Scanned, Slice, Table
 from headrace.reference import NOTHING_DECIDED
+from headrace.standing import ModelState
 
 _REFUSES = "cannot take the model's rows"
 

@@ -38,6 +38,7 @@ from headrace.errors import DestinationError, UserError
 from headrace.failpoints import failpoint
 from headrace.join import Account, Difference, Join, Snapshot
 from headrace.keys import literal, quoted
+from headrace.masking import MASK, Masked, mask_cells
 from headrace.prepared import Prepared
 from headrace.protocols import Model, Table
 
@@ -254,6 +255,7 @@ def _examples(db: Session, model: Model, before: str, after: str) -> list[dict[s
         "SELECT k, how FROM (SELECT *, row_number() OVER (PARTITION BY how ORDER BY k) AS n "
         f"FROM _hr_differs) d WHERE n <= {_EXAMPLES}",
     )
+    hidden = model.masked
     examples: dict[str, dict[str, Any]] = {
         key: {"how": how, "key": key, "before": [], "after": []}
         for key, how in db.execute("SELECT k, how FROM _hr_examples ORDER BY how, k")
@@ -268,8 +270,8 @@ def _examples(db: Session, model: Model, before: str, after: str) -> list[dict[s
             [model.source],
         )
         for key, *row in rows:
-            examples[key][when].append(dict(zip(names, row, strict=True)))
-    return list(examples.values())
+            examples[key][when].append(mask_cells(dict(zip(names, row, strict=True)), hidden.outputs))
+    return [example | ({"key": MASK} if hidden.key else {}) for example in examples.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +304,10 @@ class _Renamed:
     @property
     def numbered(self) -> str | None:
         return self.model.numbered
+
+    @property
+    def masked(self) -> Masked:
+        return self.model.masked
 
     def types(self) -> dict[str, str]:
         return self.model.types()

@@ -6,7 +6,8 @@ turn, until there is no more. Rows that need each other pass. The changes that m
 the latter are to be made of their histories, in the same transaction, to find the changes that made them.
 
 A reference is judged where child and parent are in sync with each other, that is show one commit. While they
-are not, it is put off: `headrace.foreign_keys` says since when, and once they are again, all rows are judged.
+are not, it is put off: `headrace.foreign_keys` says since when, and once they are again, a transaction of its
+own judges all rows. So who has a transaction judged has both models at hand.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from headrace.prepared import Contested, Reference, Refused
 def judge_references(
     db: Session, source: str, table_of: Callable[[str], str], wanted: Collection[Reference] = ()
 ) -> None:
-    """Judge the references of what a transaction has changed, and those that are `wanted`, touched or not;
-    all rows of one that was put off.
+    """Judge the references of what a transaction has changed, but for those that were put off, of which all
+    rows are judged if they are `wanted`.
 
     Raises Contested for rows that refer to none.
     """
@@ -37,11 +38,13 @@ def judge_references(
     if not found:
         return
     kept, known = can_be_judged(db, source, found), _known(db, source)
-    for each in found.difference(kept):
+    late = put_off(db, source, kept)
+    due = [each for each in late if each in wanted]
+    for each in {*found.difference(kept), *late}.difference(due):
         definition, since = known.get((each.model, each.name), ("", None))
         if definition != _definition(each) or since is None:
             _record(db, source, each, _commit_of(db, each.model))
-    due = put_off(db, source, kept)
+    kept = [each for each in kept if each in due or each not in late]
     _Judgement(db, source, table_of, claimed).judge(kept, due)
     for each in due:
         _record(db, source, each, None)

@@ -8,7 +8,7 @@ nothing: apply, redrive and verify are all this one function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from headrace.change import Counts
 from headrace.keys import key_before, key_of_row, literal, quoted
+from headrace.masking import mask_columns
 from headrace.prepared import FOREIGN_KEY, Prepared
 from headrace.transform.engine import engine
 
@@ -42,6 +43,7 @@ RECORD = pa.schema(
         "offset": pa.int64(),
         "preview": pa.string(),
         "blocked": pa.int64(),
+        "key_is_masked": pa.bool_(),
         "waiting_on": pa.string(),
     }
 )
@@ -84,7 +86,7 @@ def fold(
             verdicts = evaluation.run(undecided(events, again))
             verdicts = with_fatal(evaluation, verdicts, events)
         settled, removed, bad = _settle(db, points, verdicts, settled, removed)
-        chosen = settled  # of more rows that were converted
+        chosen = settled if len(again) else None  # of more rows that were converted
     filtered = _count_in(verdicts, "filtered", settled)
     records = records_of(evaluation, events, bad)
     return Prepared(
@@ -252,8 +254,9 @@ def records_of(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Ta
                 name: rows[f"_{name}"]
                 for name in ("epoch", "commit", "ordinal", "txid", "committed_at", "offset")
             },
-            "preview": _previews(rows),
+            "preview": _previews(rows, evaluation.model.masked.cells),
             "blocked": pa.repeat(pa.scalar(0, pa.int64()), rows.num_rows),
+            "key_is_masked": pa.repeat(evaluation.model.key_is_masked, rows.num_rows),
             "waiting_on": evaluation.awaited(bad),
         },
         schema=RECORD,
@@ -265,8 +268,9 @@ def waiting_in(records: pa.Table) -> int:
     return int(pc.sum(pc.equal(records["reason"], FOREIGN_KEY)).as_py() or 0)
 
 
-def _previews(rows: pa.Table) -> pa.ChunkedArray:
-    """Return the source's cells as JSON, cut to a size that a person reads."""
+def _previews(rows: pa.Table, masked: Collection[str]) -> pa.ChunkedArray:
+    """Return the source's cells as JSON, cut to a size that a person reads, those of some columns masked."""
+    rows = mask_columns(rows, masked)
     names = [name for name in rows.schema.names if not name.startswith("_hr_") and name not in _META]
     cells = ", ".join(f"{literal(name)}: left({quoted(name)}, {_PREVIEW_CELL})" for name in names)
     with engine() as db:
