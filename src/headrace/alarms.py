@@ -15,12 +15,6 @@ Severity = Literal["info", "warning", "error", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error", "critical")
 """From the least to the greatest."""
 
-NEW_CAUSE = (
-    "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
-    "`headrace quarantine redrive --issue %s`."
-)
-"""The line of a new issue: id, model, reason, columns, message, number of records, id."""
-
 _logger = logging.getLogger("headrace.alert")
 _EXTRA = "alarm"
 
@@ -100,6 +94,30 @@ def trigger(
     is_grave = SEVERITIES.index(alarm.severity) >= SEVERITIES.index("error")
     level = logging.ERROR if is_grave else logging.WARNING
     _logger.log(level, words, *values, exc_info=exc_info, extra={_EXTRA: alarm})
+
+
+def trigger_issue(
+    issue: str, source: str, model: str, reason: str, columns: str, message: str, count: int, grade: int = 1
+) -> None:
+    """Tell of an issue, of which there are `count` records."""
+    trigger(
+        "issue", issue,
+        "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
+        "`headrace quarantine redrive --issue %s`.",
+        issue, model, reason, columns, message, count, issue,
+        source=source, model=model, grade=grade,
+    )  # fmt: skip
+
+
+def trigger_suspended(model: str, source: str, why: str, severity: Severity | None = None) -> None:
+    """Tell of a model that is suspended."""
+    words = "SUSPENDED model %s: %s"
+    trigger("suspended", model, words, model, why, source=source, model=model, severity=severity)
+
+
+def tell(words: str, *values: object, source: str = "", severity: Severity = "info") -> None:
+    """Tell of something that has happened, once: a notice."""
+    trigger("notice", words % values, words, *values, source=source, severity=severity)
 
 
 def resolve(kind: str, subject: str, words: str, *values: object, source: str = "", model: str = "") -> None:

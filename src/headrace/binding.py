@@ -7,20 +7,23 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from headrace.alarms import tell
 from headrace.change import Offset, TableId, TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, ModelBroken
 from headrace.evolution import Evolution, Evolutions
-from headrace.protocols import Destination, LogIndex, ModelState
+from headrace.protocols import Destination, LogIndex
 from headrace.schema_policy import action
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.tables import TableState
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
+from headrace.transform.linking import link
 from headrace.transform.model import RowModel, bind, mirror, refuse_twins
+from headrace.transform.pii import marked
 from headrace.transform.sql import ModelText
 
 logger = logging.getLogger("headrace.lane")
-alerts = logging.getLogger("headrace.alert")
 
 
 class Binder:
@@ -45,6 +48,7 @@ class Binder:
         self._read_only = read_only
         self._evolutions = Evolutions(log, lambda table, kind: action(config.schema_changes, table, kind))
         self._bound: dict[str, tuple[Evolution, RowModel | HeadraceError]] = {}
+        self._links: tuple[tuple[object, ...], list[RowModel], Sequence[RowModel]] | None = None
 
     def reload(self) -> bool:
         """Take over what a person has let go on; True if anything has."""
@@ -59,6 +63,7 @@ class Binder:
     ) -> Iterator[RowModel]:
         """Yield the models that bind: a mirror of each table that no file reads, but for those `removed`."""
         shapes = [shape for table, shape in self._staging.schemas(through).items() if table not in removed]
+        bound, away = list[RowModel](), {text.name for text in texts}
         for table, evolution in self._evolved(shapes).items():
             read = [text for text in texts if text.table == table.label]
             chosen: list[ModelText | None] = [*read] or [None]
@@ -68,8 +73,25 @@ class Binder:
                 if known is None or known[0] != evolution:
                     known = self._bound[name] = (evolution, self._bind(name, evolution, text, through))
                 if isinstance(known[1], RowModel):
-                    decisions = self._staging.decisions(name, through)
-                    yield replace(known[1], decisions=decisions) if decisions else known[1]
+                    bound.append(known[1])
+                    away.discard(name)
+                else:
+                    away.add(name)
+        for model in self._linked(bound, {text.name: text for text in texts}, away):
+            decisions = self._staging.decisions(model.name, through)
+            yield replace(model, decisions=decisions) if decisions else model
+
+    def _linked(
+        self, bound: list[RowModel], texts: Mapping[str, ModelText], away: Collection[str]
+    ) -> Sequence[RowModel]:
+        """Return bound models with the references between them; one that cannot have its own is suspended."""
+        given = (list(map(id, bound)), list(map(id, texts.values())), set(away))
+        if self._links is None or self._links[0] != given:
+            linked = link(bound, texts, away)
+            self._links = (given, bound, linked.models)
+            for name, fault in linked.faults.items():
+                self._suspend(name, fault)
+        return self._links[2]
 
     def put_aside(
         self,
@@ -100,9 +122,10 @@ class Binder:
         judged = [(table, each) for table, (_, fresh) in evolved.items() for each in fresh]
         for table, each in judged if not self._read_only else ():
             if each.action == "freeze":
-                alerts.warning(
+                tell(
                     "FROZEN %s of source %s: %s. The destination keeps its shape, raw has it all "
                     "(schema_changes, %s).", table, self._config.name, each.what, each.kind,
+                    source=self._config.name,
                 )  # fmt: skip
         return {table: evolution for table, (evolution, _) in evolved.items()}
 
@@ -118,7 +141,8 @@ class Binder:
                     f"Look at it, then run `headrace tables resume {schema.table}`.",
                 )
             refuse_twins(name, schema, () if text else self._staging.schemas(through))
-            model = bind(text, schema) if text else mirror(self._config.name, schema)
+            bound = bind(text, schema) if text else mirror(self._config.name, schema)
+            model = marked(bound, text, self._config.pii)
             return model.limited(self._destination.limits(model))
         except HeadraceError as error:
             told = self._since_when(name, schema, error, through) if text else error

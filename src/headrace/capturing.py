@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 
-from headrace.change import START, SourceMark, source_marker
 from headrace.errors import SourceGap
 from headrace.log.sqlite import SQLiteLog
+from headrace.sources.postgres.continuity import mark_gap
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, read_states
+
+Works = Callable[[bool], None]
 
 
 def capture(
@@ -19,7 +21,7 @@ def capture(
     log: SQLiteLog,
     stop: threading.Event,
     until: int | None,
-    works: Callable[[bool], None] | None,
+    works: Works | None,
 ) -> None:
     """Copy from a source to its log until `stop`, or until the log is past LSN `until`.
 
@@ -37,16 +39,8 @@ def capture(
                 if stop.is_set() or (until is not None and _is_past(log, until)):
                     return
     except SourceGap as gap:
-        _mark_gap(log, str(gap))
+        mark_gap(log, str(gap))
         raise
-
-
-def _mark_gap(log: SQLiteLog, reason: str) -> None:
-    """Let every reader of the log know that changes are missing here; said once, while it lasts."""
-    last = log.entry(log.end().offset)
-    mark = SourceMark("gap", reason)
-    if last is None or last.entry.payload != mark.to_json().encode():
-        log.append([source_marker(log.position() or START, mark)])
 
 
 def _is_past(log: SQLiteLog, lsn: int) -> bool:

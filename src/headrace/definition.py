@@ -89,6 +89,7 @@ def model(
     delete: str | None = None,
     max_error_rate: float | None = None,
     on_violation: str | None = None,
+    pii: Sequence[str] | None = None,
     freshness: str | None = None,
     severity: str | None = None,
     owner: str | None = None,
@@ -118,6 +119,8 @@ def model(
     on_violation
         What becomes of a row that violates a rule which has no ON VIOLATION of its own: `"quarantine"`,
         `"warn"`, `"null"` or `"suspend"`.
+    pii
+        Output columns whose values are shown nowhere beside the table.
     freshness, severity, owner, route
         Of its alerts, as there.
     """
@@ -126,6 +129,7 @@ def model(
         "delete": delete,
         "max_error_rate": max_error_rate,
         "on_violation": on_violation,
+        "pii": None if pii is None else list(pii),
         "freshness": freshness,
         "severity": severity,
         "owner": owner,

@@ -28,7 +28,7 @@ from headrace.history import History
 from headrace.join import Join, Joins, Phase, Why
 from headrace.keys import identity
 from headrace.prepared import Prepared
-from headrace.protocols import LogIndex, ModelState
+from headrace.protocols import LogIndex
 from headrace.quarantine.breaker import Breakers
 from headrace.rebuilding import PHASES, Rebuilding, newest_decides
 from headrace.recopied import (
@@ -45,6 +45,7 @@ from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
+from headrace.standing import ModelState
 from headrace.transform.engine import engine
 from headrace.transform.model import RowModel, preparing, uncontested
 

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from headrace.ahead import ahead
-from headrace.alarms import NEW_CAUSE, trigger
+from headrace.alarms import trigger_issue, trigger_suspended
 from headrace.binding import Binder
-from headrace.capturing import capture
+from headrace.capturing import Works, capture
 from headrace.change import Mark, Offset, Position
 from headrace.config import Project, SourceConfig
 from headrace.decisions import Decision
@@ -36,17 +37,19 @@ from headrace.errors import (
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
-from headrace.prepared import Contested
-from headrace.protocols import Destination, ModelState, Part, Slice
+from headrace.protocols import Destination, Part, Slice
 from headrace.quarantine.breaker import Breakers
-from headrace.redriving import Redriver
+from headrace.quarantine.limit import SizeLimit
+from headrace.redriving import Redriver, Running
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, preparing
 from headrace.turns import Turns
+from headrace.waiting import Again, Waiting, settled
 
 logger = logging.getLogger("headrace.lane")
 
@@ -82,11 +85,12 @@ class Lane:
         root = project.staging_path(config.name)
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
-        self._breakers = Breakers()
+        self._breakers = Breakers(SizeLimit(project.quarantine, destination.read))
         self.joiner = Joiner(
             config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
         )
-        self.redriver = Redriver(config.name, self.log, self.staging, destination, self.joiner)
+        self.waiting = Waiting(config.name, self.joiner, destination)
+        self.redriver = Redriver(config.name, self.log, self.staging, destination, self.joiner, self.waiting)
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
@@ -94,15 +98,12 @@ class Lane:
         self._reached: Offset = 0
         self._tables = read_states(self.log)
         self._read_only = read_only
-        self._binder = Binder(
-            config, self.log, self.staging, destination, self._does_not_fit, read_only=read_only
-        )
+        refuse = partial(self._suspend, "")  # of no version: any runs once its table fits
+        self._binder = Binder(config, self.log, self.staging, destination, refuse, read_only=read_only)
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 
-    def capture(
-        self, stop: threading.Event, until: int | None = None, works: Callable[[bool], None] | None = None
-    ) -> None:
+    def capture(self, stop: threading.Event, until: int | None = None, works: Works | None = None) -> None:
         """See `headrace.capturing.capture`."""
         capture(self.source, self.log, stop, until, works)
 
@@ -136,10 +137,9 @@ class Lane:
             # changes the answer.
             list(self._models(staged))
             joined = self._join(staged)
-            self._ask_where_models_stand()
-            stands = ((model, self._offset(model)) for model in list(self._runnable(staged)))
-            decided = self.redriver.take_in(stands, self._suspend)
-            return self._apply_next(staged) or joined or decided
+            decided = self.redriver.take_in(self._running(staged), self._suspend)
+            applied = self._apply_next(staged)
+            return self._look_after_waiting(staged) or applied or joined or decided
 
     def _join(self, staged: Offset) -> bool:
         """Take the next model that has a copy to join one step further; False when there is none."""
@@ -152,7 +152,7 @@ class Lane:
             try:
                 step = self.joiner.step(model, copy, self._stands or {}, running, self._reached, self._alert)
             except ModelBroken as error:
-                self._suspend(model.name, model.version, error)
+                self._suspend(model.version, model.name, error)
                 return True
             except BaseException:
                 self._stands = None
@@ -162,6 +162,7 @@ class Lane:
             if step == "attach":
                 self.redriver.forget()
                 self._moved([model], self.joiner.joined_at(model), ())
+                self.waiting.look()
             if step != "wait":
                 return True
         return False
@@ -183,6 +184,19 @@ class Lane:
         chosen = [model for model in models if stands[model.name] == after]
         self._apply(chosen, after, through, caught_up=through >= max(further, default=through))
         return True
+
+    def _look_after_waiting(self, staged: Offset) -> bool:
+        running = self._running(staged)
+        try:
+            return self.waiting.step(running.models, running.stands, self._alert)
+        except ModelBroken as error:
+            self._suspend(running.version_of(error.model), error.model, error)
+            return True
+
+    def _running(self, staged: Offset) -> Running:
+        """Return the models that take slices, with where they stand."""
+        self._ask_where_models_stand()
+        return Running(list(self._runnable(staged)), self._stands or {})
 
     def reload_models(self, *, now: bool = False) -> bool:
         """Take over the model files that changed; True if any did.
@@ -216,7 +230,7 @@ class Lane:
         staged = self.staging.through()
         if staged < self.log.end().offset or self._stands is None:
             return False
-        if any(self.joiner.pending(model, staged) for model in self._active(staged)):
+        if self.waiting.is_due or any(self.joiner.pending(model, staged) for model in self._active(staged)):
             return False
         return all(self._offset(model) >= staged for model in self._runnable(staged))
 
@@ -227,30 +241,21 @@ class Lane:
     def suspended(self) -> dict[str, str]:
         """Return the models that are suspended, but not by hand, with their reasons."""
         states = self.destination.models(self.config.name)
-        broken = {
-            name: s for name, s in states.items() if s.state == "suspended" and s.suspended_by != "hand"
-        }
-        return {name: state.reason for name, state in broken.items()}
-
-    def has(self, model_name: str) -> bool:
-        """Whether there is such a model of this source, be it one that does not bind."""
-        named = {*(text.name for text in self._texts), *(model.name for model in self.models())}
-        return model_name in named or self._asked(model_name)[1] is not None
+        broken = (s for s in states.values() if s.state == "suspended" and s.suspended_by != "hand")
+        return {state.name: state.reason for state in broken}
 
     def hold(self, model_name: str, reason: str) -> None:
         """Suspend a model until it is released, over restarts and whatever becomes of its file."""
         with self.applying:
             self.destination.hold(model_name, self.config.name, f"by hand{reason and ': '}{reason}")
             self._stands = None
-        logger.info("model %s is suspended by hand", model_name)
 
     def release(self, model_name: str) -> None:
         """Let a suspended model be tried again. Raises UserError if it is not suspended."""
         with self.applying:
-            if not self.destination.release(model_name, self.config.name):
-                raise UserError(f"Model {model_name} is not suspended.", "`headrace status` says how it is.")
-            self._stands = None
-        logger.info("model %s goes on", model_name)
+            released, self._stands = self.destination.release(model_name, self.config.name), None
+        if not released:
+            raise UserError(f"Model {model_name} is not suspended.", "`headrace status` says how it is.")
 
     def needs(self) -> Needs | None:
         """Return what must stay of the log; None where the destination has not been asked.
@@ -261,8 +266,7 @@ class Lane:
         running = [self._offset(model) for model in self._runnable(staged)] if self._stands else []
         if self._stands is None:
             return None
-        stands = [state.offset for state in self._stands.values()]
-        stops = {*stands, *self.joiner.targets(), self._reached}
+        stops = {self._reached, *self.joiner.targets(), *(each.offset for each in self._stands.values())}
         return Needs(min([staged, held_by_copies(self.log), *running]), frozenset(stops))
 
     def redrive(
@@ -282,8 +286,8 @@ class Lane:
                 self._stands = self._where_models_stand()
                 if known and model_name not in self._stands:
                     return {"resolved": 0, "still_quarantined": 0, "rebuilding": len(keys)}
-            model, stand = self._standing(model_name)
-            return self.redriver.redrive(model, stand.offset, keys, dry_run=dry_run, each=each)
+            running, model = self._standing(model_name)
+            return self.redriver.redrive(running, model, keys, dry_run=dry_run, each=each)
 
     def decide(self, decision: Decision, *, dry_run: bool = False) -> dict[str, Any]:
         """Put a decision about changes of a model into the log; returns the `offset` of its entry. Once that
@@ -291,20 +295,21 @@ class Lane:
         each record. Raises UserError for one that cannot be, and for a model that does not run."""
         with self.applying:
             self.reload_models(now=True)
-            model, stand = self._standing(decision.model)
+            running, model = self._standing(decision.model)
             if dry_run:
-                return self.redriver.try_decision(model, stand.offset, decision)
+                return self.redriver.try_decision(running, model, decision)
             return {"offset": self.redriver.decide(model, decision)}
 
-    def _standing(self, model_name: str) -> tuple[RowModel, ModelState]:
-        """Return a model that runs, with where it stands. Raises UserError for any other."""
-        model, stand = self._asked(model_name)
-        if model is None or stand is None or self.joiner.stands_on(model) is None:
+    def _standing(self, model_name: str) -> tuple[Running, RowModel]:
+        """Return all models, and one of them that runs. Raises UserError for any other."""
+        running = Running(self.models(), self.destination.models(self.config.name))
+        model = next((each for each in running.models if each.name == model_name), None)
+        if model is None or model_name not in running.stands or self.joiner.stands_on(model) is None:
             raise UserError(
                 f"Model {model_name} does not run now, or still takes in its table's copy.",
                 "Wait for it, or mend it; `headrace status` says why.",
             )
-        return model, stand
+        return running, model
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> bool:
         """Begin to build a model once more, beside its live table; returns False for a table that others have
@@ -361,7 +366,7 @@ class Lane:
         self.joiner.know(None)
         self.redriver.forget()
         stands = self.destination.models(self.config.name)
-        self._breakers.know_tripped(n for n, state in stands.items() if state.suspended_by == "breaker")
+        self._breakers.know(name for name, state in stands.items() if state.suspended_by == "breaker")
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
         for model in self._models(self.staging.through()):
@@ -376,7 +381,7 @@ class Lane:
                 elif state.open_records and not self._read_only:
                     self.redriver.try_version(model, state.offset)
             except ModelBroken as error:
-                self._suspend(model.name, model.version, error)
+                self._suspend(model.version, model.name, error)
                 stands[model.name] = replace(state, state="suspended", version=model.version)
         if self._tables and not self._read_only:
             self._binder.put_aside(self._texts, self._tables, stands)
@@ -386,19 +391,17 @@ class Lane:
         position, committed_at = self.log.place(through)
         in_sync = {model.name for model in models if caught_up and self._is_of(model, position)}
         place = (self._mark(after), self._mark(through), position, committed_at)
+
+        def attempt(models: Sequence[RowModel], again: Again) -> Sequence[str]:
+            self._breakers.begin()
+            parts = ahead(self._preparer, self._parts(models, (after, through), in_sync, again))
+            with closing(parts):
+                return self.destination.apply(Slice(self.config.name, *place, parts))
+
         try:
-            while True:
-                self._breakers.begin()
-                parts = ahead(self._preparer, self._parts(models, after, through, in_sync))
-                try:
-                    with closing(parts):
-                        issues = self.destination.apply(Slice(self.config.name, *place, parts))
-                    break
-                except Contested as contested:
-                    models = [model.refusing(contested) for model in models]
+            issues = settled(models, attempt)
         except ModelBroken as error:
-            broken = next(model for model in models if model.name == error.model)
-            self._suspend(broken.name, broken.version, error)
+            self._suspend({each.name: each.version for each in models}[error.model], error.model, error)
             return
         except BaseException:
             self._stands = None
@@ -408,7 +411,7 @@ class Lane:
         self._alert(issues)
 
     def _parts(
-        self, models: Sequence[RowModel], after: Offset, through: Offset, in_sync: Collection[str]
+        self, models: Sequence[RowModel], span: tuple[Offset, Offset], in_sync: Collection[str], again: Again
     ) -> Iterator[Part]:
         """Prepare piece by piece while the destination takes them; a model without changes costs nothing.
 
@@ -418,16 +421,19 @@ class Lane:
         for model in models:
             quiet = True
             with preparing(model.name):
-                pieces = self.staging.pieces(model.table, after, through)
+                pieces = self.staging.pieces(model.table, *span)
                 while (changes := next(pieces, None)) is not None:
                     quiet = False
-                    prepared = model.prepare(self.joiner.filled(model, changes, through))
+                    prepared = model.prepare(self.joiner.filled(model, changes, span[1]))
                     del changes  # not beside what the destination makes of them
                     self._breakers.admit(model, prepared)
+                    self.waiting.note(model, prepared)
                     yield Part(model, prepared, model.name in in_sync)
                     del prepared
             if quiet:
                 yield Part(model, NOTHING, model.name in in_sync)
+        for model, prepared in self.waiting.folded(models, dict.fromkeys(again, span[1]), again):
+            yield Part(model, prepared, model.name in in_sync, refolded=True)
 
     def _is_of(self, model: RowModel, position: Position) -> bool:
         """Whether a model's table is made of a copy whose changes the log holds without a gap."""
@@ -470,19 +476,15 @@ class Lane:
         removed = {table for table, state in self._tables.items() if state.stage == "removed"}
         return self._binder.models(self._texts, removed, through)
 
-    def _does_not_fit(self, name: str, error: HeadraceError) -> None:
-        self._suspend(name, "", error)  # any version runs once its table fits
-
-    def _suspend(self, name: str, version: str, error: HeadraceError) -> None:
+    def _suspend(self, version: str, name: str, error: HeadraceError) -> None:
         if self._read_only:
             return
         self._stands = None
+        if self._breakers.has_room(error):
+            return
         tripped = isinstance(error, BreakerTripped)
         if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
-            words = error.paragraph()
-            trigger(
-                "suspended", name, "SUSPENDED model %s: %s", name, words, source=self.config.name, model=name
-            )
+            trigger_suspended(name, self.config.name, error.paragraph())
 
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)
@@ -491,6 +493,4 @@ class Lane:
 
     def _alert(self, issues: Sequence[str]) -> None:
         for issue in issues:
-            model, reason, columns, message, count = self.destination.issue(issue)
-            trigger("issue", issue, NEW_CAUSE, issue, model, reason, columns, message, count, issue,
-                    source=self.config.name, model=model)  # fmt: skip
+            trigger_issue(issue, self.config.name, *self.destination.issue(issue))

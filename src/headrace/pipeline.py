@@ -2,7 +2,8 @@
 
 For each source five threads: three repeat one verb of its lane each, capture, load, and apply, which has a
 part prepared while it takes the one before; two keep log and staging small. One more watches the source and
-does nothing but ring; one for all keeps the marts, and one a copy for readers where there is to be one. A
+does nothing but ring; one for all keeps the marts, one looks at the ledger, and one makes a copy for readers
+where there is to be one. A
 thread that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
 when it lasts; anything else stops that thread alone, with its reason, while the others go on.
 """
@@ -18,10 +19,12 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from headrace.alarms import resolve, trigger
+from headrace.alarms import resolve, tell, trigger
 from headrace.alerts.service import Alerting
 from headrace.change import TableId
 from headrace.config import Project
+from headrace.conservation import EVERY as LOOK_EVERY
+from headrace.conservation import LedgerWatch
 from headrace.decisions import Decision
 from headrace.destinations import open_destination, open_publisher
 from headrace.errors import (
@@ -37,6 +40,7 @@ from headrace.errors import (
 from headrace.lane import Lane
 from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
+from headrace.outages import Outages, source_of, words
 from headrace.server import Server
 from headrace.snapshot import take_snapshot
 from headrace.sources.postgres.slot import POINT
@@ -46,7 +50,6 @@ from headrace.state import forget_empty_logs, take_state
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
 from headrace.upstream import PIN_EVERY, ReadingPlace
-from headrace.waits import Waits, source_of, words
 
 logger = logging.getLogger("headrace.pipeline")
 
@@ -89,7 +92,7 @@ class Pipeline:
         self.project = project
         self.stop = stop or threading.Event()
         self._errors: dict[str, HeadraceError | BaseException] = {}
-        self._waits = Waits()
+        self._outages = Outages()
         self._threads: list[threading.Thread] = []
         self._lock = take_state(project.state)
         try:
@@ -102,9 +105,14 @@ class Pipeline:
                 lane.config.name: ReadingPlace(project, lane) for lane in self.lanes if lane.config.upstream
             }
             self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
+            self._ledger = LedgerWatch(self.lanes)
             self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._alerting = Alerting(project, self.lanes)
-            self._wait_for_destination()
+            try:
+                self._wait_for_destination()
+            except BaseException:
+                self._alerting.close()
+                raise
         except BaseException:
             forget_empty_logs(project.state)
             self._lock.close()
@@ -126,6 +134,7 @@ class Pipeline:
             for verb in verbs:
                 self._start(lane, verb)
         self._begin("marts", self._step_marts)
+        self._begin("ledger", self._step_ledger)
         if self._publisher is not None:
             self._begin("publish", self._step_publish)
         self._begin("alerts", lambda: self._alerting.step(self.stop))
@@ -140,7 +149,7 @@ class Pipeline:
             for thread in self._threads:
                 thread.join()
             for fault in self._published_once():
-                trigger("notice", fault.paragraph(), "%s", fault.paragraph(), severity="error")
+                tell("%s", fault.paragraph(), severity="error")
             self._alerting.finish()
             server.close()
             self.close()
@@ -158,7 +167,7 @@ class Pipeline:
             faults += self._marts_once()
             faults += self._published_once()
             for fault in faults[1:]:
-                trigger("notice", fault.paragraph(), "%s", fault.paragraph(), severity="error")
+                tell("%s", fault.paragraph(), severity="error")
             if faults:
                 raise faults[0]
         finally:
@@ -176,7 +185,7 @@ class Pipeline:
         return {
             "pid": os.getpid(),
             "stopped": stopped,
-            "waiting": self._waits.reasons(),
+            "waiting": self._outages.reasons(),
             "staged": staged,
             "alarms": alarms,
             "is_current": self._publisher is not None and self._publisher.is_current(),
@@ -247,10 +256,14 @@ class Pipeline:
 
     def lane_of(self, model: str) -> Lane:
         """Return the lane that a row model or a mirror is of. Raises UserError where there is no such one."""
-        lane = next((lane for lane in self.lanes if lane.has(model)), None)
-        if lane is None:
-            raise UserError(f"There is no row model {model}.", "`headrace models ls` names what there is.")
-        return lane
+        for lane in self.lanes:
+            source = lane.config.name
+            with lane.applying:
+                named = {each.name for each in lane.models()}  # of files, and mirrors
+                named |= {text.name for text in lane.folder.current(now=True) if text.source == source}
+                if model in named or model in lane.destination.models(source):
+                    return lane
+        raise UserError(f"There is no row model {model}.", "`headrace models ls` names what there is.")
 
     def snapshot(self, source: str, model: str, place: str, into: str | None) -> dict[str, Any]:
         """See `headrace.snapshot.take_snapshot`."""
@@ -337,7 +350,7 @@ class Pipeline:
 
     def _captured(self, name: str, appended: bool) -> None:
         """Note that a source has answered: that it goes on, if it does not wait for something else."""
-        self._waits.works(name, None if appended else SourceUnavailable)
+        self._outages.works(name, None if appended else SourceUnavailable)
 
     def _begin(self, name: str, step: Callable[[], object]) -> None:
         """Start a thread that repeats a step."""
@@ -347,6 +360,10 @@ class Pipeline:
     def _step_marts(self) -> None:
         self._marts.step()
         self.stop.wait(_POLL)
+
+    def _step_ledger(self) -> None:
+        if not self.stop.wait(LOOK_EVERY):
+            self._ledger.step()
 
     def _step_publish(self) -> None:
         assert self._publisher is not None
@@ -368,11 +385,11 @@ class Pipeline:
                 if verdict_of(error) is not Verdict.RETRY:
                     self._give_up(name, error)
                     return
-                again = self._waits.fails(name, error)
+                again = self._outages.fails(name, error)
                 pause = min(pause * 2, _LONGEST_PAUSE) if again else _FIRST_PAUSE
                 self.stop.wait(pause)
             else:
-                self._waits.works(name)
+                self._outages.works(name)
 
     def _give_up(self, name: str, error: BaseException) -> None:
         self._errors[name] = error
@@ -445,10 +462,10 @@ class Pipeline:
             try:
                 result = step()
             except DestinationUnavailable as error:
-                self._waits.fails(name, error)
+                self._outages.fails(name, error)
                 self.stop.wait(_FIRST_PAUSE)
                 continue
-            self._waits.works(name)
+            self._outages.works(name)
             return result
         return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,35 +13,77 @@ if TYPE_CHECKING:
 
     from headrace.steps import Steps
 
-Place = tuple[int, int, int]
-"""Epoch, commit and ordinal of a change."""
+UNIQUE = "constraint.unique"
+"""The reason of a change that would give its row the key of another."""
+
+FOREIGN_KEY = "constraint.foreign_key"
+"""The reason of a change that would have its row refer to one that is not there."""
+
+Refused = tuple[int, int, int, str | None]
+"""Epoch, commit and ordinal of a change that is refused, and the foreign key that it is for; None for the
+model's own key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A foreign key: a row of `model`, unless one of its `columns` is null, has them from `to` of a row of
+    the model `parent`.
+
+    `by_key` says in which order the columns make the parent's source key as its text is made; empty where
+    they do not. `cycle` is whether the parent refers, over others or itself, to `model` again.
+    """
+
+    model: str
+    name: str
+    columns: tuple[str, ...]
+    parent: str
+    to: tuple[str, ...]
+    types: tuple[str, ...] = ()
+    """DuckDB's names of the types of `to`."""
+    by_key: tuple[int, ...] = ()
+    cycle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """The keys that an outcome's rows claim, where the source's key does not keep them apart: no other row of
-    the model's table may have one when the transaction ends.
+    """What an outcome's rows claim, and what is to hold of all rows of the source when the transaction ends:
+    no two rows of the model have one `key` (output columns, none where the source's key keeps rows apart),
+    and whatever a row refers to is there.
 
-    `key` names the output columns. `places` (`_source_key`, `epoch`, `commit`, `ordinal`, `sole`) says of
-    each row which change made it, and whether nothing else of its source key is in the outcome: with that
-    change refused, the row is what it was before.
+    `references` are those of the model's rows and those to them. `places` (`_source_key`, `epoch`, `commit`,
+    `ordinal`, `sole`) says of each row which change made it, and whether nothing else of its source key is in
+    the outcome: with that change refused, the row is what it was before.
     """
 
     model: str
     key: tuple[str, ...]
     places: pa.Table
+    references: tuple[Reference, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns whose values others must not have, or refer to."""
+        referred = (name for each in self.references if each.parent == self.model for name in each.to)
+        return tuple(dict.fromkeys((*self.key, *referred)))
 
 
 class Contested(Exception):
-    """Rows that a transaction was to leave would have had the key of another row: nothing is changed.
+    """Rows that a transaction was to leave would have had the key of another row, or referred to none:
+    nothing is changed.
 
-    `refused` says by model which changes are to be refused, at least one: with them counted as bad
-    (`RowModel.refusing`) the same is prepared again.
+    `refused` says by model which changes are to be refused: with them counted as bad (`RowModel.refusing`)
+    the same is prepared again. `dangling` are by model source keys of rows that the transaction did not
+    touch, and whose parents it takes away: they are to be made of their histories in it, too. At least one
+    of both has something.
     """
 
-    def __init__(self, refused: Mapping[str, frozenset[Place]]) -> None:
-        super().__init__(f"rows of {', '.join(refused)} would have the key of another row")
+    def __init__(
+        self, refused: Mapping[str, Sequence[Refused]], dangling: Mapping[str, pa.Array] | None = None
+    ) -> None:
         self.refused = refused
+        self.dangling = dangling or {}
+        models = ", ".join({**refused, **self.dangling})
+        super().__init__(f"rows of {models} would have the key of another row, or refer to none")
 
 
 @dataclass(frozen=True, slots=True)

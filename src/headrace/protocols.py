@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from headrace.errors import ForeignDestination
     from headrace.join import Joins
     from headrace.mart import Marts
+    from headrace.masking import Masked
+    from headrace.reference import Waits
+    from headrace.standing import ModelState
 
 
 class Source(Protocol):
@@ -152,8 +155,7 @@ class LogIndex(Log, Protocol):
         ...
 
     def slice_end(self, after: Offset, limit: Offset, max_bytes: int, max_rows: int) -> Offset:
-        """Return the last group end up to `limit` that keeps `(after, …]` within `max_bytes` of payload
-        and `max_rows` rows; at least one group's, if there is one."""
+        """Return the last group end up to `limit` with `(after, …]` within bounds, or the only one."""
         ...
 
     def table_slice_end(self, table: TableId, after: Offset, limit: Offset, kinds: Sequence[Kind]) -> Offset:
@@ -170,8 +172,7 @@ class LogIndex(Log, Protocol):
         ...
 
     def backlog(self, after: Offset, table: TableId | None = None) -> tuple[int, int, int | None]:
-        """Return rows, payload bytes and the oldest append time (microseconds) after `after`, of one
-        table or of all, of what the log holds."""
+        """Return rows, bytes and the oldest append time (microseconds) after `after`, of one table or all."""
         ...
 
     def last_offsets(self) -> dict[TableId, Offset]:
@@ -211,8 +212,7 @@ class Staging(Protocol):
     """Raw tables: every change as the source wrote it, text cells, in log order."""
 
     def write(self, entries: Sequence[LoggedEntry]) -> None:
-        """Stage entries, from wherever to wherever in a group; return when they are durable. Staging
-        an entry twice changes nothing."""
+        """Stage entries, from wherever to wherever in a group, durably; twice changes nothing."""
         ...
 
     def written(self) -> Offset:
@@ -226,9 +226,9 @@ class Staging(Protocol):
     def read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
         """Return the streamed changes of a table in `(after, through]`, in source order.
 
-        Columns: those of the newest schema at `through` as strings, then `_op`, `_epoch`,
-        `_commit`, `_ordinal`, `_offset`, `_committed_at` (microseconds), `_txid`, `_unchanged`
-        (names of cells that the source did not send), `_before` (map of the old row's known cells).
+        Columns: those of the newest schema at `through` as strings, then `_op`, `_epoch`, `_commit`,
+        `_ordinal`, `_offset`, `_committed_at` (microseconds), `_txid`, `_unchanged` (names of cells that
+        the source did not send), `_before` (map of the old row's known cells).
         """
         ...
 
@@ -303,6 +303,11 @@ class Model(Table, Protocol):
     def supersedes(self) -> bool:
         """Whether a later good change of a source key takes the place of the earlier ones."""
 
+    @property
+    def masked(self) -> Masked:
+        """What of it is not shown."""
+        ...
+
     def prepare(self, changes: pa.Table) -> Prepared:
         """Check and convert changes (as `Staging.read` returns them, unchanged cells resolved).
 
@@ -313,39 +318,21 @@ class Model(Table, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelState:
-    """How a model stands in the destination."""
-
-    name: str
-    source: str
-    version: str
-    state: str
-    reason: str
-    offset: Offset
-    open_records: int
-    suspended_by: str = ""
-    """`hand`, or `breaker` until a part has passed since; '' for what else there may be."""
-
-    def runs(self, version: str) -> bool:
-        """Whether the model takes changes if its file is of this version."""
-        return self.suspended_by != "hand" and (self.state, self.version) != ("suspended", version)
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
-    """One model's share of a slice, or a piece of that share, ready to apply."""
+    """One model's share of a slice, or a piece of it; `refolded` is of whole histories, and comes last."""
 
     model: Model
     prepared: Prepared
     in_sync: bool
+    refolded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
     """The changes of one source in `(after, through]`, prepared for all models that stand there.
 
-    `parts` is taken once, one at a time: a slice need not fit in memory. Each model that moves has at
-    least one part; the parts of one model are in source order.
+    `parts` is taken once, one at a time: a slice need not fit in memory. Each model that moves has one at
+    least; those of one model are in source order.
     """
 
     source: str
@@ -393,6 +380,11 @@ class Destination(Records, Protocol):
     @property
     def marts(self) -> Marts:
         """What is computed from its tables."""
+        ...
+
+    @property
+    def waits(self) -> Waits:
+        """What waits for rows that it refers to."""
         ...
 
     def exists(self) -> bool:
@@ -448,13 +440,12 @@ class Destination(Records, Protocol):
         ...
 
     def apply(self, work: Slice) -> Sequence[str]:
-        """Apply a slice in one transaction: data, quarantine, ledger and progress; return the ids of
-        issues that are new. Whatever taking its parts raises is raised here, and nothing changes.
+        """Apply a slice in one transaction (data, quarantine, ledger, progress); return ids of new issues.
 
-        The models named in `work` move from `work.after` to `work.through`; a model that does not
-        stand at `work.after` is refused, and nothing changes: a second owner, or a repeated call,
-        can do no harm. Raises ModelBroken for a table that cannot take its model's columns or rows, and
-        Contested for changes to prepare once more.
+        The models named in `work` move from `work.after` to `work.through`; one that does not stand at
+        `work.after` is refused: a second owner, or a repeated call, can do no harm. Raises ModelBroken for a
+        table that cannot take columns or rows, Contested for changes to prepare again, and what taking the
+        parts raises; then nothing changes.
         """
         ...
 
@@ -463,7 +454,7 @@ class Destination(Records, Protocol):
         ...
 
     def hold(self, model: str, source: str, reason: str) -> None:
-        """Mark a model suspended by hand: it stays so, whatever becomes of its file, until `release`."""
+        """Mark a model suspended by hand, until `release`, whatever becomes of its file."""
         ...
 
     def release(self, model: str, source: str) -> bool:

@@ -10,28 +10,29 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
 
+from headrace.alarms import tell
 from headrace.change import START, Offset
 from headrace.decisions import PLACE, Decision, Decisions, Outcome
 from headrace.errors import HeadraceError, ModelBroken, UserError
 from headrace.joining import Joiner
 from headrace.keys import literal
 from headrace.log.sqlite import SQLiteLog
-from headrace.prepared import Prepared
 from headrace.protocols import Destination
 from headrace.rebuilding import folded
 from headrace.staging.delta import DeltaStaging
-from headrace.transform.model import RowModel, preparing, uncontested
+from headrace.standing import ModelState
+from headrace.transform.model import RowModel, preparing
+from headrace.waiting import Waiting
 
 logger = logging.getLogger("headrace.redriving")
-alerts = logging.getLogger("headrace.alert")
 
 _BATCH = 20_000  # keys of decisions that are redriven in one transaction
 _TRIED = 10_000
@@ -40,17 +41,39 @@ _TRIED = 10_000
 _OPEN = "status IN ('quarantined', 'waiting', 'blocked')"
 
 
+class Running(NamedTuple):
+    """The models of a source, and where they stand in the destination."""
+
+    models: Sequence[RowModel]
+    stands: Mapping[str, ModelState]
+
+    def with_(self, model: RowModel) -> Running:
+        """Return the same with a model in the place of that of its name."""
+        return Running([model if each.name == model.name else each for each in self.models], self.stands)
+
+    def version_of(self, model: str) -> str:
+        """Return the version of a model by its name."""
+        return next(each.version for each in self.models if each.name == model)
+
+
 class Redriver:
     """Redrives the models of one source. All but `try_version` is called by whoever applies."""
 
     def __init__(
-        self, source: str, log: SQLiteLog, staging: DeltaStaging, destination: Destination, joiner: Joiner
+        self,
+        source: str,
+        log: SQLiteLog,
+        staging: DeltaStaging,
+        destination: Destination,
+        joiner: Joiner,
+        waiting: Waiting,
     ) -> None:
         self._source = source
         self._log = log
         self._staging = staging
         self._destination = destination
         self._joiner = joiner
+        self._waiting = waiting
         self._taken: dict[str, Offset] | None = None
         self._trials = ThreadPoolExecutor(1, f"{source}.trial")
 
@@ -59,24 +82,20 @@ class Redriver:
         self._trials.shutdown(cancel_futures=True)
 
     def redrive(
-        self, model: RowModel, stand: Offset, keys: Sequence[str], *, dry_run: bool, each: bool = False
+        self, running: Running, model: RowModel, keys: Sequence[str], *, dry_run: bool, each: bool = False
     ) -> dict[str, Any]:
-        """Redrive keys of a model that stands at an offset.
+        """Redrive keys of a model.
 
         Returns how many records are `resolved` and `still_quarantined`, and if `each` what becomes of every
         one: `records`, see `_outcomes`.
         """
-        wanted = pa.array(keys, pa.string())
-        history = self._joiner.history(model, stand, wanted)
+        again = {model.name: pa.array(keys, pa.string())}
         before = self._open_records(model, keys) if each else None
-        made: list[Prepared] = []
-
-        def attempt(model: RowModel) -> dict[str, int]:
-            made[:] = [folded(model, history, wanted)]
-            return self._destination.redrive(model, made[0], dry_run=dry_run)
-
-        counts = uncontested(model, attempt)
-        return counts if before is None else {**counts, "records": _outcomes(model, before, made[0].records)}
+        refolding = self._waiting.refold(*running.with_(model), again, dry_run=dry_run)
+        if before is None:
+            return refolding.counts
+        records = _outcomes(model, before, refolding.outcomes[model.name].records)
+        return {**refolding.counts, "records": records}
 
     def _open_records(self, model: RowModel, keys: Sequence[str]) -> pa.Table:
         chosen = ", ".join(map(literal, keys)) or "NULL"
@@ -101,42 +120,38 @@ class Redriver:
         at = self._log.position() or START
         return self._log.append([decision.entry(model.table, at, time.time_ns() // 1000)]).offset
 
-    def try_decision(self, model: RowModel, stand: Offset, decision: Decision) -> dict[str, Any]:
+    def try_decision(self, running: Running, model: RowModel, decision: Decision) -> dict[str, Any]:
         """Say what a decision would come to, as `redrive` does for each record; changes nothing."""
         _refuse(model, decision)
         known = [(0, decision)] if model.decisions is None else [*model.decisions.all, (0, decision)]
         decided = replace(model, decisions=Decisions(known))
-        return self.redrive(
-            decided, stand, [change.key for change in decision.changes], dry_run=True, each=True
-        )
+        keys = [change.key for change in decision.changes]
+        return self.redrive(running, decided, keys, dry_run=True, each=True)
 
     def took(self, model: str, offset: Offset) -> bool:
         """Whether what was decided through an offset is in a model's table, as the destination says."""
         return self._destination.decided(self._source).get(model, 0) >= offset
 
-    def take_in(
-        self,
-        stands: Iterable[tuple[RowModel, Offset]],
-        suspend: Callable[[str, str, HeadraceError], None],
-    ) -> bool:
-        """Bring what was decided into the tables of models that stand at some offsets, where it is not yet;
-        False if there was nothing. One that cannot take it is suspended.
+    def take_in(self, running: Running, suspend: Callable[[str, str, HeadraceError], None]) -> bool:
+        """Bring what was decided into the tables of models, where it is not yet; False if there was nothing.
+        One that cannot take it is suspended.
 
         A decision's turn is where the model has come to its entry: then it has come to the change, too.
         """
         found = False
-        for model, stand in stands:
+        for model in running.models:
             taken = self._taken_through(model)
-            through = model.decisions.last(stand) if model.decisions else 0
+            stand = running.stands.get(model.name)
+            through = model.decisions.last(stand.offset) if model.decisions and stand else 0
             if model.decisions is None or through <= taken:
                 continue
             found, keys = True, model.decisions.keys(taken, through)
             try:
                 for begin in range(0, len(keys), _BATCH):
                     is_last = begin + _BATCH >= len(keys)
-                    self._take_in(model, stand, keys[begin : begin + _BATCH], through if is_last else 0)
+                    self._take_in(running, model, keys[begin : begin + _BATCH], through if is_last else 0)
             except ModelBroken as error:
-                suspend(model.name, model.version, error)
+                suspend(running.version_of(error.model), error.model, error)
                 continue
             self._taken = None
             logger.info("model %s: what was decided of %d keys is in its table", model.name, len(keys))
@@ -147,21 +162,17 @@ class Redriver:
             self._taken = self._destination.decided(self._source)
         return self._taken.get(model.name, 0)
 
-    def _take_in(self, model: RowModel, stand: Offset, keys: Sequence[str], through: Offset) -> None:
+    def _take_in(self, running: Running, model: RowModel, keys: Sequence[str], through: Offset) -> None:
         assert model.decisions is not None
         wanted = pa.array(keys, pa.string())
         discarded, patched = (model.decisions.about(verb, keys) for verb in ("discard", "patch"))
         with preparing(model.name):
-            history = self._joiner.history(model, stand, wanted)
+            history = self._joiner.history(model, running.stands[model.name].offset, wanted)
             # A destination that is new has no records of what was discarded.
             whole = folded(replace(model, decisions=None), history, wanted).records
         unseen = whole.join(discarded.select(PLACE), list(PLACE), join_type="left semi")
-        decided = Outcome(through, discarded, patched, unseen)
-
-        def attempt(model: RowModel) -> dict[str, int]:
-            return self._destination.redrive(model, folded(model, history, wanted), decided=decided)
-
-        uncontested(model, attempt)
+        decided = {model.name: Outcome(through, discarded, patched, unseen)}
+        self._waiting.refold(*running.with_(model), {model.name: wanted}, decided=decided)
 
     # -- new versions
 
@@ -177,12 +188,13 @@ class Redriver:
             logger.info("model %s: its records were not tried: %s", model.name, type(error).__name__)
             return
         if tried:
-            alerts.warning(
+            tell(
                 "RECORDS %d of %d open records of model %s would pass under its new version%s",
                 passing,
                 tried,
                 model.name,
                 f": headrace quarantine redrive --model {model.name} --all" if passing else ".",
+                source=model.source,
             )
 
     def _tried(self, model: RowModel, stand: Offset) -> tuple[int, int]:

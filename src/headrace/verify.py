@@ -13,10 +13,8 @@ Four comparisons, each at an exact position:
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import duckdb
@@ -26,20 +24,21 @@ import pyarrow.compute as pc
 
 from headrace.change import Mark, Offset, TableSchema
 from headrace.config import Project
+from headrace.conservation import check_ledger, ledger_of
 from headrace.destinations.joins import joins_of
 from headrace.errors import HeadraceError
 from headrace.join import Join
 from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
 from headrace.log.proof import verify as verify_log
+from headrace.masking import MASK, marked_in, masks_key
 from headrace.pipeline import open_lanes
-from headrace.prepared import Contested
+from headrace.prepared import FOREIGN_KEY, UNIQUE, Contested, Reference
 from headrace.server import is_running, read
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.snapshot import SourceSnapshot, pending_changes, take_snapshot
 from headrace.sources.postgres.tables import captured_tables
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.evaluate import UNIQUE
 from headrace.transform.model import RowModel, as_text
 
 _SHOWN_KEYS = 10
@@ -116,7 +115,12 @@ def _source(project: Project, source: str) -> list[Finding]:
                 return [Finding(what, False, f"{behind} changes are not captured yet: run the pipeline")]
             captured = captured_tables(lane.log)
             schemas = lane.staging.schemas(lane.staging.through()).values()
-            return [_compare_source(lane, snapshot, schema) for schema in schemas if schema.table in captured]
+            found = list[Finding]()
+            for schema in (schema for schema in schemas if schema.table in captured):
+                cells = marked_in(config.pii, schema.table, [column.name for column in schema.columns])
+                compared = [_compare_source(lane, snapshot, schema)]
+                found += _masked(compared, is_key=masks_key(schema, cells))
+            return found
     except psycopg.Error as error:
         return [Finding(what, False, f"cannot be read: {type(error).__name__}")]
 
@@ -176,20 +180,21 @@ def verify_destination(project: Project, source: str) -> list[Finding]:
     models = lane.models()
     queries = [
         f'SELECT model, state, version, "offset" FROM headrace.models WHERE source = {literal(source)}',
-        "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked FROM headrace.quarantine "
-        f"WHERE source = {literal(source)} AND status IN ('quarantined', 'waiting', 'blocked')",
-        'SELECT model, kind, "after", "through", read, quarantined, blocked, '
-        "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
-        f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
+        "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked, status "
+        f"FROM headrace.quarantine WHERE source = {literal(source)} "
+        "AND status IN ('quarantined', 'waiting', 'blocked')",
+        ledger_of(source),
         f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
         joins_of(source),
+        f"SELECT model, name FROM headrace.foreign_keys WHERE source = {literal(source)} "
+        "AND unchecked_since IS NULL",
         *(
             f"SELECT _source_key, {_columns(model)} FROM {lane.destination.table_of(model.name)}"
             for model in models
         ),
     ]
     try:
-        states, records, ledger, progress, joins, *tables = read(project, queries)
+        states, records, ledger, progress, joins, kept, *tables = read(project, queries)
     except HeadraceError as error:
         return [Finding(f"destination of {source}", False, str(error))]
     lane.close()
@@ -205,9 +210,43 @@ def verify_destination(project: Project, source: str) -> list[Finding]:
             continue
         mine = records.filter(pc.equal(records["model"], model.name))
         own = ledger.filter(pc.equal(ledger["model"], model.name)).to_pylist()
-        findings += _compare_model(lane, model, state, table, mine)
-        findings.append(_check_ledger(lane, model, state["offset"], own, mine["blocked"].to_pylist()))
+        findings += _masked(_compare_model(lane, model, state, table, mine), is_key=model.masked.key)
+        account = check_ledger(lane.log, model.table, state["offset"], own, mine.to_pylist())
+        findings.append(Finding(f"ledger of {model.name}", *account))
+    judged = {(row["model"], row["name"]) for row in kept.to_pylist()}
+    references = (each for model in models for each in model.own_references)
+    found = dict(zip((model.name for model in models), tables, strict=True))
+    for each in references:
+        if (each.model, each.name) in judged:
+            hidden = next(model.masked.key for model in models if model.name == each.model)
+            findings += _masked([_referred(each, found)], is_key=hidden)
     return findings
+
+
+def _referred(reference: Reference, tables: Mapping[str, pa.Table]) -> Finding:
+    """Look for rows that refer to none."""
+    with duckdb.connect() as db:
+        db.register("child", tables[reference.model])
+        db.register("parent", tables[reference.parent])
+        pairs = zip(reference.columns, reference.to, strict=True)
+        same = " AND ".join(f"p.{quoted(to)} = c.{quoted(column)}" for column, to in pairs)
+        some = " AND ".join(f"c.{quoted(column)} IS NOT NULL" for column in reference.columns)
+        rows = db.execute(
+            f"SELECT _source_key FROM child c WHERE {some} "
+            f"AND NOT EXISTS (SELECT 1 FROM parent p WHERE {same}) ORDER BY 1 LIMIT {_SHOWN_KEYS}"
+        ).fetchall()
+    what = f"foreign key {reference.name} of {reference.model}"
+    detail = f"some rows refer to no row of {reference.parent}" if rows else "every row refers to one"
+    keys = tuple(str(key) for (key,) in rows)
+    return Finding(what, not rows, detail, tables[reference.model].num_rows, keys)
+
+
+def _masked(findings: Sequence[Finding], *, is_key: bool) -> list[Finding]:
+    """Return findings without the keys of rows where these are not to be shown."""
+    return [
+        replace(finding, keys=tuple(MASK for _ in finding.keys) if is_key else finding.keys)
+        for finding in findings
+    ]
 
 
 def _check_progress(lane: Lane, rows: Sequence[dict[str, Any]], begun: Offset) -> Finding:
@@ -275,12 +314,13 @@ def _compare_model(
 
 
 def _refused(model: RowModel, records: pa.Table) -> Contested:
-    """Return what the open records say was refused since another row had the key."""
-    is_of_keys = pc.and_(
-        pc.equal(records["reason"], UNIQUE), pc.equal(records["model_version"], model.version)
+    """Return what the open records say was refused since another row had the key, or none was referred to."""
+    is_of_others = pc.and_(
+        pc.is_in(records["reason"], pa.array([UNIQUE, FOREIGN_KEY])),
+        pc.equal(records["model_version"], model.version),
     )
-    places = records.filter(is_of_keys).select(["epoch", "commit", "ordinal"]).to_pylist()
-    return Contested({model.name: frozenset(tuple(place.values()) for place in places)})
+    places = records.filter(is_of_others).select(["epoch", "commit", "ordinal"]).to_pylist()
+    return Contested({model.name: [(row["epoch"], row["commit"], row["ordinal"], None) for row in places]})
 
 
 def _keys_apart(db: duckdb.DuckDBPyConnection, model: RowModel, table: pa.Table) -> Finding:
@@ -301,61 +341,6 @@ def as_type(rows: pa.Table, column: str, type_: str) -> str:
     if is_nested and pa.types.is_string(rows.schema.field(column).type):
         return f"CAST({quoted(column)}::JSON AS {type_})"
     return quoted(column)
-
-
-def _check_ledger(
-    lane: Lane, model: RowModel, offset: int, rows: Sequence[dict[str, Any]], records: Sequence[int]
-) -> Finding:
-    what = f"ledger of {model.name}"
-    open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
-    if open_rows:
-        return Finding(what, False, f"{len(open_rows)} rows do not close", len(rows))
-    held = [
-        (item.offset, item.entry.kind, item.entry.rows)
-        for item in lane.log.headers(0, lane.log.end().offset)
-        if item.entry.table == model.table
-    ]
-    # After what is held: of that, what lies behind the beginning was not trimmed while it was read.
-    begin = lane.log.begin().offset
-    streamed = [(at, count) for at, kind, count in held if kind in ("rows", "truncate")]
-    copied = [(at, count) for at, kind, count in held if kind == "copy"]
-    for kind, entries in (("copy", copied), ("apply", streamed)):
-        spans = [(row["after"], row["through"], row["read"]) for row in rows if row["kind"] == kind]
-        spans = [span for span in spans if span[0] >= begin]  # what retention has deleted cannot be counted
-        if wrong := _wrong_span(entries, spans):
-            return Finding(what, False, f"({wrong[0]}, {wrong[1]}] has not read what the log holds there")
-    total = sum(row["read"] for row in rows)
-    applied = [
-        (row["after"], row["read"]) for row in rows if row["kind"] == "apply" and row["after"] >= begin
-    ]
-    since = min((after for after, _ in applied), default=offset if begin else 0)
-    due = sum(count for at, count in streamed if since < at <= offset)
-    if due != sum(read for _, read in applied):
-        return Finding(what, False, f"does not account for all of {due} changes", len(rows))
-    quarantined = sum(row["quarantined"] for row in rows)
-    if quarantined != len(records):
-        return Finding(what, False, f"says {quarantined} open records, there are {len(records)}", len(rows))
-    blocked = sum(row["blocked"] for row in rows)
-    if blocked != sum(records):
-        wait = f"says that {blocked} changes wait behind them, the records say {sum(records)}"
-        return Finding(what, False, wait, len(rows))
-    return Finding(what, True, f"closes over {total} changes", len(rows))
-
-
-def _wrong_span(
-    entries: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, int]]
-) -> tuple[int, int, int] | None:
-    """Return the first span (after, through, read) that overlaps another, or read something else than the
-    entries (offset, rows) in it."""
-    offsets = [offset for offset, _ in entries]
-    sums = [0, *accumulate(rows for _, rows in entries)]
-    reached = 0
-    for after, through, figure in sorted(spans):
-        held = sums[bisect_right(offsets, through)] - sums[bisect_right(offsets, after)]
-        if after < reached or figure != held:
-            return after, through, figure
-        reached = through
-    return None
 
 
 def _compare(

@@ -81,6 +81,8 @@ def test_a_thousand_records_of_one_cause_are_one_alert_whatever_the_receiver_doe
     monkeypatch.setattr(posting, "_TIMEOUT", 0.5)
     monkeypatch.setattr(sending, "_FIRST_PAUSE", 0.2)
     web.plan = [500, "reset", "hang", 302, 503]
+    model = project.models / "sales.sql"
+    model.write_text(model.read_text().replace("/* headrace", "/* headrace\nmax_error_rate = 1"))
     sql(server, "INSERT INTO orders SELECT i, 'new', 'bad' FROM generate_series(10, 1008) i")
     with running(project):
         until(web.taken, 30, "delivered at last")
@@ -94,7 +96,7 @@ def test_a_thousand_records_of_one_cause_are_one_alert_whatever_the_receiver_doe
             signed = f"{alert['event']['id']}.{stamp}.".encode() + post.body
             assert post.headers["webhook-signature"] == signature(SECRET, signed)
         _is_whole(alert)
-        (project.models / "sales.sql").write_text(
+        model.write_text(
             '/* headrace\nkey = ["order_id"]\n*/\nSELECT id::BIGINT AS order_id, upper(status) AS status, '
             "TRY_CAST(amount AS DECIMAL(12,2)) AS amount FROM raw.shop.orders WHERE status <> 'draft'\n"
         )
@@ -126,6 +128,20 @@ def _is_whole(alert: dict[str, Any]) -> None:
     assert alert["commands"]["redrive"] == f"headrace quarantine redrive --issue {alert['subject']}"
     for name in ("first_seen", "committed", "positions", "txids", "offsets"):
         assert details[name], name
+
+
+def test_an_issue_in_a_postgres_destination_is_told_as_whole(
+    project: Project, server: PostgresServer, web: Web
+) -> None:
+    sql(server, "DROP SCHEMA IF EXISTS headrace CASCADE", "DROP SCHEMA IF EXISTS away CASCADE")
+    sql(server, "INSERT INTO orders SELECT i, 'new', 'bad' FROM generate_series(10, 1008) i")
+    config = project.root / "headrace.toml"
+    to = f'[destination]\ntype = "postgres"\nurl = "{server.url}"\nschema = "away"\n'
+    config.write_text(f"{config.read_text()}{to}")
+    model = project.models / "sales.sql"
+    model.write_text(model.read_text().replace("/* headrace", "/* headrace\nmax_error_rate = 1"))
+    Pipeline(load_project(project.root)).run_once()
+    _is_whole(only(web.taken()))
 
 
 def test_a_kill_between_the_record_and_its_delivery_loses_no_alert(project: Project, web: Web) -> None:

@@ -14,19 +14,21 @@ from typing import Any, cast
 
 import pytest
 
+from headrace import outages
 from headrace.alarms import KINDS, Alarm, resolve, trigger
 from headrace.alerts import sending, smtp
 from headrace.alerts.grouping import is_for, muted, notice_due, severity_of
 from headrace.alerts.message import Message, Undelivered
-from headrace.alerts.rules import AGAIN_WITHIN
+from headrace.alerts.rules import AGAIN_WITHIN, issue_rule
 from headrace.alerts.sending import pause, send
 from headrace.alerts.service import Alerting, example_body
 from headrace.alerts.store import Alert, AlertStore, Silence, Standing, Told
 from headrace.alerts.webhook import signature
 from headrace.channels import AlertsConfig, Channel
 from headrace.config import load_project
-from headrace.errors import DestinationUnavailable
+from headrace.errors import DestinationUnavailable, LogFull, SourceUnavailable
 from headrace.lane import Lane
+from headrace.outages import Outages
 from headrace.secret import Secret
 from headrace.transform.alerting import AlertSettings
 from receivers import Mail, Web
@@ -237,6 +239,36 @@ def test_what_only_a_former_process_has_said_is_over_in_time(alerting: Alerting)
     alerting._look(started + AGAIN_WITHIN + 1)
     # A suspended model is known by the destination, which is away.
     assert sorted(each.kind for each in alerting._store.firing()) == ["gap", "suspended"]
+
+
+def test_an_issue_that_escalates_or_comes_back_is_graver_and_told_again() -> None:
+    row = dict.fromkeys(("source", "model", "reason", "columns", "message"), "x") | {
+        "issue": "v1:1",
+        "records": 3,
+    }
+    grades = {state: issue_rule({**row, "state": state}).grade for state in ("new", "ongoing", "escalating")}
+    assert grades == {"new": 1, "ongoing": 1, "escalating": 2}
+    assert issue_rule({**row, "state": "regressed"}).grade == 2
+
+
+def test_a_wait_that_lasts_is_alerted_of_once_and_over_when_it_works(
+    alerting: Alerting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outages, "ALERT_AFTER", 0.0)
+    lasting = Outages()
+    assert lasting.fails("shop.capture", SourceUnavailable("away")) is False
+    assert lasting.fails("shop.capture", SourceUnavailable("away")) is True
+    lasting.fails("shop.load", LogFull("full"))
+    lasting.fails("shop.load", LogFull("full"))
+    firing = alerting._store.firing()
+    assert [(each.kind, each.source) for each in firing] == [("source_down", "shop"), ("waiting", "shop")]
+    # That the source answers does not make room.
+    lasting.works("shop.load", SourceUnavailable)
+    lasting.works("shop.capture", SourceUnavailable)
+    assert lasting.reasons() == {"shop.load": "full"}
+    assert [each.kind for each in alerting._store.firing()] == ["waiting"]
+    lasting.works("shop.load")
+    assert alerting._store.firing() == []
 
 
 def test_a_webhook_is_signed_as_standard_webhooks_says() -> None:

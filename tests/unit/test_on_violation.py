@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.unit.test_evaluate import bound, prepare, staged
+from test_evaluate import bound, prepare, staged
 
 from headrace.errors import ModelBroken, ModelError
 from headrace.prepared import Contested
@@ -65,7 +65,7 @@ def test_the_header_says_it_for_all_checks_and_for_the_key_where_that_can_be(tmp
     assert actions("suspend") == [("y", "suspend"), ("x", "suspend"), ("x", "quarantine")]
     # So a contested key suspends as well.
     model: RowModel = bound(tmp_path, text(checks, header.format("suspend")))
-    places = frozenset({(0, 1, 1)})
+    places = [(0, 1, 1, None)]
     with pytest.raises(ModelBroken, match=r"1 changes would give their rows the key \(y\) of others"):
         model.refusing(Contested({"m": places}))
     quarantining = bound(tmp_path, text(checks, header.format("warn")))

@@ -18,9 +18,9 @@ from test_rebuild import Shop
 from headrace.change import Mark, Position
 from headrace.config import load_project
 from headrace.destinations.duckdb import DuckDBDestination
+from headrace.prepared import UNIQUE
 from headrace.protocols import Part, Slice
 from headrace.rebuilding import folded
-from headrace.transform.evaluate import UNIQUE
 from headrace.transform.model import RowModel, uncontested
 from headrace.verify import _destination
 
@@ -97,7 +97,7 @@ class Table:
         rows, opened = self.rows(), self.opened()
         assert len(set(rows.values())) == len(rows), "a key twice"
         applied = self.destination.models(self.model.source)[self.model.name].offset
-        refused = frozenset((0, commit, 1) for commit, reason in opened.items() if reason == UNIQUE)
+        refused = frozenset((0, commit, 1, None) for commit, reason in opened.items() if reason == UNIQUE)
         expected = replace(self.model, refused=refused).prepare(changes(self.events[:applied]))
         assert rows == {row["_source_key"]: row["name"] for row in expected.rows.to_pylist()}
         assert set(opened) == set(expected.records["commit"].to_pylist())

@@ -21,20 +21,23 @@ SAMPLES = 3
 _RECENT_MINUTES = 5
 _NOT_DDL = ("shape", "copy", "copied", "reordered")
 
-_FIGURES = f"""SELECT issue, min(source) AS source, min(model) AS model, min(stage) AS stage,
-min(reason) AS reason, min(columns) AS columns, min(message) AS message, min(table_name) AS table_name,
-count(*) AS records,
-count(*) FILTER (WHERE status = 'quarantined') AS quarantined,
-count(*) FILTER (WHERE status = 'waiting') AS waiting,
-sum(CASE WHEN status IN ('quarantined', 'waiting') THEN blocked ELSE 0 END)::BIGINT AS blocked,
-count(*) FILTER (WHERE first_seen > now() - INTERVAL '{_RECENT_MINUTES} minutes') AS recent,
-extract(epoch FROM min(first_seen))::DOUBLE PRECISION AS first_seen,
-extract(epoch FROM max(last_attempt))::DOUBLE PRECISION AS last_seen,
-extract(epoch FROM min(committed_at))::DOUBLE PRECISION AS first_commit,
-extract(epoch FROM max(committed_at))::DOUBLE PRECISION AS last_commit,
-min(commit) AS first_position, max(commit) AS last_position, min(txid) AS first_txid, max(txid) AS last_txid,
-min("offset") AS first_offset, max("offset") AS last_offset
-FROM headrace.quarantine WHERE issue IN (ISSUES) GROUP BY issue"""
+
+_FIGURES = f"""SELECT i.issue, i.source, i.model, i.state, i.stage, i.reason, i.columns, i.message,
+i.records, q.*
+FROM headrace.issues i JOIN (SELECT issue AS of_issue,
+  count(*) FILTER (WHERE status = 'quarantined') AS quarantined,
+  count(*) FILTER (WHERE status = 'waiting') AS waiting,
+  sum(CASE WHEN status IN ('quarantined', 'waiting') THEN blocked ELSE 0 END)::BIGINT AS blocked,
+  count(*) FILTER (WHERE first_seen > now() - INTERVAL '{_RECENT_MINUTES} minutes') AS recent,
+  extract(epoch FROM min(first_seen))::DOUBLE PRECISION AS first_seen,
+  extract(epoch FROM max(last_attempt))::DOUBLE PRECISION AS last_seen,
+  extract(epoch FROM min(committed_at))::DOUBLE PRECISION AS first_commit,
+  extract(epoch FROM max(committed_at))::DOUBLE PRECISION AS last_commit,
+  min(commit) AS first_position, max(commit) AS last_position,
+  min(txid) AS first_txid, max(txid) AS last_txid,
+  min("offset") AS first_offset, max("offset") AS last_offset
+  FROM headrace.quarantine WHERE issue IN (ISSUES) GROUP BY issue
+) q ON q.of_issue = i.issue"""
 
 Details = dict[str, Any]
 
@@ -84,13 +87,13 @@ def commands(alert: Alert, text: ModelText | None) -> dict[str, str]:
             "silence": f"headrace alerts silence {alert.subject} --for 4h --reason TEXT",
         }
     if alert.kind == "suspended":
-        return {"show": "headrace status", "fix": mend}
+        return {"show": "headrace status", "fix": mend, "redrive": f"headrace resume {alert.subject}"}
     return {"show": "headrace status"}
 
 
 def _figures(row: Mapping[str, Any]) -> Details:
     return {
-        **{name: row[name] for name in ("stage", "reason", "columns", "message", "table_name")},
+        **{name: row[name] for name in ("state", "stage", "reason", "columns", "message")},
         **{name: row[name] for name in ("records", "quarantined", "waiting", "blocked")},
         "per_minute": round(row["recent"] / _RECENT_MINUTES, 1),
         "first_seen": time_text(row["first_seen"]),
@@ -112,7 +115,8 @@ def _what_changed(
         kept = versions / text.name / f"{text.version}{Path(text.file).suffix}"
         if kept.exists():
             changed["model_changed_at"] = time_text(kept.stat().st_mtime)
-    table = table_of(lane, row["table_name"]) if lane else None
+    name = text.table if text else row["model"].removeprefix(f"{row['source']}.")
+    table = table_of(lane, name) if lane else None
     if lane is None or table is None:
         return changed
     events = timeline(lane.staging, table, lane.staging.through())

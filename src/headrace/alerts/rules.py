@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from headrace.alarms import NEW_CAUSE, resolve, trigger
+from headrace.alarms import Severity, resolve, trigger, trigger_issue, trigger_suspended
 from headrace.alerts.store import Alert
 from headrace.config import Project
 from headrace.errors import HeadraceError
@@ -39,17 +40,19 @@ SAID = (
     "ledger",
 )
 """The kinds that a new process says again while they hold."""
+GRADES = {"escalating": 2, "regressed": 2}
+"""The states of an issue that are news."""
 AGAIN_WITHIN = 600.0
 """Seconds after the start within which it does."""
 
-_MODELS = (
-    'SELECT model, source, state, reason, "offset", open_records FROM headrace.models '
-    "WHERE state <> 'retired' ORDER BY model"
-)
-_ISSUES = """SELECT issue, min(source) AS source, model, min(reason) AS reason, min(columns) AS columns,
-min(message) AS message, count(*) AS records FROM headrace.quarantine
-WHERE status = 'quarantined' AND model IN (SELECT model FROM headrace.models WHERE state <> 'retired')
-GROUP BY issue, model ORDER BY issue"""
+_MODELS = """SELECT m.model, m.source, m.state, m.reason, m."offset", m.open_records, s.suspended_by
+FROM headrace.models m LEFT JOIN headrace.suspensions s ON s.model = m.model
+WHERE m.state <> 'retired' ORDER BY m.model"""
+_ISSUES = """SELECT i.issue, i.source, i.model, i.reason, i.columns, i.message, i.state, q.records
+FROM headrace.issues i JOIN (
+  SELECT issue, count(*) AS records FROM headrace.quarantine WHERE status = 'quarantined' GROUP BY issue
+) q ON q.issue = i.issue
+WHERE i.model IN (SELECT model FROM headrace.models WHERE state <> 'retired') ORDER BY i.issue"""
 _MARTS = "SELECT mart, reason FROM headrace.marts WHERE state = 'suspended' ORDER BY mart"
 _CALM = 1.25
 """A disk is no longer low with so many times what makes it low, so that it does not ring twice."""
@@ -59,14 +62,11 @@ Firing = Mapping[tuple[str, str], Alert]
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Something that holds now, with the line that tells of it, and the one that tells when it is over."""
+    """Something that holds now, and how it is told: anew, if its `grade` is higher than what fires."""
 
     kind: str
     subject: str
-    words: str
-    values: tuple[object, ...]
-    source: str = ""
-    model: str = ""
+    tell: Callable[[], None]
     grade: int = 1
 
 
@@ -92,11 +92,11 @@ class Rules:
         except HeadraceError as error:
             logger.debug("the destination does not say how its models stand: %s", error)
         for kind, holdings in looked.items():
+            held = {holding.subject for holding in holdings}
             for holding in holdings:
                 known = firing.get((kind, holding.subject))
                 if known is None or known.grade < holding.grade:
-                    _tell(holding)
-            held = {holding.subject for holding in holdings}
+                    holding.tell()
             for alert in firing.values():
                 if alert.kind == kind and alert.subject not in held:
                     _end(alert)
@@ -118,7 +118,7 @@ class Rules:
             issues = found.to_pylist()
         late = [*self._late(models, texts, now)]
         return {
-            "issue": [_issue(row) for row in issues],
+            "issue": [issue_rule(row) for row in issues if row["state"] != "archived"],
             "suspended": [_suspended(row) for row in models if row["state"] == "suspended"],
             "mart": [_suspended_mart(row) for row in marts.to_pylist()],
             "freshness": [holding for holding in late if holding.kind == "freshness"],
@@ -168,38 +168,27 @@ class Rules:
             seen.add(device)
             low = project.alerts.disk_low * (_CALM if ("disk", name) in firing else 1.0)
             if (free := shutil.disk_usage(folder).free) < low:
-                words = (
-                    "LOW disk of the %s folder: %s are free (disk_low %s). Make room, or lower [log] keep."
-                )
-                yield Holding(
-                    "disk", name, words, (name, size_text(free), size_text(project.alerts.disk_low))
-                )
+                yield _low(name, free, project.alerts.disk_low)
 
 
-def _tell(holding: Holding) -> None:
-    trigger(
-        holding.kind, holding.subject, holding.words, *holding.values,
-        source=holding.source, model=holding.model, grade=holding.grade,
-    )  # fmt: skip
-
-
-def _end(alert: Alert) -> None:
-    resolve(alert.kind, alert.subject, "RESOLVED %s %s", alert.kind, alert.subject, source=alert.source)
-
-
-def _issue(row: Mapping[str, Any]) -> Holding:
-    named = (row["issue"], row["model"], row["reason"], row["columns"], row["message"], row["records"])
-    return Holding("issue", row["issue"], NEW_CAUSE, (*named, row["issue"]), row["source"], row["model"])
+def issue_rule(row: Mapping[str, Any]) -> Holding:
+    """Return what holds of an issue with open records: one that escalates, or has come back, is graver."""
+    grade = GRADES.get(row["state"], 1)
+    facts = (row["issue"], row["source"], row["model"], row["reason"], row["columns"], row["message"])
+    return Holding("issue", row["issue"], partial(trigger_issue, *facts, row["records"], grade), grade)
 
 
 def _suspended(row: Mapping[str, Any]) -> Holding:
-    values = (row["model"], row["reason"])
-    return Holding("suspended", row["model"], "SUSPENDED model %s: %s", values, row["source"], row["model"])
+    """What a person has suspended explains what else there is of the model, and is no news."""
+    name = row["model"]
+    severity: Severity | None = "info" if row["suspended_by"] == "hand" else None
+    told = partial(trigger_suspended, name, row["source"], row["reason"], severity)
+    return Holding("suspended", name, told)
 
 
 def _suspended_mart(row: Mapping[str, Any]) -> Holding:
-    name = row["mart"]
-    return Holding("mart", name, "SUSPENDED mart %s: %s", (name, row["reason"]), model=name)
+    name, words = row["mart"], "SUSPENDED mart %s: %s"
+    return Holding("mart", name, partial(trigger, "mart", name, words, name, row["reason"], model=name))
 
 
 def _stale(model: str, source: str, age: float, target: float) -> Holding:
@@ -207,7 +196,8 @@ def _stale(model: str, source: str, age: float, target: float) -> Holding:
         "STALE model %s: a change that was committed %s ago is not visible yet (freshness %s). "
         "`headrace status` says what waits."
     )
-    return Holding("freshness", model, words, (model, age_text(age), age_text(target)), source, model)
+    told = ("freshness", model, words, model, age_text(age), age_text(target))
+    return Holding("freshness", model, partial(trigger, *told, source=source, model=model))
 
 
 def _still(model: str, source: str, offset: int, still: float) -> Holding:
@@ -215,7 +205,20 @@ def _still(model: str, source: str, offset: int, still: float) -> Holding:
         "NO PROGRESS of model %s: it has stood at offset %d for %s, with changes to apply behind it. "
         "`headrace status` says why."
     )
-    return Holding("progress", model, words, (model, offset, age_text(still)), source, model)
+    told = ("progress", model, words, model, offset, age_text(still))
+    return Holding("progress", model, partial(trigger, *told, source=source, model=model))
+
+
+def _low(name: str, free: int, limit: int) -> Holding:
+    words = "LOW disk of the %s folder: %s are free (disk_low %s). Make room, or lower [log] keep."
+    told = ("disk", name, words, name, size_text(free), size_text(limit))
+    return Holding("disk", name, partial(trigger, *told))
+
+
+def _end(alert: Alert) -> None:
+    of = f" of model {alert.model}" if alert.model not in ("", alert.subject) else ""
+    about = {"source": alert.source, "model": alert.model}
+    resolve(alert.kind, alert.subject, "RESOLVED %s %s%s", alert.kind, alert.subject, of, **about)
 
 
 def _existing(path: Path) -> Path:

@@ -59,6 +59,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
     "staging": ("", "List the raw tables and what they were; compact them."),
+    "ledger": ("", "Check that every change that was read is accounted for."),
     "quarantine": ("", "List, show, redrive, patch and discard what could not be applied."),
     "alerts": ("", "List alerts and their delivery, test the channels, silence."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
@@ -79,6 +80,10 @@ QUARANTINE: Mapping[str, tuple[str, str]] = {
     "issues": ("headrace.cli.issues:issues", "List the causes of records and how they go."),
     "archive": ("headrace.cli.issues:archive", "Put an issue aside until it escalates."),
     "export": ("headrace.cli.export:export", "Write records to a file: Parquet, CSV, JSON."),
+}
+
+LEDGER: Mapping[str, tuple[str, str]] = {
+    "check": ("headrace.cli.ledger:check", "Hold the ledger against log, staging and quarantine."),
 }
 
 ALERTS: Mapping[str, tuple[str, str]] = {
@@ -137,6 +142,7 @@ STAGING: Mapping[str, tuple[str, str]] = {
 }
 
 _GROUPS = {
+    "ledger": LEDGER,
     "alerts": ALERTS,
     "log": LOG,
     "models": MODELS,

@@ -8,6 +8,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -33,7 +34,8 @@ from headrace.secret import place_of
 from headrace.sources.postgres.catalog import list_tables, read_shapes
 from headrace.sources.postgres.connection import connect
 from headrace.sources.postgres.preflight import Finding, inspect
-from headrace.transform.model import bind
+from headrace.transform.linking import link
+from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.names import name_faults, source_faults
 from headrace.transform.sql import ModelText
 
@@ -206,6 +208,7 @@ def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[F
             yield _bound(text, shapes)
         else:
             yield Finding("ok", f"mart {name} reads {', '.join(text.reads) or 'no table'}")
+    yield from _referring(texts, shapes)
     yield from _named(project, texts, shapes)
     if not texts:
         yield Finding("ok", "no model in use: every table is mirrored with its own types")
@@ -231,6 +234,26 @@ def _bound(text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
     except HeadraceError as error:
         return Finding("fail", _clause(error), error.remedy or f"Mend {file}.")
     return Finding("ok", f"model {text.name} fits raw.{text.source}.{text.table}")
+
+
+def _referring(
+    texts: Mapping[str, ModelText | Mart], shapes: Mapping[str, Shapes | None]
+) -> Iterator[Finding]:
+    """Look whether the foreign keys of the models can be kept; models that do not bind were told of."""
+    for source, known in shapes.items():
+        mine = {
+            name: text
+            for name, text in texts.items()
+            if isinstance(text, ModelText) and text.source == source
+        }
+        bound, away = list[RowModel](), set(mine)
+        for schema in (known or {}).values():
+            files = [text for text in mine.values() if text.table == schema.table.label]
+            with suppress(HeadraceError):
+                bound += [bind(text, schema) for text in files] or [mirror(source, schema)]
+        away -= {model.name for model in bound}
+        for fault in link(bound, mine, away).faults.values():
+            yield Finding("fail", _clause(fault), fault.remedy)
 
 
 def _named(

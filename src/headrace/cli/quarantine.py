@@ -20,6 +20,7 @@ from headrace.cli.tables import print_json_lines, print_table
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError, UserError
 from headrace.keys import literal
+from headrace.masking import MASK
 from headrace.server import read
 from headrace.sources.postgres.lsn import format_lsn
 
@@ -27,6 +28,8 @@ MAX_KEYS = 100_000
 """Keys in one request: with keys of usual length it stays below the server's bound for a request."""
 
 _MAX_KEY_BYTES = 8 << 20
+SHOWN_KEY = f"CASE WHEN key_is_masked THEN '{MASK}' ELSE key END"
+"""A record's key as it is shown: `redrive --key` takes the key itself."""
 
 Status = Literal["open", "quarantined", "waiting", "blocked", "resolved", "superseded", "discarded", "all"]
 _Project = Annotated[Path, Parameter(help="The project's folder.")]
@@ -71,7 +74,8 @@ def list_records(
     records, totals = read(
         settings,
         [
-            "SELECT id::VARCHAR AS id, issue, source, model, status, stage, reason, columns, message, key, "
+            "SELECT id::VARCHAR AS id, issue, source, model, status, stage, reason, columns, message, "
+            f"{SHOWN_KEY} AS key, "
             f'op, "offset", committed_at, attempts, blocked FROM headrace.quarantine WHERE {wanted} '
             'ORDER BY max("offset") OVER (PARTITION BY issue) DESC, issue, "offset" DESC, ordinal DESC '
             f"LIMIT {max(limit, 0)}",
@@ -109,6 +113,9 @@ def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  
     record["position"] = f"{format_lsn(record['commit'])} row {record['ordinal']} epoch {record['epoch']}"
     folder = "" if project == Path() else f" --project {quote(str(project))}"
     one = f"--model {quote(record['model'])} --key={quote(record['key'] or '')}"
+    if record["key_is_masked"]:
+        record["waiting_on"] = record["waiting_on"] and MASK
+        record["key"], one = MASK, f"--model {quote(record['model'])} --key=KEY"
     record["redrive"] = [
         f"headrace quarantine redrive {which}{folder}" for which in (f"--issue {record['issue']}", one)
     ]

@@ -15,10 +15,11 @@ from headrace.destinations.session import Session
 from headrace.destinations.tables import LEDGER_COUNTS, OPEN, QUARANTINE, RECORD_COLUMNS
 from headrace.errors import DestinationError
 from headrace.keys import literal
-from headrace.prepared import Prepared
+from headrace.prepared import FOREIGN_KEY, Prepared
 from headrace.protocols import Model, Part, Slice
 
 if TYPE_CHECKING:
+    from headrace.destinations.refolding import Refolded
     from headrace.destinations.steps import Settled
 
 
@@ -49,7 +50,7 @@ class _Account:
     state: str
     known: bool
     counts: Counts
-    healed: int
+    moved: Counts
     open_records: int
 
 
@@ -79,12 +80,12 @@ class Books:
             if offset != self._work.after.offset:
                 raise DestinationError(f"Model {name} does not stand at {self._work.after.offset}.")
             known = (version, state, reason) == (part.model.version, _state(part), "")
-            self._accounts[name] = _Account(part.model, _state(part), known, Counts(), 0, opened)
+            self._accounts[name] = _Account(part.model, _state(part), known, Counts(), Counts(), opened)
         account = self._accounts[name]
-        healed = heal(self._db, name, part.prepared, commit) if account.open_records else 0
-        healed += take_off(self._db, self._work.source, name, target, part.prepared, commit)
-        account.healed += healed
-        account.open_records -= healed
+        moved = heal(self._db, name, part.prepared, commit) if account.open_records else Counts()
+        moved += overtaken(take_off(self._db, self._work.source, name, target, part.prepared, commit))
+        account.moved += moved
+        account.open_records -= moved.superseded
 
     def take(self, part: Part) -> list[str]:
         """Enter a part whose rows were applied, and write its records; return new issues."""
@@ -95,6 +96,10 @@ class Books:
             return []
         account.open_records += int(records.num_rows)
         return record(self._db, part.model, records)
+
+    def refolded(self, model: Model, refolded: Refolded) -> None:
+        """Enter what the whole histories of some keys came to, whose ledger is written."""
+        self._accounts[model.name].open_records += refolded.more
 
     def settle(self, settled: Settled) -> list[str]:
         """Enter what came of a model's steps; return new issues."""
@@ -115,9 +120,8 @@ class Books:
             version = account.model.version
             if account.counts.read:
                 rows.append((work.source, name, "apply", *span, *numbers(account.counts), version))
-            if account.healed:
-                moved = Counts(superseded=account.healed, quarantined=-account.healed)
-                rows.append((work.source, name, "superseded", *span, *numbers(moved), version))
+            if account.moved.superseded:
+                rows.append((work.source, name, "superseded", *span, *numbers(account.moved), version))
         insert(self._db, "ledger", rows)
 
     def _write_models(self) -> None:
@@ -154,21 +158,29 @@ def _state(part: Part) -> str:
     return "in_sync" if part.in_sync else "joining"
 
 
-def heal(db: Session, model: str, prepared: Prepared, commit: int, records: str = QUARANTINE) -> int:
+def overtaken(records: int, waiting: int = 0) -> Counts:
+    """Return what the ledger says of open records that became superseded, some of which waited."""
+    return Counts(superseded=records, quarantined=waiting - records, waiting=-waiting)
+
+
+def heal(db: Session, model: str, prepared: Prepared, commit: int, records: str = QUARANTINE) -> Counts:
     """Mark the open records, kept in the table `records`, that a later good change has overtaken; returns
-    how many."""
+    what the ledger is to say of it."""
     keys = [prepared.removed, *([prepared.deleted["key"]] if prepared.deleted is not None else [])]
     if not prepared.reset and not sum(map(len, keys)):
-        return 0
+        return Counts()
     given = None if prepared.reset else pa.table({"key": pa.chunked_array(keys, pa.string())})
     mine = f"model = {literal(model)} AND {OPEN}"
     where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_given)"
-    db.keep("_hr_healed", f"SELECT id FROM {records} WHERE {mine} {where}", given)
-    if db.execute("SELECT count(*) FROM _hr_healed") == [(0,)]:
-        return 0
-    return close_records(
-        db, "id IN (SELECT id FROM _hr_healed)", f"'superseded', superseded_by = {commit}", records
+    db.keep("_hr_healed", f"SELECT id, status FROM {records} WHERE {mine} {where}", given)
+    ((waiting, healed),) = db.execute(
+        "SELECT count(*) FILTER (WHERE status = 'waiting'), count(*) FROM _hr_healed"
     )
+    if healed:
+        close_records(
+            db, "id IN (SELECT id FROM _hr_healed)", f"'superseded', superseded_by = {commit}", records
+        )
+    return overtaken(healed, waiting)
 
 
 def close_records(
@@ -227,6 +239,15 @@ def stand(
     insert(db, "models", [(model.name, model.source, model.version, state, "", *where, records)])
 
 
+def count_open(db: Session, model: str) -> None:
+    """Write how many open records a model has, counted anew."""
+    name = literal(model)
+    db.execute(
+        f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM headrace.quarantine "
+        f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
+    )
+
+
 def numbers(counts: Counts) -> list[int]:
     """Return counts in the order of the ledger's columns."""
     return [getattr(counts, name) for name in LEDGER_COUNTS]
@@ -276,26 +297,41 @@ def record_from(
 ) -> list[str]:
     """Write the records of a relation to the table `into`; see `record`."""
     source, name, table = literal(model.source), literal(model.name), literal(str(model.table))
+    # Waiting is no failure: what fails when it has been long is another issue, which is alerted.
+    orphaned = f"r.reason = '{FOREIGN_KEY}' AND q.status = 'quarantined' AND q.waiting_on = r.waiting_on"
+    waits = f"r.reason = '{FOREIGN_KEY}' AND ({orphaned}) IS NOT TRUE"
+    cause = fingerprint(f"CASE WHEN {waits} THEN 'waiting' END")
     db.keep(
         "_hr_incoming",
         f"""SELECT r.*, coalesce(q.attempts, 0) + 1 AS attempts,
-        coalesce(q.first_seen, now()) AS first_seen, now() AS last_attempt
+        coalesce(q.first_seen, now()) AS first_seen, now() AS last_attempt,
+        CASE WHEN {orphaned} THEN q.issue ELSE {cause} END AS issue,
+        CASE WHEN {waits} THEN 'waiting' ELSE 'quarantined' END AS status,
+        CASE WHEN {waits} THEN coalesce(CASE WHEN q.status = 'waiting' THEN q.waiting_since END, now())
+          ELSE q.waiting_since END AS waiting_since
         FROM (
           SELECT md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
-          'v1:' || left(md5(concat_ws('|', {name}, stage, reason, columns, message)), 16) AS issue,
           {source} AS source, {name} AS model, {table} AS table_name,
           stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
-          committed_at, "offset", preview, blocked, {_SQLSTATE} AS sqlstate, {_CONSTRAINT} AS constraint_name,
-          {literal(model.version)} AS model_version, {model.schema_version} AS schema_version,
-          'quarantined' AS status FROM {relation} AS i
+          committed_at, "offset", preview, blocked, key_is_masked, waiting_on, {_SQLSTATE} AS sqlstate,
+          {_CONSTRAINT} AS constraint_name, {literal(model.version)} AS model_version,
+          {model.schema_version} AS schema_version FROM {relation} AS i
         ) r LEFT JOIN {into} q ON q.id = r.id""",
         given,
     )
     issues = db.execute(
-        "SELECT DISTINCT issue FROM _hr_incoming WHERE issue NOT IN (SELECT issue FROM headrace.quarantine)"
+        "SELECT DISTINCT issue FROM _hr_incoming WHERE status <> 'waiting' "
+        "AND issue NOT IN (SELECT issue FROM headrace.quarantine)"
     )
     if into == QUARANTINE:
         count_opening(db, model.version, "_hr_incoming")
     db.execute(f"DELETE FROM {into} WHERE id IN (SELECT id FROM _hr_incoming)")
     db.execute(f"INSERT INTO {into} ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM _hr_incoming")
     return [str(row[0]) for row in issues]
+
+
+def fingerprint(more: str = "NULL", record: str = "r") -> str:
+    """Return the expression of a record's issue: all records with one cause have one. `more` tells others
+    apart, unless it is null."""
+    parts = ", ".join(f"{record}.{name}" for name in ("model", "stage", "reason", "columns", "message"))
+    return f"'v1:' || left(md5(concat_ws('|', {parts}, {more})), 16)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import pyarrow as pa
@@ -21,17 +21,21 @@ from headrace.destinations.books import (
 )
 from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
-from headrace.destinations.redriving import redrive
+from headrace.destinations.references import judge_references
+from headrace.destinations.refolding import refold
 from headrace.destinations.session import Session, Unfit
 from headrace.destinations.shapes import Shape, record_shape, recorded, refuse_drift
 from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import OPEN, refuse_other_version
 from headrace.destinations.unique import note_claims, refuse_contested
+from headrace.destinations.waiting import Waits
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
-from headrace.prepared import Prepared
-from headrace.protocols import DestinationFinding, Model, ModelState, Scanned, Slice, Table
+from headrace.prepared import Prepared, Reference
+from headrace.protocols import DestinationFinding, Model, Scanned, Slice, Table
+from headrace.reference import NOTHING_DECIDED
+from headrace.standing import ModelState
 
 _REFUSES = "cannot take the model's rows"
 
@@ -49,6 +53,7 @@ class Database(ABC):
         self._numbered: dict[str, str | None] = {}
         self.joins = Joins(self)
         self.marts = Marts(self)
+        self.waits = Waits(self)
         self.commits = 0
         self._quiet = 0
         self._is_known = False  # that Headrace's own tables are as this version has them
@@ -140,12 +145,19 @@ class Database(ABC):
 
     @contextmanager
     def writing(
-        self, source: str, *, memory: int = 0, keep: bool = True, steady: bool = False
+        self,
+        source: str,
+        *,
+        memory: int = 0,
+        keep: bool = True,
+        steady: bool = False,
+        references: Collection[Reference] = (),
     ) -> Iterator[Session]:
         """Open a transaction that changes what is of a source; committed at the end, unless not to `keep`.
 
-        Raises ModelBroken where a constraint that waited for the end refuses a model's rows, and Contested
-        where rows would have the keys of others.
+        At its end some `references` are judged, too, whose rows it does not change. Raises ModelBroken where
+        a constraint that waited for the end refuses a model's rows, and Contested where rows would have the
+        keys of others, or refer to none.
         """
         try:
             with self.open(memory=memory) as db:
@@ -155,6 +167,7 @@ class Database(ABC):
                     self.set_up(db)
                 db.begin(source, steady=steady)
                 yield db
+                judge_references(db, source, self.table_of, references)
                 refuse_contested(db)
                 if db.counts_issues:
                     issues.settle(db)
@@ -203,6 +216,9 @@ class Database(ABC):
                 self._check(db, work)
                 books, steps = Books(db, work), StepBook(self, db, work.source)
                 for part in work.parts:
+                    if part.refolded:
+                        books.refolded(part.model, refold(self, db, part.model, part.prepared))
+                        continue
                     self.make_table(db, part.model)
                     with self._blaming(part.model.name):
                         books.admit(part, self.table_of(part.model.name))
@@ -234,7 +250,8 @@ class Database(ABC):
         self, model: Model, prepared: Prepared, *, dry_run: bool = False, decided: Outcome | None = None
     ) -> dict[str, int]:
         """See `Destination.redrive`."""
-        return redrive(self, model, prepared, decided, dry_run=dry_run)
+        outcome = {model.name: decided} if decided else NOTHING_DECIDED
+        return self.waits.refold(model.source, [(model, prepared)], dry_run=dry_run, decided=outcome)
 
     def decided(self, source: str) -> dict[str, Offset]:
         """See `Destination.decided`."""
@@ -408,7 +425,7 @@ class Database(ABC):
 
     def _change_rows(self, db: Session, source: str, model: Table, prepared: Prepared) -> None:
         target = self.table_of(model.name)
-        note_claims(db, source, target, prepared)
+        note_claims(db, source, target, model.name, prepared)
         if prepared.counts.read or prepared.rows.num_rows:  # a share of whole histories counts no changes
             db.changed.add(model.name)
         if prepared.deleted is not None:

@@ -352,6 +352,10 @@ class _DuckDBSession:
     def same_key(self, left: str, right: str) -> str:
         return f"{left} = {right}"
 
+    def json_text(self, document: str, *path: str | int) -> str:
+        steps = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+        return f"json_extract_string({document}, '${steps}')"
+
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         # Two hashes: one of 64 bits may meet by chance, both do not.
         return [f"hash({', '.join(cells)})::HUGEINT" for cells in (columns, [*columns[::-1], "'again'"])]

@@ -24,11 +24,13 @@ from headrace.destinations.books import (
     insert,
     move_progress,
     numbers,
+    overtaken,
     record,
     record_from,
     stand,
 )
 from headrace.destinations.multiset import take_off
+from headrace.destinations.references import judge_anew
 from headrace.destinations.session import Session
 from headrace.destinations.steps import StepBook
 from headrace.destinations.tables import JOINING, OPEN, QUARANTINE
@@ -36,6 +38,7 @@ from headrace.errors import DestinationError, UserError
 from headrace.failpoints import failpoint
 from headrace.join import Account, Difference, Join, Snapshot
 from headrace.keys import literal, quoted
+from headrace.masking import MASK, Masked, mask_cells
 from headrace.prepared import Prepared
 from headrace.protocols import Model, Table
 
@@ -110,7 +113,7 @@ class Joins:
         head = (join.source, model.name)
         target = _target(join, model)
         table = self._destination.table_of(target.name)
-        healed, counts, issues = 0, Counts(), list[str]()
+        moved, counts, issues = Counts(), Counts(), list[str]()
         with self._destination.writing(join.source) as db:
             _check(db, join)
             self._destination.make_table(db, target)
@@ -120,8 +123,8 @@ class Joins:
                     steps.add(model, target, prepared)
                     del prepared
                     continue
-                healed += heal(db, model.name, prepared, join.end, records)
-                healed += take_off(db, join.source, model.name, table, prepared, join.end, records)
+                moved += heal(db, model.name, prepared, join.end, records)
+                moved += overtaken(take_off(db, join.source, model.name, table, prepared, join.end, records))
                 self._destination.change_rows(db, join.source, target, prepared)
                 issues += record(db, model, prepared.records, records)
                 counts += prepared.counts
@@ -134,9 +137,9 @@ class Joins:
                 own = Account("copy" if join.phase == "copy" else "apply", join.offset, through, counts)
                 told = [own] if accounts is None else accounts
                 rows = [(*head, *each[:3], *numbers(each.counts), model.version) for each in told]
-                if healed:
-                    moved = numbers(Counts(superseded=healed, quarantined=-healed))
-                    rows.append((*head, "superseded", join.offset, through, *moved, model.version))
+                if moved.superseded:
+                    span = (join.offset, through)
+                    rows.append((*head, "superseded", *span, *numbers(moved), model.version))
                 insert(db, "ledger", rows)
             _save(db, following)
             failpoint("destination.join.commit")
@@ -162,6 +165,7 @@ class Joins:
                 self._destination.drop_table(db, _target(join, model))
             if join.why != "dry run":
                 stand(db, model, at.offset, position, committed_at, in_sync=in_sync)
+                judge_anew(db, model.name, position.commit)
                 _balance(db, join, model)
                 move_progress(db, join.source, at, position, committed_at)
             _save(db, replace(join, phase="done", stands=join.end))
@@ -251,6 +255,7 @@ def _examples(db: Session, model: Model, before: str, after: str) -> list[dict[s
         "SELECT k, how FROM (SELECT *, row_number() OVER (PARTITION BY how ORDER BY k) AS n "
         f"FROM _hr_differs) d WHERE n <= {_EXAMPLES}",
     )
+    hidden = model.masked
     examples: dict[str, dict[str, Any]] = {
         key: {"how": how, "key": key, "before": [], "after": []}
         for key, how in db.execute("SELECT k, how FROM _hr_examples ORDER BY how, k")
@@ -265,8 +270,8 @@ def _examples(db: Session, model: Model, before: str, after: str) -> list[dict[s
             [model.source],
         )
         for key, *row in rows:
-            examples[key][when].append(dict(zip(names, row, strict=True)))
-    return list(examples.values())
+            examples[key][when].append(mask_cells(dict(zip(names, row, strict=True)), hidden.outputs))
+    return [example | ({"key": MASK} if hidden.key else {}) for example in examples.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +304,10 @@ class _Renamed:
     @property
     def numbered(self) -> str | None:
         return self.model.numbered
+
+    @property
+    def masked(self) -> Masked:
+        return self.model.masked
 
     def types(self) -> dict[str, str]:
         return self.model.types()
@@ -368,16 +377,18 @@ def _exchange_records(db: Session, join: Join, model: Model) -> list[str]:
 def _balance(db: Session, join: Join, model: Model) -> None:
     """Let the ledger say how many records are open, and what they block, where a join has changed that."""
     name = literal(model.name)
-    ((records, behind),) = db.execute(
-        "SELECT count(*), coalesce(sum(blocked), 0)::BIGINT "
-        f"FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
+    now = db.execute(
+        "SELECT count(*) FILTER (WHERE status <> 'waiting'), count(*) FILTER (WHERE status = 'waiting'), "
+        f"coalesce(sum(blocked), 0)::BIGINT FROM {QUARANTINE} WHERE model = {name} AND {OPEN}"
     )
-    ((known, known_behind),) = db.execute(
-        "SELECT coalesce(sum(quarantined), 0)::BIGINT, coalesce(sum(blocked), 0)::BIGINT "
+    known = db.execute(
+        "SELECT coalesce(sum(quarantined), 0)::BIGINT, coalesce(sum(waiting), 0)::BIGINT, "
+        "coalesce(sum(blocked), 0)::BIGINT "
         f"FROM headrace.ledger WHERE model = {name} AND kind <> 'void'"
     )
-    opened, blocked = records - known, behind - known_behind
-    if opened or blocked:
+    opened, waiting, blocked = (each - before for each, before in zip(now[0], known[0], strict=True))
+    if opened or waiting or blocked:
         kind = "resync" if join.why == "copy" else "rebuild"
-        moved = numbers(Counts(superseded=-opened - blocked, quarantined=opened, blocked=blocked))
+        gone = -opened - waiting - blocked
+        moved = numbers(Counts(superseded=gone, quarantined=opened, waiting=waiting, blocked=blocked))
         insert(db, "ledger", [(model.source, model.name, kind, 0, 0, *moved, model.version)])

@@ -204,6 +204,10 @@ class PostgresSession:
         """See `Session.same_key`: the first part is what the index is of."""
         return f"{_prefix(left)} = {_prefix(right)} AND {left} = {right}"
 
+    def json_text(self, document: str, *path: str | int) -> str:
+        """See `Session.json_text`."""
+        return f"({document}::json #>> '{{{','.join(map(str, path))}}}')"
+
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         """See `Session.fingerprints`. As text, since not every type can be compared."""
         return [f"hashtextextended(ROW({', '.join(columns)})::text, {seed})" for seed in (0, 1)]

@@ -99,6 +99,10 @@ class Session(Protocol):
         """Return the condition that two source keys are equal, `left` one of a model's table."""
         ...
 
+    def json_text(self, document: str, *path: str | int) -> str:
+        """Return the expression of what stands in a JSON text at a path of names and places, as text."""
+        ...
+
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         """Return expressions of numbers that can be summed; all are equal where the columns (quoted) are."""
         ...

@@ -25,7 +25,8 @@ LEDGER_COUNTS = (
 RECORD_COLUMNS = (
     "id, issue, source, model, table_name, stage, reason, columns, message, op, is_partial, key, epoch, "
     'commit, ordinal, txid, committed_at, "offset", preview, model_version, status, attempts, '
-    "first_seen, last_attempt, blocked, sqlstate, constraint_name, schema_version"
+    "first_seen, last_attempt, blocked, key_is_masked, waiting_on, waiting_since, sqlstate, constraint_name, "
+    "schema_version"
 )
 
 QUARANTINE = "headrace.quarantine"
@@ -50,8 +51,8 @@ CREATE TABLE IF NOT EXISTS headrace.quarantine (
   epoch BIGINT, commit BIGINT, ordinal BIGINT, txid BIGINT, committed_at TIMESTAMPTZ,
   "offset" BIGINT, preview VARCHAR, model_version VARCHAR, status VARCHAR, superseded_by BIGINT,
   attempts INTEGER, first_seen TIMESTAMPTZ, last_attempt TIMESTAMPTZ, resolution VARCHAR,
-  resolved_at TIMESTAMPTZ, blocked BIGINT, sqlstate VARCHAR, constraint_name VARCHAR,
-  schema_version INTEGER, actor VARCHAR
+  resolved_at TIMESTAMPTZ, blocked BIGINT, key_is_masked BOOLEAN, waiting_on VARCHAR,
+  waiting_since TIMESTAMPTZ, sqlstate VARCHAR, constraint_name VARCHAR, schema_version INTEGER, actor VARCHAR
 );
 CREATE TABLE IF NOT EXISTS headrace.joining AS SELECT * FROM headrace.quarantine WHERE false;
 CREATE TABLE IF NOT EXISTS headrace.ledger (
@@ -84,6 +85,10 @@ CREATE TABLE IF NOT EXISTS headrace.decided (model VARCHAR, "offset" BIGINT);
 CREATE TABLE IF NOT EXISTS headrace.shapes (model VARCHAR, columns VARCHAR, numbered VARCHAR);
 CREATE TABLE IF NOT EXISTS headrace.suspensions (
   model VARCHAR, suspended_by VARCHAR, state VARCHAR, suspended_at TIMESTAMPTZ
+);
+CREATE TABLE IF NOT EXISTS headrace.foreign_keys (
+  model VARCHAR, source VARCHAR, name VARCHAR, "references" VARCHAR, definition VARCHAR,
+  unchecked_since BIGINT, recorded_at TIMESTAMPTZ
 );
 """
 

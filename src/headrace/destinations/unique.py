@@ -1,4 +1,5 @@
-"""Keys that no two rows of a model's table may have, where the source's key does not see to it.
+"""Keys that no two rows of a model's table may have, where the source's key does not see to it; and which
+rows a transaction makes and takes away, for these and for what refers to them.
 
 It is judged when a transaction ends, over what it leaves, as sets: within it rows may swap their keys. Of
 rows with one key the one stays that was not touched, or else had the key before, or else came of the earliest
@@ -11,44 +12,53 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from headrace.destinations.session import Session
 from headrace.keys import quoted
-from headrace.prepared import Contested, Place, Prepared
+from headrace.prepared import Contested, Prepared, Reference
+
+Place = tuple[int, int, int]
+"""Epoch, commit and ordinal of a change."""
 
 
 @dataclass(slots=True)
 class Claimed:
-    """What a transaction has changed of a table with a key: in the temporary relation `places` the rows that
-    it has made, each with its change, in `former` the keys of the rows that it has removed, in both with the
-    number of the outcome by which it did."""
+    """What a transaction has changed of a table with a key to keep, or with references from or to it: in the
+    temporary relation `places` the rows that it has made, each with its change, in `former` those that it has
+    removed, with the columns of `Claims.columns`; in both with the number of the outcome by which it did."""
 
     model: str
     source: str
     key: tuple[str, ...]
+    references: tuple[Reference, ...]
     places: str
     former: str
     outcomes: int = 0
     """How many were noted."""
 
 
-def note_claims(db: Session, source: str, target: str, prepared: Prepared) -> None:
-    """Note whose keys an outcome takes and gives up, before it is written to the table `target`."""
+def note_claims(db: Session, source: str, target: str, name: str, prepared: Prepared) -> None:
+    """Note whose keys an outcome takes and gives up, before it is written to the table `target`, which `name`
+    names: nothing is referred to in one that only grows beside a model's."""
     claims = prepared.claims
-    if claims is None:
+    if claims is not None and name != claims.model:
+        claims = replace(claims, references=())
+    if claims is None or not (claims.key or claims.references):
         return
+    columns = ("_source_key", *map(quoted, claims.columns))
     claimed = db.claimed.get(target)
     if claimed is None:
         number = len(db.claimed)
         relations = (f"_hr_places_{number}", f"_hr_former_{number}")
-        claimed = db.claimed[target] = Claimed(claims.model, source, claims.key, *relations)
+        claimed = db.claimed[target] = Claimed(
+            claims.model, source, claims.key, claims.references, *relations
+        )
         db.keep(claimed.places, "SELECT *, 0 AS _outcome FROM _hr_given", claims.places.slice(0, 0))
-        key = _columns("t", claims.key)
-        db.keep(claimed.former, f"SELECT _source_key, {key}, 0 AS _outcome FROM {target} t WHERE false")
+        db.keep(claimed.former, f"SELECT {', '.join(columns)}, 0 AS _outcome FROM {target} t WHERE false")
     claimed.outcomes += 1
     removed = pa.table({"key": prepared.removed})
     if prepared.reset or removed.num_rows:
@@ -57,7 +67,7 @@ def note_claims(db: Session, source: str, target: str, prepared: Prepared) -> No
         outcome = "NULL" if prepared.reset else claimed.outcomes
         gone = "" if prepared.reset else f"JOIN _hr_given g ON {db.same_key('t._source_key', 'g.key')}"
         db.execute(
-            f"INSERT INTO {claimed.former} SELECT t._source_key, {_columns('t', claims.key)}, {outcome} "
+            f"INSERT INTO {claimed.former} SELECT {', '.join(f't.{each}' for each in columns)}, {outcome} "
             f"FROM {target} t {gone} WHERE t._source = $1 "
             f"AND t._source_key NOT IN (SELECT _source_key FROM {claimed.places})",
             [source],
@@ -72,9 +82,10 @@ def note_claims(db: Session, source: str, target: str, prepared: Prepared) -> No
 
 def refuse_contested(db: Session) -> None:
     """Raise Contested if rows that the transaction has made have the keys of others."""
-    found = {claimed.model: _contested(db, target, claimed) for target, claimed in db.claimed.items()}
+    keyed = {target: claimed for target, claimed in db.claimed.items() if claimed.key}
+    found = {claimed.model: _contested(db, target, claimed) for target, claimed in keyed.items()}
     if refused := {model: places for model, places in found.items() if places}:
-        raise Contested(refused)
+        raise Contested({model: [(*place, None) for place in places] for model, places in refused.items()})
 
 
 def _contested(db: Session, target: str, claimed: Claimed) -> frozenset[Place]:

@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.config import QuarantineConfig
 from headrace.errors import BreakerTripped
+from headrace.prepared import FOREIGN_KEY
+from headrace.quarantine.limit import SizeLimit
 
 if TYPE_CHECKING:
     from headrace.prepared import Prepared
@@ -30,8 +33,6 @@ LEAST = 1_000
 """Changes without which nothing is judged."""
 WINDOW = 10_000
 """So many of the newest changes count, and what else came in the same part."""
-FOREIGN_KEY = "constraint.foreign_key"
-"""The reason that does not count."""
 
 
 class Guarded(Protocol):
@@ -84,21 +85,31 @@ class _Window:
 class Breakers:
     """The breakers of one source's models. Not for two threads at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: SizeLimit | None = None) -> None:
+        """`limit` is that of the quarantine, which the same parts are held against."""
+        self._limit = limit or SizeLimit(QuarantineConfig(), lambda _: [])
         self._windows: dict[str, _Window] = {}
         self._tripped: set[str] = set()
         self._pending: dict[str, list[Tally]] = {}
 
-    def know_tripped(self, models: Iterable[str]) -> None:
-        """Take over which models have tripped and not passed a part since."""
-        self._tripped.update(models)
+    def know(self, tripped: Iterable[str]) -> None:
+        """Take over which models have tripped and not passed a part since, and how full the quarantine is."""
+        self._tripped.update(tripped)
+        self._limit.count()
+
+    def has_room(self, error: BaseException) -> bool:
+        """Whether an error says that the quarantine is full, and it is not any more."""
+        return self._limit.has_room(error)
 
     def begin(self) -> None:
         """Forget what was admitted and not kept: the transaction is begun anew."""
         self._pending.clear()
+        self._limit.begin()
 
     def admit(self, model: Guarded, prepared: Prepared) -> None:
-        """Count a part that is to be applied. Raises BreakerTripped where too many of its changes fail."""
+        """Count a part that is to be applied. Raises BreakerTripped where too many of its changes fail, and
+        QuarantineFull where its records are too many."""
+        self._limit.admit(model.name, prepared)
         tally = tally_of(prepared)
         if not tally.judged:
             return
@@ -132,6 +143,7 @@ class Breakers:
     def keep(self) -> None:
         """Take over what was admitted: its transaction is committed. What it has of checks that only warn is
         logged, once."""
+        self._limit.keep()
         for name, parts in self._pending.items():
             self._windows[name].add(parts)
             _, _, warned, nulled = map(sum, zip(*parts, strict=True))

@@ -29,6 +29,7 @@ from headrace.testing.destination_drift_suite import DriftSuite
 from headrace.testing.destination_joins_suite import BagSuite, JoinSuite
 from headrace.testing.destination_kinds_suite import KindSuite
 from headrace.testing.destination_marts_suite import MartSuite
+from headrace.testing.destination_references_suite import ReferenceSuite
 from headrace.testing.destination_unique_suite import UniqueSuite
 from headrace.testing.destinations import (
     LOG,
@@ -451,7 +452,16 @@ def same_rows(destination: Destination, model: RowModel, cells: Sequence[Cells])
 
 
 class DestinationSuite(
-    OwnerSuite, BooksSuite, TableSuite, UniqueSuite, DriftSuite, BagSuite, JoinSuite, KindSuite, MartSuite
+    OwnerSuite,
+    BooksSuite,
+    TableSuite,
+    UniqueSuite,
+    ReferenceSuite,
+    DriftSuite,
+    BagSuite,
+    JoinSuite,
+    KindSuite,
+    MartSuite,
 ):
     """The contract as a whole."""
 

@@ -66,7 +66,7 @@ class UniqueSuite:
         again = replace(KEYED.prepare(history.slice(1)), removed=pa.array(["2"]))
         with pytest.raises(Contested) as caught:
             destination.redrive(KEYED, again)
-        assert caught.value.refused == {KEYED.name: {(0, 2, 2)}}
+        assert caught.value.refused == {KEYED.name: [(0, 2, 2, None)]}
         assert [key for key, _ in table(destination, OPEN)] == ["2"]
         _apply(destination, at, [_cells(1, "", _op="d")])
         assert destination.redrive(KEYED, again) == {"resolved": 1, "still_quarantined": 0}

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
-from headrace.keys import literal, quoted
-from headrace.prepared import Claims
+from headrace.keys import literal, quoted, source_key
+from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
 from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
 
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 _ASKED_ROWS, _SAYING_NOTHING_NEW = 100, 3
 """Bad rows of one column whose message is asked of the engine one by one, at most and while there is a new
 one among the last few; more of them share the message of the first."""
-
-UNIQUE = "constraint.unique"
-"""The reason of a change that would give its row the key of another."""
 
 FAULTS = pa.schema(
     {
@@ -56,25 +53,31 @@ class Evaluation:
         self._model = model
         self._fatal: dict[int, str] = {}
         self._judged: pa.Table | None = None
-        self._refused = pa.array([], pa.int64())
+        self._refused = pa.table({"n": pa.array([], pa.int64()), "reference": pa.array([], pa.string())})
+
+    @property
+    def model(self) -> RowModel:
+        """The model that judges."""
+        return self._model
 
     def refuse(self, events: pa.Table) -> None:
         """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
         if not self._model.refused:
             return
-        places = list(zip(*self._model.refused, strict=True))
-        names = ("_epoch", "_commit", "_ordinal")
-        self._db.register("placed", events.select(["_hr_n", *names]))
-        self._db.register(
-            "refused", pa.table({n: pa.array(p, pa.int64()) for n, p in zip(names, places, strict=True)})
-        )
-        found = self._db.sql(f"SELECT _hr_n FROM placed SEMI JOIN refused USING ({', '.join(names)})")
-        self._refused = found.to_arrow_table()["_hr_n"].combine_chunks()
+        names = ("_epoch", "_commit", "_ordinal", "reference")
+        cells = zip(*self._model.refused, strict=True)
+        types = (pa.int64(), pa.int64(), pa.int64(), pa.string())
+        refused = {name: pa.array(each, type_) for name, each, type_ in zip(names, cells, types, strict=True)}
+        self._db.register("placed", events.select(["_hr_n", *names[:3]]))
+        self._db.register("refused", pa.table(refused))
+        self._refused = self._db.sql(
+            "SELECT _hr_n AS n, reference FROM placed JOIN refused USING (_epoch, _commit, _ordinal)"
+        ).to_arrow_table()
 
     def claims(self, events: pa.Table, effects: pa.ChunkedArray, settled: pa.Array | None) -> Claims | None:
-        """Return the keys that `rows` claim; None if the source's key keeps them apart. `effects` are the
-        source keys of all effects of the events."""
-        if not self._model.unique:
+        """Return what `rows` claim; None if the source's key keeps them apart and nothing refers to another.
+        `effects` are the source keys of all effects of the events."""
+        if not self._model.claims:
             return None
         good = self._chosen(settled)
         made_by = events.take(good["_hr_n"])
@@ -83,7 +86,7 @@ class Evaluation:
         once = keys.field("values").filter(pc.equal(keys.field("counts"), 1))
         sole = pc.is_in(good["_source_key"], value_set=once)
         made = pa.table({"_source_key": good["_source_key"], **places, "sole": sole})
-        return Claims(self._model.name, self._model.unique, made)
+        return Claims(self._model.name, self._model.unique, made, self._model.references)
 
     def query(self, events: str) -> str:
         """Return the query that judges the rows of relation `events`.
@@ -204,15 +207,44 @@ class Evaluation:
         )
 
     def _violated(self, bad: pa.Table) -> pa.Table:
-        """Say of rows which check they violate first; those that violate none are refused."""
+        """Say of rows which check they violate first; those that violate none are refused: they lack what
+        they refer to, or would have the key of another."""
         checks = [(i, c) for i, c in enumerate(self._model.checks) if c.on_violation == "quarantine"]
         key = ", ".join(self._model.unique)
         causes = [("constraint", c.reason, c.column, f"{c.column}: {c.text} is violated") for _, c in checks]
         causes.append(("constraint", UNIQUE, key, f"{key}: another row of the table has this key"))
+        for reference in self._model.own_references:
+            columns = ", ".join(reference.columns)
+            what = f"{columns}: {reference.parent} has no such row"
+            causes.append(("constraint", FOREIGN_KEY, columns, what))
         which = np.full(bad.num_rows, len(checks))
+        for place, reference in enumerate(self._model.own_references, len(checks) + 1):
+            lacking = self._refused.filter(pc.equal(self._refused["reference"], reference.name))["n"]
+            which[pc.is_in(bad["_hr_n"], value_set=lacking.combine_chunks()).to_numpy()] = place
         for place, (i, _) in reversed(list(enumerate(checks))):
             which[pc.fill_null(bad[f"_hr_v{i}"], False).to_numpy()] = place
         return _faults(bad["_hr_n"].combine_chunks(), which, causes)
+
+    def awaited(self, numbers: pa.Array) -> pa.ChunkedArray:
+        """Return for each of these bad events what it waits for: JSON of `model`, `columns` and `values`
+        (texts) of the row that it lacks, or whose key it would have, with that row's source `key` where that
+        is known and the name of the `constraint`; null for what is bad by itself."""
+        model = self._model
+        if not self._refused.num_rows or not model.claims:
+            return pa.chunked_array([pa.nulls(len(numbers), pa.string())])
+        waits = list(model.own_references)
+        if model.unique:
+            waits.append(Reference(model.name, "", model.unique, model.name, model.unique))
+        cases = " ".join(f"WHEN {literal(each.name)} THEN {_waited(each)}" for each in waits)
+        self._db.register("judged", self._judged)
+        self._db.register("lacks", self._refused)
+        self._db.register("numbers", pa.table({"n": numbers, "i": pa.array(range(len(numbers)), pa.int64())}))
+        checks = self._violations("quarantine")
+        fails = " OR ".join(["j._hr_failed", "j._hr_cast IS NOT NULL", *(f"j.{name}" for name in checks)])
+        return self._db.sql(
+            f"SELECT CASE WHEN NOT ({fails}) THEN CASE coalesce(l.reference, '') {cases} END END AS awaited "
+            "FROM numbers w LEFT JOIN lacks l USING (n) LEFT JOIN judged j ON j._hr_n = l.n ORDER BY w.i"
+        ).to_arrow_table()["awaited"]
 
     def fatal(self) -> list[int]:
         """Return the rows that took the query down; they are in no judgement."""
@@ -240,8 +272,8 @@ class Evaluation:
         bad = _failed(judged)
         for name in self._violations("quarantine"):
             bad = pc.or_(bad, judged[name])
-        if len(self._refused):
-            refused = pc.is_in(judged["_hr_n"], value_set=self._refused)
+        if self._refused.num_rows:
+            refused = pc.is_in(judged["_hr_n"], value_set=self._refused["n"].combine_chunks())
             bad = pc.or_(bad, pc.and_(refused, pc.invert(judged["_hr_filtered"])))
         return bad
 
@@ -384,6 +416,21 @@ def _faults(numbers: pa.Array, which: Sequence[int] | np.ndarray, causes: Sequen
     cells = zip(*causes, strict=True) if causes else [()] * (len(FAULTS) - 1)
     columns = [pa.array(column, pa.string()).take(places) for column in cells]
     return pa.table([numbers, *columns], schema=FAULTS)
+
+
+def _waited(reference: Reference) -> str:
+    """Return the expression of `Evaluation.awaited` over the outputs of a row."""
+    cells = [f"{quoted(name)}::VARCHAR" for name in reference.columns]
+    key = source_key([cells[i] for i in reference.by_key]) if reference.by_key else "NULL"
+    members = {
+        "constraint": literal(reference.name),
+        "model": literal(reference.parent),
+        "columns": f"[{', '.join(map(literal, reference.to))}]",
+        "values": f"[{', '.join(cells)}]",
+        "key": key,
+    }
+    struct = ", ".join(f"{literal(name)}: {value}" for name, value in members.items())
+    return f"to_json({{{struct}}})::VARCHAR"
 
 
 def _is_the_engines(error: duckdb.Error) -> bool:

@@ -8,7 +8,7 @@ nothing: apply, redrive and verify are all this one function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 
 from headrace.change import Counts
 from headrace.keys import key_before, key_of_row, literal, quoted
-from headrace.prepared import Prepared
+from headrace.masking import mask_columns
+from headrace.prepared import FOREIGN_KEY, Prepared
 from headrace.transform.engine import engine
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ RECORD = pa.schema(
         "offset": pa.int64(),
         "preview": pa.string(),
         "blocked": pa.int64(),
+        "key_is_masked": pa.bool_(),
+        "waiting_on": pa.string(),
     }
 )
 NO_ROWS = pa.table({"_source_key": pa.array([], pa.string())})
@@ -96,7 +99,8 @@ def fold(
             applied=len(settled) - filtered + len(resets),
             superseded=total - len(settled) - len(resets) - records.num_rows,
             filtered=filtered,
-            quarantined=records.num_rows,
+            quarantined=records.num_rows - (waiting := waiting_in(records)),
+            waiting=waiting,
             **evaluation.tolerated(chosen),
         ),
         claims=evaluation.claims(events, points["k"], chosen),
@@ -250,15 +254,23 @@ def records_of(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Ta
                 name: rows[f"_{name}"]
                 for name in ("epoch", "commit", "ordinal", "txid", "committed_at", "offset")
             },
-            "preview": _previews(rows),
+            "preview": _previews(rows, evaluation.model.masked.cells),
             "blocked": pa.repeat(pa.scalar(0, pa.int64()), rows.num_rows),
+            "key_is_masked": pa.repeat(evaluation.model.key_is_masked, rows.num_rows),
+            "waiting_on": evaluation.awaited(bad),
         },
         schema=RECORD,
     )
 
 
-def _previews(rows: pa.Table) -> pa.ChunkedArray:
-    """Return the source's cells as JSON, cut to a size that a person reads."""
+def waiting_in(records: pa.Table) -> int:
+    """Return how many records wait for a row that they refer to."""
+    return int(pc.sum(pc.equal(records["reason"], FOREIGN_KEY)).as_py() or 0)
+
+
+def _previews(rows: pa.Table, masked: Collection[str]) -> pa.ChunkedArray:
+    """Return the source's cells as JSON, cut to a size that a person reads, those of some columns masked."""
+    rows = mask_columns(rows, masked)
     names = [name for name in rows.schema.names if not name.startswith("_hr_") and name not in _META]
     cells = ", ".join(f"{literal(name)}: left({quoted(name)}, {_PREVIEW_CELL})" for name in names)
     with engine() as db:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from headrace.errors import ModelError
 
-KEYS = ("max_error_rate", "on_violation")
+KEYS = ("max_error_rate", "on_violation", "pii")
 """The header's keys that are read here."""
 
 DEFAULT_ERROR_RATE = 0.5
@@ -20,10 +20,12 @@ ACTIONS: tuple[Action, ...] = get_args(Action)
 @dataclass(frozen=True, slots=True)
 class Handling:
     """`max_error_rate`: which share of its changes may fail before the model is suspended, 1 for any;
-    `on_violation`: what becomes of a row that violates a check which does not say so itself."""
+    `on_violation`: what becomes of a row that violates a check which does not say so itself;
+    `pii`: outputs whose values are shown nowhere beside the table."""
 
     max_error_rate: float = DEFAULT_ERROR_RATE
     on_violation: Action = "quarantine"
+    pii: tuple[str, ...] = ()
 
     @property
     def on_key_violation(self) -> Action:
@@ -37,11 +39,20 @@ NO_SAY = Handling()
 
 def handling_of(file: str, settings: Mapping[str, Any], outputs: Collection[str]) -> Handling:
     """Return what a header says. Raises ModelError, naming the file, for what cannot be meant."""
-    del outputs
     return Handling(
         _error_rate(file, settings.get("max_error_rate", DEFAULT_ERROR_RATE)),
         action_of(f"{file}: on_violation", settings.get("on_violation", "quarantine")),
+        _pii(file, settings.get("pii", []), outputs),
     )
+
+
+def _pii(file: str, value: object, outputs: Collection[str]) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise ModelError(f'{file}: pii must be a list of output columns, such as ["email"].')
+    for name in value:
+        if name not in outputs:
+            raise ModelError(f"{file}: pii names {name!r}, which is no output column.")
+    return tuple(value)
 
 
 def action_of(where: str, word: object) -> Action:

@@ -17,12 +17,14 @@ from headrace.change import Column, Counts, TableId, TableSchema
 from headrace.decisions import Decisions
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
+from headrace.masking import NOTHING, Masked
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
-from headrace.prepared import Contested, Place, Prepared
+from headrace.prepared import Contested, Prepared, Reference, Refused
 from headrace.scrub import scrub
 from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
+from headrace.transform.foreign import ORPHAN_AFTER
 from headrace.transform.handling import NO_SAY, Handling
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
@@ -61,8 +63,14 @@ class RowModel:
     unique: tuple[str, ...] = ()
     """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
     handling: Handling = NO_SAY
-    refused: frozenset[Place] = field(default=frozenset(), compare=False)
-    """Changes that are bad since their rows would have the key of another."""
+    masked: Masked = NOTHING
+    """What of it is not shown, see `headrace.transform.pii`."""
+    references: tuple[Reference, ...] = ()
+    """The foreign keys of its rows, and those that refer to its rows."""
+    orphan_after: float = ORPHAN_AFTER
+    """Seconds for which a row waits for what it refers to, before that is an error."""
+    refused: frozenset[Refused] = field(default=frozenset(), compare=False)
+    """Changes that are bad since their rows would have the key of another, or refer to none."""
     decisions: Decisions | None = field(default=None, compare=False)
     """What people decided about changes, None if nothing."""
 
@@ -103,21 +111,38 @@ class RowModel:
         """Return the model that takes what was contested for bad; its version is the same. Raises ModelBroken
         where that is to suspend it."""
         refused = contested.refused.get(self.name)
-        if refused and self.handling.on_key_violation == "suspend":
+        taken = [place for *place, foreign_key in refused or () if foreign_key is None]
+        if taken and self.handling.on_key_violation == "suspend":
             key = ", ".join(self.unique)
             raise ModelBroken(
                 self.name,
-                f"{len(refused):,} changes would give their rows the key ({key}) of others, which suspends "
+                f"{len(taken):,} changes would give their rows the key ({key}) of others, which suspends "
                 "the model (on_violation).",
                 f"Mend the data or the model, then run `headrace resume {self.name}`.",
             )
-        return replace(self, refused=self.refused | refused) if refused else self
+        return replace(self, refused=self.refused.union(refused)) if refused else self
+
+    @property
+    def claims(self) -> bool:
+        """Whether what its rows claim has to be known, see `Claims`."""
+        return bool(self.unique or self.references)
+
+    @property
+    def own_references(self) -> tuple[Reference, ...]:
+        """The foreign keys of its rows."""
+        return tuple(each for each in self.references if each.model == self.name)
 
     def limited(self, limits: Sequence[tuple[str, str]]) -> RowModel:
         """Return the model with `Destination.limits` of its outputs as further checks."""
         outputs = {name for name, _, _ in self.outputs}
         more = (Check(column, condition) for column, condition in limits if column in outputs)
         return replace(self, checks=(*self.checks, *more)) if limits else self
+
+    @property
+    def key_is_masked(self) -> bool:
+        """Whether a record's source key, or what it waits for, holds values that are not to be shown."""
+        awaited = {*self.unique, *(column for each in self.own_references for column in each.columns)}
+        return self.masked.key or not awaited.isdisjoint(self.masked.outputs)
 
     @property
     def max_error_rate(self) -> float:
@@ -149,6 +174,15 @@ class RowModel:
         outputs = (output for output in self.outputs if output[2] in _WHOLE)
         reading = (name for name, text, _ in outputs if _reads(text, key[0], self.alias))
         return next(reading, None)
+
+    def holding(self, column: str) -> list[str]:
+        """Return the outputs that hold a column of the raw table, its values told apart as they are there."""
+        (known,) = (each for each in self.schema.columns if each.name == column)
+        return [
+            name
+            for name, text, type_ in self.outputs
+            if _reads(text, known, self.alias) and cast_keeps_apart(known.type, type_)
+        ]
 
     def types(self) -> dict[str, str]:
         """See `Model.types`."""
@@ -186,7 +220,7 @@ def alone(prepared: Prepared) -> Prepared:
     """Return an outcome that is all there is. Raises Contested where rows of it would have one key: the row
     of the earliest change has it."""
     claims = prepared.claims
-    if claims is None:
+    if claims is None or not claims.key:
         return prepared
     key = ", ".join(f"m.{quoted(name)}" for name in claims.key)
     with engine() as db:
@@ -197,7 +231,7 @@ def alone(prepared: Prepared) -> Prepared:
             f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY p.epoch, p.commit, p.ordinal) > 1"
         ).fetchall()
     if refused:
-        raise Contested({claims.model: frozenset(refused)})
+        raise Contested({claims.model: [(*place, None) for place in refused]})
     return prepared
 
 
@@ -281,6 +315,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             version=text.version,
             kind=text.kind,
             handling=text.handling,
+            orphan_after=text.orphan_after,
         )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(

@@ -20,12 +20,15 @@ from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
 from headrace.transform import alerting
+from headrace.transform.foreign import ORPHAN_AFTER, ForeignKey, foreign_keys_of, orphan_after_of
 from headrace.transform.handling import KEYS as HANDLING
 from headrace.transform.handling import NO_SAY, Action, Handling, action_of, handling_of
 from headrace.transform.header import settings_of, version_of
 from headrace.transform.kind import LATEST, Kind, kind_of
 
-_KEYS = ("key", "contract", "materialize", "delete", *HANDLING, *alerting.KEYS)
+_KEYS = (
+    "key", "contract", "materialize", "delete", "foreign_key", "orphan_after", *HANDLING, *alerting.KEYS
+)  # fmt: skip
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
@@ -62,7 +65,7 @@ class ModelText:
 
     `outputs` are (name, expression) pairs and `where` is '' or an expression, both verbatim;
     `types` are the contract's types by output column, `kind` what becomes of a row's earlier states, `alerts`
-    who is told of what goes wrong.
+    who is told of what goes wrong; `orphan_after` are seconds.
     """
 
     name: str
@@ -78,6 +81,8 @@ class ModelText:
     kind: Kind = LATEST
     handling: Handling = NO_SAY
     alerts: alerting.AlertSettings = alerting.DEFAULT
+    foreign_keys: tuple[ForeignKey, ...] = ()
+    orphan_after: float = ORPHAN_AFTER
 
     @property
     def file(self) -> str:
@@ -106,12 +111,12 @@ def read_model(path: Path, name: str = "") -> ModelText:
     key = _key(path.name, settings, outputs)
     checks = checked(path.name, key, checks, handling)
     kind = kind_of(path.name, settings, [name for name, _ in outputs])
-    version = version_of(text)
-    name = name or path.stem
-    alerts = alerting.alert_settings_of(path.name, settings)
+    foreign_keys = foreign_keys_of(path.name, settings, names)
     return ModelText(
-        name, source, table, alias, outputs, where, key, types, checks, version, kind, handling, alerts
-    )
+        name or path.stem, source, table, alias, outputs, where, key, types, checks, version_of(text), kind,
+        handling, alerting.alert_settings_of(path.name, settings), foreign_keys,
+        orphan_after_of(path.name, settings),
+    )  # fmt: skip
 
 
 def _parse(file: str, text: str) -> dict[str, Any]:

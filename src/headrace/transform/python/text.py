@@ -165,7 +165,7 @@ def _imported(code: str) -> set[str]:
 def _filled(text: PythonText, said: Mapping[str, Any]) -> PythonText:
     """Return a text with what its file says of itself. Raises ModelError for what no model can have."""
     file, definition = text.script.file, said["definition"]
-    handling = handling_of(file, definition["settings"], ())
+    handling = handling_of(file, definition["settings"], list(said["rules"]))
     types, checks = list[tuple[str, str]](), list[Check]()
     for column, rules in said["rules"].items():
         if column.startswith("_"):

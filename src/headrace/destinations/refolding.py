@@ -1,18 +1,17 @@
-"""What comes of records whose keys are redriven: closed, still open, or discarded by a decision."""
+"""What the whole histories of some keys come to takes the place of their rows and of their open records:
+these are closed, still open, or discarded by a decision."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from headrace.change import Counts
 from headrace.decisions import Outcome
 from headrace.destinations.books import close_records, dated, insert, numbers, record, record_from
 from headrace.destinations.session import Session
 from headrace.destinations.tables import OPEN, QUARANTINE
-from headrace.failpoints import failpoint
 from headrace.keys import literal
 from headrace.prepared import Prepared
 from headrace.protocols import Model
@@ -23,46 +22,57 @@ if TYPE_CHECKING:
 _PLACE = ["epoch", "commit", "ordinal"]
 
 
-def redrive(
-    destination: Database, model: Model, prepared: Prepared, decided: Outcome | None, *, dry_run: bool
-) -> dict[str, int]:
-    """See `Destination.redrive`."""
+class Refolded(NamedTuple):
+    """How many records were closed since they are no longer bad, how many were discarded, how many are open
+    of the keys now, and by how many these are more than before."""
+
+    resolved: int
+    discarded: int
+    still_open: int
+    more: int
+
+
+def refold(
+    destination: Database, db: Session, model: Model, prepared: Prepared, decided: Outcome | None = None
+) -> Refolded:
+    """Let the outcome of the whole histories of some keys (`prepared.removed`) be what they are: write their
+    rows, close the open records that it does not have, write those that it has, and account for all."""
     name = literal(model.name)
     mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM _hr_redriven r)"
-    bad, blocked = prepared.records.num_rows, pc.sum(prepared.records["blocked"]).as_py() or 0
-    with destination.writing(model.source, keep=not dry_run) as db:
-        db.keep("_hr_redriven", "SELECT key FROM _hr_given", pa.table({"key": prepared.removed}))
-        ((before, waited),) = db.execute(
-            f"SELECT count(*), coalesce(sum(blocked), 0)::BIGINT FROM {QUARANTINE} q WHERE {mine}"
-        )
-        destination.make_table(db, model)
-        destination.change_rows(db, model.source, model, prepared)
-        discarded = _discard(db, model, decided) if decided else 0
-        resolved, superseded = _close(db, model, mine, prepared.records)
-        if decided:
-            _say_patched(db, model, decided)
-        reopened = _discarded_among(db, model, prepared.records)
-        record(db, model, prepared.records)
-        moved = Counts(
-            superseded=superseded,
-            filtered=discarded - reopened,
-            quarantined=bad - before,
-            blocked=blocked - waited,
-        )
-        rest = moved.superseded + moved.filtered + moved.quarantined + moved.blocked
-        if any(numbers(moved)):
-            counts = numbers(moved + Counts(applied=-rest))
-            insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
-        db.execute(
-            f"UPDATE headrace.models SET open_records = (SELECT count(*) FROM {QUARANTINE} "
-            f"WHERE model = {name} AND {OPEN}) WHERE model = {name}"
-        )
-        if decided and decided.through:
-            _take_in(db, model, decided)
-        failpoint("destination.redrive.commit")
-    return {"resolved": resolved + superseded, "still_quarantined": bad} | (
-        {"discarded": discarded} if decided else {}
+    db.keep("_hr_redriven", "SELECT key FROM _hr_given", pa.table({"key": prepared.removed}))
+    before = _opened(db, mine)
+    destination.make_table(db, model)
+    destination.change_rows(db, model.source, model, prepared)
+    discarded = _discard(db, model, decided) if decided else 0
+    resolved, superseded = _close(db, model, mine, prepared.records)
+    if decided:
+        _say_patched(db, model, decided)
+    reopened = _discarded_among(db, model, prepared.records)
+    record(db, model, prepared.records)
+    after = _opened(db, mine)
+    quarantined, waiting, blocked = (now - was for now, was in zip(after, before, strict=True))
+    moved = Counts(
+        superseded=superseded,
+        filtered=discarded - reopened,
+        quarantined=quarantined,
+        waiting=waiting,
+        blocked=blocked,
     )
+    if any(numbers(moved)):
+        counts = numbers(moved + Counts(applied=-sum(numbers(moved))))
+        insert(db, "ledger", [(model.source, model.name, "redrive", 0, 0, *counts, model.version)])
+    if decided and decided.through:
+        _take_in(db, model, decided)
+    return Refolded(resolved + superseded, discarded, after[0] + after[1], quarantined + waiting)
+
+
+def _opened(db: Session, mine: str) -> tuple[int, int, int]:
+    """Return how many open records there are, how many that wait, and how many changes are behind them."""
+    ((records, waiting, blocked),) = db.execute(
+        "SELECT count(*), count(*) FILTER (WHERE status = 'waiting'), coalesce(sum(blocked), 0)::BIGINT "
+        f"FROM {QUARANTINE} q WHERE {mine}"
+    )
+    return records - waiting, waiting, blocked
 
 
 def _discard(db: Session, model: Model, decided: Outcome) -> int:

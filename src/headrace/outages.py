@@ -25,22 +25,22 @@ class _Wait:
     """What was alerted of, '' if nothing was."""
 
 
-class Waits:
+class Outages:
     """The threads of a pipeline that cannot go on now, by name."""
 
     def __init__(self) -> None:
-        self._waits: dict[str, _Wait] = {}
+        self._waiting: dict[str, _Wait] = {}
 
     def reasons(self) -> dict[str, str]:
         """Return why each of them waits."""
-        return {name: wait.why for name, wait in [*self._waits.items()]}
+        return {name: wait.why for name, wait in [*self._waiting.items()]}
 
     def fails(self, name: str, error: BaseException) -> bool:
         """Note that a try failed; returns whether the one before had failed as well."""
-        wait, why = self._waits.get(name), words(error)
+        wait, why = self._waiting.get(name), words(error)
         if wait is None:
             logger.warning("%s waits: %s", name, why)
-            self._waits[name] = _Wait(error, why, time.monotonic())
+            self._waiting[name] = _Wait(error, why, time.monotonic())
             return False
         wait.error, wait.why = error, why
         lasting = time.monotonic() - wait.since
@@ -52,9 +52,9 @@ class Waits:
 
     def works(self, name: str, of: type[BaseException] | None = None) -> None:
         """Note that a try succeeded, or that what failed by an error `of` a class does so no more."""
-        wait = self._waits.get(name)
+        wait = self._waiting.get(name)
         if wait is not None and (of is None or isinstance(wait.error, of)):
-            del self._waits[name]
+            del self._waiting[name]
             logger.info("%s goes on", name)
             if wait.kind:
                 lasting = time.monotonic() - wait.since

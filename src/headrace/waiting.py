@@ -1,0 +1,184 @@
+"""Rows that wait for others, looked after for one source.
+
+A change is refused while what its row refers to is not there, or while another row has its key. Nobody has to
+redrive it: whenever rows came to where it could help, what may pass now is folded again. Rows that need each
+other are tried together, so that they pass together. A reference that could not be judged for a while, since
+one of its two models stood elsewhere, is judged over all rows once both are in sync again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import pyarrow as pa
+
+from headrace.change import Offset
+from headrace.decisions import Outcome
+from headrace.joining import Joiner
+from headrace.prepared import Contested, Prepared, Reference
+from headrace.protocols import Destination
+from headrace.rebuilding import folded
+from headrace.reference import NOTHING_DECIDED, Key
+from headrace.standing import ModelState
+from headrace.transform.model import RowModel, preparing
+
+_AT_ONCE = 100_000
+"""Source keys that are folded again in one transaction, unless more need each other."""
+
+_MOST_OFTEN, _LEAST_OFTEN = 0.2, 10.0
+"""Seconds between two looks at what has waited for too long."""
+
+_T = TypeVar("_T")
+Again = Mapping[str, pa.Array]
+"""By model the source keys whose rows are made of their whole histories."""
+
+
+class Refolding(NamedTuple):
+    """What the destination counted of keys that were folded again, and what each model made of them."""
+
+    counts: dict[str, int]
+    outcomes: Mapping[str, Prepared]
+
+
+def settled(
+    models: Sequence[RowModel], attempt: Callable[[Sequence[RowModel], Again], _T], again: Again | None = None
+) -> _T:
+    """Return what an attempt returns, made again with what it found contested refused, and with the rows that
+    it left dangling made of their histories, until nothing is contested.
+
+    It comes to an end: of the same changes and histories each attempt refuses more.
+    """
+    keys = dict(again or {})
+    while True:
+        try:
+            return attempt(models, keys)
+        except Contested as contested:
+            before = (sum(len(model.refused) for model in models), sum(map(len, keys.values())))
+            models = [model.refusing(contested) for model in models]
+            for name, more in contested.dangling.items():
+                known = keys.get(name, more.slice(0, 0))
+                keys[name] = pa.concat_arrays([known, more]).unique()
+            if before == (sum(len(model.refused) for model in models), sum(map(len, keys.values()))):
+                raise  # of what is contested nothing is at hand
+
+
+class Waiting:
+    """What waits in a destination, for the models of one source."""
+
+    def __init__(self, source: str, joiner: Joiner, destination: Destination) -> None:
+        self._source = source
+        self._joiner = joiner
+        self._destination = destination
+        self._stand = frozenset[tuple[Reference, str, str]]()
+        self._is_due = True
+        self._was_apart = True
+        self._waits = True
+        self._looks_at = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether something may pass, or has to be judged, that was not looked at."""
+        return self._is_due
+
+    def note(self, model: RowModel, prepared: Prepared) -> None:
+        """Take notice of what is about to be applied: rows come for which others wait, or begin to wait."""
+        if model.claims and (len(prepared.removed) or prepared.rows.num_rows or prepared.reset):
+            self._is_due = True
+        self._waits |= prepared.records["waiting_on"].null_count < prepared.records.num_rows
+
+    def look(self) -> None:
+        """Look with the next step for references that were put off: a table is another."""
+        self._is_due = self._was_apart = True
+
+    def folded(
+        self, models: Sequence[RowModel], through: Mapping[str, Offset], again: Again
+    ) -> Iterator[tuple[RowModel, Prepared]]:
+        """Yield what the whole histories of some keys come to, by model as of an offset.
+
+        Raises ModelBroken for whatever is wrong with a model.
+        """
+        for model in models:
+            if model.name in again:
+                keys = again[model.name]
+                with preparing(model.name):
+                    prepared = folded(model, self._joiner.history(model, through[model.name], keys), keys)
+                self.note(model, prepared)
+                yield model, prepared
+
+    def refold(
+        self,
+        models: Sequence[RowModel],
+        stands: Mapping[str, ModelState],
+        again: Again,
+        references: Collection[Reference] = (),
+        *,
+        dry_run: bool = False,
+        decided: Mapping[str, Outcome] = NOTHING_DECIDED,
+    ) -> Refolding:
+        """Fold keys of models again, and what their rows leave dangling; see `Waits.refold`."""
+
+        def attempt(models: Sequence[RowModel], again: Again) -> Refolding:
+            through = {name: stands[name].offset for name in again}
+            outcomes = list(self.folded(models, through, again))
+            counts = self._destination.waits.refold(
+                self._source, outcomes, references, dry_run=dry_run, decided=decided
+            )
+            return Refolding(counts, {model.name: prepared for model, prepared in outcomes})
+
+        return settled(models, attempt, again)
+
+    def step(
+        self,
+        models: Sequence[RowModel],
+        stands: Mapping[str, ModelState],
+        alert: Callable[[Sequence[str]], None],
+    ) -> bool:
+        """Judge what was put off, redrive what may pass now, and quarantine what has waited for too long;
+        True if there may be more to do.
+
+        Raises ModelBroken, and what the destination raises.
+        """
+        running = [model for model in models if model.claims and model.name in stands]
+        names = {model.name for model in running}
+        references = {each for model in running for each in model.references if each.model in names}
+        together = [each for each in references if stands[each.model].offset == _offset(each.parent, stands)]
+        stand = frozenset((each, stands[each.model].state, stands[each.parent].state) for each in together)
+        if stand != self._stand:
+            self._stand, self._is_due, self._was_apart = stand, True, True
+        if self._is_due and (self._waits or self._was_apart):
+            return self._release(running, together, stands)
+        self._is_due = False
+        if self._waits and references and time.monotonic() >= self._looks_at:
+            after = {model.name: model.orphan_after for model in running}
+            self._looks_at = time.monotonic() + min(max(min(after.values()) / 4, _MOST_OFTEN), _LEAST_OFTEN)
+            alert(self._destination.waits.expire(self._source, references, after))
+        return False
+
+    def _release(
+        self, models: Sequence[RowModel], references: Collection[Reference], stands: Mapping[str, ModelState]
+    ) -> bool:
+        keys = [Key(model.name, model.unique, _types(model)) for model in models if model.unique]
+        due = self._destination.waits.due(self._source, references, keys, _AT_ONCE)
+        self._waits = due.waiting > 0
+        if due.put_off:
+            self.refold(models, stands, {}, due.put_off)
+            return True
+        self._was_apart = False
+        if due.ready:
+            # What came of it may be what others wait for; where nothing did, it is not tried again by itself.
+            self._is_due = self.refold(models, stands, due.ready).counts["resolved"] > 0
+            return True
+        self._is_due = False
+        return False
+
+
+def _offset(model: str, stands: Mapping[str, ModelState]) -> Offset | None:
+    state = stands.get(model)
+    return state.offset if state is not None and state.state != "suspended" else None
+
+
+def _types(model: RowModel) -> tuple[str, ...]:
+    types = model.types()
+    return tuple(types[name] for name in model.unique)

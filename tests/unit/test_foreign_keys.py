@@ -1,0 +1,280 @@
+"""Foreign keys between models: what refers to a row that is not there waits for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from family import Family, gone, put, shape_of
+from headrace.errors import ModelError
+from headrace.transform.sql import read_model
+
+CUSTOMERS = shape_of("customers", "name")
+ORDERS = shape_of("orders", "customer_id", "amount")
+ORDERS_SQL = """/* headrace
+key = ["order_id"]
+orphan_after = "{after}"
+[[foreign_key]]
+columns = ["customer_id"]
+references = "shop.customers"
+*/
+SELECT id::BIGINT AS order_id, customer_id::BIGINT AS customer_id, amount::INTEGER AS amount
+FROM raw.shop.orders"""
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Family:
+    family = Family(tmp_path, [CUSTOMERS, ORDERS], {"orders": ORDERS_SQL.format(after="15m")})
+    family.bring()
+    return family
+
+
+def order(key: str, customer: str | None, amount: str = "1") -> tuple:
+    return put("orders", key, customer_id=customer, amount=amount)
+
+
+def test_a_child_waits_for_its_parent(shop: Family) -> None:
+    shop.takes(order("1", "7"), order("2", None))
+    assert shop.keys("orders") == ["2"]
+    assert shop.opened() == [("orders", "1", "waiting")]
+    (record,) = shop.ask("SELECT stage, reason, columns, message, waiting_on FROM headrace.quarantine")
+    assert record == (
+        "constraint",
+        "constraint.foreign_key",
+        "customer_id",
+        "customer_id: shop.customers has no such row",
+        '{"constraint":"customer_id_fkey","model":"shop.customers","columns":["id"],"values":["7"],"key":"7"}',
+    )
+    shop.verified()
+    shop.takes(put("customers", "7", name="Ada"))
+    assert shop.keys("orders") == ["1", "2"]
+    assert shop.opened() == []
+    shop.verified()
+
+
+def test_a_parent_that_goes_takes_no_row_for_granted(shop: Family) -> None:
+    shop.takes(put("customers", "7", name="Ada"), order("1", "7"), order("2", "7", "5"))
+    shop.takes(order("2", "7", "6"))
+    shop.takes(gone("customers", "7"))
+    assert (shop.keys("orders"), len(shop.opened())) == ([], 3)
+    shop.verified()
+    shop.takes(put("customers", "7", name="Eve"))
+    assert (shop.keys("orders"), shop.opened()) == (["1", "2"], [])
+    shop.verified()
+    # In the source's own order nothing waits.
+    shop.takes(gone("orders", "1"), gone("orders", "2"), gone("customers", "7"))
+    assert (shop.keys("orders"), shop.opened()) == ([], [])
+    shop.verified()
+
+
+NODES = shape_of("nodes", "parent_id", "v")
+NODES_SQL = """/* headrace
+key = ["id"]
+orphan_after = "{after}"
+[contract]
+v = "INTEGER"
+[[foreign_key]]
+columns = ["parent_id"]
+references = "nodes"
+*/
+SELECT id::BIGINT AS id, parent_id::BIGINT AS parent_id, v AS v FROM raw.shop.nodes"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Family:
+    family = Family(tmp_path, [NODES], {"nodes": NODES_SQL.format(after="15m")})
+    family.bring()
+    return family
+
+
+def node(key: str, parent: str | None, v: str = "1") -> tuple:
+    return put("nodes", key, parent_id=parent, v=v)
+
+
+def test_a_chain_in_the_wrong_order_comes_with_its_first(tree: Family) -> None:
+    for n in range(6, 1, -1):
+        tree.takes(node(str(n), str(n - 1)))
+    assert tree.keys("nodes") == []
+    assert {status for _, _, status in tree.opened()} == {"waiting"}
+    tree.takes(node("1", None))
+    assert (tree.keys("nodes"), tree.opened()) == (["1", "2", "3", "4", "5", "6"], [])
+    tree.verified()
+    # Its first goes, and with it all that hangs on it, in the same transaction.
+    tree.takes(gone("nodes", "1"))
+    assert tree.keys("nodes") == []
+    assert len(tree.opened()) == 5
+    tree.verified()
+    tree.takes(node("1", "1"))
+    assert (len(tree.keys("nodes")), tree.opened()) == (6, [])
+    tree.verified()
+
+
+def test_rows_that_need_each_other_pass_together(tree: Family) -> None:
+    tree.takes(node("1", "2"), node("2", "1"), node("3", "3"))
+    assert (tree.keys("nodes"), tree.opened()) == (["1", "2", "3"], [])
+    # In different slices, and with one that hangs on them, and one that nothing helps.
+    tree.takes(node("4", "6"), node("7", "4"), node("8", "9"))
+    tree.takes(node("5", "4"))
+    assert (len(tree.keys("nodes")), len(tree.opened())) == (3, 4)
+    tree.takes(node("6", "5"))
+    assert tree.keys("nodes") == [str(n) for n in range(1, 8)]
+    assert tree.opened() == [("nodes", "8", "waiting")]
+    tree.verified()
+
+
+def test_a_change_that_cannot_stand_leaves_its_row_where_it_was(tree: Family) -> None:
+    tree.takes(node("1", None), node("2", "1", "5"))
+    tree.takes(node("2", "9", "6"), node("3", "2"))
+    assert tree.ask("SELECT id, parent_id, v FROM nodes") == [(1, None, 1), (2, 1, 5), (3, 2, 1)]
+    assert tree.opened() == [("nodes", "2", "waiting")]
+    tree.verified()
+    tree.takes(node("2", "1", "7"))
+    assert tree.ask("SELECT status FROM headrace.quarantine") == [("superseded",)]
+    tree.takes(node("4", "8"))
+    tree.takes(gone("nodes", "4"))
+    assert tree.opened() == []
+    # The key of a parent changes: what hangs on the old one waits for it.
+    tree.takes(("u", "nodes", "20", {"before": "2", "parent_id": "1", "v": "7"}))
+    assert (tree.keys("nodes"), tree.opened()) == (["1", "20"], [("nodes", "3", "waiting")])
+    tree.takes(("t", "nodes", "", {}))
+    assert (tree.keys("nodes"), tree.opened()) == ([], [])
+    tree.verified()
+
+
+def test_a_parent_in_quarantine_has_its_children_in_its_issue(tree: Family) -> None:
+    tree.takes(node("1", None, "one"), node("2", "1"), node("3", "2"))
+    tree.lane.waiting._looks_at = 0.0
+    tree.bring()
+    rows = tree.ask("SELECT key, status, issue FROM headrace.quarantine")
+    assert [row[:2] for row in rows] == [("1", "quarantined"), ("2", "waiting"), ("3", "waiting")]
+    assert len({issue for _, _, issue in rows}) == 1
+    text = NODES_SQL.format(after="15m").replace("v AS v", "TRY_CAST(v AS INTEGER) AS v")
+    (tree.folder / "models" / "nodes.sql").write_text(text)
+    assert tree.lane.redrive("nodes", ["1"])["resolved"] == 1
+    tree.bring()
+    assert (tree.keys("nodes"), tree.opened()) == (["1", "2", "3"], [])
+    tree.verified()
+
+
+def test_what_waits_too_long_is_an_orphan_and_still_applied(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = Family(tmp_path, [NODES], {"nodes": NODES_SQL.format(after="0s")})
+    for n in range(10, 50, 10):
+        tree.takes(*(node(str(i), "1") for i in range(n, n + 10)))
+        tree.takes(*(node(str(100 + i), str(i)) for i in range(n, n + 10)))
+    tree.lane.waiting._looks_at = 0.0
+    tree.bring()
+    found = {(status, key) for _, key, status in tree.opened()}
+    assert found == {("quarantined", str(n)) for n in range(10, 50)} | {
+        ("waiting", str(100 + n)) for n in range(10, 50)
+    }
+    assert len(tree.ask("SELECT DISTINCT issue FROM headrace.quarantine")) == 1
+    assert sum("NEW CAUSE" in message for message in caplog.messages) == 1
+    tree.verified()
+    tree.takes(node("60", "1"))
+    tree.lane.waiting._looks_at = 0.0
+    tree.bring()
+    assert sum("NEW CAUSE" in message for message in caplog.messages) == 1
+    tree.takes(node("1", None))
+    assert (len(tree.keys("nodes")), tree.opened()) == (82, [])
+    tree.verified()
+
+
+ITEMS = shape_of("items", "region", "v", key=("orderid", "line_id"))
+STOCK = shape_of("stock", "item_orderid", "item_line_id")
+_HEAD = '/* headrace\n[[foreign_key]]\ncolumns = ["{}"]\nreferences = "{}"\n{}*/\n'
+_STOCK = "SELECT id::BIGINT AS id, {}item_line_id::{} AS line_id FROM raw.shop.stock"
+
+
+def test_a_key_of_two_columns_is_one_and_a_part_that_is_null_refers_to_none(tmp_path: Path) -> None:
+    head = _HEAD.format('order_id", "line_id', "shop.items", 'to = ["orderid", "line_id"]\n')
+    shop = Family(
+        tmp_path,
+        [ITEMS, STOCK],
+        {"stock": head + _STOCK.format("item_orderid::BIGINT AS order_id, ", "BIGINT")},
+    )
+    shop.takes(
+        put("stock", "1", item_orderid="1", item_line_id="2"),
+        put("stock", "2", item_orderid="1", item_line_id=None),
+        put("items", "2,1"),
+    )
+    assert (shop.keys("stock"), shop.opened()) == (["2"], [("stock", "1", "waiting")])
+    ((waits,),) = shop.ask("SELECT waiting_on ->> 'key' FROM headrace.quarantine")
+    assert waits == '["1","2"]'
+    shop.takes(put("items", "1,2"))
+    assert (shop.keys("stock"), shop.opened()) == (["1", "2"], [])
+    shop.verified()
+
+
+@pytest.mark.parametrize(
+    ("head", "type_", "words"),
+    [
+        (_HEAD.format("line_id", "shop.item", ""), "BIGINT", "is no model of source shop"),
+        (_HEAD.format("line_id", "shop.items", ""), "BIGINT", "has 1 columns, and the key of shop.items is"),
+        (_HEAD.format("line_id", "shop.items", 'to = ["lines"]\n'), "BIGINT", "which there is not"),
+        (_HEAD.format("line_id", "shop.items", 'to = ["line_id"]\n'), "VARCHAR", "line_id is VARCHAR, and"),
+        (_HEAD.format("line_id", "shop.items", 'to = ["line_id"]\n'), "DOUBLE", "cannot be held to agree"),
+    ],
+)
+def test_a_foreign_key_that_cannot_be_kept_suspends_its_model_with_words(
+    tmp_path: Path, head: str, type_: str, words: str
+) -> None:
+    shop = Family(tmp_path, [ITEMS, STOCK], {"stock": head + _STOCK.format("", type_)})
+    shop.bring()
+    (reason,) = shop.lane.suspended().values()
+    assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ('foreign_key = "x"', "must be a list of tables"),
+        ('[[foreign_key]]\ncolumns = ["nothing"]\nreferences = "x"', "which the SELECT does not put out"),
+        ('[[foreign_key]]\ncolumns = ["id"]', "needs columns and the model they refer to"),
+        (
+            '[[foreign_key]]\ncolumns = ["id"]\nreferences = "x"\nto = ["a", "b"]',
+            "1 columns, and refers to 2",
+        ),
+        ('[[foreign_key]]\ncolumns = ["id"]\nreferences = "x"\nreferencs = "x"', "unknown key 'referencs'"),
+        ('orphan_after = "soon"', "orphan_after"),
+    ],
+)
+def test_what_is_no_foreign_key_is_refused(tmp_path: Path, more: str, words: str) -> None:
+    path = tmp_path / "m.sql"
+    path.write_text(f"/* headrace\n{more}\n*/ SELECT id::BIGINT AS id FROM raw.shop.t")
+    with pytest.raises(ModelError, match=words):
+        read_model(path)
+
+
+def test_a_parent_that_is_away_puts_the_check_off(tmp_path: Path) -> None:
+    customers = "/* headrace\nkey = ['id']\n*/ SELECT id::BIGINT AS id, {} AS name FROM raw.shop.customers"
+    sql = ORDERS_SQL.format(after="15m").replace("shop.customers", "customers")
+    shop = Family(tmp_path, [CUSTOMERS, ORDERS], {"orders": sql, "customers": customers.format("nothing")})
+    shop.takes(order("1", "7"), order("2", "8"))
+    assert (shop.keys("orders"), shop.opened()) == (["1", "2"], [])
+    off = "SELECT name, unchecked_since IS NOT NULL FROM headrace.foreign_keys"
+    (shop.folder / "models" / "customers.sql").write_text(customers.format("upper(name)"))
+    shop.reopen()
+    shop.takes(put("customers", "7", name="Ada"), order("3", "9"))
+    assert (shop.keys("orders"), [key for _, key, _ in shop.opened()]) == (["1"], ["2", "3"])
+    assert shop.ask(off) == [("customer_id_fkey", False)]
+    shop.verified()
+    # A rebuild of either makes all of its rows anew, and all references are judged.
+    for model in ("customers", "orders"):
+        assert shop.lane.rebuild(model)
+        shop.bring()
+        assert (shop.keys("orders"), [key for _, key, _ in shop.opened()]) == (["1"], ["2", "3"])
+        assert shop.ask(off) == [("customer_id_fkey", False)]
+        shop.verified()
+
+
+def test_a_key_that_becomes_free_is_taken_by_who_waited_for_it(tmp_path: Path) -> None:
+    sql = '/* headrace\nkey = ["name"]\n*/ SELECT name, id::BIGINT AS id FROM raw.shop.customers'
+    shop = Family(tmp_path, [CUSTOMERS], {"customers": sql})
+    shop.takes(put("customers", "1", name="Ada"), put("customers", "2", name="Ada"))
+    assert (shop.keys("customers"), shop.opened()) == (["1"], [("customers", "2", "quarantined")])
+    shop.takes(put("customers", "1", name="Eve"))
+    assert (shop.keys("customers"), shop.opened()) == (["1", "2"], [])
+    shop.verified()
