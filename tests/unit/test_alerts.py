@@ -265,7 +265,7 @@ def test_a_wait_that_lasts_is_alerted_of_once_and_over_when_it_works(
     # That the source answers does not make room.
     lasting.works("shop.load", SourceUnavailable)
     lasting.works("shop.capture", SourceUnavailable)
-    assert lasting.reasons() == {"shop.load": "full"}
+    assert lasting.reasons() == {"shop.load": "alerted: full"}
     assert [each.kind for each in alerting._store.firing()] == ["waiting"]
     lasting.works("shop.load")
     assert alerting._store.firing() == []
