@@ -37,7 +37,13 @@ def judge_references(
     found = {each for claims in claimed.values() for each in claims.references} | set(wanted)
     if not found:
         return
-    kept, known = can_be_judged(db, source, found), _known(db, source)
+    # Of a model that comes alone to where the other stands, nobody has looked on the way.
+    kept = [
+        each
+        for each in can_be_judged(db, source, found)
+        if (each.model in db.moving) == (each.parent in db.moving)
+    ]
+    known = _known(db, source)
     late = put_off(db, source, kept)
     due = [each for each in late if each in wanted]
     for each in {*found.difference(kept), *late}.difference(due):
