@@ -356,6 +356,9 @@ class _DuckDBSession:
         steps = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
         return f"json_extract_string({document}, '${steps}')"
 
+    def make_findable(self, target: str, columns: Sequence[str]) -> None:
+        pass  # as little as by their source keys
+
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         # Two hashes: one of 64 bits may meet by chance, both do not.
         return [f"hash({', '.join(cells)})::HUGEINT" for cells in (columns, [*columns[::-1], "'again'"])]

@@ -51,6 +51,9 @@ def judge_references(
         if definition != _definition(each) or since is None:
             _record(db, source, each, _commit_of(db, each.model))
     kept = [each for each in kept if each in due or each not in late]
+    for each in due:
+        db.make_findable(table_of(each.model), each.columns)
+        db.make_findable(table_of(each.parent), each.to)
     _Judgement(db, source, table_of, claimed).judge(kept, due)
     for each in due:
         _record(db, source, each, None)

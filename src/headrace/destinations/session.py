@@ -103,6 +103,11 @@ class Session(Protocol):
         """Return the expression of what stands in a JSON text at a path of names and places, as text."""
         ...
 
+    def make_findable(self, target: str, columns: Sequence[str]) -> None:
+        """See to it that rows of a table are found by their values in some columns, however many others there
+        are."""
+        ...
+
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         """Return expressions of numbers that can be summed; all are equal where the columns (quoted) are."""
         ...
