@@ -28,6 +28,7 @@ NAMES = (
     "merge",
     "snapshot",
     "models",
+    "quarantine",
     "rebuild",
     "debezium",
     "latency",

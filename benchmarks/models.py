@@ -44,8 +44,8 @@ def run(*, quick: bool, case: str | None = None) -> dict[str, Any]:
 
 
 def _casts(slices: int, times: int) -> Case:
-    changes = [_changes(n * SLICE) for n in range(slices)]
-    model = _model()
+    changes = [changes_of(n * SLICE, SLICE) for n in range(slices)]
+    model = eight_casts()
     made = model.prepare(changes[0])
     assert made.rows.drop_columns("_source_key").equals(_plain(changes[0])), "they make different rows"
     runs = by_turns(
@@ -72,7 +72,8 @@ def _plain(changes: pa.Table) -> pa.Table:
         return db.sql(_SELECT.format("changes")).to_arrow_table()
 
 
-def _model() -> RowModel:
+def eight_casts() -> RowModel:
+    """Return a model of eight casts."""
     shape = TableSchema(TableId("public", "orders"), tuple(Column(name, "text") for name in _CASTS), ("id",))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "orders.sql"
@@ -80,8 +81,8 @@ def _model() -> RowModel:
         return bind(read_model(path), shape)
 
 
-def _changes(first: int) -> pa.Table:
-    """Inserts of orders, as staging has them."""
+def changes_of(first: int, rows: int) -> pa.Table:
+    """Inserts of so many orders, as staging has them."""
     made = duckdb.sql(
         f"""SELECT i::VARCHAR AS id, (i % 1000)::VARCHAR AS customer_id,
         ((hash(i) % 10000000) / 100)::DECIMAL(12,2)::VARCHAR AS amount,
@@ -91,7 +92,7 @@ def _changes(first: int) -> pa.Table:
         CASE WHEN i % 3 = 0 THEN 't' ELSE 'f' END AS gift, (i % 90)::VARCHAR AS units,
         'c' AS _op, 0::BIGINT AS _epoch, i AS _commit, 1::BIGINT AS _ordinal, i AS _offset,
         1700000000000000 + i AS _committed_at, i AS _txid
-        FROM range({first}, {first + SLICE}) r(i)"""
+        FROM range({first}, {first + rows}) r(i)"""
     ).to_arrow_table()
-    made = made.append_column("_unchanged", pa.nulls(SLICE, pa.list_(pa.string())))
-    return made.append_column("_before", pa.nulls(SLICE, pa.map_(pa.string(), pa.string())))
+    made = made.append_column("_unchanged", pa.nulls(rows, pa.list_(pa.string())))
+    return made.append_column("_before", pa.nulls(rows, pa.map_(pa.string(), pa.string())))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
+from headrace.alarms import tell
 from headrace.change import Offset, TableId, TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError, ModelBroken
@@ -13,12 +15,16 @@ from headrace.evolution import Evolution, Evolutions
 from headrace.protocols import Destination, LogIndex
 from headrace.schema_policy import action
 from headrace.sources.postgres.lsn import format_lsn
+from headrace.sources.postgres.tables import TableState
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
+from headrace.transform.attempts import Attempts
 from headrace.transform.linking import link
 from headrace.transform.model import RowModel, bind, mirror, refuse_twins
+from headrace.transform.pii import marked
 from headrace.transform.sql import ModelText
 
-alerts = logging.getLogger("headrace.alert")
+logger = logging.getLogger("headrace.lane")
 
 
 class Binder:
@@ -33,8 +39,11 @@ class Binder:
         suspend: Callable[[str, HeadraceError], None],
         *,
         read_only: bool,
+        attempts: Attempts | None = None,
     ) -> None:
-        """`suspend` is called once with a model that does not bind, or that waits for a person."""
+        """`suspend` is called once with a model that does not bind, or that waits for a person; `attempts` is
+        where it is noted what is prepared."""
+        self._attempts = attempts
         self._config = config
         self._log = log
         self._staging = staging
@@ -72,7 +81,9 @@ class Binder:
                     away.discard(name)
                 else:
                     away.add(name)
-        yield from self._linked(bound, {text.name: text for text in texts}, away)
+        for model in self._linked(bound, {text.name: text for text in texts}, away):
+            decisions = self._staging.decisions(model.name, through)
+            yield replace(model, decisions=decisions) if decisions else model
 
     def _linked(
         self, bound: list[RowModel], texts: Mapping[str, ModelText], away: Collection[str]
@@ -86,14 +97,39 @@ class Binder:
                 self._suspend(name, fault)
         return self._links[2]
 
+    def put_aside(
+        self,
+        texts: Sequence[ModelText],
+        tables: Mapping[TableId, TableState],
+        stands: Mapping[str, ModelState],
+    ) -> None:
+        """Retire what the project no longer has, and suspend models of tables that are not captured."""
+        # Those count that are to be staged yet, too: their models wait.
+        captured = {table.label for table, state in tables.items() if state.stage != "removed"}
+        modelled = {text.table for text in texts}
+        named = {f"{self._config.name}.{label}" for label in captured - modelled}
+        for text in texts:
+            named.add(text.name)
+            if text.table not in captured:
+                why = next((s.reason for t, s in tables.items() if t.label == text.table and s.reason), "")
+                known = f": it is {why}" if why else ""
+                reason = f"raw.{text.source}.{text.table} is not captured{known}."
+                remedy = f"Mend models/{text.file}, or add the table to [source.{text.source}] tables."
+                self._suspend(text.name, ModelBroken(text.name, reason, remedy))
+        for name, state in stands.items():
+            if name not in named and state.state != "retired":
+                logger.info("%s is no longer a model of this project: its table stays as it is", name)
+                self._destination.retire(name, self._config.name)
+
     def _evolved(self, shapes: Sequence[TableSchema]) -> dict[TableId, Evolution]:
         evolved = self._evolutions.of(shapes, keep=not self._read_only)
         judged = [(table, each) for table, (_, fresh) in evolved.items() for each in fresh]
         for table, each in judged if not self._read_only else ():
             if each.action == "freeze":
-                alerts.warning(
+                tell(
                     "FROZEN %s of source %s: %s. The destination keeps its shape, raw has it all "
                     "(schema_changes, %s).", table, self._config.name, each.what, each.kind,
+                    source=self._config.name,
                 )  # fmt: skip
         return {table: evolution for table, (evolution, _) in evolved.items()}
 
@@ -109,8 +145,9 @@ class Binder:
                     f"Look at it, then run `headrace tables resume {schema.table}`.",
                 )
             refuse_twins(name, schema, () if text else self._staging.schemas(through))
-            model = bind(text, schema) if text else mirror(self._config.name, schema)
-            return model.limited(self._destination.limits(model))
+            bound = bind(text, schema) if text else mirror(self._config.name, schema)
+            model = marked(bound, text, self._config.pii)
+            return replace(model.limited(self._destination.limits(model)), attempts=self._attempts)
         except HeadraceError as error:
             told = self._since_when(name, schema, error, through) if text else error
             self._suspend(name, told)

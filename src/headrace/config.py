@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from headrace import values
 from headrace.change import TableId
+from headrace.channels import DEFAULT_ALERTS, AlertsConfig, read_alerts
 from headrace.document import (
     FILE_NAME,
     MAX_FILE_BYTES,
@@ -81,6 +82,7 @@ class SourceConfig:
     Copies: how many connections read at once, how many bytes per second all of them may read (0: no
     limit), how large a chunk is on the source's disk (bytes), how old a snapshot grows (seconds).
     With an `upstream` nothing is captured: that project's staging of the same source is read.
+    `pii` are patterns `table.column` of columns whose values are shown nowhere beside the data.
     `exclude` and `hash` are patterns `schema.table.column` of columns that are left out or hashed with
     `hash_salt`; `where` holds pairs of a pattern of tables and the condition of the rows to capture.
     """
@@ -109,6 +111,7 @@ class SourceConfig:
     failover: bool | None = None
     standby_url: Secret | None = None
     schema_changes: Rules = ()
+    pii: tuple[str, ...] = ()
     upstream: Project | None = None
 
     @property
@@ -180,6 +183,14 @@ class DestinationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QuarantineConfig:
+    """`[quarantine]`: how many open records, and bytes of them, there may be; a model with more waits."""
+
+    max_records: int = 10_000_000
+    max_bytes: int = 16 << 30
+
+
+@dataclass(frozen=True, slots=True)
 class ScaleConfig:
     """`[scale]`: the freshness to aim for, from source commit to visible, in seconds."""
 
@@ -197,7 +208,9 @@ class Project:
     staging: StagingConfig
     destination: DestinationConfig
     scale: ScaleConfig
+    quarantine: QuarantineConfig
     env: str = ""
+    alerts: AlertsConfig = DEFAULT_ALERTS
 
     @property
     def state(self) -> Path:
@@ -267,7 +280,10 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
     folder_of = values.path_in(root, "folder")
     staging = document.section("staging", {"path": folder_of, "maintenance_cpu": share, "grace": grace})
     destination = _destination(document, root, secret)
+    bounds = {"max_records": values.count(1, 1 << 40), "max_bytes": values.size("64KiB", "1048576GiB")}
+    quarantine = document.section("quarantine", bounds)
     scale = document.section("scale", {"freshness": values.duration("100ms", "24h")})
+    alerts = read_alerts(document, secret)
     document.raise_mistakes()
     return Project(
         root=root,
@@ -276,7 +292,9 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
         staging=StagingConfig(**{"path": state_folder(root, env) / "staging", **staging}),
         destination=DestinationConfig(**destination),
         scale=ScaleConfig(**scale),
+        quarantine=QuarantineConfig(**quarantine),
         env=env,
+        alerts=alerts,
     )
 
 
@@ -402,7 +420,8 @@ def _sources(
         if "staging_of" in table:
             given = document.table(path, table, reading)
             if here and "staging_of" in given and (upstream := _upstream(document, path, given, here)):
-                found.append(source_config(name, Secret(""), upstream=upstream))
+                pii = (*next(s.pii for s in upstream.sources if s.name == name), *given.get("pii", ()))
+                found.append(source_config(name, Secret(""), upstream=upstream, pii=pii))
             continue
         given = document.table(path, table, own)
         if "url" not in table:
@@ -465,6 +484,7 @@ def _source_parsers(secret: SecretParsers) -> dict[str, Parser]:
         "failover": values.boolean,
         "standby_url": secret.url,
         "schema_changes": lambda value: value,
+        "pii": values.marked_columns,
     }
 
 

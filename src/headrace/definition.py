@@ -74,8 +74,8 @@ class Definition:
     contract: Mapping[str, str] | type
     memory: str
     timeout: str
-    settings: Mapping[str, str]
-    """What the header of a SQL model would have besides: `materialize` and `delete`, if they were given."""
+    settings: Mapping[str, object]
+    """What the header of a SQL model would have besides, of what was given."""
 
 
 def model(
@@ -87,6 +87,13 @@ def model(
     timeout: str = "10s",
     materialize: str | None = None,
     delete: str | None = None,
+    max_error_rate: float | None = None,
+    on_violation: str | None = None,
+    pii: Sequence[str] | None = None,
+    freshness: str | None = None,
+    severity: str | None = None,
+    owner: str | None = None,
+    route: Sequence[str] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Mark the function that makes a model's rows; it is returned as it is, and can be called in a test.
 
@@ -107,8 +114,27 @@ def model(
         `"latest"`, `"append"` or `"history"`, as in the header of a SQL model.
     delete
         `"hard"` or `"soft"`, as there.
+    max_error_rate
+        Which share of the newest changes may fail before the model is suspended; 1 for any.
+    on_violation
+        What becomes of a row that violates a rule which has no ON VIOLATION of its own: `"quarantine"`,
+        `"warn"`, `"null"` or `"suspend"`.
+    pii
+        Output columns whose values are shown nowhere beside the table.
+    freshness, severity, owner, route
+        Of its alerts, as there.
     """
-    given = {"materialize": materialize, "delete": delete}
+    given: dict[str, object] = {
+        "materialize": materialize,
+        "delete": delete,
+        "max_error_rate": max_error_rate,
+        "on_violation": on_violation,
+        "pii": None if pii is None else list(pii),
+        "freshness": freshness,
+        "severity": severity,
+        "owner": owner,
+        "route": route,
+    }
     settings = {name: value for name, value in given.items() if value is not None}
     rules = {} if contract is None else contract
 

@@ -23,7 +23,7 @@ class Invalid(Exception):
 
 
 Parser = Callable[[Any], Any]
-SECTIONS = ("source", "log", "staging", "destination", "scale")
+SECTIONS = ("source", "log", "staging", "destination", "quarantine", "scale", "alerts")
 
 
 class Document:

@@ -22,6 +22,8 @@
     │   └── ForeignDestination its progress belongs to another log: refused before anything is read
     ├── StateInUse             another process runs on this state folder
     └── ModelBroken            a model that cannot run at all: SUSPEND
+        ├── BreakerTripped     too many of its changes fail one after another
+        └── QuarantineFull     its records would be more than the quarantine may hold
 
 Verdicts: RETRY, the world is broken and not the record; QUARANTINE, the record is broken; SUSPEND,
 the model (or the source) is broken and stops alone. Each message says what happened, to what, and
@@ -176,12 +178,21 @@ class ModelBroken(HeadraceError):
         self.model = model
 
 
+class BreakerTripped(ModelBroken):
+    """So many changes of a model fail that it is taken for broken."""
+
+
+class QuarantineFull(ModelBroken):
+    """The model's records would be more than the quarantine may hold: it waits, and none is dropped."""
+
+
 _BY_NAME = {
     # DuckDB
     "OutOfMemoryException": Verdict.RETRY,
     "IOException": Verdict.RETRY,
     "FatalException": Verdict.RETRY,
     "TransactionException": Verdict.RETRY,
+    "InterruptException": Verdict.RETRY,
     "ConversionException": Verdict.QUARANTINE,
     "OutOfRangeException": Verdict.QUARANTINE,
     "ConstraintException": Verdict.QUARANTINE,
@@ -190,29 +201,34 @@ _BY_NAME = {
     "IOError": Verdict.RETRY,
     "BusyError": Verdict.RETRY,
     "LockedError": Verdict.RETRY,
+    "NoMemError": Verdict.RETRY,
+    "CantOpenError": Verdict.RETRY,
     # Delta
     "CommitFailedError": Verdict.RETRY,
+    "SchemaMismatchError": Verdict.SUSPEND,
+    "DeltaProtocolError": Verdict.SUSPEND,
     "DeltaError": Verdict.RETRY,
     # Postgres drivers, where a broken connection has no SQLSTATE
     "OperationalError": Verdict.RETRY,
     "InterfaceError": Verdict.RETRY,
 }
 """Verdicts of other libraries' errors by class name, so that judging one imports none of them."""
-RETRY_SQLSTATES = ("08", "40", "53", "57", "58")
-"""Classes of faults that pass: connection, serialization, resources, operator, system."""
+RETRY_SQLSTATES = ("08", "40", "53", "57", "58", "25006", "25P03", "25P04", "55006", "55P03")
+"""Classes of faults that pass: connection, serialization, resources, operator, system; and by themselves a
+server that only reads now, a transaction that took too long, what is in use, a lock waited for too long."""
 _QUARANTINE_SQLSTATES = ("22", "23")
 
 
 def verdict_of(error: BaseException) -> Verdict:
     """Judge any error.
 
-    SQLSTATE classes 08, 40, 53, 57, 58 and operating-system errors are infrastructure; 22 and 23
-    are the record's fault; other libraries' errors go by their class; what is unknown suspends.
+    Those of `RETRY_SQLSTATES` and operating-system errors are infrastructure; classes 22 and 23 are the
+    record's fault; other libraries' errors go by their class; what is unknown suspends.
     """
     if isinstance(error, HeadraceError):
         return error.verdict
     state = getattr(error, "sqlstate", None) or ""
-    if state[:2] in RETRY_SQLSTATES or isinstance(error, OSError | MemoryError):
+    if state.startswith(RETRY_SQLSTATES) or isinstance(error, OSError | MemoryError):
         return Verdict.RETRY
     if state[:2] in _QUARANTINE_SQLSTATES:
         return Verdict.QUARANTINE

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -29,7 +28,8 @@ from headrace.history import History
 from headrace.join import Join, Joins, Phase, Why
 from headrace.keys import identity
 from headrace.prepared import Prepared
-from headrace.protocols import LogIndex, ModelState
+from headrace.protocols import LogIndex
+from headrace.quarantine.breaker import Breakers
 from headrace.rebuilding import PHASES, Rebuilding, newest_decides
 from headrace.recopied import (
     absences,
@@ -45,6 +45,8 @@ from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
+from headrace.standing import ModelState
+from headrace.transform.engine import engine
 from headrace.transform.model import RowModel, preparing, uncontested
 
 logger = logging.getLogger("headrace.joining")
@@ -63,9 +65,16 @@ class Joiner:
     """Takes models of one source through their joins, one slice at a time."""
 
     def __init__(
-        self, source: str, log: LogIndex, staging: DeltaStaging, joins: Joins, spill: Path | None = None
+        self,
+        source: str,
+        log: LogIndex,
+        staging: DeltaStaging,
+        joins: Joins,
+        spill: Path | None = None,
+        breakers: Breakers | None = None,
     ) -> None:
         """What does not fit in memory while history is read goes to the folder `spill`."""
+        self._breakers = breakers or Breakers()
         self._source = source
         self._log = log
         self._staging = staging
@@ -252,9 +261,13 @@ class Joiner:
 
         def attempt(model: RowModel) -> Sequence[str]:
             made = self._prepare(join, model, copy, target)[1] if model.refused else pieces
+            self._breakers.begin()
+            if join.why != "dry run":
+                made = self._breakers.admitted(model, made)
             return self._destination.step(join, following, model, made, accounts)
 
         issues = uncontested(model, attempt)
+        self._breakers.keep()
         self._keep(following)
         alert(issues)
         return "slice"
@@ -411,10 +424,13 @@ def _of(keys: pa.Array | None, model: RowModel, changes: pa.Table) -> pa.Table:
     """Return the changes of some source keys, or all; a change of the key is one of both."""
     if keys is None:
         return changes
-    own, before = identity(model.schema)
-    with duckdb.connect() as db:
-        db.register("changes", changes)
-        found = db.sql(f"SELECT {own} AS own, {before} AS before FROM changes").to_arrow_table()
+    key, (own, before) = model.schema.key, identity(model.schema)
+    if len(key) == 1 and changes["_before"].null_count == changes.num_rows:
+        found = changes.select(key)
+    else:
+        with engine() as db:
+            db.register("changes", changes)
+            found = db.sql(f"SELECT {own} AS own, {before} AS before FROM changes").to_arrow_table()
     mine = pc.equal(changes["_op"], "t")
     for column in found.columns:
         mine = pc.or_(mine, pc.is_in(column, value_set=keys))

@@ -16,29 +16,36 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-
-import pyarrow as pa
+from functools import partial
+from typing import Any
 
 from headrace.ahead import ahead
+from headrace.alarms import trigger_issue, trigger_suspended
 from headrace.binding import Binder
-from headrace.change import START, Mark, Offset, Position, SourceMark, source_marker
+from headrace.capturing import Works, capture
+from headrace.change import Mark, Offset, Position
 from headrace.config import Project, SourceConfig
+from headrace.decisions import Decision
 from headrace.errors import (
+    BreakerTripped,
     HeadraceError,
     LogTrimmed,
     ModelBroken,
-    SourceGap,
     StagingBehind,
     UserError,
 )
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
-from headrace.protocols import Destination, ModelState, Part, Slice
-from headrace.sources.postgres.slot import durable_commit
+from headrace.protocols import Destination, Part, Slice
+from headrace.quarantine.breaker import Breakers
+from headrace.quarantine.limit import SizeLimit
+from headrace.redriving import Redriver, Running
 from headrace.sources.postgres.source import PostgresSource
-from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
+from headrace.sources.postgres.tables import copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
+from headrace.transform.attempts import Attempts
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, preparing
@@ -46,14 +53,11 @@ from headrace.turns import Turns
 from headrace.waiting import Again, Waiting, settled
 
 logger = logging.getLogger("headrace.lane")
-alerts = logging.getLogger("headrace.alert")
 
 _LOAD_BYTES = 32 << 20
 _SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
 """What one transaction of the destination takes; it is in memory piece by piece only."""
 _RUNNING = ("in_sync", "joining")
-_NO_VERSION = ""
-"""The version that a model is suspended with for what its table is: any runs once the table fits."""
 
 
 class Lane:
@@ -82,8 +86,12 @@ class Lane:
         root = project.staging_path(config.name)
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
-        self.joiner = Joiner(config.name, self.log, self.staging, destination.joins, project.state / "spill")
+        self._breakers = Breakers(SizeLimit(project.quarantine, destination.read))
+        self.joiner = Joiner(
+            config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
+        )
         self.waiting = Waiting(config.name, self.joiner, destination)
+        self.redriver = Redriver(config.name, self.log, self.staging, destination, self.joiner, self.waiting)
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
@@ -91,40 +99,17 @@ class Lane:
         self._reached: Offset = 0
         self._tables = read_states(self.log)
         self._read_only = read_only
+        refuse = partial(self._suspend, "")  # of no version: any runs once its table fits
+        attempts = Attempts(project.state / "attempts" / config.name, read_only=read_only)
         self._binder = Binder(
-            config, self.log, self.staging, destination, self._does_not_fit, read_only=read_only
+            config, self.log, self.staging, destination, refuse, read_only=read_only, attempts=attempts
         )
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 
-    def capture(self, stop: threading.Event, until: int | None = None) -> None:
-        """Copy from the source to the log until `stop`, or until the log is past LSN `until`."""
-        try:
-            with closing(self.source.read(self.log)) as groups:
-                for group in groups:
-                    if group:
-                        self.log.append(group)
-                        if position := self.log.position():
-                            self.source.confirm(position)
-                    if stop.is_set() or (until is not None and self._captured_past(until)):
-                        return
-        except SourceGap as gap:
-            self._mark_gap(str(gap))
-            raise
-
-    def _mark_gap(self, reason: str) -> None:
-        """Let every reader of the log know that changes are missing here; said once, while it lasts."""
-        last = self.log.entry(self.log.end().offset)
-        mark = SourceMark("gap", reason)
-        if last is None or last.entry.payload != mark.to_json().encode():
-            self.log.append([source_marker(self.log.position() or START, mark)])
-
-    def _captured_past(self, lsn: int) -> bool:
-        states = read_states(self.log).values()
-        if not states or any(state.stage in UNFINISHED for state in states):
-            return False
-        # What the slot was made behind is in the copies.
-        return durable_commit(self.log) > lsn
+    def capture(self, stop: threading.Event, until: int | None = None, works: Works | None = None) -> None:
+        """See `headrace.capturing.capture`."""
+        capture(self.source, self.log, stop, until, works)
 
     def load(self) -> bool:
         """Stage what comes next, or see what another project has; False when nothing was to be done."""
@@ -156,8 +141,9 @@ class Lane:
             # changes the answer.
             list(self._models(staged))
             joined = self._join(staged)
+            decided = self.redriver.take_in(self._running(staged), self._suspend)
             applied = self._apply_next(staged)
-            return self._look_after_waiting(staged) or applied or joined
+            return self._look_after_waiting(staged) or applied or joined or decided
 
     def _join(self, staged: Offset) -> bool:
         """Take the next model that has a copy to join one step further; False when there is none."""
@@ -170,7 +156,7 @@ class Lane:
             try:
                 step = self.joiner.step(model, copy, self._stands or {}, running, self._reached, self._alert)
             except ModelBroken as error:
-                self._suspend(model.name, model.version, error)
+                self._suspend(model.version, model.name, error)
                 return True
             except BaseException:
                 self._stands = None
@@ -178,6 +164,7 @@ class Lane:
             if step == "begin" and not self.joiner.runs(model, staged):
                 self._stand(model, "joining", 0)
             if step == "attach":
+                self.redriver.forget()
                 self._moved([model], self.joiner.joined_at(model), ())
                 self.waiting.look()
             if step != "wait":
@@ -203,13 +190,17 @@ class Lane:
         return True
 
     def _look_after_waiting(self, staged: Offset) -> bool:
-        self._ask_where_models_stand()
+        running = self._running(staged)
         try:
-            models = list(self._runnable(staged))
-            return self.waiting.step(models, self._stands or {}, self._alert)
+            return self.waiting.step(running.models, running.stands, self._alert)
         except ModelBroken as error:
-            self._suspend(error.model, {each.name: each.version for each in models}[error.model], error)
+            self._suspend(running.version_of(error.model), error.model, error)
             return True
+
+    def _running(self, staged: Offset) -> Running:
+        """Return the models that take slices, with where they stand."""
+        self._ask_where_models_stand()
+        return Running(list(self._runnable(staged)), self._stands or {})
 
     def reload_models(self, *, now: bool = False) -> bool:
         """Take over the model files that changed; True if any did.
@@ -252,9 +243,23 @@ class Lane:
         return list(self._models(self.staging.through()))
 
     def suspended(self) -> dict[str, str]:
-        """Return the suspended models with their reasons."""
+        """Return the models that are suspended, but not by hand, with their reasons."""
         states = self.destination.models(self.config.name)
-        return {name: state.reason for name, state in states.items() if state.state == "suspended"}
+        broken = (s for s in states.values() if s.state == "suspended" and s.suspended_by != "hand")
+        return {state.name: state.reason for state in broken}
+
+    def hold(self, model_name: str, reason: str) -> None:
+        """Suspend a model until it is released, over restarts and whatever becomes of its file."""
+        with self.applying:
+            self.destination.hold(model_name, self.config.name, f"by hand{reason and ': '}{reason}")
+            self._stands = None
+
+    def release(self, model_name: str) -> None:
+        """Let a suspended model be tried again. Raises UserError if it is not suspended."""
+        with self.applying:
+            released, self._stands = self.destination.release(model_name, self.config.name), None
+        if not released:
+            raise UserError(f"Model {model_name} is not suspended.", "`headrace status` says how it is.")
 
     def needs(self) -> Needs | None:
         """Return what must stay of the log; None where the destination has not been asked.
@@ -265,34 +270,50 @@ class Lane:
         running = [self._offset(model) for model in self._runnable(staged)] if self._stands else []
         if self._stands is None:
             return None
-        stands = [state.offset for state in self._stands.values()]
-        stops = {*stands, *self.joiner.targets(), self._reached}
+        stops = {self._reached, *self.joiner.targets(), *(each.offset for each in self._stands.values())}
         return Needs(min([staged, held_by_copies(self.log), *running]), frozenset(stops))
 
-    def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:
+    def redrive(
+        self, model_name: str, keys: Sequence[str], *, dry_run: bool = False, each: bool = False
+    ) -> dict[str, Any]:
         """Fold the whole raw history of some source keys under the model as it is now, and apply it.
 
         Everything up to where the model stands counts: an old value can never overwrite a newer one,
         and redriving twice changes nothing. Returns how many records are resolved and how many stay
-        (`resolved`, `still_quarantined`), or `rebuilding`: how many keys belong to a model that has other
-        columns now and is built again from staging with all its rows.
+        (`resolved`, `still_quarantined`), if `each` also what becomes of each (`records`), or `rebuilding`:
+        how many keys belong to a model that has other columns now and is built again with all its rows.
         """
         with self.applying:
             self.reload_models(now=True)
-            model = next((m for m in self._models(self.staging.through()) if m.name == model_name), None)
             if self._stands is None and not dry_run:
                 known = model_name in self.destination.models(self.config.name)
                 self._stands = self._where_models_stand()
                 if known and model_name not in self._stands:
                     return {"resolved": 0, "still_quarantined": 0, "rebuilding": len(keys)}
-            states = self.destination.models(self.config.name)
-            if model is None or model_name not in states or self.joiner.stands_on(model) is None:
-                raise HeadraceError(
-                    f"Model {model_name} does not run now, or still takes in its table's copy.",
-                    "Wait for it, or mend it; `headrace status` says why.",
-                )
-            again = {model_name: pa.array(keys, pa.string())}
-            return self.waiting.refold(self.models(), states, again, dry_run=dry_run)
+            running, model = self._standing(model_name)
+            return self.redriver.redrive(running, model, keys, dry_run=dry_run, each=each)
+
+    def decide(self, decision: Decision, *, dry_run: bool = False) -> dict[str, Any]:
+        """Put a decision about changes of a model into the log; returns the `offset` of its entry. Once that
+        is staged, the next `apply` brings it into the table. With `dry_run` only say what would become of
+        each record. Raises UserError for one that cannot be, and for a model that does not run."""
+        with self.applying:
+            self.reload_models(now=True)
+            running, model = self._standing(decision.model)
+            if dry_run:
+                return self.redriver.try_decision(running, model, decision)
+            return {"offset": self.redriver.decide(model, decision)}
+
+    def _standing(self, model_name: str) -> tuple[Running, RowModel]:
+        """Return all models, and one of them that runs. Raises UserError for any other."""
+        running = Running(self.models(), self.destination.models(self.config.name))
+        model = next((each for each in running.models if each.name == model_name), None)
+        if model is None or model_name not in running.stands or self.joiner.stands_on(model) is None:
+            raise UserError(
+                f"Model {model_name} does not run now, or still takes in its table's copy.",
+                "Wait for it, or mend it; `headrace status` says why.",
+            )
+        return running, model
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> bool:
         """Begin to build a model once more, beside its live table; returns False for a table that others have
@@ -305,7 +326,7 @@ class Lane:
             if model is not None and not dry_run and self.destination.forget_if_reshaped(model, mend=True):
                 self._stands = None
                 return False
-            if model is None or stand is None or (stand.state, stand.version) == ("suspended", model.version):
+            if model is None or stand is None or not stand.runs(model.version):
                 words = f"Model {model_name} does not run now, or there is none."
                 raise UserError(words, "`headrace status` says more.")
             if self.destination.forget_if_reshaped(model, dry_run=True):
@@ -335,6 +356,7 @@ class Lane:
     def close(self) -> None:
         """Close source and log."""
         self._preparer.shutdown()
+        self.redriver.close()
         self.joiner.close()
         self.source.close()
         self.log.close()
@@ -346,21 +368,27 @@ class Lane:
     def _where_models_stand(self) -> dict[str, ModelState]:
         """Ask the destination; a model whose mended file has other columns starts from the beginning."""
         self.joiner.know(None)
+        self.redriver.forget()
         stands = self.destination.models(self.config.name)
+        self._breakers.know(name for name, state in stands.items() if state.suspended_by == "breaker")
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
         for model in self._models(self.staging.through()):
             state = stands.get(model.name)
-            if state is None or state.version == model.version or model.is_mirror:
+            is_held = state is not None and state.suspended_by == "hand"
+            if state is None or is_held or model.is_mirror or state.version == model.version:
                 continue
             try:
                 if self.destination.forget_if_reshaped(model):
                     logger.info("model %s has other columns now: it is built again from staging", model.name)
                     del stands[model.name]
+                elif state.open_records and not self._read_only:
+                    self.redriver.try_version(model, state.offset)
             except ModelBroken as error:
-                self._suspend(model.name, model.version, error)
+                self._suspend(model.version, model.name, error)
                 stands[model.name] = replace(state, state="suspended", version=model.version)
-        self._put_aside(stands)
+        if self._tables and not self._read_only:
+            self._binder.put_aside(self._texts, self._tables, stands)
         return stands
 
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:
@@ -369,6 +397,7 @@ class Lane:
         place = (self._mark(after), self._mark(through), position, committed_at)
 
         def attempt(models: Sequence[RowModel], again: Again) -> Sequence[str]:
+            self._breakers.begin()
             parts = ahead(self._preparer, self._parts(models, (after, through), in_sync, again))
             with closing(parts):
                 return self.destination.apply(Slice(self.config.name, *place, parts))
@@ -376,11 +405,12 @@ class Lane:
         try:
             issues = settled(models, attempt)
         except ModelBroken as error:
-            self._suspend(error.model, {each.name: each.version for each in models}[error.model], error)
+            self._suspend({each.name: each.version for each in models}[error.model], error.model, error)
             return
         except BaseException:
             self._stands = None
             raise
+        self._breakers.keep()
         self._moved(models, through, in_sync)
         self._alert(issues)
 
@@ -400,6 +430,7 @@ class Lane:
                     quiet = False
                     prepared = model.prepare(self.joiner.filled(model, changes, span[1]))
                     del changes  # not beside what the destination makes of them
+                    self._breakers.admit(model, prepared)
                     self.waiting.note(model, prepared)
                     yield Part(model, prepared, model.name in in_sync)
                     del prepared
@@ -441,8 +472,7 @@ class Lane:
         paused = {table for table, state in self._tables.items() if state.paused}
         for model in self._models(through):
             state = (self._stands or {}).get(model.name)
-            suspended = state and state.state == "suspended" and state.version == model.version
-            if not suspended and model.table not in paused:
+            if (state is None or state.runs(model.version)) and model.table not in paused:
                 yield model
 
     def _models(self, through: Offset) -> Iterator[RowModel]:
@@ -450,39 +480,15 @@ class Lane:
         removed = {table for table, state in self._tables.items() if state.stage == "removed"}
         return self._binder.models(self._texts, removed, through)
 
-    def _put_aside(self, stands: dict[str, ModelState]) -> None:
-        """Retire what the project no longer has, and suspend models of tables that are not captured."""
-        if not self._tables or self._read_only:
-            return
-        # Those count that are to be staged yet, too: their models wait.
-        captured = {table.label for table, state in self._tables.items() if state.stage != "removed"}
-        modelled = {text.table for text in self._texts}
-        named = {f"{self.config.name}.{label}" for label in captured - modelled}
-        for text in self._texts:
-            named.add(text.name)
-            if text.table not in captured:
-                reason = f"raw.{text.source}.{text.table} is not captured{self._why(text.table)}."
-                remedy = f"Mend models/{text.file}, or add the table to [source.{text.source}] tables."
-                self._suspend(text.name, _NO_VERSION, ModelBroken(text.name, reason, remedy))
-        for name, state in stands.items():
-            if name not in named and state.state != "retired":
-                logger.info("%s is no longer a model of this project: its table stays as it is", name)
-                self.destination.retire(name, self.config.name)
-
-    def _why(self, label: str) -> str:
-        """Say why a table is captured no longer, where that is known."""
-        reasons = (s.reason for t, s in self._tables.items() if t.label == label and s.reason)
-        return "".join(f": it is {reason}" for reason in reasons)
-
-    def _does_not_fit(self, name: str, error: HeadraceError) -> None:
-        self._suspend(name, _NO_VERSION, error)
-
-    def _suspend(self, name: str, version: str, error: HeadraceError) -> None:
+    def _suspend(self, version: str, name: str, error: HeadraceError) -> None:
         if self._read_only:
             return
         self._stands = None
-        if self.destination.suspend(name, self.config.name, version, str(error)):
-            alerts.error("SUSPENDED model %s: %s", name, error.paragraph())
+        if self._breakers.has_room(error):
+            return
+        tripped = isinstance(error, BreakerTripped)
+        if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
+            trigger_suspended(name, self.config.name, error.paragraph())
 
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)
@@ -491,9 +497,4 @@ class Lane:
 
     def _alert(self, issues: Sequence[str]) -> None:
         for issue in issues:
-            model, reason, columns, message, count = self.destination.issue(issue)
-            alerts.warning(
-                "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
-                "`headrace quarantine redrive --issue %s`.",
-                issue, model, reason, columns, message, count, issue,
-            )  # fmt: skip
+            trigger_issue(issue, self.config.name, *self.destination.issue(issue))

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import replace
 
+from headrace.alarms import resolve, trigger
 from headrace.cells import json_of
 from headrace.mart import Mart, MartState
 from headrace.protocols import Destination
@@ -14,7 +15,6 @@ from headrace.transform.folder import ModelFolder
 from headrace.transform.mart import in_order, inputs_of
 
 logger = logging.getLogger("headrace.marts")
-alerts = logging.getLogger("headrace.alert")
 
 
 class MartKeeper:
@@ -77,7 +77,10 @@ class MartKeeper:
         self._states = self._marts.all() if files or self._files else {}
         self._order, circles = in_order(files, self._destination.main)
         for circle in set(circles) - self._circles:
-            alerts.error("MARTS read each other in a circle, and stand still: %s. Break it in one.", circle)
+            words = "MARTS read each other in a circle, and stand still: %s. Break it in one."
+            trigger("mart_circle", circle, words, circle)
+        for circle in self._circles - set(circles):
+            resolve("mart_circle", circle, "RESOLVED marts read each other in a circle no more: %s", circle)
         self._circles = set(circles)
         self._files = files
 
@@ -107,9 +110,10 @@ class MartKeeper:
         self._tried[mart.name] = state.inputs if state.state == "ok" else changes
         self._made[mart.name] = time.monotonic()
         if state.state == "suspended" and (former is None or former.reason != state.reason):
-            alerts.error(
+            trigger(
+                "mart", mart.name,
                 "SUSPENDED mart %s: %s. What there is of it stays. Mend models/%s.sql.",
-                mart.name, state.reason.rstrip("."), mart.name,
+                mart.name, state.reason.rstrip("."), mart.name, model=mart.name,
             )  # fmt: skip
         elif state.state == "ok" and (former is None or former.state != "ok"):
             logger.info("mart %s is made", mart.name)

@@ -2,7 +2,8 @@
 
 For each source five threads: three repeat one verb of its lane each, capture, load, and apply, which has a
 part prepared while it takes the one before; two keep log and staging small. One more watches the source and
-does nothing but ring; one for all keeps the marts, and one a copy for readers where there is to be one. A
+does nothing but ring; one for all keeps the marts, one looks at the ledger, and one makes a copy for readers
+where there is to be one. A
 thread that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
 when it lasts; anything else stops that thread alone, with its reason, while the others go on.
 """
@@ -18,13 +19,20 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
+from headrace.alarms import resolve, tell, trigger
+from headrace.alerts.service import Alerting
 from headrace.change import TableId
 from headrace.config import Project
+from headrace.conservation import EVERY as LOOK_EVERY
+from headrace.conservation import LedgerWatch
+from headrace.decisions import Decision
 from headrace.destinations import open_destination, open_publisher
 from headrace.errors import (
     DestinationUnavailable,
     ForeignDestination,
     HeadraceError,
+    SourceGap,
+    SourceUnavailable,
     UserError,
     Verdict,
     verdict_of,
@@ -32,7 +40,7 @@ from headrace.errors import (
 from headrace.lane import Lane
 from headrace.marts import MartKeeper
 from headrace.memory import economise, give_back
-from headrace.scrub import scrub
+from headrace.outages import Outages, source_of, words
 from headrace.server import Server
 from headrace.snapshot import take_snapshot
 from headrace.sources.postgres.slot import POINT
@@ -44,15 +52,14 @@ from headrace.upkeep import EVERY, Upkeep
 from headrace.upstream import PIN_EVERY, ReadingPlace
 
 logger = logging.getLogger("headrace.pipeline")
-alerts = logging.getLogger("headrace.alert")
 
 _T = TypeVar("_T")
 
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
-_ALERT_AFTER = 10.0
 _POLL = 0.5
 _MAINTAIN_ONCE = 10.0  # seconds of staging's maintenance at the end of a run that ends
+_DECIDED_WITHIN = 60.0  # seconds that a command waits for what it decided to be in the table
 _PACE = 0.15  # seconds between two loads while changes trickle: fewer, larger steps
 
 
@@ -85,7 +92,7 @@ class Pipeline:
         self.project = project
         self.stop = stop or threading.Event()
         self._errors: dict[str, HeadraceError | BaseException] = {}
-        self._waits: dict[str, str] = {}
+        self._outages = Outages()
         self._threads: list[threading.Thread] = []
         self._lock = take_state(project.state)
         try:
@@ -98,8 +105,14 @@ class Pipeline:
                 lane.config.name: ReadingPlace(project, lane) for lane in self.lanes if lane.config.upstream
             }
             self._marts = MartKeeper(self.lanes[0].folder, self.lanes[0].destination)
+            self._ledger = LedgerWatch(self.lanes)
             self._publisher = open_publisher(project.destination, self.lanes[0].destination)
-            self._wait_for_destination()
+            self._alerting = Alerting(project, self.lanes)
+            try:
+                self._wait_for_destination()
+            except BaseException:
+                self._alerting.close()
+                raise
         except BaseException:
             forget_empty_logs(project.state)
             self._lock.close()
@@ -121,8 +134,12 @@ class Pipeline:
             for verb in verbs:
                 self._start(lane, verb)
         self._begin("marts", self._step_marts)
+        self._begin("ledger", self._step_ledger)
         if self._publisher is not None:
             self._begin("publish", self._step_publish)
+        self._begin("alerts", lambda: self._alerting.step(self.stop))
+        for channel in self._alerting.channels:
+            self._begin(f"alerts.{channel.name}", partial(self._alerting.deliver, channel, self.stop))
         ended: BaseException | None = None
         try:
             while ended is None and not self.stop.wait(_POLL):
@@ -132,7 +149,8 @@ class Pipeline:
             for thread in self._threads:
                 thread.join()
             for fault in self._published_once():
-                alerts.error("%s", fault.paragraph())
+                tell("%s", fault.paragraph(), severity="error")
+            self._alerting.finish()
             server.close()
             self.close()
         if ended is not None:
@@ -149,10 +167,11 @@ class Pipeline:
             faults += self._marts_once()
             faults += self._published_once()
             for fault in faults[1:]:
-                alerts.error("%s", fault.paragraph())
+                tell("%s", fault.paragraph(), severity="error")
             if faults:
                 raise faults[0]
         finally:
+            self._alerting.finish()
             server.close()
             self.close()
 
@@ -166,7 +185,7 @@ class Pipeline:
         return {
             "pid": os.getpid(),
             "stopped": stopped,
-            "waiting": dict(self._waits),
+            "waiting": self._outages.reasons(),
             "staged": staged,
             "alarms": alarms,
             "is_current": self._publisher is not None and self._publisher.is_current(),
@@ -174,6 +193,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Give back log, staging and state folder."""
+        self._alerting.close()
         for upkeep in self._upkeep.values():
             upkeep.close()
         for place in self._places.values():
@@ -188,21 +208,62 @@ class Pipeline:
         handlers = {
             "status": lambda _: self.status(),
             "redrive": self._redrive,
+            "decide": self._decide,
+            "archive": self._archive,
             "rebuild": self._rebuild,
             "snapshot": lambda request: self.snapshot(**{k: v for k, v in request.items() if k != "op"}),
             "tables": self._change_tables,
             "resync": self._resync,
             "compact": self._compact,
+            "suspend": self._suspend,
+            "resume": self._resume,
         }
         return Server(self.project.state, self.lanes[0].destination, handlers)
 
     def _redrive(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
-        return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"])
+        each = request.get("each", False)
+        return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"], each=each)
+
+    def _decide(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Put a decision into the log, and wait until it is in the model's table."""
+        lane = self._lane(request["source"])
+        decision = Decision.from_json(request["decision"])
+        self.project.refuse_reading_only(lane.config.name, f"headrace quarantine {decision.verb}")
+        made = lane.decide(decision, dry_run=request["dry_run"])
+        if not request["dry_run"]:
+            deadline = time.monotonic() + _DECIDED_WITHIN
+            while not lane.redriver.took(decision.model, made["offset"]) and time.monotonic() < deadline:
+                if self.stop.wait(_PACE):
+                    break
+        return made
+
+    def _archive(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.lanes[0].destination.archive_issue(request["issue"], request["actor"])
+        return {}
 
     def _rebuild(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
         return {"beside": lane.rebuild(request["model"], dry_run=request["dry_run"])}
+
+    def _suspend(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.lane_of(request["model"]).hold(request["model"], request["reason"])
+        return {}
+
+    def _resume(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.lane_of(request["model"]).release(request["model"])
+        return {}
+
+    def lane_of(self, model: str) -> Lane:
+        """Return the lane that a row model or a mirror is of. Raises UserError where there is no such one."""
+        for lane in self.lanes:
+            source = lane.config.name
+            with lane.applying:
+                named = {each.name for each in lane.models()}  # of files, and mirrors
+                named |= {text.name for text in lane.folder.current(now=True) if text.source == source}
+                if model in named or model in lane.destination.models(source):
+                    return lane
+        raise UserError(f"There is no row model {model}.", "`headrace models ls` names what there is.")
 
     def snapshot(self, source: str, model: str, place: str, into: str | None) -> dict[str, Any]:
         """See `headrace.snapshot.take_snapshot`."""
@@ -220,7 +281,10 @@ class Pipeline:
         lane = self._lane(request["source"])
         self.project.refuse_reading_only(lane.config.name, "headrace resync")
         lane.source.request_resync(lane.log)
-        if self._errors.pop(f"{lane.config.name}.capture", None):
+        name = f"{lane.config.name}.capture"
+        if self._errors.pop(name, None):
+            for kind in ("gap", "stopped"):
+                resolve(kind, name, "RESOLVED %s begins anew", name, source=lane.config.name)
             self._start(lane, "capture")
         return {}
 
@@ -240,7 +304,7 @@ class Pipeline:
     def _start(self, lane: Lane, verb: str) -> None:
         """Start the thread that repeats one verb of a lane."""
 
-        worked = True
+        name, worked = f"{lane.config.name}.{verb}", True
 
         def load() -> None:
             loaded = lane.load()
@@ -275,16 +339,20 @@ class Pipeline:
             self.stop.wait(PIN_EVERY)
 
         steps = {
-            "capture": lambda: lane.capture(self.stop),
+            "capture": lambda: lane.capture(self.stop, works=partial(self._captured, name)),
             "load": load,
             "apply": apply,
             "upkeep": upkeep,
             "maintain": maintain,
             "pin": pin,
         }
-        self._begin(f"{lane.config.name}.{verb}", steps[verb])
+        self._begin(name, steps[verb])
 
-    def _begin(self, name: str, step: Callable[[], None]) -> None:
+    def _captured(self, name: str, appended: bool) -> None:
+        """Note that a source has answered: that it goes on, if it does not wait for something else."""
+        self._outages.works(name, None if appended else SourceUnavailable)
+
+    def _begin(self, name: str, step: Callable[[], object]) -> None:
         """Start a thread that repeats a step."""
         self._threads.append(threading.Thread(target=self._keep, args=(name, step), name=name))
         self._threads[-1].start()
@@ -292,6 +360,10 @@ class Pipeline:
     def _step_marts(self) -> None:
         self._marts.step()
         self.stop.wait(_POLL)
+
+    def _step_ledger(self) -> None:
+        if not self.stop.wait(LOOK_EVERY):
+            self._ledger.step()
 
     def _step_publish(self) -> None:
         assert self._publisher is not None
@@ -303,9 +375,9 @@ class Pipeline:
         self._threads.append(threading.Thread(target=watch.run, args=(self.stop,), name=f"{name}.watch"))
         self._threads[-1].start()
 
-    def _keep(self, name: str, step: Callable[[], None]) -> None:
+    def _keep(self, name: str, step: Callable[[], object]) -> None:
         """Repeat a step until the pipeline stops or the step fails for good."""
-        pause, failing_since = _FIRST_PAUSE, 0.0
+        pause = _FIRST_PAUSE
         while not self.stop.is_set():
             try:
                 step()
@@ -313,28 +385,18 @@ class Pipeline:
                 if verdict_of(error) is not Verdict.RETRY:
                     self._give_up(name, error)
                     return
-                failing_since = failing_since or time.monotonic()
-                self._wait(name, error, time.monotonic() - failing_since)
+                again = self._outages.fails(name, error)
+                pause = min(pause * 2, _LONGEST_PAUSE) if again else _FIRST_PAUSE
                 self.stop.wait(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
             else:
-                if self._waits.pop(name, None):
-                    logger.info("%s goes on", name)
-                pause, failing_since = _FIRST_PAUSE, 0.0
-
-    def _wait(self, name: str, error: BaseException, lasting: float) -> None:
-        text = _words(error)
-        if name not in self._waits:
-            logger.warning("%s waits: %s", name, text)
-            self._waits[name] = text
-        elif lasting > _ALERT_AFTER and not self._waits[name].startswith("alerted: "):
-            alerts.error("%s has been waiting for %.0f s: %s", name, lasting, text)
-            self._waits[name] = f"alerted: {text}"
+                self._outages.works(name)
 
     def _give_up(self, name: str, error: BaseException) -> None:
         self._errors[name] = error
         unexpected = None if isinstance(error, HeadraceError) else error
-        alerts.error("STOPPED %s: %s", name, _words(error), exc_info=unexpected)
+        kind = "gap" if isinstance(error, SourceGap) else "stopped"
+        told = "STOPPED %s: %s"
+        trigger(kind, name, told, name, words(error), source=source_of(name), exc_info=unexpected)
 
     def _ended(self) -> BaseException | None:
         """Return what stopped the first source, if none captures any more and nothing is left to apply."""
@@ -396,16 +458,14 @@ class Pipeline:
 
     def _patiently(self, name: str, step: Callable[[], _T]) -> _T | None:
         """Take a step, again while the destination cannot be had; None if stopped before."""
-        since = time.monotonic()
         while not self.stop.is_set():
             try:
                 result = step()
             except DestinationUnavailable as error:
-                self._wait(name, error, time.monotonic() - since)
+                self._outages.fails(name, error)
                 self.stop.wait(_FIRST_PAUSE)
                 continue
-            if self._waits.pop(name, None):
-                logger.info("%s goes on", name)
+            self._outages.works(name)
             return result
         return None
 
@@ -438,12 +498,3 @@ def _check_destination(lane: Lane) -> None:
 
 def _watch(lane: Lane) -> Watch:
     return Watch(lane.config, expected=lambda: bool(lane.log.note(POINT)))
-
-
-def _words(error: BaseException) -> str:
-    """Say what an error is, without the cell values that a library may quote."""
-    if isinstance(error, HeadraceError):
-        return error.paragraph()
-    # A driver's OSError has no number, and may quote a cell.
-    is_the_systems = isinstance(error, OSError) and error.errno is not None
-    return f"{type(error).__name__}: {error if is_the_systems else scrub(str(error))}"

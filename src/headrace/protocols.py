@@ -27,6 +27,7 @@ from headrace.change import (
     TableSchema,
 )
 from headrace.prepared import Prepared
+from headrace.records import Records
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from headrace.errors import ForeignDestination
     from headrace.join import Joins
     from headrace.mart import Marts
+    from headrace.masking import Masked
     from headrace.reference import Waits
+    from headrace.standing import ModelState
 
 
 class Source(Protocol):
@@ -105,8 +108,8 @@ class Log(Protocol):
         """Delete entries through the last end of a group up to an offset; return the bytes given back.
 
         Of many it deletes the first ones only, so that nobody waits for long: at least one group.
-        Shapes and markers of copies stay, and so do stops: ends of groups at which a reader of staging can
-        still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
+        Shapes, markers of copies and decisions stay, and so do stops: ends of groups where readers of staging
+        can still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
         """
         ...
 
@@ -152,8 +155,7 @@ class LogIndex(Log, Protocol):
         ...
 
     def slice_end(self, after: Offset, limit: Offset, max_bytes: int, max_rows: int) -> Offset:
-        """Return the last group end up to `limit` that keeps `(after, …]` within `max_bytes` of payload
-        and `max_rows` rows; at least one group's, if there is one."""
+        """Return the last group end up to `limit` with `(after, …]` within bounds, or the only one."""
         ...
 
     def table_slice_end(self, table: TableId, after: Offset, limit: Offset, kinds: Sequence[Kind]) -> Offset:
@@ -170,8 +172,7 @@ class LogIndex(Log, Protocol):
         ...
 
     def backlog(self, after: Offset, table: TableId | None = None) -> tuple[int, int, int | None]:
-        """Return rows, payload bytes and the oldest append time (microseconds) after `after`, of one
-        table or of all, of what the log holds."""
+        """Return rows, bytes and the oldest append time (microseconds) after `after`, of one table or all."""
         ...
 
     def last_offsets(self) -> dict[TableId, Offset]:
@@ -211,8 +212,7 @@ class Staging(Protocol):
     """Raw tables: every change as the source wrote it, text cells, in log order."""
 
     def write(self, entries: Sequence[LoggedEntry]) -> None:
-        """Stage entries, from wherever to wherever in a group; return when they are durable. Staging
-        an entry twice changes nothing."""
+        """Stage entries, from wherever to wherever in a group, durably; twice changes nothing."""
         ...
 
     def written(self) -> Offset:
@@ -226,9 +226,9 @@ class Staging(Protocol):
     def read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
         """Return the streamed changes of a table in `(after, through]`, in source order.
 
-        Columns: those of the newest schema at `through` as strings, then `_op`, `_epoch`,
-        `_commit`, `_ordinal`, `_offset`, `_committed_at` (microseconds), `_txid`, `_unchanged`
-        (names of cells that the source did not send), `_before` (map of the old row's known cells).
+        Columns: those of the newest schema at `through` as strings, then `_op`, `_epoch`, `_commit`,
+        `_ordinal`, `_offset`, `_committed_at` (microseconds), `_txid`, `_unchanged` (names of cells that
+        the source did not send), `_before` (map of the old row's known cells).
         """
         ...
 
@@ -295,6 +295,19 @@ class Model(Table, Protocol):
         """Hash of all that determines its output."""
         ...
 
+    @property
+    def schema_version(self) -> int:
+        """The version of its table's shape."""
+
+    @property
+    def supersedes(self) -> bool:
+        """Whether a later good change of a source key takes the place of the earlier ones."""
+
+    @property
+    def masked(self) -> Masked:
+        """What of it is not shown."""
+        ...
+
     def prepare(self, changes: pa.Table) -> Prepared:
         """Check and convert changes (as `Staging.read` returns them, unchanged cells resolved).
 
@@ -302,19 +315,6 @@ class Model(Table, Protocol):
         model can't run on any row.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """How a model stands in the destination."""
-
-    name: str
-    source: str
-    version: str
-    state: str
-    reason: str
-    offset: Offset
-    open_records: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,8 +331,8 @@ class Part:
 class Slice:
     """The changes of one source in `(after, through]`, prepared for all models that stand there.
 
-    `parts` is taken once, one at a time: a slice need not fit in memory. Each model that moves has at
-    least one part; the parts of one model are in source order.
+    `parts` is taken once, one at a time: a slice need not fit in memory. Each model that moves has one at
+    least; those of one model are in source order.
     """
 
     source: str
@@ -355,7 +355,7 @@ Scanned = tuple["pa.Schema", "Iterator[pa.RecordBatch]"]
 """A result that is read batch by batch."""
 
 
-class Destination(Protocol):
+class Destination(Records, Protocol):
     """Where rows arrive, with the progress, the quarantine and the ledger of their arrival.
 
     Each method that changes something is one transaction. All of them raise DestinationUnavailable
@@ -440,33 +440,29 @@ class Destination(Protocol):
         ...
 
     def apply(self, work: Slice) -> Sequence[str]:
-        """Apply a slice in one transaction: data, quarantine, ledger and progress; return the ids of
-        issues that are new. Whatever taking its parts raises is raised here, and nothing changes.
+        """Apply a slice in one transaction (data, quarantine, ledger, progress); return ids of new issues.
 
-        The models named in `work` move from `work.after` to `work.through`; a model that does not
-        stand at `work.after` is refused, and nothing changes: a second owner, or a repeated call,
-        can do no harm. Raises ModelBroken for a table that cannot take its model's columns or rows, and
-        Contested for changes to prepare once more.
+        The models named in `work` move from `work.after` to `work.through`; one that does not stand at
+        `work.after` is refused: a second owner, or a repeated call, can do no harm. Raises ModelBroken for a
+        table that cannot take columns or rows, Contested for changes to prepare again, and what taking the
+        parts raises; then nothing changes.
         """
         ...
 
-    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
-        """Apply what the current model makes of the whole histories of some keys (`prepared.removed`),
-        in one transaction; with `dry_run` only find out what that would do.
-
-        Open records of these keys that are no longer bad become resolved; those still bad count one
-        more attempt; changes that the current model refuses and an earlier one took become records.
-        Returns how many records are `resolved` and how many are `still_quarantined`. Raises Contested for
-        changes to prepare once more.
-        """
+    def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
+        """Mark a version of a model suspended, by its breaker if `tripped`; True if it was not already so."""
         ...
 
-    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
-        """Mark a version of a model suspended with its reason; True if it was not already so."""
+    def hold(self, model: str, source: str, reason: str) -> None:
+        """Mark a model suspended by hand, until `release`, whatever becomes of its file."""
+        ...
+
+    def release(self, model: str, source: str) -> bool:
+        """Let a suspended model be tried again; False if it was not suspended."""
         ...
 
     def reconsider(self, source: str) -> None:
-        """Have the suspended models of a source tried once more: their tables may be mended."""
+        """Have the models tried once more that were broken: their tables may be mended."""
         ...
 
     def retire(self, model: str, source: str) -> None:
@@ -480,14 +476,8 @@ class Destination(Protocol):
         others have changed them, but to mend it."""
         ...
 
-    def issue(self, issue: str) -> tuple[str, str, str, str, int]:
-        """Return model, reason, columns, message and number of records of an issue."""
-        ...
-
     def foreign(self, source: str) -> ForeignDestination:
         """Build the refusal of a destination whose progress is another log's."""
-        ...
 
     def close(self) -> None:
         """Give connections back; the next use opens new ones."""
-        ...

@@ -19,7 +19,8 @@ from headrace.keys import identity, quoted
 from headrace.prepared import Prepared
 from headrace.protocols import LogIndex
 from headrace.staging.delta import DeltaStaging
-from headrace.transform.model import RowModel, engine
+from headrace.transform.engine import engine
+from headrace.transform.model import RowModel
 
 _SHARE_ROWS = 500_000
 """Changes and copied rows of the keys that are folded at once, about."""

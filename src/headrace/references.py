@@ -40,6 +40,15 @@ class SecretParsers:
             return self._unread(value)
         return Secret(values.web_address(_filled(values.string(value), self._root)))
 
+    def address(self, value: object) -> Secret:
+        """Parse an address of any scheme."""
+        if not self._read:
+            return self._unread(value)
+        text = _filled(values.string(value), self._root)
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://\S+", text):
+            raise Invalid("must be an address that begins with a scheme, such as https:// or smtp://")
+        return Secret(text)
+
     @staticmethod
     def _unread(value: object) -> Secret:
         values.string(value)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
+from headrace.alarms import resolve, trigger
 from headrace.change import Offset
 from headrace.config import LogConfig
 from headrace.errors import ConsumersUnknown, LogError, LogFull
@@ -18,7 +19,6 @@ from headrace.log.readers import Readers
 from headrace.log.retention import Kept, Trim, decide
 
 logger = logging.getLogger("headrace.upkeep")
-alerts = logging.getLogger("headrace.alert")
 
 EVERY = 10.0
 """Seconds between two steps."""
@@ -144,21 +144,27 @@ class Upkeep:
         return old
 
     def _tell(self, trim: Trim, consumers: Mapping[str, Offset], held: Mapping[str, int]) -> None:
+        source = self._log.source
         for name in trim.lost:
             reason = f"it held {held[name]} bytes of the log, more than hold_max"
             if not self._mark_lost(name, consumers[name], reason):
                 continue  # it has moved meanwhile
-            alerts.error(
+            trigger(
+                "consumer_lost", f"{source}.{name}",
                 "LOST consumer %s of %s: %s. What it had not read is deleted; it goes on after "
                 "`headrace log consumers --reset %s --to OFFSET`.",
-                name, self._log.source, reason, name,
+                name, source, reason, name, source=source,
             )  # fmt: skip
         for name in sorted(set(trim.slow) - self._slow):
-            alerts.warning(
+            trigger(
+                "consumer", f"{source}.{name}",
                 "SLOW consumer %s of %s holds %d bytes of the log; at hold_max (%d) it is lost. Read it, "
                 "or run `headrace log consumers --forget %s`.",
-                name, self._log.source, held[name], self._config.hold_max, name,
+                name, source, held[name], self._config.hold_max, name, source=source,
             )  # fmt: skip
+        for name in sorted(self._slow - set(trim.slow)):
+            words = "RESOLVED consumer %s of %s holds the log no more"
+            resolve("consumer", f"{source}.{name}", words, name, source, source=source)
         self._slow = frozenset(trim.slow)
 
     def _mark_lost(self, name: str, offset: Offset, reason: str) -> bool:

@@ -124,8 +124,8 @@ def path_in(root: Path, what: str) -> Parser:
         text = string(value)
         if "${" in text:
             raise Invalid(
-                "${…} is filled in only in url, standby_url and hash_salt of a source, and in anchor_url and "
-                "anchor_key of [log]"
+                "${…} is filled in only in url, standby_url and hash_salt of a source, in anchor_url and "
+                "anchor_key of [log], and in url and secret of a channel of [alerts]"
             )
         if not text.strip() or not text.isprintable() or "://" in text:
             raise Invalid(f"must be the path of a local {what}; addresses are not supported")
@@ -182,22 +182,31 @@ def pattern_fault(pattern: object) -> str:
 
 def columns(value: object) -> tuple[str, ...]:
     """Parse patterns `schema.table.column`."""
-    example = 'such as ["public.users.email", "public.*.password"]'
+    return _columns(value, 3, "schema.table.column", '["public.users.email", "public.*.password"]')
+
+
+def marked_columns(value: object) -> tuple[str, ...]:
+    """Parse patterns `table.column` or `schema.table.column`."""
+    return _columns(value, 2, "table.column", '["users.email", "crm.*.phone"]')
+
+
+def _columns(value: object, least: int, form: str, examples: str) -> tuple[str, ...]:
+    example = f"such as {examples}"
     if not isinstance(value, list):
         raise Invalid(f"must be an array of patterns of columns {example}, not {kind_of(value)}")
-    wrong = [fault for pattern in value if (fault := _column_fault(pattern))]
+    wrong = [fault for pattern in value if (fault := _column_fault(pattern, least, form, examples))]
     if wrong:
         raise Invalid(*wrong)
     return tuple(value)
 
 
-def _column_fault(pattern: object) -> str:
+def _column_fault(pattern: object, least: int, form: str, examples: str) -> str:
     if not isinstance(pattern, str):
         return f"a pattern must be a string, not {kind_of(pattern)}"
     parts = pattern.split(".")
     clean = pattern.isprintable() and "://" not in pattern and not pattern.startswith("!")
-    if len(parts) < 3 or not clean or any(part != part.strip() for part in parts) or not all(parts):
-        return f'{quoted(pattern)} is not a pattern schema.table.column, such as "public.users.email"'
+    if len(parts) < least or not clean or any(part != part.strip() for part in parts) or not all(parts):
+        return f"{quoted(pattern)} is not a pattern {form}, such as {examples[1:].partition(',')[0]}"
     return ""
 
 

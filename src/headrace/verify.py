@@ -13,10 +13,8 @@ Four comparisons, each at an exact position:
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import duckdb
@@ -26,12 +24,14 @@ import pyarrow.compute as pc
 
 from headrace.change import Mark, Offset, TableSchema
 from headrace.config import Project
+from headrace.conservation import check_ledger, ledger_of
 from headrace.destinations.joins import joins_of
 from headrace.errors import HeadraceError
 from headrace.join import Join
 from headrace.keys import identity, literal, quoted
 from headrace.lane import Lane
 from headrace.log.proof import verify as verify_log
+from headrace.masking import MASK, marked_in, masks_key
 from headrace.pipeline import open_lanes
 from headrace.prepared import FOREIGN_KEY, UNIQUE, Contested, Reference
 from headrace.server import is_running, read
@@ -82,7 +82,7 @@ def verify(project: Project) -> Report:
         report.findings += _log(project, source.name)
         if not source.upstream:  # its own project compares it
             report.findings += _source(project, source.name)
-        report.findings += _destination(project, source.name)
+        report.findings += verify_destination(project, source.name)
     return report
 
 
@@ -115,7 +115,12 @@ def _source(project: Project, source: str) -> list[Finding]:
                 return [Finding(what, False, f"{behind} changes are not captured yet: run the pipeline")]
             captured = captured_tables(lane.log)
             schemas = lane.staging.schemas(lane.staging.through()).values()
-            return [_compare_source(lane, snapshot, schema) for schema in schemas if schema.table in captured]
+            found = list[Finding]()
+            for schema in (schema for schema in schemas if schema.table in captured):
+                cells = marked_in(config.pii, schema.table, [column.name for column in schema.columns])
+                compared = [_compare_source(lane, snapshot, schema)]
+                found += _masked(compared, is_key=masks_key(schema, cells))
+            return found
     except psycopg.Error as error:
         return [Finding(what, False, f"cannot be read: {type(error).__name__}")]
 
@@ -168,7 +173,7 @@ def _compare_source(lane: Lane, snapshot: SourceSnapshot, schema: TableSchema) -
         return _compare(db, what, "SELECT * FROM expected", keyed, list(model.types()))
 
 
-def _destination(project: Project, source: str) -> list[Finding]:
+def verify_destination(project: Project, source: str) -> list[Finding]:
     """Compare the destination with the fold of staging at the position that it says it stands at."""
     lane = _lane(project, source)
     begun = lane.log.begin().offset
@@ -178,9 +183,7 @@ def _destination(project: Project, source: str) -> list[Finding]:
         "SELECT model, key, model_version, reason, epoch, commit, ordinal, blocked, status "
         f"FROM headrace.quarantine WHERE source = {literal(source)} "
         "AND status IN ('quarantined', 'waiting', 'blocked')",
-        'SELECT model, kind, "after", "through", read, quarantined, waiting, blocked, '
-        "applied + superseded + filtered + quarantined + waiting + blocked AS parts "
-        f"FROM headrace.ledger WHERE source = {literal(source)} AND kind <> 'void'",
+        ledger_of(source),
         f'SELECT log_id, "offset", hash FROM headrace.progress WHERE source = {literal(source)}',
         joins_of(source),
         f"SELECT model, name FROM headrace.foreign_keys WHERE source = {literal(source)} "
@@ -207,12 +210,17 @@ def _destination(project: Project, source: str) -> list[Finding]:
             continue
         mine = records.filter(pc.equal(records["model"], model.name))
         own = ledger.filter(pc.equal(ledger["model"], model.name)).to_pylist()
-        findings += _compare_model(lane, model, state, table, mine)
-        findings.append(_check_ledger(lane, model, state["offset"], own, mine.to_pylist()))
+        findings += _masked(_compare_model(lane, model, state, table, mine), is_key=model.masked.key)
+        account = check_ledger(lane.log, model.table, state["offset"], own, mine.to_pylist())
+        findings.append(Finding(f"ledger of {model.name}", *account))
     judged = {(row["model"], row["name"]) for row in kept.to_pylist()}
     references = (each for model in models for each in model.own_references)
     found = dict(zip((model.name for model in models), tables, strict=True))
-    return findings + [_referred(each, found) for each in references if (each.model, each.name) in judged]
+    for each in references:
+        if (each.model, each.name) in judged:
+            hidden = next(model.masked.key for model in models if model.name == each.model)
+            findings += _masked([_referred(each, found)], is_key=hidden)
+    return findings
 
 
 def _referred(reference: Reference, tables: Mapping[str, pa.Table]) -> Finding:
@@ -231,6 +239,14 @@ def _referred(reference: Reference, tables: Mapping[str, pa.Table]) -> Finding:
     detail = f"some rows refer to no row of {reference.parent}" if rows else "every row refers to one"
     keys = tuple(str(key) for (key,) in rows)
     return Finding(what, not rows, detail, tables[reference.model].num_rows, keys)
+
+
+def _masked(findings: Sequence[Finding], *, is_key: bool) -> list[Finding]:
+    """Return findings without the keys of rows where these are not to be shown."""
+    return [
+        replace(finding, keys=tuple(MASK for _ in finding.keys) if is_key else finding.keys)
+        for finding in findings
+    ]
 
 
 def _check_progress(lane: Lane, rows: Sequence[dict[str, Any]], begun: Offset) -> Finding:
@@ -325,62 +341,6 @@ def as_type(rows: pa.Table, column: str, type_: str) -> str:
     if is_nested and pa.types.is_string(rows.schema.field(column).type):
         return f"CAST({quoted(column)}::JSON AS {type_})"
     return quoted(column)
-
-
-def _check_ledger(
-    lane: Lane, model: RowModel, offset: int, rows: Sequence[dict[str, Any]], records: Sequence[Any]
-) -> Finding:
-    what = f"ledger of {model.name}"
-    open_rows = [row for row in rows if (row["read"] or 0) != row["parts"]]
-    if open_rows:
-        return Finding(what, False, f"{len(open_rows)} rows do not close", len(rows))
-    held = [
-        (item.offset, item.entry.kind, item.entry.rows)
-        for item in lane.log.headers(0, lane.log.end().offset)
-        if item.entry.table == model.table
-    ]
-    # After what is held: of that, what lies behind the beginning was not trimmed while it was read.
-    begin = lane.log.begin().offset
-    streamed = [(at, count) for at, kind, count in held if kind in ("rows", "truncate")]
-    copied = [(at, count) for at, kind, count in held if kind == "copy"]
-    for kind, entries in (("copy", copied), ("apply", streamed)):
-        spans = [(row["after"], row["through"], row["read"]) for row in rows if row["kind"] == kind]
-        spans = [span for span in spans if span[0] >= begin]  # what retention has deleted cannot be counted
-        if wrong := _wrong_span(entries, spans):
-            return Finding(what, False, f"({wrong[0]}, {wrong[1]}] has not read what the log holds there")
-    total = sum(row["read"] for row in rows)
-    applied = [
-        (row["after"], row["read"]) for row in rows if row["kind"] == "apply" and row["after"] >= begin
-    ]
-    since = min((after for after, _ in applied), default=offset if begin else 0)
-    due = sum(count for at, count in streamed if since < at <= offset)
-    if due != sum(read for _, read in applied):
-        return Finding(what, False, f"does not account for all of {due} changes", len(rows))
-    waiting = sum(record["status"] == "waiting" for record in records)
-    for name, there in (("quarantined", len(records) - waiting), ("waiting", waiting)):
-        if (said := sum(row[name] for row in rows)) != there:
-            return Finding(what, False, f"says {said} {name} records, there are {there}", len(rows))
-    blocked, behind = (sum(row["blocked"] for row in each) for each in (rows, records))
-    if blocked != behind:
-        wait = f"says that {blocked} changes wait behind them, the records say {behind}"
-        return Finding(what, False, wait, len(rows))
-    return Finding(what, True, f"closes over {total} changes", len(rows))
-
-
-def _wrong_span(
-    entries: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int, int]]
-) -> tuple[int, int, int] | None:
-    """Return the first span (after, through, read) that overlaps another, or read something else than the
-    entries (offset, rows) in it."""
-    offsets = [offset for offset, _ in entries]
-    sums = [0, *accumulate(rows for _, rows in entries)]
-    reached = 0
-    for after, through, figure in sorted(spans):
-        held = sums[bisect_right(offsets, through)] - sums[bisect_right(offsets, after)]
-        if after < reached or figure != held:
-            return after, through, figure
-        reached = through
-    return None
 
 
 def _compare(

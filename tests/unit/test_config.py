@@ -400,8 +400,8 @@ def test_bad_sizes(tmp_path: Path, value: str, message: str) -> None:
         ('"s3://bucket/prefix"', "addresses are not supported"),
         (
             '"${env:HOME}/x"',
-            "${…} is filled in only in url, standby_url and hash_salt of a source, and in anchor_url and "
-            "anchor_key of [log]",
+            "${…} is filled in only in url, standby_url and hash_salt of a source, in anchor_url and "
+            "anchor_key of [log], and in url and secret of a channel of [alerts]",
         ),
         ('"a\\u0000b"', "must be the path of a local folder"),
         ('"~nosuchuser_/x"', "no such home folder"),

@@ -15,7 +15,8 @@ from headrace.payload import BEFORE, UNCHANGED
 from headrace.prepared import Prepared
 from headrace.scrub import scrub
 from headrace.transform import model as models
-from headrace.transform.model import RowModel, bind, engine
+from headrace.transform.engine import engine
+from headrace.transform.model import RowModel, bind
 from headrace.transform.sql import read_model
 
 SCHEMA = TableSchema(TableId("public", "t"), (Column("id", "bigint"), Column("v", "text")), ("id",))

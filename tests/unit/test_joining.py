@@ -19,10 +19,10 @@ from headrace.errors import DestinationError, ModelBroken
 from headrace.joining import Joiner
 from headrace.log.sqlite import SQLiteLog
 from headrace.payload import BEFORE, UNCHANGED, encode_rows
-from headrace.protocols import ModelState
 from headrace.sources.postgres.chunks import Range
 from headrace.sources.postgres.moved import moved_keys
 from headrace.staging.delta import DeltaStaging
+from headrace.standing import ModelState
 from headrace.transform.model import RowModel, mirror
 
 TABLE = TableId("public", "t")

@@ -13,11 +13,11 @@ import pytest
 
 from entries import rows, schema, shape
 from headrace.change import LoggedEntry, Mark, Offset, TableId
+from headrace.conservation import check_ledger
 from headrace.log.sqlite import SQLiteLog
-from headrace.verify import _check_ledger, _check_progress
+from headrace.verify import _check_progress
 
 SHAPE = shape(TableId("public", "orders"), "id", "status")
-MODEL: Any = SimpleNamespace(name="shop.orders", table=SHAPE.table)
 
 
 class TrimmedMeanwhile(SQLiteLog):
@@ -67,6 +67,7 @@ def ledger(*spans: tuple[int, int, int]) -> list[dict[str, Any]]:
             "read": read,
             "parts": read,
             "quarantined": 0,
+            "waiting": 0,
             "blocked": 0,
         }
         for after, through, read in spans
@@ -77,12 +78,12 @@ def test_a_ledger_closes_while_the_log_is_trimmed(log: TrimmedMeanwhile) -> None
     spans = ledger((0, 2, 2), (2, 3, 2), (3, 4, 2), (4, 6, 4))
     for through in (0, 3, 4):
         log.meanwhile = partial(log.trim, through)
-        found = _check_ledger(lane(log), MODEL, 6, spans, [])
-        assert found.ok, found.detail
+        found = check_ledger(log, SHAPE.table, 6, spans, [])
+        assert found.closes, found.detail
         assert log.begin().offset == through
     wrong = ledger((0, 2, 2), (2, 3, 2), (3, 4, 2), (4, 6, 3))
-    assert not _check_ledger(lane(log), MODEL, 6, wrong, []).ok
-    assert not _check_ledger(lane(log), MODEL, 6, ledger((0, 2, 2), (4, 5, 2)), []).ok
+    assert not check_ledger(log, SHAPE.table, 6, wrong, []).closes
+    assert not check_ledger(log, SHAPE.table, 6, ledger((0, 2, 2), (4, 5, 2)), []).closes
 
 
 def test_progress_that_retention_passes_meanwhile_is_no_difference(log: TrimmedMeanwhile) -> None:

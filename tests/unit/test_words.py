@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from headrace.pipeline import _words
+from headrace import outages
 
 
 @pytest.mark.parametrize(
@@ -18,5 +18,5 @@ from headrace.pipeline import _words
     ],
 )  # fmt: skip
 def test_an_error_is_told_without_the_cells_that_it_quotes(error: Exception, words: str) -> None:
-    assert words in _words(error)
-    assert "4111" not in _words(error)
+    assert words in outages.words(error)
+    assert "4111" not in outages.words(error)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import duckdb
 
 from headrace.keys import quoted
+from headrace.masking import MASK
 from headrace.transform.model import RowModel
 
 LIVE = "headrace_live.rows"
@@ -67,11 +68,12 @@ def compare(
         WHERE a.k IS NULL OR b.k IS NULL OR {any_differs}"""
     )
     sums = "".join(f", count(*) FILTER (d{i})" for i in range(len(both)))
+    is_masked = model.masked.key
     counts = db.execute(f"SELECT count(*){sums} FROM differing").fetchall()[0][1:]
     return Difference(
-        added=_rows(db, "added", examples),
-        removed=_rows(db, "removed", examples),
-        changed=_rows(db, "changed", examples),
+        added=_rows(db, "added", examples, is_masked=is_masked),
+        removed=_rows(db, "removed", examples, is_masked=is_masked),
+        changed=_rows(db, "changed", examples, is_masked=is_masked),
         cells={name: count for name, count in zip(both, counts, strict=True) if count},
         new_columns=tuple((name, type_) for name, type_ in mine.items() if name not in live),
         gone_columns=tuple((name, type_) for name, type_ in live.items() if name not in mine),
@@ -102,9 +104,9 @@ def _relation(table: str, cells: Mapping[str, str], same_type: set[str], *, key:
     return f"SELECT _source_key AS k, count(*) AS n{columns} FROM {table} GROUP BY _source_key"
 
 
-def _rows(db: duckdb.DuckDBPyConnection, kind: str, examples: int) -> Rows:
+def _rows(db: duckdb.DuckDBPyConnection, kind: str, examples: int, *, is_masked: bool) -> Rows:
     ((rows,),) = db.execute(
         f"SELECT coalesce(sum(n), 0)::BIGINT FROM differing WHERE kind = '{kind}'"
     ).fetchall()
     keys = db.execute(f"SELECT k FROM differing WHERE kind = '{kind}' ORDER BY k LIMIT {examples}").fetchall()
-    return Rows(int(rows), tuple(str(key) for (key,) in keys))
+    return Rows(int(rows), tuple(MASK if is_masked else str(key) for (key,) in keys))

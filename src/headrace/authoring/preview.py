@@ -11,7 +11,7 @@ built through that same offset, so that a pipeline which goes on meanwhile makes
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,12 +30,14 @@ from headrace.errors import HeadraceError, UserError
 from headrace.joining import Joiner
 from headrace.keys import identity, literal, quoted
 from headrace.log.sqlite import SQLiteLog
+from headrace.masking import MASK, Masked, mask_columns
 from headrace.prepared import Prepared
 from headrace.server import read, scan
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.kind import LATEST
 from headrace.transform.model import RowModel
+from headrace.transform.pii import marked
 
 EXAMPLES = 5
 """Keys that are named of each cause and each kind of difference."""
@@ -144,7 +146,8 @@ def preview(project: Project, found: Found, *, limit: int = 10, sample: int | No
         share = 1.0 if sample is None else _share(_staging(project, found.source, log), found, sample)
         live = _take_live(project, found, scratch, share)
         staging = _staging(project, found.source, log)  # opened now, it is as far as what is live, or further
-        built = _build(found, scratch, log, staging, live, share)
+        pii = next(source.pii for source in project.sources if source.name == found.source)
+        built = _build(found, scratch, log, staging, live, share, pii)
         with scratch.connected(memory=QUERY_MEMORY) as db:
             return _report(db, built, scratch.table_of(built.model.name), live, share, limit)
 
@@ -167,10 +170,11 @@ def _build(
     staging: DeltaStaging,
     live: _Live | None,
     share: float,
+    pii: Sequence[str],
 ) -> _Built:
     """Build a model in the scratch file, and beside it what its WHERE leaves out."""
     through = staging.through()
-    model = bind_found(found, staging.schemas(through))
+    model = marked(bind_found(found, staging.schemas(through)), found.text, pii)
     copy = staging.copy(model.table, through)
     if copy is None:
         raise UserError(
@@ -225,16 +229,16 @@ def _report(
         rows=_number(db, f"SELECT count(*) FROM {target}"),
         filtered=_number(db, f"SELECT count(*) FROM {_LEFT_OUT}") if model.where else 0,
         records=_number(db, f"SELECT count(*) {records}"),
-        causes=tuple(sorted((_cause(*row) for row in causes), key=_by_weight)),
-        first=db.sql(first).to_arrow_table(),
+        causes=tuple(sorted((_cause(model.masked, *row) for row in causes), key=_by_weight)),
+        first=mask_columns(db.sql(first).to_arrow_table(), model.masked.outputs),
         live_offset=live.offset if live else None,
         live_records=live.open_records if live else 0,
         difference=difference,
     )
 
 
-def _cause(reason: str, columns: str, message: str, records: int, keys: list[str]) -> Cause:
-    return Cause(reason, columns, message, records, tuple(keys))
+def _cause(masked: Masked, reason: str, columns: str, message: str, records: int, keys: list[str]) -> Cause:
+    return Cause(reason, columns, message, records, tuple(MASK if masked.key else key for key in keys))
 
 
 def _by_weight(cause: Cause) -> tuple[int, str, str]:

@@ -44,6 +44,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "headrace.cli.captured:resync_source",
         "Begin anew with a source after a gap, and repair what differs.",
     ),
+    "suspend": (
+        "headrace.cli.suspension:suspend",
+        "Let one model stand still until it is resumed; all else goes on.",
+    ),
+    "resume": ("headrace.cli.suspension:resume", "Let a suspended model be tried again."),
     "rebuild": (
         "headrace.cli.rebuild:rebuild",
         "Make a model's table once more from staging, beside the live one, and swap.",
@@ -54,7 +59,9 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
     "staging": ("", "List the raw tables and what they were; compact them."),
-    "quarantine": ("", "List, show and redrive the changes that could not be applied."),
+    "ledger": ("", "Check that every change that was read is accounted for."),
+    "quarantine": ("", "List, show, redrive, patch and discard what could not be applied."),
+    "alerts": ("", "List alerts and their delivery, test the channels, silence."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
 }
@@ -67,6 +74,22 @@ QUARANTINE: Mapping[str, tuple[str, str]] = {
         "Show one record: its values, its reason, its place in the log.",
     ),
     "redrive": ("headrace.cli.quarantine:redrive", "Try records again with the models as they are now."),
+    "patch": ("headrace.cli.decide:patch", "Have a model read other cells of a change."),
+    "discard": ("headrace.cli.decide:discard", "Leave changes out for good, with a reason."),
+    "undo": ("headrace.cli.decide:undo", "Take back what was decided about a change."),
+    "issues": ("headrace.cli.issues:issues", "List the causes of records and how they go."),
+    "archive": ("headrace.cli.issues:archive", "Put an issue aside until it escalates."),
+    "export": ("headrace.cli.export:export", "Write records to a file: Parquet, CSV, JSON."),
+}
+
+LEDGER: Mapping[str, tuple[str, str]] = {
+    "check": ("headrace.cli.ledger:check", "Hold the ledger against log, staging and quarantine."),
+}
+
+ALERTS: Mapping[str, tuple[str, str]] = {
+    "list": ("headrace.cli.alerts:list_alerts", "List what fires and what was, and how its delivery stands."),
+    "test": ("headrace.cli.alerts:send_test", "Send a test by every channel."),
+    "silence": ("headrace.cli.alerts:silence", "Have nobody told of a model or an issue for a while."),
 }
 
 TABLES: Mapping[str, tuple[str, str]] = {
@@ -118,7 +141,15 @@ STAGING: Mapping[str, tuple[str, str]] = {
     "compact": ("headrace.cli.staging:compact", "Merge small files into large ones now."),
 }
 
-_GROUPS = {"log": LOG, "models": MODELS, "quarantine": QUARANTINE, "staging": STAGING, "tables": TABLES}
+_GROUPS = {
+    "ledger": LEDGER,
+    "alerts": ALERTS,
+    "log": LOG,
+    "models": MODELS,
+    "quarantine": QUARANTINE,
+    "staging": STAGING,
+    "tables": TABLES,
+}
 _ABOUT = "Every change of an operational database into an analytical store, and none lost."
 _HELP = ("--help", "-h", "help")
 

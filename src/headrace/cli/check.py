@@ -16,6 +16,7 @@ from typing import Annotated, NamedTuple
 from cyclopts import Parameter
 
 from headrace.authoring.files import logged_shapes, model_file, read_files
+from headrace.authoring.routing import routes
 from headrace.change import TableId, TableSchema
 from headrace.config import (
     MODELS_FOLDER,
@@ -83,6 +84,7 @@ def examine(project: Project) -> Iterator[Line]:
     yield from (Line("destination", finding) for finding in _destination(project))
     yield from (Line("state", finding) for finding in _folders(project))
     yield from (Line("models", finding) for finding in _models(project, shapes))
+    yield from (Line("alerts", finding) for finding in routes(project))
 
 
 # ---------------------------------------------------------------------------------------- sources

@@ -7,21 +7,26 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from headrace.cells import json_of
 from headrace.change import CopyMark, LoggedEntry, SourceMark, TableSchema
-from headrace.cli.log_where import time_text
+from headrace.cli.log_where import pii_of, time_text
 from headrace.cli.tables import print_json_lines, print_table
+from headrace.decisions import Decision
 from headrace.errors import UserError
 from headrace.log.consumers import Cursor, Cursors
 from headrace.log.places import told
 from headrace.log.sqlite import SQLiteLog
+from headrace.masking import marked_in, mask_cells, mask_columns
 from headrace.reading import OpenLog, find_logs, only_log, rows_of
 from headrace.sources.postgres.health import age_text, size_text
 from headrace.sources.postgres.lsn import format_lsn
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _FOLDER = Parameter(help="The project's folder.")
 _SOURCE = Parameter(help="The source, where the project has several.")
@@ -110,6 +115,7 @@ def show(
     json: Annotated[
         bool, Parameter(help="Print JSON: the entry, and then a line a row.", negative="")
     ] = False,
+    unmask: Annotated[bool, Parameter(help="Show the values of pii columns, too.", negative="")] = False,
 ) -> None:
     """Show one entry with its rows, or with what it says. Its hash is verified.
 
@@ -139,6 +145,8 @@ def show(
         return
     batch = rows_of(item)
     part = batch.slice(0, max(rows, 0))
+    if not unmask and item.entry.table is not None:
+        part = _masked(part, marked_in(pii_of(project, log.source), item.entry.table, part.schema.names))
     names = [name for name in part.schema.names if part[name].null_count < part.num_rows or name[0] != "_"]
     cells = zip(*(part[name].to_pylist() for name in names), strict=True)
     if json:
@@ -148,6 +156,19 @@ def show(
     print_table(names, cells)
     if part.num_rows < batch.num_rows:
         print(f"… and {batch.num_rows - part.num_rows} more rows; --rows {batch.num_rows} shows them all.")
+
+
+def _masked(rows: pa.RecordBatch, cells: frozenset[str]) -> pa.RecordBatch:
+    """Return rows with the values of some columns masked, also those that they had before."""
+    import pyarrow as pa
+
+    if not cells:
+        return rows
+    table = mask_columns(pa.table(rows), cells)
+    before = [old and list(mask_cells(dict(old), cells).items()) for old in table["_before"].to_pylist()]
+    at = table.column_names.index("_before")
+    table = table.set_column(at, "_before", pa.array(before, table["_before"].type))
+    return table.combine_chunks().to_batches()[0] if table.num_rows else rows
 
 
 def consumers(
@@ -288,7 +309,12 @@ def _what(item: LoggedEntry) -> str:
         case "marker":
             copy = CopyMark.from_json(entry.payload)
             return f"copy's chunk {copy.chunk}" if copy.kind == "chunk" else f"copy's {copy.kind}"
-    return ""
+    return _decided(Decision.from_json(entry.payload)) if entry.kind == "decision" else ""
+
+
+def _decided(made: Decision) -> str:
+    changes = f"{len(made.changes)} change{'s' * (len(made.changes) != 1)}"
+    return _one_line(f"{made.verb} {changes} of {made.model}, by {made.actor}")
 
 
 def _one_line(text: str) -> str:

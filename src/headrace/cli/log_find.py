@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from headrace.cells import json_of
-from headrace.cli.log_where import lsn_of, time_text
+from headrace.change import TableSchema
+from headrace.cli.log_where import lsn_of, pii_of, time_text
 from headrace.cli.tables import print_table
 from headrace.errors import UserError
 from headrace.log.finding import (
@@ -26,6 +28,7 @@ from headrace.log.finding import (
 )
 from headrace.log.places import Shapes, cut_at_commit, cut_at_time
 from headrace.log.sqlite import SQLiteLog
+from headrace.masking import MASK, marked_in, mask_cells, masks_key
 from headrace.raw.place import moment_of
 from headrace.reading import only_log
 from headrace.sources.postgres.lsn import format_lsn
@@ -46,6 +49,7 @@ def find(
     json: Annotated[bool, Parameter(help="Print one JSON object a line.", negative="")] = False,
     project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
     source: Annotated[str, Parameter(help="The source, where the project has several.")] = "",
+    unmask: Annotated[bool, Parameter(help="Show the values of pii columns, too.", negative="")] = False,
 ) -> None:
     """Find a key's history, a transaction, a position or a time; one of --key, --txid, --lsn, --time.
 
@@ -66,7 +70,8 @@ def find(
         raise UserError("--limit is a number of results.", "0 shows all.")
     with closing(SQLiteLog(only_log(project, source), read_only=True)) as log:
         if key:
-            _key(log, key, 1000 if limit is None else limit, json=json)
+            pii = () if unmask else pii_of(project, log.source)
+            _key(log, key, 1000 if limit is None else limit, pii, json=json)
             return
         if txid is not None:
             found = transactions_of(log, txid)
@@ -81,14 +86,14 @@ def find(
 # -- a key
 
 
-def _key(log: SQLiteLog, text: str, limit: int, *, json: bool) -> None:
+def _key(log: SQLiteLog, text: str, limit: int, pii: Sequence[str], *, json: bool) -> None:
     shapes = Shapes(log)
     shape, key = parse_key(shapes, text)
     counts: Counter[str] = Counter()
     shown: deque[KeyChange] = deque(maxlen=limit or None)
     for change in history(log, shapes, shape, key):
         counts[change.op] += 1
-        shown.append(change)
+        shown.append(_masked(change, shape, pii))
     if json:
         for change in shown:
             print(json_of(_object(str(shape.table), change)))
@@ -98,13 +103,30 @@ def _key(log: SQLiteLog, text: str, limit: int, *, json: bool) -> None:
     count = sum(counts[op] for op in "crud")
     if not count:
         cuts = f" {shape.table} was truncated {counts['t']} times." if counts["t"] else ""
+        text = text.partition(":")[0] if _hidden(shape, pii)[1] else text
         print(f"Nothing about {text} in the log of {log.source}{since}.{cuts}")
         print("A key is found by its text as Postgres prints it.")
         return
     columns = ("committed_at", "op", "txid", "lsn", "offset", "what", "said")
     print_table(columns, [_cells(change) for change in shown])
     more = f"; the newest {limit} are shown" if limit and counts.total() > limit else ""
+    text = f"a key of {shape.table}" if _hidden(shape, pii)[1] else text
     print(f"{count} changes of {text}{more}{since}")
+
+
+def _hidden(shape: TableSchema, pii: Sequence[str]) -> tuple[frozenset[str], bool]:
+    """Return which cells of a table are not shown, and whether its key is not."""
+    cells = marked_in(pii, shape.table, [column.name for column in shape.columns])
+    return cells, masks_key(shape, cells)
+
+
+def _masked(change: KeyChange, shape: TableSchema, pii: Sequence[str]) -> KeyChange:
+    cells, is_key = _hidden(shape, pii)
+    if not cells:
+        return change
+    before, after = ((MASK,) if key and is_key else key for key in (change.key_before, change.key_after))
+    old, new = (mask_cells(row, cells) if row else row for row in (change.old, change.new))
+    return replace(change, old=old, new=new, key_before=before, key_after=after)
 
 
 def _cells(change: KeyChange) -> tuple[object, ...]:

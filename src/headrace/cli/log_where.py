@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
+from headrace.config import FILE_NAME, load_project
 from headrace.errors import UserError
 from headrace.log.places import Cut, cut_at_commit, cut_at_offset, cut_at_time, group_of
 from headrace.log.sqlite import SQLiteLog
@@ -40,6 +42,14 @@ def cut_behind(log: SQLiteLog, text: str) -> Cut:
     if LSN.fullmatch(text):
         return cut_at_commit(log, parse_lsn(text) + 1)
     return cut_before(log, text) if text in ("start", "end") else cut_at_time(log, moment_of(text) + 1)
+
+
+def pii_of(project: Path, source: str) -> tuple[str, ...]:
+    """Return which columns the project in a folder marks `pii`; none for a log that is no project's."""
+    if not (project / FILE_NAME).is_file():
+        return ()
+    known = load_project(project, secrets=False).sources
+    return next((config.pii for config in known if config.name == source), ())
 
 
 def lsn_of(text: str) -> int:

@@ -36,6 +36,8 @@ _QUERIES = (
     "GROUP BY source, model, issue ORDER BY records DESC, issue",
     "SELECT mart, kind, state, reason, incomplete, missing, positions, rows, "
     "extract(epoch FROM refreshed_at) AS refreshed_at FROM headrace.marts ORDER BY mart",
+    "SELECT model, sum(warned)::BIGINT AS warned, sum(nulled)::BIGINT AS nulled FROM headrace.ledger "
+    "WHERE kind <> 'void' GROUP BY model",
 )
 
 Rows = Sequence[Mapping[str, Any]]
@@ -59,6 +61,8 @@ def status(
       changed nothing since), and by source, in `sources`, what is `visible` in it.
     - `disk`: `free` bytes, `per_day` (what logs and raw tables add, from what the last day brought), `days`
       until it is full; the destination's growth is not in it.
+    - `alerts`: how many are `firing`; of each channel that fails, in `failing`, `channel`, `attempts`,
+      `age_s`, `failure`.
     - `sources`: for each `name`, `has_run`, `error` (null, or why its log cannot be read), and
       - `tables`: the captured ones, each as `headrace tables list --json` prints it
       - `position` (last durable in the log), `log`: `id`, `begin` (what is before it is
@@ -67,8 +71,8 @@ def status(
       - `capture`: `lag_bytes` not yet confirmed to the source; `load`: `rows`, `bytes`, `oldest_s`
       - `visible`: `offset`, `position`, `as_of` (seconds since 1970: all that the source committed
         until then is visible, unless a model says otherwise), `age_s`; null before the first apply
-      - `models`: `name`, `state`, `reason`, `offset`, `position`, `open_records`, `backlog`: `rows`,
-        `bytes`, `oldest_s`
+      - `models`: `name`, `state`, `reason`, `offset`, `position`, `open_records`, `warned` and `nulled`
+        (applied changes that violate a check which warns or nulls), `backlog`: `rows`, `bytes`, `oldest_s`
       - `quarantine`: open records by cause: `issue`, `model`, `reason`, `columns`, `message`,
         `records`, `blocked` (changes that wait behind them), `age_s`
       - `slot`: what the source says (see SlotHealth), or `unreachable` with the reason, or `read_by`, the
@@ -88,7 +92,7 @@ def status(
 def gather(project: Project) -> dict[str, Any]:
     """Ask log, staging, destination, source and the running pipeline; what cannot be asked is named."""
     live = _live(project)
-    tables: list[Rows] = [[], [], [], []]
+    tables: list[Rows] = [[], [], [], [], []]
     error: str | None = None
     # Before the first run there is nothing to ask.
     has_run = any(project.log_path(source.name).exists() for source in project.sources)
@@ -106,6 +110,7 @@ def gather(project: Project) -> dict[str, Any]:
         "stopped": live["stopped"] if live else {},
         "waiting": live["waiting"] if live else {},
         "alarms": live["alarms"] if live else {},
+        "alerts": _alerts(project),
         "destination": {
             "path": project.destination.name,
             "error": error,
@@ -115,6 +120,26 @@ def gather(project: Project) -> dict[str, Any]:
         "disk": forecast(project, [source["storage"] for source in sources]),
         "sources": sources,
         "marts": [_mart(row) for row in tables[3]],
+    }
+
+
+def _alerts(project: Project) -> dict[str, Any]:
+    from headrace.alerts.store import FILE, AlertStore
+
+    store = AlertStore(project.state / FILE)
+    try:
+        firing, failing = len(store.firing()), store.failing()
+    finally:
+        store.close()
+    return {
+        "firing": firing,
+        "failing": [
+            {
+                **{name: getattr(delivery, name) for name in ("channel", "attempts", "failure")},
+                "age_s": _seconds(time.time() - delivery.made_at),
+            }
+            for delivery in failing
+        ],
     }
 
 
@@ -159,6 +184,7 @@ def _live(project: Project) -> dict[str, Any] | None:
 def _source(
     project: Project, source: SourceConfig, live: dict[str, Any] | None, tables: Sequence[Rows]
 ) -> dict[str, Any]:
+    tolerated = {row["model"]: row for row in tables[4]}
     progress, models, causes = ([row for row in rows if row["source"] == source.name] for rows in tables[:3])
     path = project.log_path(source.name)
     report: dict[str, Any] = {"name": source.name, "has_run": path.exists(), "error": None}
@@ -168,6 +194,9 @@ def _source(
         try:
             report |= _hops(project, source, path, live, models)
             report["tables"] = tables_of(project, source)
+            for model in report["models"]:
+                counts = tolerated.get(model["name"], {})
+                model |= {name: counts.get(name, 0) for name in ("warned", "nulled")}
         except HeadraceError as error:
             report["error"] = str(error)
     slot = _slot(source)
@@ -281,6 +310,9 @@ def _print(report: Mapping[str, Any]) -> None:
     for name, alarms in report["alarms"].items():
         for alarm in alarms:
             print(f"ALARM {name}: {alarm}")
+    for each in report["alerts"]["failing"]:
+        waits = f"{each['attempts']} attempts, {age_text(each['age_s'])}"
+        print(f"ALERTS are not delivered by {each['channel']} ({waits}): {each['failure']}")
     if report["destination"]["error"]:
         print(f"destination not asked: {report['destination']['error']}")
     print(f"disk: {disk_words(report['disk'], report['destination']['bytes'])}")
@@ -379,6 +411,9 @@ def _print_models(models: Rows) -> None:
     for row in models:
         if row["reason"]:
             print(f"{row['name']} {row['state']}: {row['reason']}")
+        if row["warned"] or row["nulled"]:
+            both = f"{row['warned']:,} applied with a warning, {row['nulled']:,} with a cell nulled"
+            print(f"{row['name']} checks: {both}")
 
 
 def _print_causes(causes: Rows) -> None:

@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, contextmanager
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import Mark
+from headrace.change import Mark, Offset
+from headrace.decisions import Outcome
+from headrace.destinations import issues, suspending
 from headrace.destinations.books import (
     Books,
+    close_records,
     count_changes,
-    insert,
     move_progress,
     read_progress,
 )
@@ -29,9 +31,11 @@ from headrace.destinations.unique import note_claims, refuse_contested
 from headrace.destinations.waiting import Waits
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
-from headrace.keys import quoted
+from headrace.keys import literal, quoted
 from headrace.prepared import Prepared, Reference
-from headrace.protocols import DestinationFinding, Model, ModelState, Scanned, Slice, Table
+from headrace.protocols import DestinationFinding, Model, Scanned, Slice, Table
+from headrace.reference import NOTHING_DECIDED
+from headrace.standing import ModelState
 
 _REFUSES = "cannot take the model's rows"
 
@@ -165,6 +169,8 @@ class Database(ABC):
                 yield db
                 judge_references(db, source, self.table_of, references)
                 refuse_contested(db)
+                if db.counts_issues:
+                    issues.settle(db)
                 if db.changed:
                     count_changes(db, db.changed)
                 db.commit() if keep else db.rollback()
@@ -192,11 +198,7 @@ class Database(ABC):
         """See `Destination.models`."""
         with self.open() as db:
             self.set_up(db)
-            rows = db.execute(
-                'SELECT model, source, version, state, reason, "offset", open_records '
-                "FROM headrace.models WHERE source = $1",
-                [source],
-            )
+            rows = db.execute(suspending.STATES, [source])
         return {str(row[0]): ModelState(*row) for row in rows}
 
     def apply(self, work: Slice) -> Sequence[str]:
@@ -244,32 +246,47 @@ class Database(ABC):
         with self.writing(source) as db:
             return read_progress(db, source)
 
-    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
+    def redrive(
+        self, model: Model, prepared: Prepared, *, dry_run: bool = False, decided: Outcome | None = None
+    ) -> dict[str, int]:
         """See `Destination.redrive`."""
-        return self.waits.refold(model.source, [(model, prepared)], dry_run=dry_run)
+        outcome = {model.name: decided} if decided else NOTHING_DECIDED
+        return self.waits.refold(model.source, [(model, prepared)], dry_run=dry_run, decided=outcome)
 
-    def suspend(self, model: str, source: str, version: str, reason: str) -> bool:
+    def decided(self, source: str) -> dict[str, Offset]:
+        """See `Destination.decided`."""
+        with self.open() as db:
+            rows = db.execute(
+                'SELECT model, "offset" FROM headrace.decided WHERE model IN '
+                "(SELECT model FROM headrace.models WHERE source = $1)",
+                [source],
+            )
+        return {str(model): int(offset) for model, offset in rows}
+
+    def archive_issue(self, issue: str, actor: str) -> None:
+        """See `Destination.archive_issue`."""
+        with self.writing("") as db:
+            issues.archive(db, issue, actor)
+
+    def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
         """See `Destination.suspend`."""
         with self.writing(source) as db:
-            known = db.execute("SELECT state, version, reason FROM headrace.models WHERE model = $1", [model])
-            if known == [("suspended", version, reason)]:
-                return False
-            if known:
-                db.execute(
-                    "UPDATE headrace.models SET state = 'suspended', version = $1, reason = $2, "
-                    "updated_at = now() WHERE model = $3",
-                    [version, reason, model],
-                )
-            else:
-                insert(db, "models", [(model, source, version, "suspended", reason, 0, 0, 0, 0, 0)])
-            return True
+            return suspending.suspend(db, model, source, version, reason, tripped=tripped)
+
+    def hold(self, model: str, source: str, reason: str) -> None:
+        """See `Destination.hold`."""
+        with self.writing(source) as db:
+            suspending.hold(db, model, source, reason)
+
+    def release(self, model: str, source: str) -> bool:
+        """See `Destination.release`."""
+        with self.writing(source) as db:
+            return suspending.release(db, model)
 
     def reconsider(self, source: str) -> None:
         """See `Destination.reconsider`."""
         with self.writing(source) as db:
-            db.execute(
-                "UPDATE headrace.models SET version = '' WHERE source = $1 AND state = 'suspended'", [source]
-            )
+            suspending.reconsider(db, source)
 
     def retire(self, model: str, source: str) -> None:
         """See `Destination.retire`."""
@@ -295,14 +312,13 @@ class Database(ABC):
     def _forget(self, db: Session, model: Model) -> None:
         with self._blaming(model.name, "cannot be built again"):
             self.drop_table(db, model)
-        db.execute(
-            f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
-            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
-            [model.name],
-        )
+        close_records(
+            db, f"model = {literal(model.name)} AND {OPEN}", "'superseded', resolution = 'rebuilt'",
+            version=model.version,
+        )  # fmt: skip
         db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
-        db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
-        db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
+        for table in ("models", "joins", "decided"):
+            db.execute(f"DELETE FROM headrace.{table} WHERE model = $1", [model.name])
         db.changed.add(model.name)
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:

@@ -282,6 +282,7 @@ class _DuckDBSession:
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
         self.moving: set[str] = set()
+        self.counts_issues = False
         self.claimed: dict[str, Claimed] = {}
 
     def begin(self, source: str, *, steady: bool = False) -> None:

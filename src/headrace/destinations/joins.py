@@ -19,6 +19,7 @@ import pyarrow as pa
 from headrace.cells import json_of
 from headrace.change import Counts, Mark, Position, TableId
 from headrace.destinations.books import (
+    close_records,
     heal,
     insert,
     move_progress,
@@ -37,6 +38,7 @@ from headrace.errors import DestinationError, UserError
 from headrace.failpoints import failpoint
 from headrace.join import Account, Difference, Join, Snapshot
 from headrace.keys import literal, quoted
+from headrace.masking import MASK, Masked, mask_cells
 from headrace.prepared import Prepared
 from headrace.protocols import Model, Table
 
@@ -253,6 +255,7 @@ def _examples(db: Session, model: Model, before: str, after: str) -> list[dict[s
         "SELECT k, how FROM (SELECT *, row_number() OVER (PARTITION BY how ORDER BY k) AS n "
         f"FROM _hr_differs) d WHERE n <= {_EXAMPLES}",
     )
+    hidden = model.masked
     examples: dict[str, dict[str, Any]] = {
         key: {"how": how, "key": key, "before": [], "after": []}
         for key, how in db.execute("SELECT k, how FROM _hr_examples ORDER BY how, k")
@@ -267,8 +270,8 @@ def _examples(db: Session, model: Model, before: str, after: str) -> list[dict[s
             [model.source],
         )
         for key, *row in rows:
-            examples[key][when].append(dict(zip(names, row, strict=True)))
-    return list(examples.values())
+            examples[key][when].append(mask_cells(dict(zip(names, row, strict=True)), hidden.outputs))
+    return [example | ({"key": MASK} if hidden.key else {}) for example in examples.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,8 +294,20 @@ class _Renamed:
         return self.model.version
 
     @property
+    def schema_version(self) -> int:
+        return self.model.schema_version
+
+    @property
+    def supersedes(self) -> bool:
+        return self.model.supersedes
+
+    @property
     def numbered(self) -> str | None:
         return self.model.numbered
+
+    @property
+    def masked(self) -> Masked:
+        return self.model.masked
 
     def types(self) -> dict[str, str]:
         return self.model.types()
@@ -337,11 +352,8 @@ def _void(db: Session, join: Join) -> None:
     since = f"AND kind = 'copy' AND \"after\" >= {join.stands}" if join.beside else ""
     db.execute(f"UPDATE headrace.ledger SET kind = 'void' WHERE model = $1 {since}", [join.model])
     if not join.beside:
-        db.execute(
-            f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = 'rebuilt', "
-            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
-            [join.model],
-        )
+        mine = f"model = {literal(join.model)} AND {OPEN}"
+        close_records(db, mine, "'superseded', resolution = 'rebuilt'")
 
 
 def _check(db: Session, join: Join) -> None:
@@ -356,10 +368,8 @@ def _exchange_records(db: Session, join: Join, model: Model) -> list[str]:
     """Put the open records from beside in the place of the live table's; return new issues."""
     name = literal(model.name)
     resolution = "resync" if join.why == "copy" else "rebuilt"
-    db.execute(
-        f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = '{resolution}', resolved_at = now() "
-        f"WHERE model = {name} AND {OPEN}"
-    )
+    status = f"'superseded', resolution = '{resolution}'"
+    close_records(db, f"model = {name} AND {OPEN}", status, version=model.version)
     db.keep("_hr_beside", f"SELECT * FROM {JOINING} WHERE model = {name} AND {OPEN}")
     return record_from(db, model, "_hr_beside")
 

@@ -60,8 +60,6 @@ _IDLE = 3
 """Connections that are kept for the next use."""
 
 _OLDEST = 140_000
-_PASSES = (*RETRY_SQLSTATES, "55P03", "55006", "25006")
-"""Beside what always passes: locks that are not had in time, and a server that is read-only for now."""
 _OF_A_TABLE = ("0A", "22", "23", "2B", "42", "54", "P0")
 """Classes of what is wrong with a table or with its rows."""
 
@@ -195,7 +193,7 @@ class PostgresDestination(Database):
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             words = without_passwords(str(error)).strip().splitlines()[0]
             return DestinationUnavailable(f"{self.name} broke off: {words}", "Headrace keeps trying.")
-        if state.startswith(_PASSES):
+        if state.startswith(RETRY_SQLSTATES):
             return DestinationUnavailable(f"{self.name}: {words_of(error)}.", "Headrace keeps trying.")
         remedy = "Give the role the rights that docs/destinations.md lists." if state == "42501" else ""
         return DestinationError(f"{self.name}: {words_of(error)}.", remedy)

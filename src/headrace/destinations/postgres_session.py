@@ -65,6 +65,7 @@ class PostgresSession:
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
         self.moving: set[str] = set()
+        self.counts_issues = False
         self.claimed: dict[str, Claimed] = {}
         self._held: pa.Table | None = None  # what the temporary table _hr_given is made of
 

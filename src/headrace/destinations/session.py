@@ -35,6 +35,9 @@ class Session(Protocol):
     moving: set[str]
     """The models that go on to another offset."""
 
+    counts_issues: bool
+    """Whether records were changed here, so that the states of their issues are to be settled."""
+
     claimed: dict[str, Claimed]
     """What was changed here of tables with a key that is to be kept unique, by table (quoted)."""
 

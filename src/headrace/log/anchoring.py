@@ -6,22 +6,17 @@ once, and once when it works again. What is told quotes no address: there may be
 
 from __future__ import annotations
 
-import logging
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError, URLError
 
+from headrace.alarms import resolve, trigger
 from headrace.change import Offset
 from headrace.config import LogConfig, Secret
 from headrace.log.proof import Anchor, Chained, anchor, append_anchor
+from headrace.posting import PostFailed, post
 
-alerts = logging.getLogger("headrace.alert")
-
-_POST_TIMEOUT = 10.0
 _FIRST_PAUSE = 10.0
 _LONGEST_PAUSE = 600.0
 
@@ -77,18 +72,20 @@ class Anchoring:
 
     def _put_off(self, place: _Place, now: float, why: str) -> None:
         if not place.pause:
-            alerts.error(
+            trigger(
+                "anchor", f"{self._log.source}.{place.setting}",
                 "ANCHOR of %s could not be delivered to %s: %s. It is tried again until it works.",
-                self._log.source, place.setting, why,
+                self._log.source, place.setting, why, source=self._log.source,
             )  # fmt: skip
         place.pause = min(place.pause * 2 or _FIRST_PAUSE, _LONGEST_PAUSE)
         place.due = now + place.pause
 
     def _delivered(self, place: _Place, now: float, offset: Offset) -> None:
         if place.pause:
-            alerts.warning(
+            resolve(
+                "anchor", f"{self._log.source}.{place.setting}",
                 "RESOLVED ANCHOR of %s: offset %d is delivered to %s",
-                self._log.source, offset, place.setting,
+                self._log.source, offset, place.setting, source=self._log.source,
             )  # fmt: skip
         place.holds, place.due, place.pause = offset, now + self._every, 0.0
 
@@ -100,24 +97,8 @@ def _append(path: Path, made: Anchor) -> None:
         raise _UndeliveredError(f"{path} cannot be written, {error.strerror}") from None
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses what leads elsewhere: a POST would come there as a GET, without the anchor."""
-
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
 def _post(url: Secret, made: Anchor) -> None:
-    """Post an anchor. Any answer but 2xx is a failure: the library raises it as an HTTPError."""
     try:
-        request = urllib.request.Request(
-            url.reveal(), data=made.to_json().encode(), headers={"Content-Type": "application/json"}
-        )
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=_POST_TIMEOUT):
-            pass
-    except HTTPError as error:
-        error.close()
-        raise _UndeliveredError(f"it answered {error.code}") from None
-    except (OSError, HTTPException, ValueError) as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        raise _UndeliveredError(f"{type(reason).__name__} before it answered") from None
+        post(url, made.to_json().encode(), {"Content-Type": "application/json"})
+    except PostFailed as error:
+        raise _UndeliveredError(str(error)) from None

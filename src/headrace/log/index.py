@@ -190,6 +190,16 @@ class Index(ABC):
         assert row is not None
         return int(row[0]), int(row[1]), row[2]
 
+    def first_commit(self, after: Offset, table: TableId) -> int | None:
+        """Return when the first rows of a table after an offset, of those that the log holds, were committed
+        (microseconds); None if there are none."""
+        row = self._db.row(
+            f'SELECT committed_at FROM entries WHERE "offset" > ? AND rows > 0 AND {_MINE} '
+            'ORDER BY "offset" LIMIT 1',
+            (after, *table),
+        )
+        return int(row[0]) if row else None
+
     def bytes_between(self, after: Offset, through: Offset) -> int:
         """Return the bytes of payload in `(after, through]`."""
         row = self._db.row(
@@ -250,7 +260,7 @@ class Index(ABC):
         """See `Log.before_unstaged`."""
         row = self._db.row(
             f'SELECT min("offset") FROM entries WHERE {_MINE} '
-            "AND \"offset\" > CASE WHEN kind IN ('schema', 'marker') THEN ? ELSE ? END",
+            "AND \"offset\" > CASE WHEN kind IN ('schema', 'marker', 'decision') THEN ? ELSE ? END",
             (*table, schemas_through, rows_through),
         )
         return self.end().offset if row is None or row[0] is None else self.group_end(int(row[0]) - 1)

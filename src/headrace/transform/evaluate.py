@@ -1,16 +1,20 @@
 """Running a model's expressions so that a bad row fails alone.
 
 `TRY({'a': expr_a, …})` is null exactly where a row fails, and costs what the plain query costs when
-rows are good. The filter is an output too, and outputs stand under it, so that a guard in WHERE
-protects its casts. What TRY cannot hold is found by bisection.
+rows are good; outputs that are mere casts are tried each by itself, which costs the same when they are
+bad (see `headrace.transform.casts`). The filter is an output too, and outputs stand under it, so that a
+guard in WHERE protects its casts. What TRY cannot hold is found by bisection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,13 +22,36 @@ from headrace.errors import ModelBroken, Verdict, verdict_of
 from headrace.keys import literal, quoted, source_key
 from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
 from headrace.scrub import scrub
+from headrace.transform.casts import Cast, cast_of
+from headrace.transform.trial import killers, show_events, time_for
 
 if TYPE_CHECKING:
+    from headrace.transform.handling import Action
     from headrace.transform.model import RowModel
 
-_ASKED_ROWS = 200
-"""Bad rows per evaluation whose message is asked of the engine one by one; more rows of the same
-column share the message of the first."""
+_ASKED_ROWS, _SAYING_NOTHING_NEW = 100, 3
+"""Bad rows of one column whose message is asked of the engine one by one, at most and while there is a new
+one among the last few; more of them share the message of the first."""
+
+FAULTS = pa.schema(
+    {
+        "n": pa.int64(),
+        "stage": pa.string(),
+        "reason": pa.string(),
+        "columns": pa.string(),
+        "message": pa.string(),
+    }
+)
+"""What is wrong with events, by their numbers."""
+
+_EXHAUSTED: dict[type[duckdb.Error], str] = {
+    duckdb.OutOfMemoryException: "crash.memory",
+    duckdb.InterruptException: "crash.timeout",
+}
+"""Errors that are the world's, unless a single row meets them where no row does not; and its reason then."""
+
+_Cause = tuple[str, str, str, str]
+"""Stage, reason, columns and message."""
 
 
 class Evaluation:
@@ -33,9 +60,14 @@ class Evaluation:
     def __init__(self, db: duckdb.DuckDBPyConnection, model: RowModel) -> None:
         self._db = db
         self._model = model
-        self._fatal: dict[int, str] = {}
+        self._fatal: dict[int, _Cause] = {}
         self._judged: pa.Table | None = None
         self._refused = pa.table({"n": pa.array([], pa.int64()), "reference": pa.array([], pa.string())})
+
+    @property
+    def model(self) -> RowModel:
+        """The model that judges."""
+        return self._model
 
     def refuse(self, events: pa.Table) -> None:
         """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
@@ -68,12 +100,21 @@ class Evaluation:
     def query(self, events: str) -> str:
         """Return the query that judges the rows of relation `events`.
 
-        Columns: `_hr_n`, `_hr_k`, `_hr_failed`, `_hr_filtered`, one `_hr_v<i>` per check that is
-        true where it is violated, then the outputs.
+        Columns: `_hr_n`, `_hr_k`, `_hr_failed`, `_hr_cast` (where nothing failed under TRY, the place of the
+        first output whose cast fails), `_hr_filtered`, one `_hr_v<i>` per check that is true where it is
+        violated, then the outputs.
         """
         model = self._model
-        struct = ", ".join(f"{literal(name)}: ({expression})" for name, expression, _ in model.outputs)
-        made = f"TRY({{{struct}}})"
+        casts = self._casts()
+        tried, beside = list[str](), list[str]()
+        for i, (name, expression, _) in enumerate(model.outputs):
+            if (cast := casts.get(i)) is None:
+                tried.append(f"{literal(name)}: ({expression})")
+            elif cast.is_column:
+                beside.append(f", ({cast.operand}) AS _hr_o{i}")
+            else:
+                tried.append(f"'_hr_o{i}': ({cast.operand})")
+        made = f"TRY({{{', '.join(tried)}}})" if tried else "true"
         failed, filtered = "r IS NULL", "false"
         keep = "true"
         if model.where:
@@ -81,12 +122,31 @@ class Evaluation:
             made = f"CASE WHEN {keep}.keep THEN {made} END"
             failed = "f IS NULL OR (f.keep AND r IS NULL)"
             filtered = "f IS NOT NULL AND f.keep IS NOT TRUE"
-        checks = "".join(f", {self._violation(i)} AS _hr_v{i}" for i in range(len(model.checks)))
-        return (
-            f"SELECT *{checks} FROM (SELECT _hr_n, _hr_k, {failed} AS _hr_failed, "
-            f"{filtered} AS _hr_filtered, unnest(r) FROM (SELECT _hr_n, _hr_k, {keep} AS f, {made} AS r "
-            f"FROM {events} AS {quoted(model.alias)}))"
+        inner = f"SELECT _hr_n, _hr_k, {keep} AS f, {made} AS r{''.join(beside)} FROM {events}"
+        tries = "".join(f", {cast.tried(_operand(i, cast))} AS _hr_c{i}" for i, cast in casts.items())
+        wrong = " ".join(
+            f"WHEN _hr_c{i} IS NULL AND {_operand(i, cast)} IS NOT NULL THEN {i}" for i, cast in casts.items()
         )
+        cast_fails = f"CASE WHEN {failed} OR {filtered} THEN NULL {wrong} END" if casts else "NULL"
+        outputs = ", ".join(
+            f"{f'_hr_c{i}' if i in casts else f'r.{quoted(name)}'} AS {quoted(name)}"
+            for i, (name, _, _) in enumerate(model.outputs)
+        )
+        checks = "".join(f", {self._violation(i)} AS _hr_v{i}" for i in range(len(model.checks)))
+        judged = (
+            f"SELECT _hr_n, _hr_k, {failed} AS _hr_failed, {cast_fails}::SMALLINT AS _hr_cast, "
+            f"{filtered} AS _hr_filtered, {outputs} "
+            f"FROM (SELECT *{tries} FROM ({inner} AS {quoted(model.alias)}))"
+        )
+        return f"SELECT *{checks} FROM ({judged})"
+
+    def _casts(self) -> dict[int, Cast]:
+        """Return those of the outputs that are casts of a text, by their place."""
+        model = self._model
+        source = model.schema.columns if model.python is None else ()
+        columns = tuple(column.name for column in source) or tuple(model.types())
+        found = ((i, cast_of(output[1], columns, model.alias)) for i, output in enumerate(model.outputs))
+        return {i: cast for i, cast in found if cast is not None}
 
     def run(self, events: pa.Table) -> pa.Table:
         """Judge events and return `n`, `k` and `verdict` (good, filtered or bad) of each.
@@ -98,14 +158,17 @@ class Evaluation:
 
     def judge(self, events: pa.Table) -> None:
         """Judge events, see `run`; the verdicts of all that were judged are in `verdicts`."""
-        self._events(events)
+        show_events(self._db, events)
         self._try_without_rows()
+        if self._model.suspect and events.num_rows:
+            events = self._survived(events)
         self._judge(events)
 
     def verdicts(self) -> pa.Table:
         """Return `n`, `k` and `verdict` (good, filtered or bad) of each event that was judged."""
         judged = self._judged
         assert judged is not None
+        self._refuse_suspending(judged)
         filtered = pc.if_else(judged["_hr_filtered"], "filtered", "good")
         verdicts = pc.if_else(self._bad(judged), "bad", filtered)
         return pa.table({"n": judged["_hr_n"], "k": judged["_hr_k"], "verdict": verdicts})
@@ -125,32 +188,53 @@ class Evaluation:
         apart = pc.or_(self._bad(judged), judged["_hr_filtered"])
         good = judged.filter(pc.invert(apart)) if pc.any(apart).as_py() else judged
         names = [name for name, _, _ in self._model.outputs]
+        for i, check in enumerate(self._model.checks):
+            if check.on_violation == "null":
+                at, cells = good.schema.get_field_index(check.column), good[check.column]
+                nulled = pc.if_else(good[f"_hr_v{i}"], pa.scalar(None, cells.type), cells)
+                good = good.set_column(at, check.column, nulled)
         return good.select(["_hr_n", "_hr_k", *names]).rename_columns(["_hr_n", "_source_key", *names])
 
-    def faults(self, events: pa.Table) -> Iterator[tuple[int, str, str, str, str]]:
-        """Yield (n, stage, reason, columns, message) for each of these bad events that was judged;
+    def faults(self, events: pa.Table) -> pa.Table:
+        """Return what is wrong with those of these events that were judged and are bad, see `FAULTS`;
         messages are scrubbed of values."""
-        self._events(events)
-        wanted = set(events["_hr_n"].to_pylist())
         judged = self._judged
         assert judged is not None
-        bad = judged.filter(self._bad(judged)).select(["_hr_n", "_hr_failed", *self._violations()])
-        found = [tuple(row.values()) for row in bad.to_pylist() if row["_hr_n"] in wanted]
-        lacks = dict(zip(*(column.to_pylist() for column in self._refused.columns), strict=True))
-        for n, *violated in ((n, *violated) for n, failed, *violated in found if not failed):
-            if True in violated:
-                check = self._model.checks[violated.index(True)]
-                yield n, "constraint", check.reason, check.column, f"{check.column}: {check.text} is violated"
-            elif lacks.get(n) is not None:
-                reference = next(each for each in self._model.own_references if each.name == lacks[n])
-                columns = ", ".join(reference.columns)
-                yield n, "constraint", FOREIGN_KEY, columns, f"{columns}: {reference.parent} has no such row"
-            else:
-                key = ", ".join(self._model.unique)
-                yield n, "constraint", UNIQUE, key, f"{key}: another row of the table has this key"
-        for n in sorted(wanted & self._fatal.keys()):
-            yield n, "transform", "transform.expression", "", self._fatal[n]
-        yield from self._expression_faults(sorted(n for n, failed, *_ in found if failed))
+        wanted = events["_hr_n"].combine_chunks()
+        bad = judged.select(["_hr_n", "_hr_failed", "_hr_cast", *self._violations("quarantine")])
+        bad = bad.filter(pc.and_(self._bad(judged), pc.is_in(judged["_hr_n"], value_set=wanted)))
+        failed = _failed(bad)
+        fatal = sorted(self._fatal.keys() & set(wanted.to_pylist())) if self._fatal else []
+        return pa.concat_tables(
+            [
+                self._violated(bad.filter(pc.invert(failed))),
+                _faults(
+                    pa.array(fatal, pa.int64()),
+                    range(len(fatal)),
+                    [self._fatal[n] for n in fatal],
+                ),
+                *self._expression_faults(events, bad.filter(failed)),
+            ]
+        )
+
+    def _violated(self, bad: pa.Table) -> pa.Table:
+        """Say of rows which check they violate first; those that violate none are refused: they lack what
+        they refer to, or would have the key of another."""
+        checks = [(i, c) for i, c in enumerate(self._model.checks) if c.on_violation == "quarantine"]
+        key = ", ".join(self._model.unique)
+        causes = [("constraint", c.reason, c.column, f"{c.column}: {c.text} is violated") for _, c in checks]
+        causes.append(("constraint", UNIQUE, key, f"{key}: another row of the table has this key"))
+        for reference in self._model.own_references:
+            columns = ", ".join(reference.columns)
+            what = f"{columns}: {reference.parent} has no such row"
+            causes.append(("constraint", FOREIGN_KEY, columns, what))
+        which = np.full(bad.num_rows, len(checks))
+        for place, reference in enumerate(self._model.own_references, len(checks) + 1):
+            lacking = self._refused.filter(pc.equal(self._refused["reference"], reference.name))["n"]
+            which[pc.is_in(bad["_hr_n"], value_set=lacking.combine_chunks()).to_numpy()] = place
+        for place, (i, _) in reversed(list(enumerate(checks))):
+            which[pc.fill_null(bad[f"_hr_v{i}"], False).to_numpy()] = place
+        return _faults(bad["_hr_n"].combine_chunks(), which, causes)
 
     def awaited(self, numbers: pa.Array) -> pa.ChunkedArray:
         """Return for each of these bad events what it waits for: JSON of `model`, `columns` and `values`
@@ -166,7 +250,8 @@ class Evaluation:
         self._db.register("judged", self._judged)
         self._db.register("lacks", self._refused)
         self._db.register("numbers", pa.table({"n": numbers, "i": pa.array(range(len(numbers)), pa.int64())}))
-        fails = " OR ".join(f"j.{name}" for name in ("_hr_failed", *self._violations()))
+        checks = self._violations("quarantine")
+        fails = " OR ".join(["j._hr_failed", "j._hr_cast IS NOT NULL", *(f"j.{name}" for name in checks)])
         return self._db.sql(
             f"SELECT CASE WHEN NOT ({fails}) THEN CASE coalesce(l.reference, '') {cases} END END AS awaited "
             "FROM numbers w LEFT JOIN lacks l USING (n) LEFT JOIN judged j ON j._hr_n = l.n ORDER BY w.i"
@@ -176,23 +261,47 @@ class Evaluation:
         """Return the rows that took the query down; they are in no judgement."""
         return sorted(self._fatal)
 
-    def _violations(self) -> list[str]:
-        """Return the columns that say of each check whether a row violates it."""
-        return [f"_hr_v{i}" for i in range(len(self._model.checks))]
+    def _violations(self, *actions: Action) -> list[str]:
+        """Return the columns that say of each check with one of some actions whether a row violates it."""
+        return [f"_hr_v{i}" for i, check in enumerate(self._model.checks) if check.on_violation in actions]
+
+    def tolerated(self, settled: pa.Array | None) -> dict[str, int]:
+        """Return how many good rows violate a check that only warns (`warned`), and how many have a cell
+        nulled (`nulled`); of those numbered in `settled`, if given."""
+        judged = self._judged
+        assert judged is not None
+        counts = {}
+        for name, columns in (("warned", self._violations("warn")), ("nulled", self._violations("null"))):
+            if columns:
+                rows = judged.filter(pc.invert(self._bad(judged)))
+                rows = rows if settled is None else rows.filter(pc.is_in(rows["_hr_n"], value_set=settled))
+                counts[name] = pc.sum(_any_of(rows, columns)).as_py() or 0
+        return counts
 
     def _bad(self, judged: pa.Table) -> pa.ChunkedArray:
         """Return which rows have failed or violate a check."""
-        bad = pc.fill_null(judged["_hr_failed"], False)  # a filter that is null is neither
-        for name in self._violations():
+        bad = _failed(judged)
+        for name in self._violations("quarantine"):
             bad = pc.or_(bad, judged[name])
         if self._refused.num_rows:
             refused = pc.is_in(judged["_hr_n"], value_set=self._refused["n"].combine_chunks())
             bad = pc.or_(bad, pc.and_(refused, pc.invert(judged["_hr_filtered"])))
         return bad
 
+    def _refuse_suspending(self, judged: pa.Table) -> None:
+        """Raise ModelBroken where a row violates a check that is to suspend the model."""
+        for i, check in enumerate(self._model.checks):
+            if check.on_violation == "suspend" and (count := pc.sum(judged[f"_hr_v{i}"]).as_py()):
+                raise ModelBroken(
+                    self._model.name,
+                    f"{count:,} changes violate {check.column}: {check.text}, which suspends the model "
+                    "(on_violation).",
+                    f"Mend the data or the model, then run `headrace resume {self._model.name}`.",
+                )
+
     def _violation(self, i: int) -> str:
         check = self._model.checks[i]
-        live = "NOT _hr_failed AND NOT _hr_filtered"
+        live = "NOT _hr_failed AND _hr_cast IS NULL AND NOT _hr_filtered"
         if not check.expression:
             return f"({live} AND {quoted(check.column)} IS NULL)"
         held = f"TRY({{'held': ({check.expression})}})"
@@ -207,25 +316,26 @@ class Evaluation:
             name = self._model.name
             raise ModelBroken(name, f"Model {name} cannot run: {scrub(str(error))}", "Mend it.") from error
 
-    def _events(self, events: pa.Table) -> None:
-        self._db.register("arrow_events", events)
-        self._db.execute(
-            "CREATE OR REPLACE TEMP VIEW events AS SELECT * REPLACE "
-            "(make_timestamptz(_committed_at) AS _committed_at) FROM arrow_events"
-        )
+    def _survived(self, events: pa.Table) -> pa.Table:
+        """Return the events without those that end the process in which they are judged."""
+        dying = killers(self._model.name, self.query("events"), events)
+        self._fatal |= {n: ("crash", reason, "", words) for n, (reason, words) in dying.items()}
+        return events.filter(pc.invert(pc.is_in(events["_hr_n"], value_set=pa.array(dying, pa.int64()))))
 
     def _judge(self, events: pa.Table) -> None:
         """Judge events all at once; where the engine gives up, half by half down to the single row."""
         if not events.num_rows:
             return
-        self._events(events)
+        show_events(self._db, events)
         try:
-            judged = self._db.sql(self.query("events")).to_arrow_table()
+            with _within(self._db, time_for(events.num_rows)):
+                judged = self._db.sql(self.query("events")).to_arrow_table()
         except duckdb.Error as error:
-            if _is_the_engines(error):
+            exhausted = _EXHAUSTED.get(type(error))
+            if exhausted is None and _is_the_engines(error):
                 raise
             if events.num_rows == 1:
-                self._fatal[events["_hr_n"][0].as_py()] = scrub(str(error))
+                self._fatal[events["_hr_n"][0].as_py()] = self._cause_of(error)
                 return
             middle = events.num_rows // 2
             self._judge(events.slice(0, middle))
@@ -234,32 +344,59 @@ class Evaluation:
         assert self._judged is not None
         self._judged = pa.concat_tables([self._judged, judged])
 
-    def _expression_faults(self, failed: list[int]) -> Iterator[tuple[int, str, str, str, str]]:
-        if not failed:
-            return
-        parts = [(name, expression) for name, expression, _ in self._model.outputs]
-        if self._model.where:
-            parts.insert(0, ("", self._model.where))
-        known: dict[str, tuple[str, str]] = {}
-        asked = 0
-        for n, column, expression in self._blame(failed, parts):
-            if asked < _ASKED_ROWS or column not in known:
-                asked += 1
-                known[column] = self._ask(n, expression)
-            reason, message = known[column]
-            yield n, "transform", reason if column else "transform.filter", column, message
+    def _cause_of(self, error: duckdb.Error) -> _Cause:
+        """Say why a single row cannot be judged. Raises the error if it is not the row's: no row can be."""
+        exhausted = _EXHAUSTED.get(type(error))
+        if exhausted is None:
+            return "transform", "transform.expression", "", scrub(str(error))
+        try:
+            self._db.sql(self.query("(SELECT * FROM events LIMIT 0)")).to_arrow_table()
+        except duckdb.Error:
+            raise error from None
+        return "crash", exhausted, "", scrub(str(error))
 
-    def _blame(self, failed: list[int], parts: list[tuple[str, str]]) -> Iterator[tuple[int, str, str]]:
-        """Yield for each failed row the first expression that fails on it."""
-        self._db.register("failed_rows", pa.table({"n": pa.array(failed, pa.int64())}))
-        tests = ", ".join(f"TRY({{'v': ({expression})}}) IS NULL" for _, expression in parts)
-        rows = self._db.execute(
-            f"SELECT _hr_n, {tests} FROM events AS {quoted(self._model.alias)} "
-            "WHERE _hr_n IN (SELECT n FROM failed_rows) ORDER BY 1"
-        ).fetchall()
-        for n, *fails in rows:
-            name, expression = parts[fails.index(True)] if True in fails else parts[0]
-            yield n, name, expression
+    def _expression_faults(self, events: pa.Table, failed: pa.Table) -> Iterator[pa.Table]:
+        """Yield what is wrong with rows of which an expression fails: of each the first one."""
+        parts = [(name, expression) for name, expression, _ in self._model.outputs]
+        blamed = [
+            failed.filter(pc.is_valid(failed["_hr_cast"])).select(["_hr_n", "_hr_cast"]),
+            self._blame(events, failed.filter(pc.is_null(failed["_hr_cast"]))["_hr_n"], parts),
+        ]
+        found = pa.concat_tables(blamed).sort_by("_hr_n")
+        for which in pc.unique(found["_hr_cast"]).to_pylist():
+            numbers = found.filter(pc.equal(found["_hr_cast"], which))["_hr_n"].combine_chunks()
+            name, expression = parts[which] if which < len(parts) else ("", self._model.where)
+            causes = self._causes(events, numbers[:_ASKED_ROWS], name, expression)
+            yield _faults(numbers, [*range(len(causes)), *[0] * (len(numbers) - len(causes))], causes)
+
+    def _blame(self, events: pa.Table, failed: pa.ChunkedArray, parts: Sequence[tuple[str, str]]) -> pa.Table:
+        """Return for each failed row (`_hr_n`) which expression is the first that fails on it (`_hr_cast`):
+        the number of an output, or of the one behind the last for the filter."""
+        if not len(failed):
+            return pa.table({"_hr_n": failed, "_hr_cast": pa.array([], pa.int16())})
+        tests = [(i, expression) for i, (_, expression) in enumerate(parts)]
+        if self._model.where:
+            tests.insert(0, (len(parts), self._model.where))
+        cases = " ".join(f"WHEN TRY({{'v': ({expression})}}) IS NULL THEN {i}" for i, expression in tests)
+        show_events(self._db, _those(events, failed.combine_chunks()))
+        return self._db.sql(
+            f"SELECT _hr_n, (CASE {cases} ELSE {tests[0][0]} END)::SMALLINT AS _hr_cast "
+            f"FROM events AS {quoted(self._model.alias)}"
+        ).to_arrow_table()
+
+    def _causes(self, events: pa.Table, numbers: pa.Array, column: str, expression: str) -> list[_Cause]:
+        """Ask the engine of each of a few rows why an expression fails on it."""
+        show_events(self._db, _those(events, numbers))
+        causes = list[_Cause]()
+        for n in numbers.to_pylist():
+            reason, message = self._ask(n, expression)
+            stage = reason.partition(".")[0]
+            reason = "transform.filter" if stage == "transform" and not column else reason
+            causes.append((stage, reason, column, message))
+            before, last = causes[:-_SAYING_NOTHING_NEW], causes[-_SAYING_NOTHING_NEW:]
+            if len(last) == _SAYING_NOTHING_NEW and set(last) <= set(before or last[:1]):
+                break
+        return causes
 
     def _ask(self, n: int, expression: str) -> tuple[str, str]:
         """Ask the engine for its message about one row; returns (reason, message)."""
@@ -270,8 +407,53 @@ class Evaluation:
         except duckdb.ConversionException as error:
             return "transform.cast", scrub(str(error))
         except duckdb.Error as error:
-            return "transform.expression", scrub(str(error))
+            return _EXHAUSTED.get(type(error), "transform.expression"), scrub(str(error))
         return "transform.expression", "the expression fails together with the others"
+
+
+def _any_of(rows: pa.Table, columns: list[str]) -> pa.ChunkedArray:
+    found = rows[columns[0]]
+    for name in columns[1:]:
+        found = pc.or_(found, rows[name])
+    return found
+
+
+def _failed(judged: pa.Table) -> pa.ChunkedArray:
+    """Return of which rows an expression has failed."""
+    failed = pc.fill_null(judged["_hr_failed"], False)  # a filter that is null is neither
+    casts = judged["_hr_cast"]
+    return failed if casts.null_count == len(casts) else pc.or_(failed, pc.is_valid(casts))
+
+
+def _those(events: pa.Table, numbers: pa.Array) -> pa.Table:
+    """Return the events of these numbers."""
+    return events.filter(pc.is_in(events["_hr_n"], value_set=numbers))
+
+
+def _operand(i: int, cast: Cast) -> str:
+    """Return where the query that judges has the operand of an output's cast."""
+    return f"_hr_o{i}" if cast.is_column else f"r._hr_o{i}"
+
+
+def _faults(numbers: pa.Array, which: Sequence[int] | np.ndarray, causes: Sequence[_Cause]) -> pa.Table:
+    """Return events with their causes, given for each by its place among `causes`."""
+    places = pa.array(which, pa.int64())
+    cells = zip(*causes, strict=True) if causes else [()] * (len(FAULTS) - 1)
+    columns = [pa.array(column, pa.string()).take(places) for column in cells]
+    return pa.table([numbers, *columns], schema=FAULTS)
+
+
+@contextmanager
+def _within(db: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
+    """Interrupt a query that takes longer."""
+    timer = threading.Timer(seconds, db.interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # else it might meet the next query
 
 
 def _waited(reference: Reference) -> str:

@@ -8,7 +8,7 @@ nothing: apply, redrive and verify are all this one function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -19,7 +19,9 @@ import pyarrow.compute as pc
 
 from headrace.change import Counts
 from headrace.keys import key_before, key_of_row, literal, quoted
+from headrace.masking import mask_columns
 from headrace.prepared import FOREIGN_KEY, Prepared
+from headrace.transform.engine import engine
 
 if TYPE_CHECKING:
     from headrace.transform.evaluate import Evaluation
@@ -41,12 +43,20 @@ RECORD = pa.schema(
         "offset": pa.int64(),
         "preview": pa.string(),
         "blocked": pa.int64(),
+        "key_is_masked": pa.bool_(),
         "waiting_on": pa.string(),
     }
 )
 NO_ROWS = pa.table({"_source_key": pa.array([], pa.string())})
 NOTHING = Prepared(False, pa.array([], pa.string()), NO_ROWS, RECORD.empty_table(), Counts())
 """What becomes of no changes."""
+_CELL_IS_MISSING = {
+    "stage": "decode",
+    "reason": "decode.unchanged",
+    "columns": "",
+    "message": "a cell that the source did not send is not in raw",
+}
+"""What is wrong with a bad change that was not judged."""
 _PREVIEW_CELL = 120
 _PREVIEW = 4096
 
@@ -71,11 +81,12 @@ def fold(
     verdicts = evaluation.run(undecided(events, settled))
     verdicts = with_fatal(evaluation, verdicts, events)
     if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
-        again = earlier_of_bad(db, points, verdicts)
-        verdicts = evaluation.run(undecided(events, again))
-        verdicts = with_fatal(evaluation, verdicts, events)
-        settled, removed, bad = _settle(db, points, verdicts)
-        chosen = settled  # of more rows that were converted
+        again = earlier_of_bad(points, verdicts)
+        if len(again):
+            verdicts = evaluation.run(undecided(events, again))
+            verdicts = with_fatal(evaluation, verdicts, events)
+        settled, removed, bad = _settle(db, points, verdicts, settled, removed)
+        chosen = settled if len(again) else None  # of more rows that were converted
     filtered = _count_in(verdicts, "filtered", settled)
     records = records_of(evaluation, events, bad)
     return Prepared(
@@ -90,6 +101,7 @@ def fold(
             filtered=filtered,
             quarantined=records.num_rows - (waiting := waiting_in(records)),
             waiting=waiting,
+            **evaluation.tolerated(chosen),
         ),
         claims=evaluation.claims(events, points["k"], chosen),
     )
@@ -178,35 +190,42 @@ def with_fatal(evaluation: Evaluation, verdicts: pa.Table, events: pa.Table) -> 
     )
 
 
-def earlier_of_bad(db: duckdb.DuckDBPyConnection, points: pa.Table, verdicts: pa.Table) -> pa.ChunkedArray:
+def earlier_of_bad(points: pa.Table, verdicts: pa.Table) -> pa.ChunkedArray:
     """Return the numbers of all other changes of keys whose last change is bad."""
-    db.register("points", points)
-    db.register("verdicts", verdicts)
-    return db.sql(
-        "SELECT n FROM points WHERE own AND k IN (SELECT k FROM verdicts WHERE verdict = 'bad') "
-        "AND n NOT IN (SELECT n FROM verdicts) ORDER BY n"
-    ).to_arrow_table()["n"]
+    bad = verdicts.filter(pc.equal(verdicts["verdict"], "bad"))["k"].combine_chunks()
+    others = points.filter(pc.and_(points["own"], pc.is_in(points["k"], value_set=bad)))["n"]
+    return others.filter(pc.invert(pc.is_in(others, value_set=verdicts["n"].combine_chunks())))
 
 
 def _settle(
-    db: duckdb.DuckDBPyConnection, points: pa.Table, verdicts: pa.Table
+    db: duckdb.DuckDBPyConnection, points: pa.Table, verdicts: pa.Table, settled: pa.Array, removed: pa.Array
 ) -> tuple[pa.Array, pa.Array, pa.Array]:
-    """Decide each key: numbers of the settling changes, keys that settled, numbers of open bad ones."""
+    """Decide each key: numbers of the settling changes, keys that settled, numbers of open bad ones.
+
+    `settled` and `removed` are what it would be if no change were bad: that of most keys stands.
+    """
+    bad = verdicts.filter(pc.equal(verdicts["verdict"], "bad"))
+    keys = pc.unique(bad["k"])
+    good = settled.filter(pc.invert(pc.is_in(settled, value_set=bad["n"].combine_chunks())))
+    others = removed.filter(pc.invert(pc.is_in(removed, value_set=keys)))
+    points = points.filter(pc.is_in(points["k"], value_set=keys))
+    if points.num_rows == bad.num_rows:  # nothing else has happened to these keys
+        return good, others, bad["n"].combine_chunks().sort()
     db.register("points", points)
-    db.register("verdicts", verdicts)
+    db.register("verdicts", verdicts.filter(pc.is_in(verdicts["k"], value_set=keys)))
     db.execute(
         """CREATE OR REPLACE TEMP TABLE outcomes AS
         SELECT p.k, max(p.n) AS n, arg_max(p.own, p.n) AS own
         FROM points p LEFT JOIN verdicts v ON v.n = p.n AND p.own
         WHERE p.gone OR v.verdict IN ('good', 'filtered') GROUP BY p.k"""
     )
-    own = db.sql("SELECT n FROM outcomes WHERE own ORDER BY n").to_arrow_table()["n"].combine_chunks()
-    keys = db.sql("SELECT k FROM outcomes").to_arrow_table()["k"].combine_chunks()
-    bad = db.sql(
+    own = db.sql("SELECT n FROM outcomes WHERE own").to_arrow_table()["n"].combine_chunks()
+    settling = db.sql("SELECT k FROM outcomes").to_arrow_table()["k"].combine_chunks()
+    opened = db.sql(
         "SELECT v.n FROM verdicts v LEFT JOIN outcomes s ON s.k = v.k "
         "WHERE v.verdict = 'bad' AND (s.n IS NULL OR v.n > s.n) ORDER BY v.n"
     ).to_arrow_table()["n"]
-    return own, keys, bad.combine_chunks()
+    return pa.concat_arrays([good, own]), pa.concat_arrays([others, settling]), opened.combine_chunks()
 
 
 def _count_in(verdicts: pa.Table, verdict: str, settled: pa.Array) -> int:
@@ -219,12 +238,11 @@ def records_of(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Ta
     if not len(bad):
         return RECORD.empty_table()
     rows = events.take(bad)
-    faults = {n: fault for n, *fault in evaluation.faults(rows)}
-    missing = ["decode", "decode.unchanged", "", "a cell that the source did not send is not in raw"]
-    found = [faults.get(n, missing) for n in bad.to_pylist()]
+    faults = evaluation.faults(rows)
+    which = pc.index_in(bad, value_set=faults["n"].combine_chunks())
     columns = {
-        name: [fault[i] for fault in found]
-        for i, name in enumerate(("stage", "reason", "columns", "message"))
+        name: pc.fill_null(faults[name].combine_chunks().take(which), cell)
+        for name, cell in _CELL_IS_MISSING.items()
     }
     return pa.table(
         {
@@ -236,8 +254,9 @@ def records_of(evaluation: Evaluation, events: pa.Table, bad: pa.Array) -> pa.Ta
                 name: rows[f"_{name}"]
                 for name in ("epoch", "commit", "ordinal", "txid", "committed_at", "offset")
             },
-            "preview": _previews(rows),
+            "preview": _previews(rows, evaluation.model.masked.cells),
             "blocked": pa.repeat(pa.scalar(0, pa.int64()), rows.num_rows),
+            "key_is_masked": pa.repeat(evaluation.model.key_is_masked, rows.num_rows),
             "waiting_on": evaluation.awaited(bad),
         },
         schema=RECORD,
@@ -249,11 +268,12 @@ def waiting_in(records: pa.Table) -> int:
     return int(pc.sum(pc.equal(records["reason"], FOREIGN_KEY)).as_py() or 0)
 
 
-def _previews(rows: pa.Table) -> pa.ChunkedArray:
-    """Return the source's cells as JSON, cut to a size that a person reads."""
+def _previews(rows: pa.Table, masked: Collection[str]) -> pa.ChunkedArray:
+    """Return the source's cells as JSON, cut to a size that a person reads, those of some columns masked."""
+    rows = mask_columns(rows, masked)
     names = [name for name in rows.schema.names if not name.startswith("_hr_") and name not in _META]
     cells = ", ".join(f"{literal(name)}: left({quoted(name)}, {_PREVIEW_CELL})" for name in names)
-    with duckdb.connect() as db:
+    with engine() as db:
         db.register("rows", rows)
         return db.sql(
             f"SELECT left(to_json({{{cells}}})::VARCHAR, {_PREVIEW}) AS p FROM rows"

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from headrace.alarms import resolve, trigger
 from headrace.errors import HeadraceError, ModelError, UserError
 from headrace.mart import Mart
 from headrace.transform.header import model_paths
@@ -18,7 +19,6 @@ from headrace.transform.python.text import SUFFIX, helper_paths
 from headrace.transform.sql import ModelText
 
 logger = logging.getLogger("headrace.models")
-alerts = logging.getLogger("headrace.alert")
 
 _LOOK_EVERY = 1.0
 _SETTLE = 0.05
@@ -147,7 +147,8 @@ class ModelFolder:
                 continue
             try:
                 texts[name] = self._read(entry[0])
-                self._broken.pop(name, None)
+                if self._broken.pop(name, None):
+                    resolve("unreadable", name, "RESOLVED model %s can be read again", name, model=name)
             except Exception as error:  # what a half-finished file may raise must not stop a pipeline
                 self._alert(name, error, kept=known is not None)
                 if known is not None:
@@ -155,6 +156,9 @@ class ModelFolder:
         for name, fault in [*self._misnamed(texts, self._texts)]:
             self._alert(name, fault, kept=False)
             del texts[name]
+        for name in [name for name in self._broken if name not in {Path(each[0]).stem for each in listing}]:
+            del self._broken[name]
+            resolve("unreadable", name, "RESOLVED model %s has no file any more", name, model=name)
         self._listing = listing
         if texts != self._texts:
             self._texts = texts
@@ -167,5 +171,6 @@ class ModelFolder:
         words = fault.paragraph()
         if self._broken.get(name) != words:
             what = "the version before stays in force" if kept else "it is left out"
-            alerts.error("MODEL %s cannot be read, %s: %s", name, what, words)
+            told = "MODEL %s cannot be read, %s: %s"
+            trigger("unreadable", name, told, name, what, words, model=name)
         self._broken[name] = words

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,15 +13,20 @@ from typing import TypeVar
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Column, TableId, TableSchema
+from headrace.change import Column, Counts, TableId, TableSchema
+from headrace.decisions import Decisions
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
+from headrace.masking import NOTHING, Masked
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Contested, Prepared, Reference, Refused
 from headrace.scrub import scrub
+from headrace.transform.attempts import Attempts
+from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
 from headrace.transform.foreign import ORPHAN_AFTER
+from headrace.transform.handling import NO_SAY, Handling
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
 from headrace.transform.python.evaluate import PythonEvaluation, PythonRows
@@ -34,32 +38,10 @@ from headrace.transform.soft import fold_soft
 from headrace.transform.sql import Check, ModelText
 from headrace.transform.stepping import settle, step
 
-_local = threading.local()
 _WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _Outcome = TypeVar("_Outcome")
 _CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
 _SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
-
-
-def engine() -> duckdb.DuckDBPyConnection:
-    """Return this thread's DuckDB for prepare, with the settings that isolation needs.
-
-    `common_subexpressions` is off: DuckDB 2.0.0 otherwise lifts a cast that occurs twice out of its TRY,
-    and one bad row fails the query.
-    """
-    connection: duckdb.DuckDBPyConnection | None = getattr(_local, "connection", None)
-    if connection is None:
-        connection = duckdb.connect()
-        connection.execute("SET disabled_optimizers = 'common_subexpressions'")
-        connection.execute("SET preserve_insertion_order = true")
-        connection.execute("SET enable_progress_bar = false")
-        # What one evaluation frees goes back before the next: the default keeps up to half a gigabyte.
-        connection.execute("SET allocator_flush_threshold = '16MB'")
-        connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
-        _local.connection = connection
-    cursor = connection.cursor()
-    cursor.execute("SET TimeZone = 'UTC'")  # a setting of the session: a cursor is one of its own
-    return cursor
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +63,40 @@ class RowModel:
     """What makes the rows that the expressions are over, where that is Python and not the raw table."""
     unique: tuple[str, ...] = ()
     """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
+    handling: Handling = NO_SAY
+    masked: Masked = NOTHING
+    """What of it is not shown, see `headrace.transform.pii`."""
     references: tuple[Reference, ...] = ()
     """The foreign keys of its rows, and those that refer to its rows."""
     orphan_after: float = ORPHAN_AFTER
     """Seconds for which a row waits for what it refers to, before that is an error."""
     refused: frozenset[Refused] = field(default=frozenset(), compare=False)
     """Changes that are bad since their rows would have the key of another, or refer to none."""
+    decisions: Decisions | None = field(default=None, compare=False)
+    """What people decided about changes, None if nothing."""
+
+    attempts: Attempts | None = field(default=None, compare=False)
+    """Where it is noted what is being prepared, if it is to be."""
+    suspect: bool = field(default=False, compare=False)
+    """Whether changes may end the process that judges them: they are tried in another one first."""
 
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
+        if self.decisions is None:
+            return self._noted(changes)
+        taken = self.decisions.taken(self.schema, changes)
+        prepared, left_out = self._noted(taken), changes.num_rows - taken.num_rows
+        counts = prepared.counts + Counts(read=left_out, filtered=left_out)
+        return replace(prepared, counts=counts) if left_out else prepared
+
+    def _noted(self, changes: pa.Table) -> Prepared:
+        """Prepare changes, noted while it lasts."""
+        if self.attempts is None:
+            return self._prepare(changes)
+        with self.attempts.attempt(self.name, self.version, changes) as suspect:
+            return (replace(self, suspect=True) if suspect else self)._prepare(changes)
+
+    def _prepare(self, changes: pa.Table) -> Prepared:
         with engine() as db:
             if self.kind.materialize != "latest":
                 return step(db, self, changes)
@@ -114,8 +121,18 @@ class RowModel:
         return uncontested(self, lambda model: alone(model.settled(changes)))
 
     def refusing(self, contested: Contested) -> RowModel:
-        """Return the model that takes what was contested for bad; its version is the same."""
+        """Return the model that takes what was contested for bad; its version is the same. Raises ModelBroken
+        where that is to suspend it."""
         refused = contested.refused.get(self.name)
+        taken = [place for *place, foreign_key in refused or () if foreign_key is None]
+        if taken and self.handling.on_key_violation == "suspend":
+            key = ", ".join(self.unique)
+            raise ModelBroken(
+                self.name,
+                f"{len(taken):,} changes would give their rows the key ({key}) of others, which suspends "
+                "the model (on_violation).",
+                f"Mend the data or the model, then run `headrace resume {self.name}`.",
+            )
         return replace(self, refused=self.refused.union(refused)) if refused else self
 
     @property
@@ -135,9 +152,30 @@ class RowModel:
         return replace(self, checks=(*self.checks, *more)) if limits else self
 
     @property
+    def key_is_masked(self) -> bool:
+        """Whether a record's source key, or what it waits for, holds values that are not to be shown."""
+        awaited = {*self.unique, *(column for each in self.own_references for column in each.columns)}
+        return self.masked.key or not awaited.isdisjoint(self.masked.outputs)
+
+    @property
+    def max_error_rate(self) -> float:
+        """Which share of its newest changes may fail before it is taken for broken; 1 for any."""
+        return self.handling.max_error_rate
+
+    @property
     def is_mirror(self) -> bool:
         """Whether the model follows its table's shape instead of a file."""
         return self.version.startswith("mirror:")
+
+    @property
+    def schema_version(self) -> int:
+        """See `Model.schema_version`."""
+        return self.schema.version
+
+    @property
+    def supersedes(self) -> bool:
+        """See `Model.supersedes`."""
+        return bool(self.schema.key) and self.kind.materialize == "latest"
 
     @property
     def numbered(self) -> str | None:
@@ -170,7 +208,7 @@ def preparing(model: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if verdict_of(error) is Verdict.RETRY:
+        if verdict_of(error) is Verdict.RETRY or isinstance(error, ModelBroken):
             raise
         if isinstance(error, HeadraceError):
             raise ModelBroken(model, str(error), error.remedy) from error
@@ -289,6 +327,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             checks=text.checks,
             version=text.version,
             kind=text.kind,
+            handling=text.handling,
             orphan_after=text.orphan_after,
         )
         _try(db, text, Evaluation(db, model).query("events"))
@@ -327,6 +366,7 @@ def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
             checks=(*_key_checks(text, schema, types), *text.checks),
             version=text.version,
             kind=text.kind,
+            handling=text.handling,
             python=PythonRows(text.name, worker, seen if text.reads is None else text.reads),
         )
         made = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, type_ in types.items())

@@ -48,6 +48,7 @@ def fold_multiset(
         superseded=total - len(left) - deletes - len(resets),
         filtered=filtered,
         quarantined=len(bad),
+        **evaluation.tolerated(None),
     )
     # A reset takes all that was there before.
     gone = fewer.slice(0, 0) if len(resets) else fewer

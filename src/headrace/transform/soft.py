@@ -77,18 +77,21 @@ def fold_soft(
     verdicts = evaluation.run(undecided(events, lasts.to_arrow_table()["n"]))
     verdicts = with_fatal(evaluation, verdicts, events)
     if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
-        verdicts = evaluation.run(undecided(events, earlier_of_bad(db, points, verdicts)))
+        verdicts = evaluation.run(undecided(events, earlier_of_bad(points, verdicts)))
         verdicts = with_fatal(evaluation, verdicts, events)
     _decide(db, events, points, verdicts, cleared)
     bad = db.sql(_BAD).to_arrow_table()["n"].combine_chunks()
     records = records_of(evaluation, events, bad)
     removed = db.sql("SELECT k FROM outcomes WHERE what IS NOT NULL").to_arrow_table()["k"]
+    good = db.sql("SELECT place // 2 AS n FROM outcomes WHERE what = 'good'").to_arrow_table()["n"]
+    settled = good.combine_chunks()
+    counts = _counts(db, changes.num_rows, int(pc.sum(is_truncate).as_py()), records.num_rows)
     return Prepared(
         reset=cleared.num_rows > 0,
         removed=removed.combine_chunks(),
-        rows=_rows(db, evaluation),
+        rows=_rows(db, evaluation, settled),
         records=records,
-        counts=_counts(db, changes.num_rows, int(pc.sum(is_truncate).as_py()), records.num_rows),
+        counts=counts + Counts(**evaluation.tolerated(settled)),
         deleted=_deleted(db),
     )
 
@@ -115,10 +118,9 @@ def _decide(
     db.execute(_OUTCOMES)
 
 
-def _rows(db: duckdb.DuckDBPyConnection, evaluation: Evaluation) -> pa.Table:
+def _rows(db: duckdb.DuckDBPyConnection, evaluation: Evaluation, settled: pa.Array) -> pa.Table:
     """Return the rows of the keys whose last word was a good change, with the time of a delete behind it."""
-    settled = db.sql("SELECT place // 2 AS n FROM outcomes WHERE what = 'good'").to_arrow_table()["n"]
-    db.register("made", evaluation.rows(settled.combine_chunks()))
+    db.register("made", evaluation.rows(settled))
     return db.sql(
         "SELECT m.*, o.moment AS _deleted_at FROM made m JOIN outcomes o ON o.k = m._source_key"
     ).to_arrow_table()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,34 @@ import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
 from headrace.errors import ModelError
+from headrace.transform import alerting
 from headrace.transform.foreign import ORPHAN_AFTER, ForeignKey, foreign_keys_of, orphan_after_of
+from headrace.transform.handling import KEYS as HANDLING
+from headrace.transform.handling import NO_SAY, Action, Handling, action_of, handling_of
 from headrace.transform.header import settings_of, version_of
 from headrace.transform.kind import LATEST, Kind, kind_of
 
-_KEYS = ("key", "contract", "materialize", "delete", "foreign_key", "orphan_after")
+_KEYS = (
+    "key", "contract", "materialize", "delete", "foreign_key", "orphan_after", *HANDLING, *alerting.KEYS
+)  # fmt: skip
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
 _RULE = re.compile(r"\b(NOT\s+NULL|CHECK\s*\()", re.IGNORECASE)
+_ACTION = re.compile(r"ON\s+VIOLATION\s+(\w+)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One rule of a contract. `expression` is over output columns; '' means NOT NULL."""
+    """One rule of a contract. `expression` is over output columns; '' means NOT NULL.
+
+    `on_violation` says what becomes of a row that violates it: `quarantine`; `warn`, it is applied and
+    counted; `null`, so it is with the cell nulled; `suspend`, the model is.
+    """
 
     column: str
     expression: str
+    on_violation: Action = "quarantine"
 
     @property
     def reason(self) -> str:
@@ -53,8 +64,8 @@ class ModelText:
     """A model file, taken apart.
 
     `outputs` are (name, expression) pairs and `where` is '' or an expression, both verbatim;
-    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states;
-    `orphan_after` are seconds.
+    `types` are the contract's types by output column, `kind` what becomes of a row's earlier states, `alerts`
+    who is told of what goes wrong; `orphan_after` are seconds.
     """
 
     name: str
@@ -68,6 +79,8 @@ class ModelText:
     checks: tuple[Check, ...]
     version: str
     kind: Kind = LATEST
+    handling: Handling = NO_SAY
+    alerts: alerting.AlertSettings = alerting.DEFAULT
     foreign_keys: tuple[ForeignKey, ...] = ()
     orphan_after: float = ORPHAN_AFTER
 
@@ -92,14 +105,17 @@ def read_model(path: Path, name: str = "") -> ModelText:
     _refuse_what_rows_cannot_do(path.name, node)
     source, table, alias = _table(path.name, node)
     outputs, where = _spans(path.name, text)
-    types, checks = _contract(path.name, settings.get("contract", {}), [name for name, _ in outputs])
+    names = [name for name, _ in outputs]
+    handling = handling_of(path.name, settings, names)
+    types, checks = _contract(path.name, settings.get("contract", {}), names, handling)
     key = _key(path.name, settings, outputs)
-    checks = (*(Check(column, "") for column in key if Check(column, "") not in checks), *checks)
+    checks = checked(path.name, key, checks, handling)
     kind = kind_of(path.name, settings, [name for name, _ in outputs])
-    foreign_keys = foreign_keys_of(path.name, settings, [name for name, _ in outputs])
+    foreign_keys = foreign_keys_of(path.name, settings, names)
     return ModelText(
         name or path.stem, source, table, alias, outputs, where, key, types, checks, version_of(text), kind,
-        foreign_keys, orphan_after_of(path.name, settings),
+        handling, alerting.alert_settings_of(path.name, settings), foreign_keys,
+        orphan_after_of(path.name, settings),
     )  # fmt: skip
 
 
@@ -259,7 +275,7 @@ def _key(file: str, settings: dict[str, Any], outputs: tuple[tuple[str, str], ..
 
 
 def _contract(
-    file: str, contract: object, names: list[str]
+    file: str, contract: object, names: list[str], handling: Handling
 ) -> tuple[tuple[tuple[str, str], ...], tuple[Check, ...]]:
     if not isinstance(contract, dict):
         raise ModelError(f'{file}: contract must be a table: [contract], then amount = "BIGINT", say.')
@@ -275,15 +291,41 @@ def _contract(
             raise ModelError(
                 f'{file}: the contract of {column!r} must be a string such as "BIGINT NOT NULL".'
             )
-        type_, column_checks = rules_of(file, column, rule)
+        type_, column_checks = rules_of(file, column, rule, handling.on_violation)
         checks += column_checks
         if type_:
             types.append((column, type_))
     return tuple(types), tuple(checks)
 
 
-def rules_of(file: str, column: str, rule: str) -> tuple[str, list[Check]]:
-    """Split `DECIMAL(12,2) NOT NULL CHECK (amount >= 0)` into its type, which may be '', and its checks.
+def checked(
+    file: str, key: tuple[str, ...], checks: Sequence[Check], handling: Handling
+) -> tuple[Check, ...]:
+    """Return the checks of a contract with those that a key brings: its columns are never null.
+
+    Raises ModelError, naming the file, where a check would null what must not be null.
+    """
+    found, required = list[Check](), {check.column for check in checks if not check.expression}
+    for said in checks:
+        is_of_key = said.column in key and not said.expression
+        is_said_of_all = is_of_key and said.on_violation == handling.on_violation
+        check = replace(said, on_violation=handling.on_key_violation) if is_said_of_all else said
+        if (is_of_key and check.on_violation == "warn") or (
+            check.on_violation == "null" and check.column in {*key, *required}
+        ):
+            raise ModelError(
+                f"{file}: ON VIOLATION {check.on_violation} cannot be of {check.column}: {check.text}, since "
+                f"{check.column} must not be null.",
+                "Leave it out there; the row is then quarantined.",
+            )
+        found.append(check)
+    by_key = (Check(name, "", handling.on_key_violation) for name in key if name not in required)
+    return (*by_key, *found)
+
+
+def rules_of(file: str, column: str, rule: str, default: Action = "quarantine") -> tuple[str, list[Check]]:
+    """Split `DECIMAL(12,2) NOT NULL CHECK (amount >= 0) ON VIOLATION warn` into its type, which may be '',
+    and its checks; `default` is what a violation does where none of them says.
 
     Raises ModelError, naming the file, for what is no rule.
     """
@@ -296,8 +338,9 @@ def rules_of(file: str, column: str, rule: str) -> tuple[str, list[Check]]:
         if not match:
             raise ModelError(f"{file}: in the contract of {column!r}, {rest!r} is not understood.")
         if not match[1].upper().startswith("CHECK"):
-            checks.append(Check(column, ""))
-            rest = rest[match.end() :].strip()
+            action, rest = _action(file, column, rest[match.end() :].strip(), default)
+            # A default that cannot be meant of NOT NULL is of the others.
+            checks.append(Check(column, "", "quarantine" if action == default == "null" else action))
             continue
         tokens = sqlglot.tokenize(rest[match.end() - 1 :], read="duckdb")
         depth = 0
@@ -308,6 +351,17 @@ def rules_of(file: str, column: str, rule: str) -> tuple[str, list[Check]]:
         else:
             raise ModelError(f"{file}: in the contract of {column!r}, a CHECK is not closed.")
         close = match.end() - 1 + token.start
-        checks.append(Check(column, rest[match.end() : close].strip()))
-        rest = rest[close + 1 :].strip()
+        expression = rest[match.end() : close].strip()
+        action, rest = _action(file, column, rest[close + 1 :].strip(), default)
+        checks.append(Check(column, expression, action))
     return type_, checks
+
+
+def _action(file: str, column: str, rest: str, default: Action) -> tuple[Action, str]:
+    """Take `ON VIOLATION action` off what follows a check."""
+    match = _ACTION.match(rest)
+    if not match:
+        return default, rest
+    return action_of(f"{file}: in the contract of {column!r}, ON VIOLATION", match[1].lower()), rest[
+        match.end() :
+    ]

@@ -65,7 +65,7 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
     if makes == "append" and model.kind.delete == "soft":
         _tell_deletes(db, model, events)
     made = steps.Steps(makes, _steps(db, model))
-    counts = Counts(read=changes.num_rows, applied=changes.num_rows)
+    counts = Counts(read=changes.num_rows, applied=changes.num_rows, **evaluation.tolerated(None))
     return Prepared(False, _NO_KEYS, NO_ROWS, records, counts, steps=made)
 
 

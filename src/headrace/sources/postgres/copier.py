@@ -23,6 +23,7 @@ from functools import partial
 import psycopg
 import pyarrow as pa
 
+from headrace.alarms import trigger
 from headrace.change import CopyMark, Entry, Position, TableId, TableSchema
 from headrace.config import SourceConfig
 from headrace.errors import RETRY_SQLSTATES, HeadraceError, SourceUnavailable, UserError
@@ -45,7 +46,6 @@ from headrace.sources.postgres.tables import UNFINISHED, TableStates
 from headrace.sources.postgres.undecodable import Undecodable
 
 logger = logging.getLogger("headrace.copy")
-alerts = logging.getLogger("headrace.alert")
 
 _LARGE_BATCH = 32 << 20  # bytes from which a batch is encoded before the next one is read
 _LOCK_WAIT = "5s"
@@ -457,9 +457,10 @@ class Copier:
         else:
             self.drop(table.id)
             self._states.move([table.id], "failed", words)
-            alerts.error(
+            trigger(
+                "copy", f"{self._config.name}.{table.id}",
                 "FAILED copy of %s: %s Mend it, then run `headrace tables resync %s`.",
-                table.id, words, table.id,
+                table.id, words, table.id, source=self._config.name,
             )  # fmt: skip
 
 

@@ -11,11 +11,11 @@ its tables must not hold up the stream.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from headrace.alarms import tell
 from headrace.change import TableId
 from headrace.config import SourceConfig
 from headrace.errors import RESYNC, SourceGap
@@ -24,8 +24,6 @@ from headrace.sources.postgres.catalog import Connection
 from headrace.sources.postgres.clauses import has_clauses
 from headrace.sources.postgres.publication import amend
 from headrace.sources.postgres.tables import captured_tables
-
-alerts = logging.getLogger("headrace.alert")
 
 _NOTE = "publication"
 
@@ -157,10 +155,10 @@ def check_publication(db: Connection, config: SourceConfig, log: LogIndex) -> No
         raise _gap(config, f"the publication {config.publication} is not what it was: {fault}")
     if not note or expected.touched != found.touched:
         if note and expected.owner == found.owner:
-            alerts.warning(
+            tell(
                 "source %s: the publication %s was altered, and is what it was: if it let less through in "
                 "between, changes are missing; `headrace verify` tells.",
-                config.name, config.publication,
+                config.name, config.publication, source=config.name, severity="warning",
             )  # fmt: skip
         log.set_note(_NOTE, found.to_json())
 

@@ -9,17 +9,15 @@ versions of the catalogs tell it from one that was attached.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import psycopg
 
+from headrace.alarms import tell
 from headrace.change import TableId
 from headrace.protocols import LogIndex
 from headrace.sources.postgres.catalog import Connection, qualified
-
-alerts = logging.getLogger("headrace.alert")
 
 _NOTE = "partitions"
 
@@ -79,9 +77,9 @@ def changed_partitions(db: Connection, log: LogIndex, tables: list[TableId]) -> 
         if names:
             yield table, f"partitions were attached: {', '.join(names)}"
         elif gone:
-            alerts.warning(
+            tell(
                 "PARTITIONS of %s were detached or dropped: %s. Their rows stay here; to take them out: "
-                "`headrace tables resync %s`.", table, ", ".join(gone), table,
+                "`headrace tables resync %s`.", table, ", ".join(gone), table, source=log.source,
             )  # fmt: skip
     _write(log, found)
 

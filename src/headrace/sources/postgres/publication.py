@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import psycopg
 
+from headrace.alarms import tell
 from headrace.change import RESERVED, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import UserError
@@ -20,7 +21,6 @@ from headrace.sources.postgres.locks import unless_locked
 from headrace.sources.postgres.preflight_tables import read_tables
 
 logger = logging.getLogger("headrace.capture")
-alerts = logging.getLogger("headrace.alert")
 
 _FILTERS = "filters"
 
@@ -115,7 +115,7 @@ def amend(db: Connection, config: SourceConfig, tables: Iterable[TableId]) -> li
         missed = "What it did not give out until now is not captured; `headrace verify` tells."
         if now.where != clause.where:
             missed = "It is copied again beside its stream."
-        alerts.warning("PUBLICATION of %s changed from %s to %s. %s", table, now, clause, missed)
+        tell("PUBLICATION of %s changed from %s to %s. %s", table, now, clause, missed, source=config.name)
     return list(changed)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 
+from headrace.alarms import tell
 from headrace.change import TableId
 from headrace.sources.postgres.events import Relation
-
-alerts = logging.getLogger("headrace.alert")
 
 
 class Roster:
@@ -63,9 +61,9 @@ class Roster:
             return True
         if oid not in self._warned and table not in self._known():
             self._warned.add(oid)
-            alerts.warning(
+            tell(
                 "source %s: %s is in the publication but not captured: its changes are dropped. Take it out "
                 "of the publication, or `headrace tables add` it.",
-                self._source, table,
+                self._source, table, source=self._source, severity="warning",
             )  # fmt: skip
         return False

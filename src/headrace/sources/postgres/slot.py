@@ -6,7 +6,6 @@ Its notes in the log: `slot` (its name, written before it is created), `slot_sys
 
 from __future__ import annotations
 
-import logging
 import select
 import time
 from collections.abc import Generator
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import pq
 
+from headrace.alarms import tell
 from headrace.config import SourceConfig
 from headrace.errors import RESYNC, RETRY_SQLSTATES, HeadraceError, SourceGap, SourceUnavailable, UserError
 from headrace.protocols import LogIndex
@@ -23,8 +23,6 @@ from headrace.sources.postgres.connection import without_password
 from headrace.sources.postgres.health import oldest_transaction
 from headrace.sources.postgres.lsn import format_lsn, parse_lsn
 from headrace.sources.postgres.recovery import in_recovery
-
-alerts = logging.getLogger("headrace.alert")
 
 _STEP = 0.5
 _SAY_AFTER = 5.0
@@ -94,7 +92,13 @@ def create_slot(
             select.select([pgconn.socket], [], [], _STEP)
             pgconn.consume_input()
             if not said and time.monotonic() - since > _SAY_AFTER:
-                alerts.warning("Source %s: the slot is not made yet: %s", config.name, _obstacle(db))
+                tell(
+                    "Source %s: the slot is not made yet: %s",
+                    config.name,
+                    _obstacle(db),
+                    source=config.name,
+                    severity="warning",
+                )
                 said = True
     except GeneratorExit:
         pgconn.get_cancel().cancel()

@@ -19,6 +19,7 @@ from typing import Literal
 
 import psycopg
 
+from headrace.alarms import tell
 from headrace.change import ADDED, Entry, Position, SourceMark, TableId, source_marker
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import SourceUnavailable, UserError
@@ -62,7 +63,6 @@ from headrace.sources.postgres.takeover import Takeover
 from headrace.sources.postgres.teardown import refuse_torn_down
 
 logger = logging.getLogger("headrace.capture")
-alerts = logging.getLogger("headrace.alert")
 
 Request = Literal["add", "remove", "resync", "pause", "resume"]
 
@@ -233,12 +233,14 @@ class PostgresSource:
         if table not in captured_tables(log):
             return  # removed, and the stream has not heard of that yet
         if self._config.on_rewrite == "alert" and not must:
-            alerts.warning(
+            tell(
                 "SCHEMA of %s changed: %s. Rows that no later change touches do not show it: "
-                "`headrace tables resync %s`.", table, reason, table,
+                "`headrace tables resync %s`.", table, reason, table, source=self.name,
             )  # fmt: skip
             return
-        alerts.warning("SCHEMA of %s changed: %s. It is copied again beside its stream.", table, reason)
+        tell(
+            "SCHEMA of %s changed: %s. It is copied again beside its stream.", table, reason, source=self.name
+        )
         TableStates(log).move([table], "requested", reason)
         self._requests.append(table)
 
@@ -261,8 +263,10 @@ class PostgresSource:
                 awaited |= {change.now or table}
             elif change.now is None:
                 self._let_go(log, table, DROPPED)
-                alerts.warning(
-                    "DROPPED table %s: the source has it no longer. What was captured of it stays.", table
+                tell(
+                    "DROPPED table %s: the source has it no longer. What was captured of it stays.",
+                    table,
+                    source=self.name,
                 )
             else:
                 self._follow(log, table, change.now)
@@ -297,8 +301,12 @@ class PostgresSource:
             TableStates(log).move([now], "requested", ADDED)
             self._requests.append(now)
             then = f"It is copied under that name, for models that read raw.{self.name}.{now.label}"
-        alerts.warning(
-            "MOVED table %s is called %s now. %s; what was captured until now stays.", table, now, then
+        tell(
+            "MOVED table %s is called %s now. %s; what was captured until now stays.",
+            table,
+            now,
+            then,
+            source=self.name,
         )
 
     def _moved(self, log: LogIndex, table: TableId, now: TableId) -> None:
@@ -322,9 +330,9 @@ class PostgresSource:
             if not obstacle:
                 TableStates(log).move([table], "requested", ADDED)
                 self._requests.append(table)
-                alerts.warning("NEW table %s: it is copied beside the stream, and captured.", table)
+                tell("NEW table %s: it is copied beside the stream, and captured.", table, source=self.name)
             elif self._left_out.get(table) != obstacle:
-                alerts.warning("NEW table %s is not captured: %s", table, obstacle)
+                tell("NEW table %s is not captured: %s", table, obstacle, source=self.name)
             self._left_out[table] = obstacle
 
     def _obstacle(self, log: LogIndex, table: TableId) -> str:

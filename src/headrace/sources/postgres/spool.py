@@ -8,7 +8,6 @@ says why.
 
 from __future__ import annotations
 
-import logging
 import struct
 import sys
 import tempfile
@@ -18,13 +17,13 @@ from typing import IO, TYPE_CHECKING
 
 import pyarrow as pa
 
+from headrace.alarms import tell
 from headrace.errors import SourceUnavailable
 from headrace.sources.postgres.events import Event
 
 if TYPE_CHECKING:
     from headrace.sources.postgres.pgoutput import Decoder
 
-alerts = logging.getLogger("headrace.alert")
 
 MEMORY = 8 << 20
 """Bytes that the spools of one source keep in memory before they go to disk."""
@@ -71,10 +70,10 @@ class SpoolSpace:
             self._alerted = False
         elif self.used >= ALERT_AT * self._limit and not self._alerted:
             self._alerted = True
-            alerts.warning(
+            tell(
                 "SPOOL of source %s holds %d MiB of transactions that have not committed; at %d MiB "
                 "(spool_max) reading stops. End them, or raise spool_max.",
-                self._source, self.used >> 20, self._limit >> 20,
+                self._source, self.used >> 20, self._limit >> 20, source=self._source, severity="warning",
             )  # fmt: skip
         stays = self.in_memory + size <= MEMORY
         self.in_memory += size if stays else 0

@@ -8,14 +8,11 @@ can neither meet a value nor be taken for one. `original` is the way back.
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pyarrow as pa
 
+from headrace.alarms import tell
 from headrace.change import TableId
-
-alerts = logging.getLogger("headrace.alert")
 
 MARK = "\0\\x"
 """What an escaped cell begins with."""
@@ -59,7 +56,7 @@ class Undecodable:
         if (table, column) in self._said:
             return
         self._said.add((table, column))
-        alerts.warning(
+        tell(
             "NOT UTF-8: column %s of %s holds bytes that are no UTF-8. They are kept: such a cell is U+0000, "
             "\\x and its bytes in hex. A model can tell it by starts_with(cell, chr(0)).",
             column,

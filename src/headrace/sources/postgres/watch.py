@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from headrace.alarms import resolve, trigger
 from headrace.config import SourceConfig
 from headrace.errors import HeadraceError
 from headrace.keys import literal
 from headrace.sources.postgres.health import Holder, Probe, SlotHealth, age_text, size_text
 
 logger = logging.getLogger("headrace.watch")
-alerts = logging.getLogger("headrace.alert")
 
 EVERY = 10.0
 """Seconds between two readings."""
@@ -262,7 +262,10 @@ class Watch:
         name, slot = self._config.name, self._config.slot
         for kind, alarm in now.items():
             if kind not in before or before[kind].grade < alarm.grade:
-                alerts.error("ALARM %s.%s: slot %s: %s. %s", name, kind, slot, alarm.what, alarm.remedy)
+                words = "ALARM %s.%s: slot %s: %s. %s"
+                given = (name, kind, slot, alarm.what, alarm.remedy)
+                trigger("slot", f"{name}.{kind}", words, *given, source=name, grade=alarm.grade)
         for kind, alarm in before.items():
             if kind not in now:
-                alerts.warning("RESOLVED %s.%s: slot %s; it was: %s", name, kind, slot, alarm.what)
+                words = "RESOLVED %s.%s: slot %s; it was: %s"
+                resolve("slot", f"{name}.{kind}", words, name, kind, slot, alarm.what, source=name)

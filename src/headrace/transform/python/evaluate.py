@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken
-from headrace.transform.evaluate import Evaluation
+from headrace.transform.evaluate import FAULTS, Evaluation
 from headrace.transform.python.function import KEPT, NUMBER
 from headrace.transform.python.process import Death, Worker
 
@@ -127,14 +127,20 @@ class PythonEvaluation(Evaluation):
             self._doubtful += [table for table in kept if table.num_rows]
         return verdicts
 
-    def faults(self, events: pa.Table) -> Iterator[tuple[int, str, str, str, str]]:
+    def faults(self, events: pa.Table) -> pa.Table:
         """See `Evaluation.faults`."""
         wanted = events["_hr_n"].combine_chunks()
-        for n in wanted.to_pylist():
-            if (fault := self._faults.get(n)) is not None:
-                yield n, fault.stage, fault.reason, fault.column, fault.message
-        for table in self._doubtful:
-            yield from super().faults(table.filter(pc.is_in(table["_hr_n"], value_set=wanted)))
+        raised = [(n, self._faults[n]) for n in wanted.to_pylist() if n in self._faults]
+        rows = [(n, fault.stage, fault.reason, fault.column, fault.message) for n, fault in raised]
+        columns = zip(*rows, strict=True) if rows else [()] * len(FAULTS)
+        found = [
+            pa.table(
+                [pa.array(cells, field.type) for cells, field in zip(columns, FAULTS, strict=True)],
+                schema=FAULTS,
+            )
+        ]
+        doubtful = (table.filter(pc.is_in(table["_hr_n"], value_set=wanted)) for table in self._doubtful)
+        return pa.concat_tables([*found, *map(super().faults, doubtful)])
 
     def fatal(self) -> list[int]:
         """See `Evaluation.fatal`."""

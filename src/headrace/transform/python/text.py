@@ -16,10 +16,12 @@ from typing import Any
 
 from headrace.document import Invalid
 from headrace.errors import ModelBroken, ModelError
+from headrace.transform.alerting import alert_settings_of
+from headrace.transform.handling import handling_of
 from headrace.transform.header import version_of
 from headrace.transform.kind import kind_of
 from headrace.transform.python.process import Script, describe
-from headrace.transform.sql import Check, ModelText, rules_of
+from headrace.transform.sql import Check, ModelText, checked, rules_of
 from headrace.values import duration, size
 
 SUFFIX = ".py"
@@ -163,13 +165,14 @@ def _imported(code: str) -> set[str]:
 def _filled(text: PythonText, said: Mapping[str, Any]) -> PythonText:
     """Return a text with what its file says of itself. Raises ModelError for what no model can have."""
     file, definition = text.script.file, said["definition"]
+    handling = handling_of(file, definition["settings"], list(said["rules"]))
     types, checks = list[tuple[str, str]](), list[Check]()
     for column, rules in said["rules"].items():
         if column.startswith("_"):
             raise ModelError(f"{file}: the output name {column!r} begins with an underscore.")
         type_ = ""
         for rule in rules:
-            found, more = rules_of(file, column, rule)
+            found, more = rules_of(file, column, rule, handling.on_violation)
             type_ = found or type_
             checks += (check for check in more if check not in checks)
         if not type_:
@@ -182,7 +185,6 @@ def _filled(text: PythonText, said: Mapping[str, Any]) -> PythonText:
     if not names or len(set(names)) != len(names):
         raise ModelError(f"{file}: a model has output columns, each with a name of its own.")
     key = _key(file, definition["key"], dict(types))
-    checks = [*(Check(name, "") for name in key if Check(name, "") not in checks), *checks]
     try:
         memory = size("16MiB", "1024GiB")(definition["memory"])
         timeout = duration("100ms", "1h")(definition["timeout"])
@@ -193,8 +195,10 @@ def _filled(text: PythonText, said: Mapping[str, Any]) -> PythonText:
         outputs=tuple((name, name) for name, _ in types),
         key=key,
         kind=kind_of(file, definition["settings"], names),
+        handling=handling,
+        alerts=alert_settings_of(file, definition["settings"]),
         types=tuple(types),
-        checks=tuple(checks),
+        checks=checked(file, key, checks, handling),
         takes=said["kind"],
         reads=None if said["reads"] is None else tuple(said["reads"]),
         memory=memory,

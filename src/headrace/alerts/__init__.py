@@ -1,0 +1,1 @@
+"""Alerts: rules, a durable store, grouping, and channels; see docs/alerts.md."""
