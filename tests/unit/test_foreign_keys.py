@@ -303,6 +303,17 @@ def test_a_parent_that_is_away_puts_the_check_off(tmp_path: Path) -> None:
         assert (shop.keys("orders"), [key for _, key, _ in shop.opened()]) == (["1"], ["2", "3"])
         assert shop.ask(off) == [("customer_id_fkey", False)]
         shop.verified()
+    # What a parent's model missed takes its children along when it comes back, though they had no change.
+    (shop.folder / "models" / "customers.sql").write_text(customers.format("nothing::INTEGER"))
+    shop.reopen()
+    shop.takes(gone("customers", "7"))
+    assert "customers" in shop.lane.suspended()
+    assert shop.keys("orders") == ["1"]
+    (shop.folder / "models" / "customers.sql").write_text(customers.format("upper(name)"))
+    shop.reopen()
+    shop.bring()
+    assert (shop.keys("orders"), [key for _, key, _ in shop.opened()]) == ([], ["1", "2", "3"])
+    shop.verified()
 
 
 def test_a_key_that_becomes_free_is_taken_by_who_waited_for_it(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ class Books:
             offset, version, state, reason, opened = self._stands.get(name, (0, "", "", "", 0))
             if offset != self._work.after.offset:
                 raise DestinationError(f"Model {name} does not stand at {self._work.after.offset}.")
+            self._db.moving.add(name)
             known = (version, state, reason) == (part.model.version, _state(part), "")
             self._accounts[name] = _Account(part.model, _state(part), known, Counts(), Counts(), opened)
         account = self._accounts[name]

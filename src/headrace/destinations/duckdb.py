@@ -281,6 +281,7 @@ class _DuckDBSession:
         self._rooms: dict[str, int] = {}
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
+        self.moving: set[str] = set()
         self.counts_issues = False
         self.claimed: dict[str, Claimed] = {}
 
@@ -355,6 +356,9 @@ class _DuckDBSession:
     def json_text(self, document: str, *path: str | int) -> str:
         steps = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
         return f"json_extract_string({document}, '${steps}')"
+
+    def make_findable(self, target: str, columns: Sequence[str]) -> None:
+        pass  # as little as by their source keys
 
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         # Two hashes: one of 64 bits may meet by chance, both do not.

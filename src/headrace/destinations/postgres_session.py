@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import psycopg
@@ -63,6 +64,7 @@ class PostgresSession:
         self._name = name
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
+        self.moving: set[str] = set()
         self.counts_issues = False
         self.claimed: dict[str, Claimed] = {}
         self._held: pa.Table | None = None  # what the temporary table _hr_given is made of
@@ -207,6 +209,11 @@ class PostgresSession:
     def json_text(self, document: str, *path: str | int) -> str:
         """See `Session.json_text`."""
         return f"({document}::json #>> '{{{','.join(map(str, path))}}}')"
+
+    def make_findable(self, target: str, columns: Sequence[str]) -> None:
+        """See `Session.make_findable`. An index of hashes is of one column, with values of any length."""
+        name = f"headrace_{blake2b(f'{target} {columns[0]}'.encode(), digest_size=8).hexdigest()}"
+        run(self._db, f"CREATE INDEX IF NOT EXISTS {name} ON {target} USING hash ({quoted(columns[0])})")
 
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
         """See `Session.fingerprints`. As text, since not every type can be compared."""

@@ -37,7 +37,13 @@ def judge_references(
     found = {each for claims in claimed.values() for each in claims.references} | set(wanted)
     if not found:
         return
-    kept, known = can_be_judged(db, source, found), _known(db, source)
+    # Of a model that comes alone to where the other stands, nobody has looked on the way.
+    kept = [
+        each
+        for each in can_be_judged(db, source, found)
+        if (each.model in db.moving) == (each.parent in db.moving)
+    ]
+    known = _known(db, source)
     late = put_off(db, source, kept)
     due = [each for each in late if each in wanted]
     for each in {*found.difference(kept), *late}.difference(due):
@@ -45,6 +51,9 @@ def judge_references(
         if definition != _definition(each) or since is None:
             _record(db, source, each, _commit_of(db, each.model))
     kept = [each for each in kept if each in due or each not in late]
+    for each in due:
+        db.make_findable(table_of(each.model), each.columns)
+        db.make_findable(table_of(each.parent), each.to)
     _Judgement(db, source, table_of, claimed).judge(kept, due)
     for each in due:
         _record(db, source, each, None)

@@ -32,6 +32,9 @@ class Session(Protocol):
     changed: set[str]
     """Models and marts whose rows the transaction changes: those that read them are due after it."""
 
+    moving: set[str]
+    """The models that go on to another offset."""
+
     counts_issues: bool
     """Whether records were changed here, so that the states of their issues are to be settled."""
 
@@ -101,6 +104,11 @@ class Session(Protocol):
 
     def json_text(self, document: str, *path: str | int) -> str:
         """Return the expression of what stands in a JSON text at a path of names and places, as text."""
+        ...
+
+    def make_findable(self, target: str, columns: Sequence[str]) -> None:
+        """See to it that rows of a table are found by their values in some columns, however many others there
+        are."""
         ...
 
     def fingerprints(self, columns: Sequence[str]) -> Sequence[str]:
