@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from headrace.change import Offset, TableId, TableSchema
@@ -76,7 +77,9 @@ class Binder:
                     away.discard(name)
                 else:
                     away.add(name)
-        yield from self._linked(bound, {text.name: text for text in texts}, away)
+        for model in self._linked(bound, {text.name: text for text in texts}, away):
+            decisions = self._staging.decisions(model.name, through)
+            yield replace(model, decisions=decisions) if decisions else model
 
     def _linked(
         self, bound: list[RowModel], texts: Mapping[str, ModelText], away: Collection[str]

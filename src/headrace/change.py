@@ -17,13 +17,17 @@ Offset = int
 Op = Literal["c", "u", "d", "r", "t"]
 """Debezium's letters: create, update, delete, read by the copy, truncate."""
 
-Kind = Literal["rows", "copy", "schema", "truncate", "message", "marker"]
+Kind = Literal["rows", "copy", "schema", "truncate", "message", "marker", "decision"]
 
 ADDED = "added"
 """The reason of a copy of a table that was not captured until then: of before, there is only a fragment."""
 
 STREAMED = ("rows", "schema", "truncate", "message")
-"""Kinds of entries in the order of the source's commits; a copy's rows and markers stand between them."""
+"""Kinds of entries in the order of the source's commits; a copy's rows, markers and decisions stand between
+them."""
+
+EVENTS = ("schema", "marker", "decision")
+"""Kinds of entries which, where they are of a table, stay in the log when what is around them goes."""
 
 RESERVED = (
     "_op",
@@ -212,7 +216,7 @@ class Entry:
 
     `payload` by kind: rows, copy: see `headrace.payload`; schema: `TableSchema` as JSON; message: JSON of
     prefix, content, lsn and txid; truncate: JSON of lsn and txid; marker: `CopyMark` as JSON, or
-    `SourceMark` where it has no table.
+    `SourceMark` where it has no table; decision: `headrace.decisions.Decision` as JSON.
     """
 
     kind: Kind

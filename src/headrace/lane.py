@@ -17,20 +17,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-
-import pyarrow as pa
+from typing import Any
 
 from headrace.ahead import ahead
 from headrace.alarms import NEW_CAUSE, trigger
 from headrace.binding import Binder
+from headrace.capturing import capture
 from headrace.change import Mark, Offset, Position
 from headrace.config import Project, SourceConfig
+from headrace.decisions import Decision
 from headrace.errors import (
     BreakerTripped,
     HeadraceError,
     LogTrimmed,
     ModelBroken,
-    SourceGap,
     StagingBehind,
     UserError,
 )
@@ -40,10 +40,9 @@ from headrace.log.sqlite import SQLiteLog
 from headrace.protocols import Destination, Part, Slice
 from headrace.quarantine.breaker import Breakers
 from headrace.quarantine.limit import SizeLimit
-from headrace.sources.postgres.continuity import mark_gap
-from headrace.sources.postgres.slot import durable_commit
+from headrace.redriving import Redriver, Running
 from headrace.sources.postgres.source import PostgresSource
-from headrace.sources.postgres.tables import UNFINISHED, copied_since, held_by_copies, read_states
+from headrace.sources.postgres.tables import copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.standing import ModelState
 from headrace.transform.fold import NOTHING
@@ -91,6 +90,7 @@ class Lane:
             config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
         )
         self.waiting = Waiting(config.name, self.joiner, destination)
+        self.redriver = Redriver(config.name, self.log, self.staging, destination, self.joiner, self.waiting)
         self.folder = folder
         self._current = folder.current()
         self._texts = [text for text in self._current if text.source == config.name]
@@ -106,31 +106,8 @@ class Lane:
     def capture(
         self, stop: threading.Event, until: int | None = None, works: Callable[[bool], None] | None = None
     ) -> None:
-        """Copy from the source to the log until `stop`, or until the log is past LSN `until`.
-
-        `works` is called when the source has answered, with whether something was appended to the log.
-        """
-        try:
-            with closing(self.source.read(self.log)) as groups:
-                for group in groups:
-                    if group:
-                        self.log.append(group)
-                        if position := self.log.position():
-                            self.source.confirm(position)
-                    if works is not None:
-                        works(bool(group))
-                    if stop.is_set() or (until is not None and self._captured_past(until)):
-                        return
-        except SourceGap as gap:
-            mark_gap(self.log, str(gap))
-            raise
-
-    def _captured_past(self, lsn: int) -> bool:
-        states = read_states(self.log).values()
-        if not states or any(state.stage in UNFINISHED for state in states):
-            return False
-        # What the slot was made behind is in the copies.
-        return durable_commit(self.log) > lsn
+        """See `headrace.capturing.capture`."""
+        capture(self.source, self.log, stop, until, works)
 
     def load(self) -> bool:
         """Stage what comes next, or see what another project has; False when nothing was to be done."""
@@ -158,12 +135,12 @@ class Lane:
             self.reload_models()
             self._reload_tables()
             staged = self.staging.through()
-            # Bound before it is asked where they stand: one that does not bind is suspended, which
-            # changes the answer.
+            # Before it is asked where they stand: one that does not bind is suspended.
             list(self._models(staged))
             joined = self._join(staged)
+            decided = self.redriver.take_in(self._running(staged), self._suspend)
             applied = self._apply_next(staged)
-            return self._look_after_waiting(staged) or applied or joined
+            return self._look_after_waiting(staged) or applied or joined or decided
 
     def _join(self, staged: Offset) -> bool:
         """Take the next model that has a copy to join one step further; False when there is none."""
@@ -184,6 +161,7 @@ class Lane:
             if step == "begin" and not self.joiner.runs(model, staged):
                 self._stand(model, "joining", 0)
             if step == "attach":
+                self.redriver.forget()
                 self._moved([model], self.joiner.joined_at(model), ())
                 self.waiting.look()
             if step != "wait":
@@ -209,13 +187,17 @@ class Lane:
         return True
 
     def _look_after_waiting(self, staged: Offset) -> bool:
-        self._ask_where_models_stand()
+        running = self._running(staged)
         try:
-            models = list(self._runnable(staged))
-            return self.waiting.step(models, self._stands or {}, self._alert)
+            return self.waiting.step(running.models, running.stands, self._alert)
         except ModelBroken as error:
-            self._suspend(error.model, {each.name: each.version for each in models}[error.model], error)
+            self._suspend(error.model, running.version_of(error.model), error)
             return True
+
+    def _running(self, staged: Offset) -> Running:
+        """Return the models that take slices, with where they stand."""
+        self._ask_where_models_stand()
+        return Running(list(self._runnable(staged)), self._stands or {})
 
     def reload_models(self, *, now: bool = False) -> bool:
         """Take over the model files that changed; True if any did.
@@ -288,30 +270,47 @@ class Lane:
         stops = {self._reached, *self.joiner.targets(), *(each.offset for each in self._stands.values())}
         return Needs(min([staged, held_by_copies(self.log), *running]), frozenset(stops))
 
-    def redrive(self, model_name: str, keys: Sequence[str], *, dry_run: bool = False) -> dict[str, int]:
+    def redrive(
+        self, model_name: str, keys: Sequence[str], *, dry_run: bool = False, each: bool = False
+    ) -> dict[str, Any]:
         """Fold the whole raw history of some source keys under the model as it is now, and apply it.
 
         Everything up to where the model stands counts: an old value can never overwrite a newer one,
         and redriving twice changes nothing. Returns how many records are resolved and how many stay
-        (`resolved`, `still_quarantined`), or `rebuilding`: how many keys belong to a model that has other
-        columns now and is built again from staging with all its rows.
+        (`resolved`, `still_quarantined`), if `each` also what becomes of each (`records`), or `rebuilding`:
+        how many keys belong to a model that has other columns now and is built again with all its rows.
         """
         with self.applying:
             self.reload_models(now=True)
-            model = next((m for m in self._models(self.staging.through()) if m.name == model_name), None)
             if self._stands is None and not dry_run:
                 known = model_name in self.destination.models(self.config.name)
                 self._stands = self._where_models_stand()
                 if known and model_name not in self._stands:
                     return {"resolved": 0, "still_quarantined": 0, "rebuilding": len(keys)}
-            states = self.destination.models(self.config.name)
-            if model is None or model_name not in states or self.joiner.stands_on(model) is None:
-                raise HeadraceError(
-                    f"Model {model_name} does not run now, or still takes in its table's copy.",
-                    "Wait for it, or mend it; `headrace status` says why.",
-                )
-            again = {model_name: pa.array(keys, pa.string())}
-            return self.waiting.refold(self.models(), states, again, dry_run=dry_run)
+            running, model = self._standing(model_name)
+            return self.redriver.redrive(running, model, keys, dry_run=dry_run, each=each)
+
+    def decide(self, decision: Decision, *, dry_run: bool = False) -> dict[str, Any]:
+        """Put a decision about changes of a model into the log; returns the `offset` of its entry. Once that
+        is staged, the next `apply` brings it into the table. With `dry_run` only say what would become of
+        each record. Raises UserError for one that cannot be, and for a model that does not run."""
+        with self.applying:
+            self.reload_models(now=True)
+            running, model = self._standing(decision.model)
+            if dry_run:
+                return self.redriver.try_decision(running, model, decision)
+            return {"offset": self.redriver.decide(model, decision)}
+
+    def _standing(self, model_name: str) -> tuple[Running, RowModel]:
+        """Return all models, and one of them that runs. Raises UserError for any other."""
+        running = Running(self.models(), self.destination.models(self.config.name))
+        model = next((each for each in running.models if each.name == model_name), None)
+        if model is None or model_name not in running.stands or self.joiner.stands_on(model) is None:
+            raise UserError(
+                f"Model {model_name} does not run now, or still takes in its table's copy.",
+                "Wait for it, or mend it; `headrace status` says why.",
+            )
+        return running, model
 
     def rebuild(self, model_name: str, *, dry_run: bool = False) -> bool:
         """Begin to build a model once more, beside its live table; returns False for a table that others have
@@ -354,6 +353,7 @@ class Lane:
     def close(self) -> None:
         """Close source and log."""
         self._preparer.shutdown()
+        self.redriver.close()
         self.joiner.close()
         self.source.close()
         self.log.close()
@@ -365,6 +365,7 @@ class Lane:
     def _where_models_stand(self) -> dict[str, ModelState]:
         """Ask the destination; a model whose mended file has other columns starts from the beginning."""
         self.joiner.know(None)
+        self.redriver.forget()
         stands = self.destination.models(self.config.name)
         self._breakers.know(name for name, state in stands.items() if state.suspended_by == "breaker")
         progress = self.destination.progress(self.config.name)
@@ -378,6 +379,8 @@ class Lane:
                 if self.destination.forget_if_reshaped(model):
                     logger.info("model %s has other columns now: it is built again from staging", model.name)
                     del stands[model.name]
+                elif state.open_records and not self._read_only:
+                    self.redriver.try_version(model, state.offset)
             except ModelBroken as error:
                 self._suspend(model.version, model.name, error)
                 stands[model.name] = replace(state, state="suspended", version=model.version)
@@ -482,10 +485,8 @@ class Lane:
             return
         tripped = isinstance(error, BreakerTripped)
         if self.destination.suspend(name, self.config.name, version, str(error), tripped=tripped):
-            words = error.paragraph()
-            trigger(
-                "suspended", name, "SUSPENDED model %s: %s", name, words, source=self.config.name, model=name
-            )
+            trigger("suspended", name, "SUSPENDED model %s: %s", name, error.paragraph(),
+                    source=self.config.name, model=name)  # fmt: skip
 
     def _mark(self, offset: Offset) -> Mark:
         mark = self.log.mark(offset)

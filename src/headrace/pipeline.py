@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -24,6 +25,7 @@ from headrace.change import TableId
 from headrace.config import Project
 from headrace.conservation import EVERY as LOOK_EVERY
 from headrace.conservation import LedgerWatch
+from headrace.decisions import Decision
 from headrace.destinations import open_destination, open_publisher
 from headrace.errors import (
     DestinationUnavailable,
@@ -57,6 +59,7 @@ _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
 _POLL = 0.5
 _MAINTAIN_ONCE = 10.0  # seconds of staging's maintenance at the end of a run that ends
+_DECIDED_WITHIN = 60.0  # seconds that a command waits for what it decided to be in the table
 _PACE = 0.15  # seconds between two loads while changes trickle: fewer, larger steps
 
 
@@ -201,6 +204,8 @@ class Pipeline:
         handlers = {
             "status": lambda _: self.status(),
             "redrive": self._redrive,
+            "decide": self._decide,
+            "archive": self._archive,
             "rebuild": self._rebuild,
             "snapshot": lambda request: self.snapshot(**{k: v for k, v in request.items() if k != "op"}),
             "tables": self._change_tables,
@@ -213,7 +218,25 @@ class Pipeline:
 
     def _redrive(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])
-        return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"])
+        each = request.get("each", False)
+        return lane.redrive(request["model"], request["keys"], dry_run=request["dry_run"], each=each)
+
+    def _decide(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Put a decision into the log, and wait until it is in the model's table."""
+        lane = self._lane(request["source"])
+        decision = Decision.from_json(request["decision"])
+        self.project.refuse_reading_only(lane.config.name, f"headrace quarantine {decision.verb}")
+        made = lane.decide(decision, dry_run=request["dry_run"])
+        if not request["dry_run"]:
+            deadline = time.monotonic() + _DECIDED_WITHIN
+            while not lane.redriver.took(decision.model, made["offset"]) and time.monotonic() < deadline:
+                if self.stop.wait(_PACE):
+                    break
+        return made
+
+    def _archive(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.lanes[0].destination.archive_issue(request["issue"], request["actor"])
+        return {}
 
     def _rebuild(self, request: dict[str, Any]) -> dict[str, Any]:
         lane = self._lane(request["source"])

@@ -27,6 +27,7 @@ from headrace.change import (
     TableSchema,
 )
 from headrace.prepared import Prepared
+from headrace.records import Records
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -107,8 +108,8 @@ class Log(Protocol):
         """Delete entries through the last end of a group up to an offset; return the bytes given back.
 
         Of many it deletes the first ones only, so that nobody waits for long: at least one group.
-        Shapes and markers of copies stay, and so do stops: ends of groups at which a reader of staging can
-        still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
+        Shapes, markers of copies and decisions stay, and so do stops: ends of groups where readers of staging
+        can still stop, `pinned` ones among them. Who calls has seen to it that nobody needs the rest.
         """
         ...
 
@@ -297,7 +298,14 @@ class Model(Table, Protocol):
     @property
     def masked(self) -> Masked:
         """What of it is not shown."""
-        ...
+
+    @property
+    def schema_version(self) -> int:
+        """The version of its table's shape."""
+
+    @property
+    def supersedes(self) -> bool:
+        """Whether a later good change of a source key takes the place of the earlier ones."""
 
     def prepare(self, changes: pa.Table) -> Prepared:
         """Check and convert changes (as `Staging.read` returns them, unchanged cells resolved).
@@ -346,7 +354,7 @@ Scanned = tuple["pa.Schema", "Iterator[pa.RecordBatch]"]
 """A result that is read batch by batch."""
 
 
-class Destination(Protocol):
+class Destination(Records, Protocol):
     """Where rows arrive, with the progress, the quarantine and the ledger of their arrival.
 
     Each method that changes something is one transaction. All of them raise DestinationUnavailable
@@ -440,15 +448,6 @@ class Destination(Protocol):
         """
         ...
 
-    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
-        """Apply what the model makes of whole histories of keys (`prepared.removed`), unless on a `dry_run`.
-
-        Open records of these keys that are good now become resolved, others count one more attempt; changes
-        that an earlier model took become records. Returns how many are `resolved` and `still_quarantined`.
-        Raises Contested for changes to prepare once more.
-        """
-        ...
-
     def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
         """Mark a version of a model suspended, by its breaker if `tripped`; True if it was not already so."""
         ...
@@ -476,14 +475,8 @@ class Destination(Protocol):
         others have changed them, but to mend it."""
         ...
 
-    def issue(self, issue: str) -> tuple[str, str, str, str, int]:
-        """Return model, reason, columns, message and number of records of an issue."""
-        ...
-
     def foreign(self, source: str) -> ForeignDestination:
         """Build the refusal of a destination whose progress is another log's."""
-        ...
 
     def close(self) -> None:
         """Give connections back; the next use opens new ones."""
-        ...

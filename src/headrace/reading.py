@@ -27,6 +27,7 @@ from headrace.change import (
     TableSchema,
 )
 from headrace.config import state_folder
+from headrace.decisions import Decision
 from headrace.errors import LogError, LogTrimmed, UserError
 from headrace.log.consumers import Cursor, Cursors, check, lost
 from headrace.log.places import Shapes, told
@@ -69,18 +70,18 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What is no row. `content` by kind: schema: the new shape; truncate: None; message: what it says;
-    marker: how a table's copy goes or, without a table, a gap or a new beginning of the source.
+    """What is no row. `content` by kind: schema: the new shape; truncate: None; message, decision: what it
+    says; marker: how a table's copy goes or, without a table, a gap or a new beginning of the source.
 
     `lsn` and `txid` are those of truncates and messages, else 0.
     """
 
-    kind: Literal["schema", "truncate", "message", "marker"]
+    kind: Literal["schema", "truncate", "message", "marker", "decision"]
     table: TableId | None
     offset: Offset
     position: Position
     committed_at: int
-    content: TableSchema | Message | CopyMark | SourceMark | None
+    content: TableSchema | Message | CopyMark | SourceMark | Decision | None
     lsn: int = 0
     txid: int = 0
 
@@ -490,6 +491,8 @@ def _event(item: LoggedEntry) -> Event:
     if entry.kind == "marker":
         kind = SourceMark if entry.table is None else CopyMark
         return Event("marker", *place, kind.from_json(entry.payload))
+    if entry.kind == "decision":
+        return Event("decision", *place, Decision.from_json(entry.payload))
     words = told(entry.payload)
     if entry.kind == "truncate":
         return Event("truncate", *place, None, words["lsn"], words["txid"])

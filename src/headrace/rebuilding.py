@@ -88,11 +88,17 @@ class Rebuilding:
         if phase == "newest":
             return self._history.newest(going_on=after).pieces(after, through)
         if self._older is None or after > self._history.begin:
-            self._keys = self._bad_keys(MAX_KEYS)
+            self._keys = self._with_decided(self._bad_keys(MAX_KEYS))
             if self._keys is not None and not len(self._keys):
                 return iter([(self._staging.empty(self._model.table), through)])
             self._older = self._history.of(self._keys, going_on=after)
         return self._older[PHASES.index(phase) - 1].pieces(after, through)
+
+    def _with_decided(self, keys: pa.Array | None) -> pa.Array | None:
+        """Add the keys whose newest change may be one that was discarded."""
+        if keys is None or self._model.decisions is None:
+            return keys
+        return pc.unique(pa.concat_arrays([keys, pa.array(self._model.decisions.keys(), pa.string())]))
 
     def _prepared(self, phase: Phase, changes: pa.Table, model: RowModel) -> Prepared:
         key, table = self._model.schema.key, self._model.table

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from headrace.decisions import Outcome
     from headrace.prepared import Prepared, Reference
     from headrace.protocols import Model
+
+
+NOTHING_DECIDED: Mapping[str, Outcome] = MappingProxyType({})
 
 
 class Key(NamedTuple):
@@ -40,9 +45,11 @@ class Waits(Protocol):
         references: Collection[Reference] = (),
         *,
         dry_run: bool = False,
+        decided: Mapping[str, Outcome] = NOTHING_DECIDED,
     ) -> dict[str, int]:
         """Do for several models in one transaction what `Destination.redrive` does for one; at its end some
         `references` are judged though their rows may not have changed, over all rows where that was put off.
+        `decided` says by model what of the outcome comes of decisions.
         """
         ...
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 
 from headrace.change import Offset
+from headrace.decisions import Outcome
 from headrace.joining import Joiner
 from headrace.prepared import Contested, Prepared, Reference
 from headrace.protocols import Destination
 from headrace.rebuilding import folded
-from headrace.reference import Key
+from headrace.reference import NOTHING_DECIDED, Key
 from headrace.standing import ModelState
 from headrace.transform.model import RowModel, preparing
 
@@ -32,6 +33,13 @@ _MOST_OFTEN, _LEAST_OFTEN = 0.2, 10.0
 _T = TypeVar("_T")
 Again = Mapping[str, pa.Array]
 """By model the source keys whose rows are made of their whole histories."""
+
+
+class Refolding(NamedTuple):
+    """What the destination counted of keys that were folded again, and what each model made of them."""
+
+    counts: dict[str, int]
+    outcomes: Mapping[str, Prepared]
 
 
 def settled(
@@ -104,13 +112,17 @@ class Waiting:
         references: Collection[Reference] = (),
         *,
         dry_run: bool = False,
-    ) -> dict[str, int]:
+        decided: Mapping[str, Outcome] = NOTHING_DECIDED,
+    ) -> Refolding:
         """Fold keys of models again, and what their rows leave dangling; see `Waits.refold`."""
 
-        def attempt(models: Sequence[RowModel], again: Again) -> dict[str, int]:
+        def attempt(models: Sequence[RowModel], again: Again) -> Refolding:
             through = {name: stands[name].offset for name in again}
             outcomes = list(self.folded(models, through, again))
-            return self._destination.waits.refold(self._source, outcomes, references, dry_run=dry_run)
+            counts = self._destination.waits.refold(
+                self._source, outcomes, references, dry_run=dry_run, decided=decided
+            )
+            return Refolding(counts, {model.name: prepared for model, prepared in outcomes})
 
         return settled(models, attempt, again)
 
@@ -152,7 +164,7 @@ class Waiting:
         self._was_apart = False
         if due.ready:
             # What came of it may be what others wait for; where nothing did, it is not tried again by itself.
-            self._is_due = self.refold(models, stands, due.ready)["resolved"] > 0
+            self._is_due = self.refold(models, stands, due.ready).counts["resolved"] > 0
             return True
         self._is_due = False
         return False

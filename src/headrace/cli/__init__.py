@@ -60,7 +60,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "log": ("", "Read, search, prove, replay and archive the log of what was captured."),
     "staging": ("", "List the raw tables and what they were; compact them."),
     "ledger": ("", "Check that every change that was read is accounted for."),
-    "quarantine": ("", "List, show and redrive the changes that could not be applied."),
+    "quarantine": ("", "List, show, redrive, patch and discard what could not be applied."),
     "alerts": ("", "List alerts and their delivery, test the channels, silence."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
@@ -74,6 +74,12 @@ QUARANTINE: Mapping[str, tuple[str, str]] = {
         "Show one record: its values, its reason, its place in the log.",
     ),
     "redrive": ("headrace.cli.quarantine:redrive", "Try records again with the models as they are now."),
+    "patch": ("headrace.cli.decide:patch", "Have a model read other cells of a change."),
+    "discard": ("headrace.cli.decide:discard", "Leave changes out for good, with a reason."),
+    "undo": ("headrace.cli.decide:undo", "Take back what was decided about a change."),
+    "issues": ("headrace.cli.issues:issues", "List the causes of records and how they go."),
+    "archive": ("headrace.cli.issues:archive", "Put an issue aside until it escalates."),
+    "export": ("headrace.cli.export:export", "Write records to a file: Parquet, CSV, JSON."),
 }
 
 LEDGER: Mapping[str, tuple[str, str]] = {

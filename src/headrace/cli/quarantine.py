@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -14,21 +15,19 @@ from uuid import UUID
 from cyclopts import Parameter
 
 from headrace.cells import json_of
+from headrace.cli.records import OPEN, SHOWN_KEY, Chosen, pipeline_for, refuse_unknown
 from headrace.cli.tables import print_json_lines, print_table
 from headrace.config import Project, load_project
-from headrace.errors import UserError
+from headrace.errors import HeadraceError, UserError
 from headrace.keys import literal
 from headrace.masking import MASK
-from headrace.server import ask, is_running, read
+from headrace.server import read
 from headrace.sources.postgres.lsn import format_lsn
 
 MAX_KEYS = 100_000
 """Keys in one request: with keys of usual length it stays below the server's bound for a request."""
 
 _MAX_KEY_BYTES = 8 << 20
-SHOWN_KEY = f"CASE WHEN key_is_masked THEN '{MASK}' ELSE key END"
-"""A record's key as it is shown: `redrive --key` takes the key itself."""
-_OPEN = ("quarantined", "waiting", "blocked")
 
 Status = Literal["open", "quarantined", "waiting", "blocked", "resolved", "superseded", "discarded", "all"]
 _Project = Annotated[Path, Parameter(help="The project's folder.")]
@@ -69,7 +68,7 @@ def list_records(
         How many records at most.
     """
     settings = load_project(project)
-    wanted = _where(status, model, issue)
+    wanted = Chosen(status, model, issue).condition
     records, totals = read(
         settings,
         [
@@ -108,7 +107,7 @@ def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  
     id
         The record's id, or the beginning of it.
     """
-    record = _record(load_project(project), id)
+    record = find_record(load_project(project), id)
     record["position"] = f"{format_lsn(record['commit'])} row {record['ordinal']} epoch {record['epoch']}"
     folder = "" if project == Path() else f" --project {quote(str(project))}"
     one = f"--model {quote(record['model'])} --key={quote(record['key'] or '')}"
@@ -128,7 +127,7 @@ def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  
     print("preview")
     for name, value in _cells(record["preview"]):
         print(f"  {name} = {value}")
-    if record["status"] in _OPEN:
+    if record["status"] in OPEN:
         print("When the model or the data is mended, try again all of this cause, or this key alone:")
         for command in record["redrive"]:
             print(f"  {command}")
@@ -139,17 +138,21 @@ def redrive(
     project: _Project = Path(),
     issue: str | None = None,
     key: str | None = None,
+    txid: int | None = None,
+    where: str | None = None,
     model: str | None = None,
     all: Annotated[bool, Parameter(negative="")] = False,  # noqa: A002 - what users type
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     json: _Json = False,
-) -> None:
+) -> int:
     """Fold the keys of open records again under the models as their files are now.
 
-    The running pipeline does it; where none runs, this process takes the state folder for as long.
-    Exactly one of --issue, --key and --all. With --json one object: `keys`, `resolved`,
-    `still_quarantined` (records; with --dry-run keys), `rebuilding` (keys of models that have other
-    columns now, and are built again with all their rows), `dry_run`.
+    The running pipeline does it; where none runs, this process takes the state folder for as long. Of
+    several options a record meets all. With --json one object: `keys`, `resolved`, `still_quarantined`
+    (records), `rebuilding` (keys of models that have other columns now, and are built again with all their
+    rows), `failed` (keys of batches that failed; the others are done), `dry_run`. A dry run gives one object
+    per record instead: `id`, `model`, `key`, `outcome` (passes, fails, superseded, or new for a change that
+    was taken before), `superseded_by`, `reason`, `columns`, `message`.
 
     Parameters
     ----------
@@ -157,55 +160,57 @@ def redrive(
         All keys with an open record of this cause.
     key
         One source key, of the model that --model names.
+    txid
+        All keys with an open record of this transaction of the source.
+    where
+        All keys with an open record that this condition over headrace.quarantine chooses.
     model
         Only keys of this model.
     all
         All keys with an open record.
     dry_run
-        Change nothing, only say how many would pass.
+        Change nothing, only say what would become of each record.
     """
-    if (issue is not None) + (key is not None) + all != 1 or (key is not None and model is None):
-        raise UserError(
-            "What to redrive is not clear.",
-            "Give one of: --issue ID; --model NAME --key KEY; --all [--model NAME].",
-        )
+    chosen = Chosen("open", model, issue, key, txid, where)
+    chosen.refuse_unclear("redrive", everything=all)
     settings = load_project(project)
-    wanted = _where("open", model, issue) + ("" if key is None else f" AND key = {literal(key)}")
-    result = {"keys": 0, "resolved": 0, "still_quarantined": 0, "rebuilding": 0, "dry_run": dry_run}
-    for counts in _redrive(settings, wanted, dry_run=dry_run):
+    result = {"keys": 0, "resolved": 0, "still_quarantined": 0, "rebuilding": 0, "failed": 0}
+    records: list[dict[str, Any]] = []
+    for counts in _redrive(settings, chosen, dry_run=dry_run):
+        records += counts.pop("records", ())
         for name, count in counts.items():
             result[name] += count
     if not result["keys"]:
-        _refuse_unknown(settings, issue, key, model)
-    print(json_text.dumps(result) if json else _outcome(result))
+        refuse_unknown(settings, chosen)
+    if dry_run:
+        _print_outcomes(records, json=json)
+    if not (dry_run and json):
+        print(json_text.dumps({**result, "dry_run": dry_run}) if json else _outcome(result, dry_run=dry_run))
+    return 1 if result["failed"] else 0
 
 
-def _redrive(project: Project, wanted: str, *, dry_run: bool) -> Iterator[dict[str, int]]:
-    """Redrive the keys of the chosen records, a batch at a time; yields what became of each."""
-    if is_running(project):
-        for batch in _batches(project, wanted):
-            request = {"op": "redrive", **batch._asdict(), "dry_run": dry_run}
-            answer = ask(project, request)
-            answer.pop("ok", None)
-            yield {"keys": len(batch.keys), **answer}
+def _redrive(project: Project, chosen: Chosen, *, dry_run: bool) -> Iterator[dict[str, Any]]:
+    """Redrive the keys of the chosen records, a batch at a time; yields what became of each. A batch that
+    fails leaves the others."""
+    batches = _batches(project, chosen.condition)
+    if not batches:
         return
-    from headrace.pipeline import Pipeline
+    with pipeline_for(project) as ask:
+        for batch in batches:
+            request = {"op": "redrive", **batch._asdict(), "dry_run": dry_run, "each": dry_run}
+            try:
+                yield {"keys": len(batch.keys), **ask(request)}
+            except HeadraceError as error:
+                print(f"{len(batch.keys)} keys of {batch.model}: {error.paragraph()}", file=sys.stderr)
+                yield {"keys": len(batch.keys), "failed": len(batch.keys)}
 
-    pipeline = Pipeline(project)
-    try:
-        lanes = {lane.config.name: lane for lane in pipeline.lanes}
-        for batch in _batches(project, wanted):
-            if batch.source not in lanes:
-                raise UserError(
-                    f"There is no [source.{batch.source}] any more.", "Its records cannot be redriven."
-                )
-            lane = lanes[batch.source]
-            counts = lane.redrive(batch.model, batch.keys, dry_run=dry_run)
-            while counts.get("rebuilding") and (lane.load() or lane.apply()):
-                pass
-            yield {"keys": len(batch.keys), **counts}
-    finally:
-        pipeline.close()
+
+def _print_outcomes(records: Sequence[dict[str, Any]], *, json: bool) -> None:
+    shown = ("id", "model", "key", "outcome", "superseded_by", "reason", "columns", "message")
+    if json:
+        print_json_lines(shown, ([record[name] for name in shown] for record in records))
+    elif records:
+        print_table(shown, [[record[name] for name in shown] for record in records])
 
 
 def _batches(project: Project, wanted: str) -> list[Batch]:
@@ -237,17 +242,8 @@ def _bounded(keys: Sequence[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def _where(status: str, model: str | None, issue: str | None) -> str:
-    states = _OPEN if status == "open" else (status,)
-    parts = ["true" if status == "all" else f"status IN ({', '.join(map(literal, states))})"]
-    if model is not None:
-        parts.append(f"model = {literal(model)}")
-    if issue is not None:
-        parts.append(f"issue = {literal(issue)}")
-    return " AND ".join(parts)
-
-
-def _record(project: Project, id_: str) -> dict[str, Any]:
+def find_record(project: Project, id_: str) -> dict[str, Any]:
+    """Return the one record whose id begins so, with all columns. Raises UserError if there is not one."""
     if not re.fullmatch("[0-9a-fA-F-]{4,36}", id_):
         raise UserError("This is no record's id.", "`headrace quarantine list` shows them.")
     (found,) = read(
@@ -264,16 +260,6 @@ def _record(project: Project, id_: str) -> dict[str, Any]:
     raise UserError(f"There is {what} whose id begins with {id_}.", "`headrace quarantine list` shows them.")
 
 
-def _refuse_unknown(project: Project, issue: str | None, key: str | None, model: str | None) -> None:
-    """Refuse what no record has ever had; nothing open of what there is, is no mistake."""
-    wanted = _where("all", model, issue) + ("" if key is None else f" AND key = {literal(key)}")
-    if issue is None and key is None and model is None:
-        return
-    (found,) = read(project, [f"SELECT count(*) AS n FROM headrace.quarantine WHERE {wanted}"])
-    if not found["n"][0].as_py():
-        raise UserError("No record fits this.", "`headrace quarantine list` shows what there is.")
-
-
 def _cells(preview: str | None) -> list[tuple[str, str]]:
     """Take a preview apart; one that was cut off is shown as it is."""
     try:
@@ -283,10 +269,10 @@ def _cells(preview: str | None) -> list[tuple[str, str]]:
     return [(name, json_of(value)) for name, value in cells.items()]
 
 
-def _outcome(result: dict[str, int]) -> str:
+def _outcome(result: dict[str, int], *, dry_run: bool) -> str:
     if not result["keys"]:
         return "No open record: nothing to redrive."
-    if result["dry_run"]:
+    if dry_run:
         return (
             f"{result['keys']} keys tried, nothing changed: {result['resolved']} would pass, "
             f"{result['still_quarantined']} would stay quarantined."
@@ -300,6 +286,8 @@ def _outcome(result: dict[str, int]) -> str:
             f" {result['rebuilding']} keys belong to models that have other columns now: the pipeline builds "
             "these again with all their rows."
         )
+    if result["failed"]:
+        text += f" {result['failed']} keys were not tried, see above: their records are as they were."
     return text
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from headrace.change import Counts, Mark, Offset, Position
+from headrace.destinations.issues import count_closing, count_opening
 from headrace.destinations.multiset import take_off
 from headrace.destinations.session import Session
 from headrace.destinations.tables import LEDGER_COUNTS, OPEN, QUARANTINE, RECORD_COLUMNS
@@ -20,6 +21,25 @@ from headrace.protocols import Model, Part, Slice
 if TYPE_CHECKING:
     from headrace.destinations.refolding import Refolded
     from headrace.destinations.steps import Settled
+
+
+_SQLSTATES = {
+    "transform.cast": "22018",
+    "constraint.not_null": "23502",
+    "constraint.check": "23514",
+    "constraint.unique": "23505",
+    "constraint.foreign_key": "23503",
+}
+"""What the SQL standard and Postgres call errors that DuckDB has no codes for."""
+
+_SQLSTATE = " ".join(
+    ["CASE reason", *(f"WHEN '{reason}' THEN '{state}'" for reason, state in _SQLSTATES.items()), "END"]
+)
+_CONSTRAINT = (
+    "CASE WHEN stage = 'constraint' THEN "
+    "concat(replace(upper(split_part(reason, '.', 2)), '_', ' '), ' (', columns, ')') END"
+)
+"""The columns `sqlstate` and `constraint_name` of a record, by its reason."""
 
 
 @dataclass(slots=True)
@@ -150,16 +170,38 @@ def heal(db: Session, model: str, prepared: Prepared, commit: int, records: str 
     if not prepared.reset and not sum(map(len, keys)):
         return Counts()
     given = None if prepared.reset else pa.table({"key": pa.chunked_array(keys, pa.string())})
+    mine = f"model = {literal(model)} AND {OPEN}"
     where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_given)"
-    waiting, others = (
-        db.change(
-            f"UPDATE {records} SET status = 'superseded', superseded_by = {commit}, "
-            f"resolved_at = now() WHERE model = {literal(model)} AND {status} {where}",
-            given=given,
-        )
-        for status in ("status = 'waiting'", OPEN)
+    db.keep("_hr_healed", f"SELECT id, status FROM {records} WHERE {mine} {where}", given)
+    ((waiting, healed),) = db.execute(
+        "SELECT count(*) FILTER (WHERE status = 'waiting'), count(*) FROM _hr_healed"
     )
-    return overtaken(waiting + others, waiting)
+    if healed:
+        close_records(
+            db, "id IN (SELECT id FROM _hr_healed)", f"'superseded', superseded_by = {commit}", records
+        )
+    return overtaken(healed, waiting)
+
+
+def close_records(
+    db: Session,
+    condition: str,
+    status: str,
+    records: str = QUARANTINE,
+    *,
+    version: str | None = None,
+    given: pa.Table | None = None,
+) -> int:
+    """Close the records of the table `records` that meet a condition; returns how many.
+
+    `status` is the status that they have then, as SQL, with what else is to be set. `version` is that of the
+    model that closes them, None for the one that it stands at.
+    """
+    if records == QUARANTINE:
+        count_closing(db, condition, version, given)
+    return db.change(
+        f"UPDATE {records} SET status = {status}, resolved_at = now() WHERE {condition}", given=given
+    )
 
 
 def read_progress(db: Session, source: str) -> Mark | None:
@@ -190,8 +232,8 @@ def stand(
     ((records,),) = db.execute(
         f"SELECT count(*) FROM headrace.quarantine WHERE model = $1 AND {OPEN}", [model.name]
     )
-    db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
-    db.execute("DELETE FROM headrace.suspensions WHERE model = $1", [model.name])
+    for table in ("models", "suspensions", "decided"):  # what was decided meanwhile is looked at again
+        db.execute(f"DELETE FROM headrace.{table} WHERE model = $1", [model.name])
     state = "in_sync" if in_sync else "joining"
     where = (at, position.epoch, position.commit, committed_at)
     insert(db, "models", [(model.name, model.source, model.version, state, "", *where, records)])
@@ -271,8 +313,9 @@ def record_from(
           SELECT md5(concat_ws('|', {source}, {name}, epoch, commit, ordinal))::UUID AS id,
           {source} AS source, {name} AS model, {table} AS table_name,
           stage, reason, columns, message, op, is_partial, key, epoch, commit, ordinal, txid,
-          committed_at, "offset", preview, blocked, key_is_masked, waiting_on,
-          {literal(model.version)} AS model_version FROM {relation} AS i
+          committed_at, "offset", preview, blocked, key_is_masked, waiting_on, {_SQLSTATE} AS sqlstate,
+          {_CONSTRAINT} AS constraint_name, {literal(model.version)} AS model_version,
+          {model.schema_version} AS schema_version FROM {relation} AS i
         ) r LEFT JOIN {into} q ON q.id = r.id""",
         given,
     )
@@ -280,6 +323,8 @@ def record_from(
         "SELECT DISTINCT issue FROM _hr_incoming WHERE status <> 'waiting' "
         "AND issue NOT IN (SELECT issue FROM headrace.quarantine)"
     )
+    if into == QUARANTINE:
+        count_opening(db, model.version, "_hr_incoming")
     db.execute(f"DELETE FROM {into} WHERE id IN (SELECT id FROM _hr_incoming)")
     db.execute(f"INSERT INTO {into} ({RECORD_COLUMNS}) SELECT {RECORD_COLUMNS} FROM _hr_incoming")
     return [str(row[0]) for row in issues]

@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, contextmanager
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from headrace.change import Mark
-from headrace.destinations import suspending
+from headrace.change import Mark, Offset
+from headrace.decisions import Outcome
+from headrace.destinations import issues, suspending
 from headrace.destinations.books import (
     Books,
+    close_records,
     count_changes,
     move_progress,
     read_progress,
@@ -29,9 +31,10 @@ from headrace.destinations.unique import note_claims, refuse_contested
 from headrace.destinations.waiting import Waits
 from headrace.errors import CommitUnknown, DestinationError, ForeignDestination, ModelBroken
 from headrace.failpoints import failpoint
-from headrace.keys import quoted
+from headrace.keys import literal, quoted
 from headrace.prepared import Prepared, Reference
 from headrace.protocols import DestinationFinding, Model, Scanned, Slice, Table
+from headrace.reference import NOTHING_DECIDED
 from headrace.standing import ModelState
 
 _REFUSES = "cannot take the model's rows"
@@ -166,6 +169,8 @@ class Database(ABC):
                 yield db
                 judge_references(db, source, self.table_of, references)
                 refuse_contested(db)
+                if db.counts_issues:
+                    issues.settle(db)
                 if db.changed:
                     count_changes(db, db.changed)
                 db.commit() if keep else db.rollback()
@@ -241,9 +246,27 @@ class Database(ABC):
         with self.writing(source) as db:
             return read_progress(db, source)
 
-    def redrive(self, model: Model, prepared: Prepared, *, dry_run: bool = False) -> dict[str, int]:
+    def redrive(
+        self, model: Model, prepared: Prepared, *, dry_run: bool = False, decided: Outcome | None = None
+    ) -> dict[str, int]:
         """See `Destination.redrive`."""
-        return self.waits.refold(model.source, [(model, prepared)], dry_run=dry_run)
+        outcome = {model.name: decided} if decided else NOTHING_DECIDED
+        return self.waits.refold(model.source, [(model, prepared)], dry_run=dry_run, decided=outcome)
+
+    def decided(self, source: str) -> dict[str, Offset]:
+        """See `Destination.decided`."""
+        with self.open() as db:
+            rows = db.execute(
+                'SELECT model, "offset" FROM headrace.decided WHERE model IN '
+                "(SELECT model FROM headrace.models WHERE source = $1)",
+                [source],
+            )
+        return {str(model): int(offset) for model, offset in rows}
+
+    def archive_issue(self, issue: str, actor: str) -> None:
+        """See `Destination.archive_issue`."""
+        with self.writing("") as db:
+            issues.archive(db, issue, actor)
 
     def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
         """See `Destination.suspend`."""
@@ -289,14 +312,13 @@ class Database(ABC):
     def _forget(self, db: Session, model: Model) -> None:
         with self._blaming(model.name, "cannot be built again"):
             self.drop_table(db, model)
-        db.execute(
-            f"UPDATE headrace.quarantine SET status = 'superseded', resolution = 'rebuilt', "
-            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
-            [model.name],
-        )
+        close_records(
+            db, f"model = {literal(model.name)} AND {OPEN}", "'superseded', resolution = 'rebuilt'",
+            version=model.version,
+        )  # fmt: skip
         db.execute("UPDATE headrace.ledger SET kind = 'void' WHERE model = $1", [model.name])
-        db.execute("DELETE FROM headrace.models WHERE model = $1", [model.name])
-        db.execute("DELETE FROM headrace.joins WHERE model = $1", [model.name])
+        for table in ("models", "joins", "decided"):
+            db.execute(f"DELETE FROM headrace.{table} WHERE model = $1", [model.name])
         db.changed.add(model.name)
 
     def issue(self, issue: str) -> tuple[str, str, str, str, int]:

@@ -281,6 +281,7 @@ class _DuckDBSession:
         self._rooms: dict[str, int] = {}
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
+        self.counts_issues = False
         self.claimed: dict[str, Claimed] = {}
 
     def begin(self, source: str, *, steady: bool = False) -> None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 from headrace.cells import json_of
 from headrace.change import Counts, Mark, Position, TableId
 from headrace.destinations.books import (
+    close_records,
     heal,
     insert,
     move_progress,
@@ -293,6 +294,14 @@ class _Renamed:
         return self.model.version
 
     @property
+    def schema_version(self) -> int:
+        return self.model.schema_version
+
+    @property
+    def supersedes(self) -> bool:
+        return self.model.supersedes
+
+    @property
     def numbered(self) -> str | None:
         return self.model.numbered
 
@@ -343,11 +352,8 @@ def _void(db: Session, join: Join) -> None:
     since = f"AND kind = 'copy' AND \"after\" >= {join.stands}" if join.beside else ""
     db.execute(f"UPDATE headrace.ledger SET kind = 'void' WHERE model = $1 {since}", [join.model])
     if not join.beside:
-        db.execute(
-            f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = 'rebuilt', "
-            f"resolved_at = now() WHERE model = $1 AND {OPEN}",
-            [join.model],
-        )
+        mine = f"model = {literal(join.model)} AND {OPEN}"
+        close_records(db, mine, "'superseded', resolution = 'rebuilt'")
 
 
 def _check(db: Session, join: Join) -> None:
@@ -362,10 +368,8 @@ def _exchange_records(db: Session, join: Join, model: Model) -> list[str]:
     """Put the open records from beside in the place of the live table's; return new issues."""
     name = literal(model.name)
     resolution = "resync" if join.why == "copy" else "rebuilt"
-    db.execute(
-        f"UPDATE {QUARANTINE} SET status = 'superseded', resolution = '{resolution}', resolved_at = now() "
-        f"WHERE model = {name} AND {OPEN}"
-    )
+    status = f"'superseded', resolution = '{resolution}'"
+    close_records(db, f"model = {name} AND {OPEN}", status, version=model.version)
     db.keep("_hr_beside", f"SELECT * FROM {JOINING} WHERE model = {name} AND {OPEN}")
     return record_from(db, model, "_hr_beside")
 

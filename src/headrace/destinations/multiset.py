@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from headrace.destinations.issues import count_closing
 from headrace.destinations.session import Session
 from headrace.destinations.tables import OPEN, QUARANTINE
 from headrace.keys import literal
@@ -36,6 +37,8 @@ def take_off(
         WHERE place <= count""",
         fewer,
     )
+    if records == QUARANTINE:
+        count_closing(db, "id IN (SELECT id FROM _hr_taken)")
     taken = db.change(
         f"UPDATE {records} SET status = 'superseded', superseded_by = {commit}, "
         "resolved_at = now() WHERE id IN (SELECT id FROM _hr_taken)"

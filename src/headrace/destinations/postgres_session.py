@@ -63,6 +63,7 @@ class PostgresSession:
         self._name = name
         self.touched: dict[tuple[str, str], str] = {}
         self.changed: set[str] = set()
+        self.counts_issues = False
         self.claimed: dict[str, Claimed] = {}
         self._held: pa.Table | None = None  # what the temporary table _hr_given is made of
 

@@ -32,6 +32,9 @@ class Session(Protocol):
     changed: set[str]
     """Models and marts whose rows the transaction changes: those that read them are due after it."""
 
+    counts_issues: bool
+    """Whether records were changed here, so that the states of their issues are to be settled."""
+
     claimed: dict[str, Claimed]
     """What was changed here of tables with a key that is to be kept unique, by table (quoted)."""
 

@@ -25,7 +25,8 @@ LEDGER_COUNTS = (
 RECORD_COLUMNS = (
     "id, issue, source, model, table_name, stage, reason, columns, message, op, is_partial, key, epoch, "
     'commit, ordinal, txid, committed_at, "offset", preview, model_version, status, attempts, '
-    "first_seen, last_attempt, blocked, key_is_masked, waiting_on, waiting_since"
+    "first_seen, last_attempt, blocked, key_is_masked, waiting_on, waiting_since, sqlstate, constraint_name, "
+    "schema_version"
 )
 
 QUARANTINE = "headrace.quarantine"
@@ -51,7 +52,7 @@ CREATE TABLE IF NOT EXISTS headrace.quarantine (
   "offset" BIGINT, preview VARCHAR, model_version VARCHAR, status VARCHAR, superseded_by BIGINT,
   attempts INTEGER, first_seen TIMESTAMPTZ, last_attempt TIMESTAMPTZ, resolution VARCHAR,
   resolved_at TIMESTAMPTZ, blocked BIGINT, key_is_masked BOOLEAN, waiting_on VARCHAR,
-  waiting_since TIMESTAMPTZ
+  waiting_since TIMESTAMPTZ, sqlstate VARCHAR, constraint_name VARCHAR, schema_version INTEGER, actor VARCHAR
 );
 CREATE TABLE IF NOT EXISTS headrace.joining AS SELECT * FROM headrace.quarantine WHERE false;
 CREATE TABLE IF NOT EXISTS headrace.ledger (
@@ -73,6 +74,14 @@ CREATE TABLE IF NOT EXISTS headrace.marts (
   missing VARCHAR, positions VARCHAR, "rows" BIGINT, seconds DOUBLE PRECISION, made BOOLEAN,
   inputs VARCHAR, refreshed_at TIMESTAMPTZ
 );
+CREATE TABLE IF NOT EXISTS headrace.issues (
+  issue VARCHAR, source VARCHAR, model VARCHAR, stage VARCHAR, reason VARCHAR, columns VARCHAR,
+  constraint_name VARCHAR, message VARCHAR, state VARCHAR, records BIGINT, open BIGINT,
+  first_seen TIMESTAMPTZ, last_seen TIMESTAMPTZ, first_version VARCHAR, last_version VARCHAR,
+  resolved_version VARCHAR, resolved_at TIMESTAMPTZ, state_since TIMESTAMPTZ, window_began TIMESTAMPTZ,
+  window_records BIGINT, actor VARCHAR, changed_at TIMESTAMPTZ
+);
+CREATE TABLE IF NOT EXISTS headrace.decided (model VARCHAR, "offset" BIGINT);
 CREATE TABLE IF NOT EXISTS headrace.shapes (model VARCHAR, columns VARCHAR, numbered VARCHAR);
 CREATE TABLE IF NOT EXISTS headrace.suspensions (
   model VARCHAR, suspended_by VARCHAR, state VARCHAR, suspended_at TIMESTAMPTZ

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from headrace.change import Counts
+from headrace.decisions import Outcome
 from headrace.destinations.books import count_open, fingerprint, insert, numbers
+from headrace.destinations.issues import count_opening
 from headrace.destinations.references import can_be_judged, put_off
 from headrace.destinations.refolding import refold
 from headrace.destinations.session import Session
@@ -18,7 +20,7 @@ from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
 from headrace.prepared import FOREIGN_KEY, UNIQUE, Prepared, Reference
 from headrace.protocols import Model
-from headrace.reference import Due, Key
+from headrace.reference import NOTHING_DECIDED, Due, Key
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database
@@ -41,17 +43,21 @@ class Waits:
         references: Collection[Reference] = (),
         *,
         dry_run: bool = False,
+        decided: Mapping[str, Outcome] = NOTHING_DECIDED,
     ) -> dict[str, int]:
         """See `headrace.reference.Waits.refold`."""
         with self._destination.writing(source, keep=not dry_run, references=references) as db:
-            found = [refold(self._destination, db, model, prepared) for model, prepared in outcomes]
+            found = [
+                refold(self._destination, db, model, prepared, decided.get(model.name))
+                for model, prepared in outcomes
+            ]
             for model, _ in outcomes:
                 count_open(db, model.name)
             failpoint("destination.redrive.commit")
         return {
             "resolved": sum(each.resolved for each in found),
             "still_quarantined": sum(each.still_open for each in found),
-        }
+        } | ({"discarded": sum(each.discarded for each in found)} if decided else {})
 
     def due(self, source: str, references: Collection[Reference], keys: Collection[Key], limit: int) -> Due:
         """See `headrace.reference.Waits.due`."""
@@ -233,10 +239,16 @@ def _expire(db: Session, source: str, each: Reference, after: float) -> list[str
         )
     where = f"{_lacking(db, each)} AND q.status = 'waiting' AND {late}"
     cause = fingerprint(record="q")
-    db.keep("_hr_orphans", f"SELECT q.id, {cause} AS issue FROM {QUARANTINE} q WHERE {where}")
+    db.keep(
+        "_hr_orphans",
+        f"SELECT q.id, {cause} AS issue, 'quarantined' AS status, q.source, q.model, q.stage, q.reason, "
+        f"q.columns, q.constraint_name, q.message FROM {QUARANTINE} q WHERE {where}",
+    )
     rows = db.execute(
         f"SELECT DISTINCT issue FROM _hr_orphans WHERE issue NOT IN (SELECT issue FROM {QUARANTINE})"
     )
+    ((version,),) = db.execute("SELECT version FROM headrace.models WHERE model = $1", [each.model])
+    count_opening(db, version, "_hr_orphans")
     orphans = db.change(
         f"UPDATE {QUARANTINE} q SET status = 'quarantined', issue = o.issue FROM _hr_orphans o "
         "WHERE q.id = o.id"

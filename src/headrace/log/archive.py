@@ -34,7 +34,7 @@ _SELECT = (
     f"SELECT {COLUMNS}, filter, {HIGH} "
     'FROM entries LEFT JOIN filters USING ("offset") WHERE "offset" > ? AND "offset" <= ?'
 )
-_KEPT = " AND kind IN ('schema', 'marker') AND table_name IS NOT NULL"
+_KEPT = " AND kind IN ('schema', 'marker', 'decision') AND table_name IS NOT NULL"
 _STOP = (
     'SELECT "offset", lower(hex(hash)), epoch, "commit", ordinal, at, committed_at, rows, bytes FROM stops'
 )

@@ -90,7 +90,7 @@ INSERT = (
     f"VALUES ({', '.join('?' * (_SIZE + 11))})"
 )
 INSERT_STOP = f"INSERT INTO stops VALUES ({', '.join('?' * 9)})"
-INLINE = ("schema", "marker", "message", "truncate")
+INLINE = ("schema", "marker", "message", "truncate", "decision")
 """Kinds whose payloads, all small, stand in the database, where retention can keep them."""
 
 

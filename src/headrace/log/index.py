@@ -260,7 +260,7 @@ class Index(ABC):
         """See `Log.before_unstaged`."""
         row = self._db.row(
             f'SELECT min("offset") FROM entries WHERE {_MINE} '
-            "AND \"offset\" > CASE WHEN kind IN ('schema', 'marker') THEN ? ELSE ? END",
+            "AND \"offset\" > CASE WHEN kind IN ('schema', 'marker', 'decision') THEN ? ELSE ? END",
             (*table, schemas_through, rows_through),
         )
         return self.end().offset if row is None or row[0] is None else self.group_end(int(row[0]) - 1)

@@ -427,7 +427,7 @@ class SQLiteLog(Index):
                 self._db.rows(INSERT_STOP, stop)
             self._db.rows(
                 'DELETE FROM entries WHERE "offset" > ? AND "offset" <= ? AND NOT '
-                "(kind IN ('schema', 'marker') AND table_name IS NOT NULL)",
+                "(kind IN ('schema', 'marker', 'decision') AND table_name IS NOT NULL)",
                 span,
             )
             self._db.rows('DELETE FROM filters WHERE "offset" <= ?', (through,))

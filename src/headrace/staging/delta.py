@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from headrace.change import Copy, CopyMark, LoggedEntry, Offset, Position, TableId, TableSchema, shape_in
+from headrace.change import (
+    EVENTS,
+    Copy,
+    CopyMark,
+    LoggedEntry,
+    Offset,
+    Position,
+    TableId,
+    TableSchema,
+    shape_in,
+)
+from headrace.decisions import Decision, Decisions
 from headrace.errors import LogError, UserError
 from headrace.protocols import LogIndex
 from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
@@ -75,6 +86,7 @@ class DeltaStaging:
         self._written: Offset = 0
         self._schemas: list[tuple[Offset, TableSchema]] = []
         self._copies = CopyHistory()
+        self._decisions: list[tuple[Offset, Decision]] = []
         for path in sorted(self._root.glob("*/*/_delta_log")):
             schema, name = path.parent.parent.name, path.parent.name
             self._open(TableId(decode(schema), decode(name)))
@@ -149,7 +161,7 @@ class DeltaStaging:
     def _take(self, item: LoggedEntry, pending: _Pending) -> None:
         """Add to what is pending what an entry brings that is not staged yet."""
         entry = item.entry
-        if entry.kind in ("schema", "marker") and entry.table is not None:
+        if entry.kind in EVENTS and entry.table is not None:
             pending.events.append(item)
             if item.offset > self._version(HISTORY):
                 pending.add(HISTORY, event_row(item))
@@ -302,6 +314,11 @@ class DeltaStaging:
         """See `Staging.schemas`."""
         return {shape.table: shape for offset, shape in self._schemas if offset <= through}
 
+    def decisions(self, model: str, through: Offset) -> Decisions | None:
+        """Return what was decided for a model up to an offset; None if nothing was."""
+        mine = [each for each in self._decisions if each[0] <= through and each[1].model == model]
+        return Decisions(mine) if mine else None
+
     def shapes_of(self, table: TableId) -> list[tuple[Offset, TableSchema]]:
         """Return every shape of a table with the offset from which on it holds, the oldest first."""
         return [known for known in self._schemas if known[1].table == table]
@@ -335,6 +352,9 @@ class DeltaStaging:
             self._schemas.append((offset, shape))
         if kind == "marker":
             self._copies.add(offset, table, at, CopyMark.from_json(text))
+        decided = self._decisions[-1][0] if self._decisions else 0
+        if kind == "decision" and offset > decided:
+            self._decisions.append((offset, Decision.from_json(text)))
 
     def _read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
         parts = [self.empty(table), *self.chunks(table, after, through)]

@@ -9,7 +9,7 @@ from headrace.payload import BEFORE, HEAD, UNCHANGED, decode_rows
 from headrace.staging.naming import logical_name
 
 HISTORY = TableId("", "_history")
-"""The internal table that holds the entries which are not rows: shapes, and markers of copies."""
+"""The internal table that holds the entries which are not rows: shapes, markers of copies, decisions."""
 
 META = {
     "_op": pa.string(),

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from headrace.change import (
+    EVENTS,
     START,
     CopyMark,
     Entry,
@@ -283,7 +284,7 @@ class MemoryLog:
     def before_unstaged(self, table: TableId, rows_through: Offset, schemas_through: Offset) -> Offset:
         """See `Log.before_unstaged`."""
         for item in self.headers(0, len(self._items)):
-            is_event = item.entry.kind in ("schema", "marker")
+            is_event = item.entry.kind in EVENTS
             if item.entry.table == table and item.offset > (schemas_through if is_event else rows_through):
                 return self.group_end(item.offset - 1)
         return self.end().offset
@@ -301,7 +302,7 @@ class MemoryLog:
 
 def _is_kept(entry: Entry) -> bool:
     """Whether an entry outlives retention."""
-    return entry.table is not None and entry.kind in ("schema", "marker")
+    return entry.table is not None and entry.kind in EVENTS
 
 
 def _empty(item: LoggedEntry) -> LoggedEntry:

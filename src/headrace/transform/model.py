@@ -13,7 +13,8 @@ from typing import TypeVar
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Column, TableId, TableSchema
+from headrace.change import Column, Counts, TableId, TableSchema
+from headrace.decisions import Decisions
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.masking import NOTHING, Masked
@@ -70,9 +71,19 @@ class RowModel:
     """Seconds for which a row waits for what it refers to, before that is an error."""
     refused: frozenset[Refused] = field(default=frozenset(), compare=False)
     """Changes that are bad since their rows would have the key of another, or refer to none."""
+    decisions: Decisions | None = field(default=None, compare=False)
+    """What people decided about changes, None if nothing."""
 
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
+        if self.decisions is None:
+            return self._prepare(changes)
+        taken = self.decisions.taken(self.schema, changes)
+        prepared, left_out = self._prepare(taken), changes.num_rows - taken.num_rows
+        counts = prepared.counts + Counts(read=left_out, filtered=left_out)
+        return replace(prepared, counts=counts) if left_out else prepared
+
+    def _prepare(self, changes: pa.Table) -> Prepared:
         with engine() as db:
             if self.kind.materialize != "latest":
                 return step(db, self, changes)
@@ -142,6 +153,16 @@ class RowModel:
     def is_mirror(self) -> bool:
         """Whether the model follows its table's shape instead of a file."""
         return self.version.startswith("mirror:")
+
+    @property
+    def schema_version(self) -> int:
+        """See `Model.schema_version`."""
+        return self.schema.version
+
+    @property
+    def supersedes(self) -> bool:
+        """See `Model.supersedes`."""
+        return bool(self.schema.key) and self.kind.materialize == "latest"
 
     @property
     def numbered(self) -> str | None:

@@ -1,0 +1,136 @@
+"""What people decide about single changes, and the issues that records make: on a live Postgres."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from headrace.config import Project, load_project
+from headrace.pipeline import Pipeline
+from headrace.server import read_rows
+from headrace.testing.postgres import PostgresServer
+from headrace.verify import verify
+from projects import Done, here
+
+STRICT = "SELECT id::INT AS id, amount::INT AS amount, note FROM raw.shop.t"
+LOOSE = "SELECT id::INT AS id, TRY_CAST(amount AS INT) AS amount, note FROM raw.shop.t"
+
+
+class Shop:
+    """One table `t(id, amount, note)`, one model `m` over it."""
+
+    def __init__(self, folder: Path, server: PostgresServer) -> None:
+        self.server = server
+        (folder / "models").mkdir(parents=True)
+        (folder / "headrace.toml").write_text(f'[source.shop]\nurl = "{server.url}"\n')
+        self.project: Project = load_project(folder)
+
+    def model(self, sql: str, header: str = "") -> None:
+        (self.project.models / "m.sql").write_text(f'/* headrace\nkey = ["id"]\n{header}*/\n{sql}\n')
+
+    def sql(self, statement: str) -> None:
+        with psycopg.connect(self.server.url, autocommit=True) as db:
+            db.execute(statement.encode())
+
+    def run(self) -> None:
+        Pipeline(self.project).run_once()
+
+    def command(self, *arguments: str) -> Done:
+        return here("quarantine", *arguments, cwd=self.project.root)
+
+    def answer(self, *arguments: str) -> Any:
+        done = self.command(*arguments, "--json")
+        assert done.code == 0, done
+        return json.loads(done.out)
+
+    def rows(self, query: str = "SELECT id, amount FROM main.m ORDER BY id") -> list[tuple[object, ...]]:
+        return [tuple(row) for row in read_rows(self.project, query)[1]]
+
+    def records(self) -> dict[str, str]:
+        found = self.rows("SELECT key, status FROM headrace.quarantine ORDER BY epoch, commit, ordinal")
+        return {str(key): str(status) for key, status in found}
+
+    def id(self, key: str) -> str:
+        found = f"SELECT id::VARCHAR FROM headrace.quarantine WHERE key = '{key}' ORDER BY commit DESC"
+        return str(self.rows(found)[0][0])
+
+    def issue(self) -> tuple[object, ...]:
+        ((state, records, opened),) = self.rows("SELECT state, records, open FROM headrace.issues")
+        return state, records, opened
+
+    def assert_verified(self) -> None:
+        report = verify(self.project)
+        assert report.verified, [finding for finding in report.findings if not finding.ok]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("decisions") / "pg") as running:
+        yield running
+
+
+@pytest.fixture
+def shop(tmp_path: Path, server: PostgresServer) -> Shop:
+    with psycopg.connect(server.url, autocommit=True) as db:
+        db.execute("DROP PUBLICATION IF EXISTS headrace_shop")
+        db.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active")
+        db.execute("DROP TABLE IF EXISTS t")
+        db.execute("CREATE TABLE t (id int PRIMARY KEY, amount text, note text)")
+        db.execute("INSERT INTO t VALUES (1, '1', 'a'), (2, 'two', 'b'), (3, '3', 'c'), (4, 'four', 'd')")
+    made = Shop(tmp_path / "project", server)
+    made.model(STRICT)
+    return made
+
+
+def test_decisions_survive_a_rebuild_and_a_deleted_destination(shop: Shop) -> None:
+    shop.run()
+    shop.sql("UPDATE t SET amount = 'three' WHERE id = 3")
+    shop.sql("UPDATE t SET id = 50, amount = 'fifty' WHERE id = 1")
+    shop.run()
+    assert shop.rows() == [(3, 3)]
+    assert shop.issue() == ("new", 4, 4)
+
+    tried = shop.answer("patch", shop.id("2"), "amount=22", "--dry-run")
+    assert (tried["outcome"], shop.records()["2"]) == ("passes", "quarantined")
+    assert shop.answer("patch", shop.id("2"), "amount=22", "--actor", "ada")["status"] == "resolved"
+    assert shop.answer("patch", shop.id("4"), "--null", "amount")["status"] == "resolved"
+    assert shop.answer("discard", shop.id("3"), "--reason", "typed twice")["discarded"] == 1
+    where = ("discard", "--where", "key = '50'", "--reason", "no such thing", "--actor", "bo")
+    assert shop.answer(*where)["discarded"] == 1
+    expected = [(2, 22), (3, 3), (4, None)]
+
+    def holds() -> None:
+        assert shop.rows() == expected
+        about = "SELECT key, status, resolution, actor FROM headrace.quarantine WHERE key IN ('3', '50')"
+        assert [row[:3] for row in shop.rows(f"{about} ORDER BY key")] == [
+            ("3", "discarded", "typed twice"),
+            ("50", "discarded", "no such thing"),
+        ]
+        shop.assert_verified()
+
+    holds()
+    assert shop.rows("SELECT resolution, actor FROM headrace.quarantine WHERE key = '2'") == [
+        ("patched", "ada")
+    ]
+    assert shop.issue() == ("resolved", 4, 0)
+    assert here("rebuild", "m", cwd=shop.project.root).code == 0
+    holds()
+    for path in shop.project.root.glob("warehouse*"):
+        path.unlink()
+    shop.run()
+    holds()
+    assert shop.issue() == ("resolved", 2, 0)
+
+    # The latest decision counts; a later change of the source is another change.
+    undone = shop.answer("undo", shop.id("3"))
+    assert (undone["status"], shop.issue()) == ("quarantined", ("ongoing", 2, 1))
+    shop.sql("UPDATE t SET amount = '33' WHERE id = 3; UPDATE t SET note = 'x' WHERE id IN (2, 50)")
+    shop.run()
+    assert shop.rows() == [(2, 22), (3, 33), (4, None)]
+    assert shop.records() == {"2": "quarantined", "3": "superseded", "50": "quarantined"}
+    shop.assert_verified()
