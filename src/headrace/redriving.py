@@ -25,6 +25,7 @@ from headrace.errors import HeadraceError, ModelBroken, UserError
 from headrace.joining import Joiner
 from headrace.keys import literal
 from headrace.log.sqlite import SQLiteLog
+from headrace.masking import MASK
 from headrace.protocols import Destination
 from headrace.rebuilding import folded
 from headrace.staging.delta import DeltaStaging
@@ -95,7 +96,8 @@ class Redriver:
         if before is None:
             return refolding.counts
         records = _outcomes(model, before, refolding.outcomes[model.name].records)
-        return {**refolding.counts, "records": records}
+        hidden = {"key": MASK} if model.key_is_masked else {}
+        return {**refolding.counts, "records": [record | hidden for record in records]}
 
     def _open_records(self, model: RowModel, keys: Sequence[str]) -> pa.Table:
         chosen = ", ".join(map(literal, keys)) or "NULL"
