@@ -14,6 +14,7 @@ from headrace.cli.quarantine import Status
 from headrace.cli.records import Chosen
 from headrace.config import load_project
 from headrace.errors import UserError
+from headrace.masking import MASK
 from headrace.server import scan
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ def _renamed(schema: pa.Schema, names: list[str]) -> pa.Schema:
 
 
 def _as(batch: pa.RecordBatch, names: list[str]) -> pa.RecordBatch:
+    import pyarrow.compute as pc
+
+    shown = pc.if_else(batch["key_is_masked"], MASK, batch["key"])
+    batch = batch.set_column(batch.schema.get_field_index("key"), "key", shown)
     return batch.select(names).rename_columns(["id" if name == "record" else name for name in names])
 
 
