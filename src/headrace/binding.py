@@ -18,6 +18,7 @@ from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.tables import TableState
 from headrace.staging.delta import DeltaStaging
 from headrace.standing import ModelState
+from headrace.transform.attempts import Attempts
 from headrace.transform.linking import link
 from headrace.transform.model import RowModel, bind, mirror, refuse_twins
 from headrace.transform.pii import marked
@@ -38,8 +39,11 @@ class Binder:
         suspend: Callable[[str, HeadraceError], None],
         *,
         read_only: bool,
+        attempts: Attempts | None = None,
     ) -> None:
-        """`suspend` is called once with a model that does not bind, or that waits for a person."""
+        """`suspend` is called once with a model that does not bind, or that waits for a person; `attempts` is
+        where it is noted what is prepared."""
+        self._attempts = attempts
         self._config = config
         self._log = log
         self._staging = staging
@@ -143,7 +147,7 @@ class Binder:
             refuse_twins(name, schema, () if text else self._staging.schemas(through))
             bound = bind(text, schema) if text else mirror(self._config.name, schema)
             model = marked(bound, text, self._config.pii)
-            return model.limited(self._destination.limits(model))
+            return replace(model.limited(self._destination.limits(model)), attempts=self._attempts)
         except HeadraceError as error:
             told = self._since_when(name, schema, error, through) if text else error
             self._suspend(name, told)

@@ -45,6 +45,7 @@ from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.standing import ModelState
+from headrace.transform.attempts import Attempts
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, preparing
@@ -99,7 +100,10 @@ class Lane:
         self._tables = read_states(self.log)
         self._read_only = read_only
         refuse = partial(self._suspend, "")  # of no version: any runs once its table fits
-        self._binder = Binder(config, self.log, self.staging, destination, refuse, read_only=read_only)
+        attempts = Attempts(project.state / "attempts" / config.name, read_only=read_only)
+        self._binder = Binder(
+            config, self.log, self.staging, destination, refuse, read_only=read_only, attempts=attempts
+        )
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
 

@@ -67,7 +67,7 @@ def export(
             names = [name for name in schema.names if name != "id"]
             with _writer(format, making, _renamed(schema, names)) as write:
                 for batch in batches:
-                    write(_as(batch, names))
+                    write(_as(_masked(batch), names))
                     count += batch.num_rows
             next(results, None)
         making.replace(output)
@@ -91,6 +91,19 @@ def _as(batch: pa.RecordBatch, names: list[str]) -> pa.RecordBatch:
     shown = pc.if_else(batch["key_is_masked"], MASK, batch["key"])
     batch = batch.set_column(batch.schema.get_field_index("key"), "key", shown)
     return batch.select(names).rename_columns(["id" if name == "record" else name for name in names])
+
+
+def _masked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return records without the values of keys that are not shown."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    is_masked = pc.fill_null(batch["key_is_masked"], False)
+    for name in ("key", "waiting_on"):
+        at, cells = batch.schema.get_field_index(name), batch[name]
+        hidden = pc.and_(is_masked, pc.is_valid(cells))
+        batch = batch.set_column(at, name, pc.if_else(hidden, pa.scalar(MASK, cells.type), cells))
+    return batch
 
 
 def _writer(

@@ -8,7 +8,9 @@ guard in WHERE protects its casts. What TRY cannot hold is found by bisection.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -21,6 +23,7 @@ from headrace.keys import literal, quoted, source_key
 from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
 from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
+from headrace.transform.trial import killers, show_events, time_for
 
 if TYPE_CHECKING:
     from headrace.transform.handling import Action
@@ -41,6 +44,12 @@ FAULTS = pa.schema(
 )
 """What is wrong with events, by their numbers."""
 
+_EXHAUSTED: dict[type[duckdb.Error], str] = {
+    duckdb.OutOfMemoryException: "crash.memory",
+    duckdb.InterruptException: "crash.timeout",
+}
+"""Errors that are the world's, unless a single row meets them where no row does not; and its reason then."""
+
 _Cause = tuple[str, str, str, str]
 """Stage, reason, columns and message."""
 
@@ -51,7 +60,7 @@ class Evaluation:
     def __init__(self, db: duckdb.DuckDBPyConnection, model: RowModel) -> None:
         self._db = db
         self._model = model
-        self._fatal: dict[int, str] = {}
+        self._fatal: dict[int, _Cause] = {}
         self._judged: pa.Table | None = None
         self._refused = pa.table({"n": pa.array([], pa.int64()), "reference": pa.array([], pa.string())})
 
@@ -149,8 +158,10 @@ class Evaluation:
 
     def judge(self, events: pa.Table) -> None:
         """Judge events, see `run`; the verdicts of all that were judged are in `verdicts`."""
-        self._events(events)
+        show_events(self._db, events)
         self._try_without_rows()
+        if self._model.suspect and events.num_rows:
+            events = self._survived(events)
         self._judge(events)
 
     def verdicts(self) -> pa.Table:
@@ -200,7 +211,7 @@ class Evaluation:
                 _faults(
                     pa.array(fatal, pa.int64()),
                     range(len(fatal)),
-                    [("transform", "transform.expression", "", self._fatal[n]) for n in fatal],
+                    [self._fatal[n] for n in fatal],
                 ),
                 *self._expression_faults(events, bad.filter(failed)),
             ]
@@ -305,25 +316,26 @@ class Evaluation:
             name = self._model.name
             raise ModelBroken(name, f"Model {name} cannot run: {scrub(str(error))}", "Mend it.") from error
 
-    def _events(self, events: pa.Table) -> None:
-        self._db.register("arrow_events", events)
-        self._db.execute(
-            "CREATE OR REPLACE TEMP VIEW events AS SELECT * REPLACE "
-            "(make_timestamptz(_committed_at) AS _committed_at) FROM arrow_events"
-        )
+    def _survived(self, events: pa.Table) -> pa.Table:
+        """Return the events without those that end the process in which they are judged."""
+        dying = killers(self._model.name, self.query("events"), events)
+        self._fatal |= {n: ("crash", reason, "", words) for n, (reason, words) in dying.items()}
+        return events.filter(pc.invert(pc.is_in(events["_hr_n"], value_set=pa.array(dying, pa.int64()))))
 
     def _judge(self, events: pa.Table) -> None:
         """Judge events all at once; where the engine gives up, half by half down to the single row."""
         if not events.num_rows:
             return
-        self._events(events)
+        show_events(self._db, events)
         try:
-            judged = self._db.sql(self.query("events")).to_arrow_table()
+            with _within(self._db, time_for(events.num_rows)):
+                judged = self._db.sql(self.query("events")).to_arrow_table()
         except duckdb.Error as error:
-            if _is_the_engines(error):
+            exhausted = _EXHAUSTED.get(type(error))
+            if exhausted is None and _is_the_engines(error):
                 raise
             if events.num_rows == 1:
-                self._fatal[events["_hr_n"][0].as_py()] = scrub(str(error))
+                self._fatal[events["_hr_n"][0].as_py()] = self._cause_of(error)
                 return
             middle = events.num_rows // 2
             self._judge(events.slice(0, middle))
@@ -331,6 +343,17 @@ class Evaluation:
             return
         assert self._judged is not None
         self._judged = pa.concat_tables([self._judged, judged])
+
+    def _cause_of(self, error: duckdb.Error) -> _Cause:
+        """Say why a single row cannot be judged. Raises the error if it is not the row's: no row can be."""
+        exhausted = _EXHAUSTED.get(type(error))
+        if exhausted is None:
+            return "transform", "transform.expression", "", scrub(str(error))
+        try:
+            self._db.sql(self.query("(SELECT * FROM events LIMIT 0)")).to_arrow_table()
+        except duckdb.Error:
+            raise error from None
+        return "crash", exhausted, "", scrub(str(error))
 
     def _expression_faults(self, events: pa.Table, failed: pa.Table) -> Iterator[pa.Table]:
         """Yield what is wrong with rows of which an expression fails: of each the first one."""
@@ -355,7 +378,7 @@ class Evaluation:
         if self._model.where:
             tests.insert(0, (len(parts), self._model.where))
         cases = " ".join(f"WHEN TRY({{'v': ({expression})}}) IS NULL THEN {i}" for i, expression in tests)
-        self._events(_those(events, failed.combine_chunks()))
+        show_events(self._db, _those(events, failed.combine_chunks()))
         return self._db.sql(
             f"SELECT _hr_n, (CASE {cases} ELSE {tests[0][0]} END)::SMALLINT AS _hr_cast "
             f"FROM events AS {quoted(self._model.alias)}"
@@ -363,11 +386,13 @@ class Evaluation:
 
     def _causes(self, events: pa.Table, numbers: pa.Array, column: str, expression: str) -> list[_Cause]:
         """Ask the engine of each of a few rows why an expression fails on it."""
-        self._events(_those(events, numbers))
+        show_events(self._db, _those(events, numbers))
         causes = list[_Cause]()
         for n in numbers.to_pylist():
             reason, message = self._ask(n, expression)
-            causes.append(("transform", reason if column else "transform.filter", column, message))
+            stage = reason.partition(".")[0]
+            reason = "transform.filter" if stage == "transform" and not column else reason
+            causes.append((stage, reason, column, message))
             before, last = causes[:-_SAYING_NOTHING_NEW], causes[-_SAYING_NOTHING_NEW:]
             if len(last) == _SAYING_NOTHING_NEW and set(last) <= set(before or last[:1]):
                 break
@@ -382,7 +407,7 @@ class Evaluation:
         except duckdb.ConversionException as error:
             return "transform.cast", scrub(str(error))
         except duckdb.Error as error:
-            return "transform.expression", scrub(str(error))
+            return _EXHAUSTED.get(type(error), "transform.expression"), scrub(str(error))
         return "transform.expression", "the expression fails together with the others"
 
 
@@ -416,6 +441,19 @@ def _faults(numbers: pa.Array, which: Sequence[int] | np.ndarray, causes: Sequen
     cells = zip(*causes, strict=True) if causes else [()] * (len(FAULTS) - 1)
     columns = [pa.array(column, pa.string()).take(places) for column in cells]
     return pa.table([numbers, *columns], schema=FAULTS)
+
+
+@contextmanager
+def _within(db: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
+    """Interrupt a query that takes longer."""
+    timer = threading.Timer(seconds, db.interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # else it might meet the next query
 
 
 def _waited(reference: Reference) -> str:

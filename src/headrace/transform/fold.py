@@ -86,7 +86,7 @@ def fold(
             verdicts = evaluation.run(undecided(events, again))
             verdicts = with_fatal(evaluation, verdicts, events)
         settled, removed, bad = _settle(db, points, verdicts, settled, removed)
-        chosen = settled  # of more rows that were converted
+        chosen = settled if len(again) else None  # of more rows that were converted
     filtered = _count_in(verdicts, "filtered", settled)
     records = records_of(evaluation, events, bad)
     return Prepared(

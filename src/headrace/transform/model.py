@@ -21,6 +21,7 @@ from headrace.masking import NOTHING, Masked
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Contested, Prepared, Reference, Refused
 from headrace.scrub import scrub
+from headrace.transform.attempts import Attempts
 from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
@@ -74,14 +75,26 @@ class RowModel:
     decisions: Decisions | None = field(default=None, compare=False)
     """What people decided about changes, None if nothing."""
 
+    attempts: Attempts | None = field(default=None, compare=False)
+    """Where it is noted what is being prepared, if it is to be."""
+    suspect: bool = field(default=False, compare=False)
+    """Whether changes may end the process that judges them: they are tried in another one first."""
+
     def prepare(self, changes: pa.Table) -> Prepared:
         """See `Model.prepare`."""
         if self.decisions is None:
-            return self._prepare(changes)
+            return self._noted(changes)
         taken = self.decisions.taken(self.schema, changes)
-        prepared, left_out = self._prepare(taken), changes.num_rows - taken.num_rows
+        prepared, left_out = self._noted(taken), changes.num_rows - taken.num_rows
         counts = prepared.counts + Counts(read=left_out, filtered=left_out)
         return replace(prepared, counts=counts) if left_out else prepared
+
+    def _noted(self, changes: pa.Table) -> Prepared:
+        """Prepare changes, noted while it lasts."""
+        if self.attempts is None:
+            return self._prepare(changes)
+        with self.attempts.attempt(self.name, self.version, changes) as suspect:
+            return (replace(self, suspect=True) if suspect else self)._prepare(changes)
 
     def _prepare(self, changes: pa.Table) -> Prepared:
         with engine() as db:

@@ -51,6 +51,11 @@ _LONGEST_LINE = 4096
 _MOST_LINES = 100  # a second, that are logged
 
 
+def environment() -> dict[str, str]:
+    """Return the environment variables of a worker."""
+    return {name: os.environ[name] for name in _KEPT if name in os.environ} | _SET
+
+
 @dataclass(frozen=True, slots=True)
 class Script:
     """What a worker runs: a model's file, and the texts of its helper modules by name."""
@@ -189,7 +194,7 @@ class _Process:
                  *map(str, passed)],
                 stdin=subprocess.DEVNULL, stdout=prints, stderr=prints, pass_fds=passed,
                 start_new_session=True,
-                env={name: os.environ[name] for name in _KEPT if name in os.environ} | _SET,
+                env=environment(),
             )  # fmt: skip
         except BaseException:
             os.close(printed)

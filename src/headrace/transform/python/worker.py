@@ -72,7 +72,7 @@ class _Worker:
             assert self._function is not None
             if request["do"] == "bind":
                 self._function.bind(request["types"])
-                _limit_memory(request["memory"])
+                limit_memory(request["memory"])
                 return {}, []
             made = self._function.make(batches[0], self._progress)
             return _outcome(made)
@@ -164,7 +164,7 @@ def _die_with(life: int) -> None:
         os._exit(0)
 
 
-def _limit_memory(allowed: int) -> None:
+def limit_memory(allowed: int) -> None:
     """Let the process take so many bytes more than it has.
 
     RLIMIT_DATA counts what is private and writable. The address space, of which libraries reserve what they
