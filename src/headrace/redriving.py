@@ -227,13 +227,14 @@ def _outcomes(model: RowModel, before: pa.Table, bad: pa.Table) -> list[dict[str
     order = "b.epoch DESC, b.commit DESC, b.ordinal DESC"
     place = f"row_number() OVER (PARTITION BY b.key, f.key IS NULL ORDER BY {order})"
     overtaken = f"{place} > 1" if model.supersedes else "false"
+    key = literal(MASK) if model.key_is_masked else "coalesce(b.key, f.key)"
     with duckdb.connect() as db:
         db.register("before", before)
         db.register("bad", bad)
         found = db.sql(
             f"""SELECT coalesce(b.id, md5(concat_ws('|', {literal(model.source)}, {literal(model.name)},
               f.epoch, f.commit, f.ordinal))::UUID::VARCHAR) AS id, {literal(model.name)} AS model,
-              coalesce(b.key, f.key) AS key,
+              {key} AS key,
               CASE WHEN b.id IS NULL THEN 'new' WHEN f.key IS NOT NULL THEN 'fails'
                 WHEN {overtaken} THEN 'superseded' ELSE 'passes' END AS outcome,
               CASE WHEN b.id IS NOT NULL AND f.key IS NULL AND {overtaken} THEN {newest} END AS superseded_by,
