@@ -48,7 +48,7 @@ _EXHAUSTED: dict[type[duckdb.Error], str] = {
     duckdb.OutOfMemoryException: "crash.memory",
     duckdb.InterruptException: "crash.timeout",
 }
-"""Errors that are the world's, unless a single row meets them in a process of its own, too; and its reason."""
+"""Errors that are the world's, unless a row meets them in a process of its own, too; and its reason then."""
 
 _Cause = tuple[str, str, str, str]
 """Stage, reason, columns and message."""
@@ -345,8 +345,8 @@ class Evaluation:
         self._judged = pa.concat_tables([self._judged, judged])
 
     def _cause_of(self, event: pa.Table, error: duckdb.Error) -> _Cause:
-        """Say why a single event cannot be judged. Raises the error if it is not the event's: a process of its
-        own, that has nothing else to do, can judge it."""
+        """Say why a single event cannot be judged. Raises the error if it is not the event's: a process of
+        its own, that has nothing else to do, can judge it."""
         if type(error) not in _EXHAUSTED:
             return "transform", "transform.expression", "", scrub(str(error))
         for reason, words in killers(self._model.name, self.query("events"), event).values():
