@@ -12,7 +12,7 @@ from headrace.change import Column, CopyMark, Entry, Position, TableId, TableSch
 from headrace.config import load_project
 from headrace.lane import Lane
 from headrace.pipeline import open_lanes
-from headrace.verify import _destination
+from headrace.verify import verify_destination
 
 Row = tuple[str, str, str, Mapping[str, str | None]]
 """Operation, table, key, and the other cells; with `before` the key that the row had."""
@@ -125,5 +125,5 @@ class Family:
         )
 
     def verified(self) -> None:
-        findings = _destination(load_project(self.folder), "shop")
+        findings = verify_destination(load_project(self.folder), "shop")
         assert all(finding.ok for finding in findings), [each for each in findings if not each.ok]

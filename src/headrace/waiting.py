@@ -147,13 +147,13 @@ class Waiting:
         stand = frozenset((each, stands[each.model].state, stands[each.parent].state) for each in together)
         if stand != self._stand:
             self._stand, self._is_due, self._was_apart = stand, True, True
-        if self._is_due and (self._waits or self._was_apart):
+        if running and self._is_due and (self._waits or self._was_apart):
             return self._release(running, together, stands)
         self._is_due = False
-        if self._waits and references and time.monotonic() >= self._looks_at:
+        if self._waits and together and time.monotonic() >= self._looks_at:
             after = {model.name: model.orphan_after for model in running}
             self._looks_at = time.monotonic() + min(max(min(after.values()) / 4, _MOST_OFTEN), _LEAST_OFTEN)
-            alert(self._destination.waits.expire(self._source, references, after))
+            alert(self._destination.waits.expire(self._source, together, after))
         return False
 
     def _release(

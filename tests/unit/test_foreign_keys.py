@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,40 @@ def test_a_change_that_cannot_stand_leaves_its_row_where_it_was(tree: Family) ->
     assert (tree.keys("nodes"), tree.opened()) == (["1", "20"], [("nodes", "3", "waiting")])
     tree.takes(("t", "nodes", "", {}))
     assert (tree.keys("nodes"), tree.opened()) == ([], [])
+    tree.verified()
+
+
+def test_any_history_comes_to_what_the_source_is_once_nothing_is_missing(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    tree = Family(tmp_path, [NODES], {"nodes": NODES_SQL.format(after="15m")})
+    state: dict[str, str | None] = {}
+    for _ in range(8):
+        rows = []
+        for _ in range(chance.randint(1, 6)):
+            key, parent = str(chance.randint(1, 9)), chance.choice([None, *map(str, range(1, 10))])
+            if key in state and chance.random() < 0.25:
+                rows.append(gone("nodes", key))
+                del state[key]
+            elif key in state and (new := str(chance.randint(1, 9))) not in state and chance.random() < 0.3:
+                rows.append(("u", "nodes", new, {"before": key, "parent_id": parent, "v": "1"}))
+                del state[key]
+                state[new] = parent
+            else:
+                rows.append(node(key, parent))
+                state[key] = parent
+        tree.commits(*rows)
+        if chance.random() < 0.7:
+            tree.bring()
+            tree.verified()
+            idle = "status = 'waiting' AND waiting_on ->> 'key' IN (SELECT _source_key FROM nodes)"
+            assert tree.ask(f"SELECT key FROM headrace.quarantine WHERE {idle}") == []
+    missing = {parent for parent in state.values() if parent is not None} - state.keys()
+    tree.takes(node("10", None), *(node(key, "10") for key in missing))
+    state |= dict.fromkeys(missing, "10") | {"10": None}
+    found = {
+        str(key): None if up is None else str(up) for key, up in tree.ask("SELECT id, parent_id FROM nodes")
+    }
+    assert (found, tree.opened()) == (state, [])
     tree.verified()
 
 

@@ -22,7 +22,7 @@ from headrace.prepared import UNIQUE
 from headrace.protocols import Part, Slice
 from headrace.rebuilding import folded
 from headrace.transform.model import RowModel, uncontested
-from headrace.verify import _destination
+from headrace.verify import verify_destination
 
 TEXT = """/* headrace
 key = ["name"]
@@ -248,7 +248,7 @@ class Keyed(Shop):
         )
 
     def assert_verified(self) -> None:
-        findings = _destination(load_project(self.folder), "shop")
+        findings = verify_destination(load_project(self.folder), "shop")
         assert all(finding.ok for finding in findings), findings
         assert any(finding.what == "key of m (name)" for finding in findings)
 
