@@ -403,6 +403,8 @@ def _batches(reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
 def _holds_much(db: duckdb.DuckDBPyConnection) -> bool:
     """Whether changes that no checkpoint has written hold so much memory that whoever opens the file next had
     better find them in it: what can be let go of, goes."""
+    with suppress(duckdb.TransactionException):  # there is none, but where something has failed
+        db.rollback()
     try:
         db.execute(f"SET memory_limit = '{MEMORY // 2}B'")
     except duckdb.OutOfMemoryException:
