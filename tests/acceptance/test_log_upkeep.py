@@ -537,8 +537,9 @@ def test_consumers_that_cannot_be_read_hold_the_log_until_they_can_be(
         cursors.rmdir()
         until(lambda: begins(project) > begin, what="does not go on")
         until(lambda: not pipeline.status()["waiting"], what="still told")
-    words = [record.getMessage() for record in caplog.records if "upkeep" in record.getMessage()]
+    *words, over = [record.getMessage() for record in caplog.records if "upkeep" in record.getMessage()]
     assert len(words) == 2, "once when it waits, once when that lasts"
+    assert over.startswith("RESOLVED shop.upkeep goes on after ")
     for word in words:
         assert f"It is not known who reads the log: {cursors} cannot be opened" in word
         assert "Nothing of the log is deleted meanwhile" in word
