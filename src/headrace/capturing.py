@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 
+from headrace.change import START, SourceMark, source_marker
 from headrace.errors import SourceGap
 from headrace.log.sqlite import SQLiteLog
-from headrace.sources.postgres.continuity import mark_gap
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import UNFINISHED, read_states
@@ -39,8 +39,16 @@ def capture(
                 if stop.is_set() or (until is not None and _is_past(log, until)):
                     return
     except SourceGap as gap:
-        mark_gap(log, str(gap))
+        _mark_gap(log, str(gap))
         raise
+
+
+def _mark_gap(log: SQLiteLog, reason: str) -> None:
+    """Let every reader of the log know that changes are missing here; said once, while it lasts."""
+    last = log.entry(log.end().offset)
+    mark = SourceMark("gap", reason)
+    if last is None or last.entry.payload != mark.to_json().encode():
+        log.append([source_marker(log.position() or START, mark)])
 
 
 def _is_past(log: SQLiteLog, lsn: int) -> bool:

@@ -137,8 +137,7 @@ class Lane:
             self.reload_models()
             self._reload_tables()
             staged = self.staging.through()
-            # Bound before it is asked where they stand: one that does not bind is suspended, which
-            # changes the answer.
+            # Before it is asked where they stand: one that does not bind is suspended.
             list(self._models(staged))
             joined = self._join(staged)
             decided = self.redriver.take_in(self._running(staged), self._suspend)

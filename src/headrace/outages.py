@@ -32,8 +32,9 @@ class Outages:
         self._waiting: dict[str, _Wait] = {}
 
     def reasons(self) -> dict[str, str]:
-        """Return why each of them waits."""
-        return {name: wait.why for name, wait in [*self._waiting.items()]}
+        """Return why each of them waits, after `alerted: ` where people were told."""
+        waiting = [*self._waiting.items()]
+        return {name: f"alerted: {wait.why}" if wait.kind else wait.why for name, wait in waiting}
 
     def fails(self, name: str, error: BaseException) -> bool:
         """Note that a try failed; returns whether the one before had failed as well."""

@@ -25,6 +25,7 @@ from headrace.errors import HeadraceError, ModelBroken, UserError
 from headrace.joining import Joiner
 from headrace.keys import literal
 from headrace.log.sqlite import SQLiteLog
+from headrace.masking import MASK
 from headrace.protocols import Destination
 from headrace.rebuilding import folded
 from headrace.staging.delta import DeltaStaging
@@ -95,7 +96,8 @@ class Redriver:
         if before is None:
             return refolding.counts
         records = _outcomes(model, before, refolding.outcomes[model.name].records)
-        return {**refolding.counts, "records": records}
+        hidden = {"key": MASK} if model.key_is_masked else {}
+        return {**refolding.counts, "records": [record | hidden for record in records]}
 
     def _open_records(self, model: RowModel, keys: Sequence[str]) -> pa.Table:
         chosen = ", ".join(map(literal, keys)) or "NULL"
@@ -225,13 +227,14 @@ def _outcomes(model: RowModel, before: pa.Table, bad: pa.Table) -> list[dict[str
     order = "b.epoch DESC, b.commit DESC, b.ordinal DESC"
     place = f"row_number() OVER (PARTITION BY b.key, f.key IS NULL ORDER BY {order})"
     overtaken = f"{place} > 1" if model.supersedes else "false"
+    key = literal(MASK) if model.key_is_masked else "coalesce(b.key, f.key)"
     with duckdb.connect() as db:
         db.register("before", before)
         db.register("bad", bad)
         found = db.sql(
             f"""SELECT coalesce(b.id, md5(concat_ws('|', {literal(model.source)}, {literal(model.name)},
               f.epoch, f.commit, f.ordinal))::UUID::VARCHAR) AS id, {literal(model.name)} AS model,
-              coalesce(b.key, f.key) AS key,
+              {key} AS key,
               CASE WHEN b.id IS NULL THEN 'new' WHEN f.key IS NOT NULL THEN 'fails'
                 WHEN {overtaken} THEN 'superseded' ELSE 'passes' END AS outcome,
               CASE WHEN b.id IS NOT NULL AND f.key IS NULL AND {overtaken} THEN {newest} END AS superseded_by,

@@ -144,6 +144,20 @@ def test_an_issue_in_a_postgres_destination_is_told_as_whole(
     _is_whole(only(web.taken()))
 
 
+def test_what_is_masked_goes_to_nobody(project: Project, server: PostgresServer, web: Web) -> None:
+    config = project.root / "headrace.toml"
+    pii = 'pii = ["public.orders.id", "public.orders.amount"]'
+    config.write_text(config.read_text().replace("[source.shop]", f"[source.shop]\n{pii}"))
+    sql(server, "INSERT INTO orders VALUES (4711000, 'new', 'hunter3')")
+    Pipeline(load_project(project.root)).run_once()
+    first, *_ = only(web.taken())["details"]["samples"]
+    assert (first["key"], first["cells"]["id"], first["cells"]["amount"]) == ("***", "***", "***")
+    kept = b"".join(path.read_bytes() for path in project.state.glob(f"{FILE}*"))
+    for said in (web.posts[0].body, kept):
+        assert b"4711000" not in said
+        assert b"hunter3" not in said
+
+
 def test_a_kill_between_the_record_and_its_delivery_loses_no_alert(project: Project, web: Web) -> None:
     killed = -signal.SIGKILL
     assert run_once(project, alerts_record="kill@1") == killed

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
+from headrace.authoring.files import find_model
+from headrace.authoring.preview import preview
 from headrace.config import Project, load_project
 from headrace.pipeline import Pipeline
-from headrace.server import read_rows
+from headrace.server import ask, read_rows
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
+from pipelines import running
 from projects import Done, here
 
 STRICT = "SELECT id::INT AS id, amount::INT AS amount, note FROM raw.shop.t"
@@ -63,6 +67,10 @@ class Shop:
         ((state, records, opened),) = self.rows("SELECT state, records, open FROM headrace.issues")
         return state, records, opened
 
+    def issues(self) -> str:
+        ((issue,),) = self.rows("SELECT issue FROM headrace.issues")
+        return str(issue)
+
     def assert_verified(self) -> None:
         report = verify(self.project)
         assert report.verified, [finding for finding in report.findings if not finding.ok]
@@ -70,8 +78,8 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
-    with PostgresServer(tmp_path_factory.mktemp("decisions") / "pg") as running:
-        yield running
+    with PostgresServer(tmp_path_factory.mktemp("decisions") / "pg") as started:
+        yield started
 
 
 @pytest.fixture
@@ -114,6 +122,9 @@ def test_decisions_survive_a_rebuild_and_a_deleted_destination(shop: Shop) -> No
         shop.assert_verified()
 
     holds()
+    seen = preview(shop.project, find_model(shop.project, "m"))
+    assert seen.difference is not None
+    assert seen.difference.nothing
     assert shop.rows("SELECT resolution, actor FROM headrace.quarantine WHERE key = '2'") == [
         ("patched", "ada")
     ]
@@ -133,4 +144,28 @@ def test_decisions_survive_a_rebuild_and_a_deleted_destination(shop: Shop) -> No
     shop.run()
     assert shop.rows() == [(2, 22), (3, 33), (4, None)]
     assert shop.records() == {"2": "quarantined", "3": "superseded", "50": "quarantined"}
+    shop.assert_verified()
+
+
+def test_beside_a_running_pipeline_commands_take_turns(shop: Shop) -> None:
+    shop.sql("INSERT INTO t SELECT i, 'x', 'many' FROM generate_series(10, 69) i")
+    shop.run()
+    with running(shop.project):
+        assert shop.answer("patch", shop.id("2"), "amount=22")["status"] == "resolved"
+        shop.model(LOOSE)
+
+        def redrive(first: int) -> int:
+            keys = [str(key) for key in range(first, first + 10)]
+            request = {"op": "redrive", "source": "shop", "model": "m", "keys": keys, "dry_run": False}
+            return int(ask(shop.project, request)["resolved"])
+
+        with ThreadPoolExecutor(6) as many:
+            resolved = list(many.map(redrive, [10, 20, 20, 30, 40, 50]))
+        shop.sql("INSERT INTO t VALUES (70, '70', 'meanwhile')")
+        assert sum(resolved) == 50
+        where = ("discard", "--where", "note_is_not_a_column = 1", "--reason", "none")
+        assert shop.command(*where).code == 2
+        assert shop.answer("discard", "--issue", shop.issues(), "--reason", "tests")["discarded"] == 11
+    shop.run()
+    assert shop.rows("SELECT count(*), count(amount) FROM main.m") == [(54, 4)]
     shop.assert_verified()

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import psycopg
+import pytest
 
 from headrace.config import load_project
 from headrace.server import read_rows
@@ -41,6 +42,7 @@ def headrace(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.timeout(3600)
 def test_records_of_one_cause_are_one_issue_and_one_alert_and_all_are_redriven(tmp_path: Path) -> None:
     folder = tmp_path / "shop"
     (folder / "models").mkdir(parents=True)

@@ -50,10 +50,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]
         yield started
 
 
-def test_what_is_planted_is_found_in_the_log_in_staging_and_in_the_tables_alone(
-    tmp_path: Path, server: PostgresServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
+def planted(root: Path, server: PostgresServer) -> str:
+    """Make tables and a project with secrets in them; returns the text of a model that is mended later."""
     with psycopg.connect(server.url, autocommit=True) as db:
         db.execute(
             "CREATE TABLE people (id int PRIMARY KEY, mail text, born text, amount text);"
@@ -65,7 +63,6 @@ def test_what_is_planted_is_found_in_the_log_in_staging_and_in_the_tables_alone(
             "(5, 's3cr3t'', s3cr3t: x \"s3cr3t\" \\n s3cr3t', '2001-01-01', '3');"
             "INSERT INTO logins VALUES ('e@s3cr3t-e', 'x'); INSERT INTO bare VALUES ('f@s3cr3t-f', 'x')"
         )
-    root = tmp_path / "project"
     (root / "models").mkdir(parents=True)
     url = server.url.replace("postgres@", "postgres:s3cr3t-pw@")
     (root / "headrace.toml").write_text(
@@ -76,6 +73,15 @@ def test_what_is_planted_is_found_in_the_log_in_staging_and_in_the_tables_alone(
     (root / "models" / "logged.sql").write_text(strict)
     (root / "models" / "bared.sql").write_text("SELECT mail, n::INT AS n FROM raw.shop.bare")
     (root / "models" / "pythonic.py").write_text(PYTHON)
+    return strict
+
+
+def test_what_is_planted_is_found_in_the_log_in_staging_and_in_the_tables_alone(
+    tmp_path: Path, server: PostgresServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    root = tmp_path / "project"
+    strict = planted(root, server)
     Pipeline(load_project(root)).run_once()
     with psycopg.connect(server.url, autocommit=True) as db:
         db.execute("UPDATE people SET mail = 'g@s3cr3t-g' WHERE id = 1; DELETE FROM logins")
@@ -92,27 +98,35 @@ def test_what_is_planted_is_found_in_the_log_in_staging_and_in_the_tables_alone(
     records = read_rows(load_project(root), "SELECT id::VARCHAR, key, model FROM headrace.quarantine")[1]
     records = [tuple(map(str, row)) for row in records]
     assert {model for _, _, model in records} == {"typed", "logged", "bared", "pythonic"}
+    (record,) = (id_ for id_, key, model in records if (model, key) == ("typed", "2"))
+    patched = out("quarantine", "patch", record, "mail=p@s3cr3t-p", "--reason", "test")
+    assert "s3cr3t" not in patched
     outputs = {
         command: out(*command)
         for command in [
             ("status",), ("status", "--json"), ("check",), ("ci",), ("models", "ls"),
             ("models", "show", "typed"), ("quarantine", "list"), ("quarantine", "list", "--json"),
             *(("quarantine", "show", id_, *more) for id_, _, _ in records for more in ((), ("--json",))),
+            ("quarantine", "issues"), ("quarantine", "redrive", "--all", "--dry-run"),
+            ("quarantine", "export", "--format", "json", "--output", str(tmp_path / "records.json")),
+            ("alerts", "list"),
             ("preview", "typed"), ("preview", "logged"), ("preview", "pythonic", "--json"),
             ("rebuild", "logged", "--dry-run"), ("rebuild", "typed", "--as-of", "3"), ("tables", "list"),
-            ("log", "tail"), *(("log", "show", str(n)) for n in range(1, 15)),
-            *(("log", "show", str(n), "--json") for n in range(1, 15)),
+            ("log", "tail"), *(("log", "show", str(n)) for n in range(1, 20)),
+            *(("log", "show", str(n), "--json") for n in range(1, 20)),
             ("log", "find", "--key", "people:1"), ("log", "find", "--key", "people:1", "--json"),
             ("staging", "history", "people"), ("staging", "ls"),
         ]
     }  # fmt: skip
+    outputs["the export",] = (tmp_path / "records.json").read_text()
+    assert '"key":"***"' in outputs["the export",].replace(" ", "")
     outputs["verify",] = str(verify(load_project(root)).to_dict())
     found = {command: text for command, text in outputs.items() if SECRET in text}
     assert not found
     # What masks nothing proves nothing.
     assert "***" in outputs["preview", "typed"] + outputs["log", "find", "--key", "people:1"]
     assert "a@s3cr3t-a" in out("log", "find", "--key", "people:1", "--unmask")
-    assert "s3cr3t" in "".join(out("log", "show", str(n), "--unmask") for n in range(1, 15))
+    assert "s3cr3t" in "".join(out("log", "show", str(n), "--unmask") for n in range(1, 20))
     lines = [OneLine().format(record) for record in caplog.records if record.name.startswith("headrace")]
     assert not [line for line in lines if SECRET in line]
     assert any("NEW CAUSE" in line for line in lines)

@@ -218,11 +218,11 @@ def test_what_is_muted_is_told_when_nothing_mutes_it_any_more(alerting: Alerting
     assert [alert["kind"] for alert in body["alerts"]] == ["suspended"]
     assert body["severity"] == "error"
     resolve("suspended", "sales", "RESOLVED", model="sales")
-    alerting._store.silence("v1:1", 3e9, "known", 0.0)
+    alerting._store.silence("sales", 3e9, "known", 0.0)
     alerting.plan(2.1e9)
     (body,) = sent(alerting)
     assert [(each["kind"], each["status"]) for each in body["alerts"]] == [("suspended", "resolved")]
-    alerting._store.silence("v1:1", 0.0, "", 1.0)
+    alerting._store.silence("sales", 0.0, "", 1.0)
     alerting.plan(2.2e9)
     (body,) = sent(alerting)
     assert [(each["kind"], each["status"]) for each in body["alerts"]] == [("issue", "firing")]
@@ -265,7 +265,7 @@ def test_a_wait_that_lasts_is_alerted_of_once_and_over_when_it_works(
     # That the source answers does not make room.
     lasting.works("shop.load", SourceUnavailable)
     lasting.works("shop.capture", SourceUnavailable)
-    assert lasting.reasons() == {"shop.load": "full"}
+    assert lasting.reasons() == {"shop.load": "alerted: full"}
     assert [each.kind for each in alerting._store.firing()] == ["waiting"]
     lasting.works("shop.load")
     assert alerting._store.firing() == []

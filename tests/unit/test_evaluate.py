@@ -138,6 +138,16 @@ def test_a_row_that_no_query_can_judge_gives_way_to_the_key_s_earlier_value(tmp_
     assert outcome(model.prepare(changes)) == (["a"], {"1": "transform.expression"}, 0)
 
 
+def test_a_delete_with_a_cell_that_nobody_knows_is_applied_beside_a_bad_row(tmp_path: Path) -> None:
+    changes = staged([None, "bad", "1"])
+    at = changes.schema.get_field_index("_unchanged")
+    changes = changes.set_column(at, "_unchanged", pa.array([["v"], None, None], UNCHANGED))
+    changes = changes.set_column(changes.schema.get_field_index("_op"), "_op", pa.array(["d", "c", "c"]))
+    made = bound(tmp_path, "SELECT v::INT AS x FROM raw.shop.t").prepare(changes)
+    assert outcome(made) == ([1], {"2": "transform.cast"}, 0)
+    assert sorted(made.removed.to_pylist()) == ["1", "3"]
+
+
 # -- contract ------------------------------------------------------------------------------------------
 
 

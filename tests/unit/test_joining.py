@@ -255,6 +255,7 @@ def test_a_join_holds_what_the_source_holds(
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 1 << 32), length=st.integers(10, 40))
 @example(seed=735, length=35)  # a copy at the very position of a commit
+@example(seed=24, length=20)  # a delete with cells that nobody knows, of a key with nothing else
 def test_what_a_join_refuses_is_what_the_fold_of_history_refuses(
     tmp_path_factory: pytest.TempPathFactory, seed: int, length: int
 ) -> None:

@@ -7,16 +7,19 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 import pytest
 
 from headrace.change import Column, TableId, TableSchema
 from headrace.errors import ModelBroken
 from headrace.payload import BEFORE, UNCHANGED
-from headrace.transform import trial
+from headrace.transform import evaluate, trial
 from headrace.transform.attempts import Attempts
 from headrace.transform.model import RowModel, bind
 from headrace.transform.sql import read_model
@@ -100,12 +103,26 @@ from headrace.transform.python.worker import limit_memory
 model = t.model_of(Path({str(tmp_path)!r}), t.HUNGRY)
 model.prepare(t.changes([1]))
 limit_memory(256 << 20)
+t.trial.MEMORY = 256 << 20
 made = model.prepare(t.changes([3, 100_000_000, 4]))
 print(json.dumps([made.rows["id"].to_pylist(), made.records["reason"].to_pylist()]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[1, 3], ["crash.memory"]]
+
+
+def test_a_row_that_another_process_can_judge_is_not_blamed_for_an_engine_that_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def exhausted(*_: object) -> Iterator[None]:
+        raise duckdb.OutOfMemoryException("Out of Memory Error: failed to allocate")
+        yield
+
+    monkeypatch.setattr(evaluate, "_within", exhausted)
+    with pytest.raises(duckdb.OutOfMemoryException):
+        model_of(tmp_path, "v::INT").prepare(changes([1, 2]))
 
 
 def test_a_query_that_needs_no_row_to_end_its_process_is_the_model_s_fault(

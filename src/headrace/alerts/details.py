@@ -13,6 +13,7 @@ from headrace.change import TableId
 from headrace.config import Project
 from headrace.keys import literal
 from headrace.lane import Lane
+from headrace.masking import MASK
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.staging.timeline import timeline
 from headrace.transform.sql import ModelText
@@ -52,7 +53,8 @@ def issue_details(
     lane = next(iter(lanes.values()))
     listed = ", ".join(map(literal, issues))
     samples = (
-        'SELECT key, "offset", preview FROM headrace.quarantine '
+        f"SELECT CASE WHEN key_is_masked THEN '{MASK}' ELSE key END AS key, \"offset\", preview "
+        "FROM headrace.quarantine "
         f"WHERE issue = {literal(issue)} AND status IN ('quarantined', 'waiting', 'blocked') "
         f'ORDER BY "offset" DESC, ordinal DESC LIMIT {SAMPLES}'
         for issue in issues

@@ -175,6 +175,7 @@ def _build(
     """Build a model in the scratch file, and beside it what its WHERE leaves out."""
     through = staging.through()
     model = marked(bind_found(found, staging.schemas(through)), found.text, pii)
+    model = replace(model, decisions=staging.decisions(model.name, through))
     copy = staging.copy(model.table, through)
     if copy is None:
         raise UserError(

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _MAX_CHANGES = 10_000
 """Changes in one decision, one entry of the log and one request."""
 
+_MAX_KEY_CHARACTERS = 500_000
+
 MAX_CELL_BYTES = 1 << 20
 """How large a cell of a patch may be."""
 
@@ -162,8 +164,11 @@ def _decisions(project: Project, chosen: Chosen, actor: str, reason: str) -> Ite
     rows = zip(*(found[name].to_pylist() for name in found.column_names), strict=True)
     for (source, model), group in groupby(rows, key=lambda row: row[:2]):
         changes = [Decided(*row[2:]) for row in group]
-        for begin in range(0, len(changes), _MAX_CHANGES):
-            some = tuple(changes[begin : begin + _MAX_CHANGES])
+        # Of long keys fewer: a request is bounded, and a character may take two dozen bytes in it.
+        longest = max(len(change.key) for change in changes)
+        size = max(1, min(_MAX_CHANGES, _MAX_KEY_CHARACTERS // (longest + 1)))
+        for begin in range(0, len(changes), size):
+            some = tuple(changes[begin : begin + size])
             yield source, Decision("discard", model, some, actor, reason)
 
 

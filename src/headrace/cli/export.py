@@ -11,10 +11,9 @@ from typing import IO, TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from headrace.cli.quarantine import Status
-from headrace.cli.records import Chosen
+from headrace.cli.records import SHOWN_AWAITED, SHOWN_KEY, Chosen
 from headrace.config import load_project
 from headrace.errors import UserError
-from headrace.masking import MASK
 from headrace.server import scan
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ def export(
     where: str | None = None,
     project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),
 ) -> None:
-    """Write records, with every column of headrace.quarantine, to a file; by default all of them.
+    """Write records, with every column of headrace.quarantine, to a file; by default all of them. What is
+    masked is so there, too.
 
     They are written as they are read, however many; the file has its name once it is whole.
 
@@ -56,7 +56,8 @@ def export(
     """
     wanted = Chosen(status, model, issue, where=where).condition
     query = (
-        "SELECT CAST(id AS VARCHAR) AS record, * FROM headrace.quarantine "
+        f"SELECT CAST(id AS VARCHAR) AS shown_id, {SHOWN_KEY} AS shown_key, "
+        f"{SHOWN_AWAITED} AS shown_waiting_on, * FROM headrace.quarantine "
         f'WHERE {wanted} ORDER BY source, model, "offset", ordinal'
     )
     making = output.with_name(f".{output.name}.part")
@@ -64,10 +65,10 @@ def export(
     try:
         with scan(load_project(project), [query]) as results:
             schema, batches = next(results)
-            names = [name for name in schema.names if name != "id"]
+            names = [name for name in schema.names if f"shown_{name}" not in schema.names]
             with _writer(format, making, _renamed(schema, names)) as write:
                 for batch in batches:
-                    write(_as(_masked(batch), names))
+                    write(_as(batch, names))
                     count += batch.num_rows
             next(results, None)
         making.replace(output)
@@ -82,24 +83,11 @@ def _renamed(schema: pa.Schema, names: list[str]) -> pa.Schema:
     import pyarrow as pa
 
     fields = [schema.field(name) for name in names]
-    return pa.schema([field.with_name("id") if field.name == "record" else field for field in fields])
+    return pa.schema([field.with_name(field.name.removeprefix("shown_")) for field in fields])
 
 
 def _as(batch: pa.RecordBatch, names: list[str]) -> pa.RecordBatch:
-    return batch.select(names).rename_columns(["id" if name == "record" else name for name in names])
-
-
-def _masked(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return records without the values of keys that are not shown."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    is_masked = pc.fill_null(batch["key_is_masked"], False)
-    for name in ("key", "waiting_on"):
-        at, cells = batch.schema.get_field_index(name), batch[name]
-        hidden = pc.and_(is_masked, pc.is_valid(cells))
-        batch = batch.set_column(at, name, pc.if_else(hidden, pa.scalar(MASK, cells.type), cells))
-    return batch
+    return batch.select(names).rename_columns([name.removeprefix("shown_") for name in names])
 
 
 def _writer(

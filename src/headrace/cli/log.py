@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,7 @@ from headrace.errors import UserError
 from headrace.log.consumers import Cursor, Cursors
 from headrace.log.places import told
 from headrace.log.sqlite import SQLiteLog
-from headrace.masking import marked_in, mask_cells, mask_columns
+from headrace.masking import MASK, marked_in, mask_cells, mask_columns, masks_key
 from headrace.reading import OpenLog, find_logs, only_log, rows_of
 from headrace.sources.postgres.health import age_text, size_text
 from headrace.sources.postgres.lsn import format_lsn
@@ -141,6 +142,8 @@ def show(
             print(f"{name:<{width}}  {json_of(value) if isinstance(value, list) else value}")
     if item.entry.kind not in ("rows", "copy"):
         content = item.entry.payload.decode()
+        if item.entry.kind == "decision" and item.entry.table is not None and not unmask:
+            content = _masked_decision(content, log.schemas()[item.entry.table], pii_of(project, log.source))
         print(content if json else f"{'content':<{width}}  {content}")
         return
     batch = rows_of(item)
@@ -156,6 +159,18 @@ def show(
     print_table(names, cells)
     if part.num_rows < batch.num_rows:
         print(f"… and {batch.num_rows - part.num_rows} more rows; --rows {batch.num_rows} shows them all.")
+
+
+def _masked_decision(content: str, shape: TableSchema, pii: Sequence[str]) -> str:
+    """Return a decision without the keys and cells that are not shown."""
+    cells = marked_in(pii, shape.table, [column.name for column in shape.columns])
+    if not cells:
+        return content
+    decision = Decision.from_json(content.encode())
+    is_key = masks_key(shape, cells)
+    changes = tuple(each._replace(key=MASK) if is_key else each for each in decision.changes)
+    patched = decision.cells and mask_cells(decision.cells, cells)
+    return replace(decision, changes=changes, cells=patched).to_json()
 
 
 def _masked(rows: pa.RecordBatch, cells: frozenset[str]) -> pa.RecordBatch:

@@ -15,7 +15,7 @@ from uuid import UUID
 from cyclopts import Parameter
 
 from headrace.cells import json_of
-from headrace.cli.records import OPEN, Chosen, pipeline_for, refuse_unknown
+from headrace.cli.records import OPEN, SHOWN_KEY, Chosen, pipeline_for, refuse_unknown
 from headrace.cli.tables import print_json_lines, print_table
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError, UserError
@@ -28,8 +28,6 @@ MAX_KEYS = 100_000
 """Keys in one request: with keys of usual length it stays below the server's bound for a request."""
 
 _MAX_KEY_BYTES = 8 << 20
-SHOWN_KEY = f"CASE WHEN key_is_masked THEN '{MASK}' ELSE key END"
-"""A record's key as it is shown: `redrive --key` takes the key itself."""
 
 Status = Literal["open", "quarantined", "waiting", "blocked", "resolved", "superseded", "discarded", "all"]
 _Project = Annotated[Path, Parameter(help="The project's folder.")]

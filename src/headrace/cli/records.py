@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any
 from headrace.config import Project
 from headrace.errors import HeadraceError, UserError
 from headrace.keys import literal
+from headrace.masking import MASK
 from headrace.server import ask, is_running, read
 
 if TYPE_CHECKING:
     from headrace.pipeline import Pipeline
 
 OPEN = ("quarantined", "waiting", "blocked")
+
+SHOWN_KEY = f"CASE WHEN key_is_masked THEN '{MASK}' ELSE key END"
+"""A record's key as it is shown, in SQL: `redrive --key` takes the key itself."""
+SHOWN_AWAITED = f"CASE WHEN key_is_masked AND waiting_on IS NOT NULL THEN '{MASK}' ELSE waiting_on END"
+"""What a record waits for, as it is shown."""
 
 
 @dataclass(frozen=True, slots=True)

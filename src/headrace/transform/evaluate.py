@@ -23,7 +23,7 @@ from headrace.keys import literal, quoted, source_key
 from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
 from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
-from headrace.transform.trial import killers, show_events, time_for
+from headrace.transform.trial import killers, refuse_too_many, show_events, time_for
 
 if TYPE_CHECKING:
     from headrace.transform.handling import Action
@@ -48,7 +48,7 @@ _EXHAUSTED: dict[type[duckdb.Error], str] = {
     duckdb.OutOfMemoryException: "crash.memory",
     duckdb.InterruptException: "crash.timeout",
 }
-"""Errors that are the world's, unless a single row meets them where no row does not; and its reason then."""
+"""Errors that are the world's, unless a row meets them in a process of its own, too; and its reason then."""
 
 _Cause = tuple[str, str, str, str]
 """Stage, reason, columns and message."""
@@ -331,11 +331,11 @@ class Evaluation:
             with _within(self._db, time_for(events.num_rows)):
                 judged = self._db.sql(self.query("events")).to_arrow_table()
         except duckdb.Error as error:
-            exhausted = _EXHAUSTED.get(type(error))
-            if exhausted is None and _is_the_engines(error):
+            if type(error) not in _EXHAUSTED and _is_the_engines(error):
                 raise
             if events.num_rows == 1:
-                self._fatal[events["_hr_n"][0].as_py()] = self._cause_of(error)
+                self._fatal[events["_hr_n"][0].as_py()] = self._cause_of(events, error)
+                refuse_too_many(self._model.name, self._fatal.values())
                 return
             middle = events.num_rows // 2
             self._judge(events.slice(0, middle))
@@ -344,16 +344,14 @@ class Evaluation:
         assert self._judged is not None
         self._judged = pa.concat_tables([self._judged, judged])
 
-    def _cause_of(self, error: duckdb.Error) -> _Cause:
-        """Say why a single row cannot be judged. Raises the error if it is not the row's: no row can be."""
-        exhausted = _EXHAUSTED.get(type(error))
-        if exhausted is None:
+    def _cause_of(self, event: pa.Table, error: duckdb.Error) -> _Cause:
+        """Say why a single event cannot be judged. Raises the error if it is not the event's: a process of
+        its own, that has nothing else to do, can judge it."""
+        if type(error) not in _EXHAUSTED:
             return "transform", "transform.expression", "", scrub(str(error))
-        try:
-            self._db.sql(self.query("(SELECT * FROM events LIMIT 0)")).to_arrow_table()
-        except duckdb.Error:
-            raise error from None
-        return "crash", exhausted, "", scrub(str(error))
+        for reason, words in killers(self._model.name, self.query("events"), event).values():
+            return "crash", reason, "", words
+        raise error
 
     def _expression_faults(self, events: pa.Table, failed: pa.Table) -> Iterator[pa.Table]:
         """Yield what is wrong with rows of which an expression fails: of each the first one."""

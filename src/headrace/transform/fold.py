@@ -209,8 +209,9 @@ def _settle(
     good = settled.filter(pc.invert(pc.is_in(settled, value_set=bad["n"].combine_chunks())))
     others = removed.filter(pc.invert(pc.is_in(removed, value_set=keys)))
     points = points.filter(pc.is_in(points["k"], value_set=keys))
-    if points.num_rows == bad.num_rows:  # nothing else has happened to these keys
-        return good, others, bad["n"].combine_chunks().sort()
+    numbers = pc.unique(bad["n"])
+    if points.num_rows == len(numbers) and not pc.any(points["gone"]).as_py():
+        return good, others, numbers.sort()  # nothing else has happened to these keys
     db.register("points", points)
     db.register("verdicts", verdicts.filter(pc.is_in(verdicts["k"], value_set=keys)))
     db.execute(

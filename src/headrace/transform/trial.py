@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 
 import duckdb
@@ -63,9 +64,15 @@ def killers(model: str, query: str, events: pa.Table) -> dict[int, Death]:
             raise _broken(model, f"without any row: {death[1]}")
         if (death := trial(query, part)) is not None:  # once may be chance
             found[part["_hr_n"][0].as_py()] = death
-        if len(found) > _MOST_KILLERS:
-            raise _broken(model, f"on {len(found)} records of one part, the last time: {death and death[1]}")
+        refuse_too_many(model, (("crash", *each) for each in found.values()))
     return found
+
+
+def refuse_too_many(model: str, causes: Iterable[tuple[str, ...]]) -> None:
+    """Raise ModelBroken where so many of some records have a crash for their cause that it is the model's."""
+    crashes = [cause for cause in causes if cause[0] == "crash"]
+    if len(crashes) > _MOST_KILLERS:
+        raise _broken(model, f"on {len(crashes)} records of one part, the last time: {crashes[-1][-1]}")
 
 
 def trial(query: str, events: pa.Table) -> Death | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from headrace.change import START, SourceMark, source_marker
 from headrace.config import SourceConfig
 from headrace.errors import RESYNC, SourceGap
 from headrace.protocols import LogIndex
@@ -103,11 +102,3 @@ class Continuity:
 
 def _time(microseconds: int) -> str:
     return datetime.fromtimestamp(microseconds / 1e6, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def mark_gap(log: LogIndex, reason: str) -> None:
-    """Let every reader of the log know that changes are missing here; said once, while it lasts."""
-    (last,) = log.read(log.end().offset - 1, 1) if log.end().offset else (None,)
-    mark = SourceMark("gap", reason)
-    if last is None or last.entry.payload != mark.to_json().encode():
-        log.append([source_marker(log.position() or START, mark)])
