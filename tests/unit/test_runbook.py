@@ -1,4 +1,4 @@
-"""Every reason of a record has its section in the runbook, and a line among the quarantine's reasons."""
+"""What documentation says of the quarantine, held against source and tests."""
 
 from __future__ import annotations
 
@@ -39,3 +39,17 @@ def test_every_reason_is_told_of_where_the_quarantine_is() -> None:
         r"^## Reasons\n(.*?)^## ", (ROOT / "docs" / "quarantine.md").read_text(), re.DOTALL | re.MULTILINE
     )
     assert {name for name in re.findall(r"`([a-z_.]+)`", table) if REASON.fullmatch(name)} == reasons()
+
+
+def test_what_is_said_of_us_beside_others_names_tests_that_there_are() -> None:
+    text = (ROOT / "docs" / "quarantine-compared.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(?:\w+::)?(\w+)`", text)
+    assert len(named) > 30
+    lacking = [(path, test) for path, test in named if f"def {test}(" not in (ROOT / path).read_text()]
+    assert not lacking
+
+
+def test_what_is_said_of_others_has_its_source() -> None:
+    text, _, sources = (ROOT / "docs" / "quarantine-compared.md").read_text().partition("\n## Sources\n")
+    cited = {int(number) for number in re.findall(r"\[(\d+)\]", text)}
+    assert cited == {int(number) for number in re.findall(r"^(?:- )?\[?(\d+)[\].]", sources, re.MULTILINE)}
