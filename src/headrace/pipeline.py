@@ -193,7 +193,6 @@ class Pipeline:
 
     def close(self) -> None:
         """Give back log, staging and state folder."""
-        self._alerting.close()
         for upkeep in self._upkeep.values():
             upkeep.close()
         for place in self._places.values():
@@ -202,6 +201,7 @@ class Pipeline:
         for lane in self.lanes:
             lane.close()
             lane.destination.close()
+        self._alerting.close()  # last, since whatever is closed may have something to say
         self._lock.close()
 
     def _serve(self) -> Server:

@@ -22,6 +22,7 @@ from headrace.config import (
     DestinationConfig,
     LogConfig,
     Project,
+    QuarantineConfig,
     ScaleConfig,
     Secret,
     SourceConfig,
@@ -80,6 +81,7 @@ def test_the_url_alone_is_enough(tmp_path: Path) -> None:
         staging=StagingConfig(path=root / ".headrace" / "staging"),
         destination=DestinationConfig(type="duckdb", path=root / "warehouse.duckdb"),
         scale=ScaleConfig(freshness=10.0),
+        quarantine=QuarantineConfig(max_records=10_000_000, max_bytes=16 << 30),
     )
 
 
@@ -313,9 +315,9 @@ def test_a_source_without_a_name(tmp_path: Path) -> None:
 
 
 def test_unknown_key_without_a_likeness_lists_what_is_known(tmp_path: Path) -> None:
-    message = refusal(tmp_path, SOURCE + "[scale]\nzzz = 1\n[quarantine]\n")
+    message = refusal(tmp_path, SOURCE + "[scale]\nzzz = 1\n[monitor]\n")
     assert "headrace.toml:4: [scale] zzz: unknown key; known here: freshness" in message
-    assert "headrace.toml:5: [quarantine]: unknown section; known here: source, log," in message
+    assert "headrace.toml:5: [monitor]: unknown section; known here: source, log," in message
 
 
 def test_a_section_that_is_no_table(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -102,9 +102,10 @@ class Database:
         return connection
 
     def close(self) -> None:
-        """Close every connection of this object, whichever thread made it."""
+        """Close every connection of this object, whichever thread made it; one in use is its thread's."""
         for connection in self._connections:
-            connection.close()
+            with suppress(apsw.ThreadingViolationError):
+                connection.close()
         self._connections.clear()
         self._local = threading.local()
 

@@ -248,7 +248,11 @@ class PostgresSource:
         """Take up what became of the captured tables, and take in new ones."""
         db = self._catalog()
         awaited = set[TableId]()
-        changes = list(catalog_changes(db, log, captured_tables(log)))
+        try:
+            changes = list(catalog_changes(db, log, captured_tables(log)))
+        except psycopg.errors.InternalError_ as error:  # it met a relation that was being dropped
+            logger.info("%s: the catalog changed while it was looked at: %s", self.name, error.sqlstate)
+            return
         # One that has its name back may go once more, and then what it held in between is still to come.
         away = {change.table for change in changes if change.kind not in ("altered", "rewritten")}
         self._gone = {table: at for table, at in self._gone.items() if table in away}
