@@ -56,9 +56,9 @@ _SCAN_ROWS = 10_000
 """Rows in memory at once of a result that is scanned."""
 
 _REPLAYED = 4 << 20
-"""Bytes of the write-ahead log from which on a commit checkpoints. The next one to open the file replays what
-there is, within some 20 ms; a checkpoint with each close would take most of the time of small slices in
-large tables, since it writes anew what the file says of each of their parts."""
+"""Bytes of the write-ahead log that are left to whoever opens the file next, who replays them within some
+20 ms; a checkpoint with each close would take most of the time of small slices in large tables, since it
+writes anew what the file says of each of their parts."""
 
 _VECTOR, _VECTOR_BYTES = 2048, 20 << 10
 """Of so many rows that lie together, a transaction that deletes one holds who deleted each: so many bytes."""
@@ -134,20 +134,25 @@ class DuckDBDestination(Database):
             connection.execute("SET enable_progress_bar = false")
             if not read_only:
                 connection.execute("PRAGMA disable_checkpoint_on_shutdown")
-                connection.execute(f"SET checkpoint_threshold = '{_REPLAYED}B'")
             connection.execute("SET allocator_flush_threshold = '16MB'")
             connection.execute("SET allocator_bulk_deallocation_flush_threshold = '16MB'")
-            self._grant(connection, max(memory, MEMORY))
+            # Before its memory is limited: what was replayed may have to go there, and then it cannot be set.
             if self._spill is not None and _spills_to(connection) != str(self._spill):
                 connection.execute(f"SET temp_directory = {literal(str(self._spill))}")
+            self._grant(connection, max(memory, MEMORY))
             yield connection
         finally:
             with _opening:
                 self._granted.pop(id(connection), None)
-                if not read_only and not self._granted and _holds_much(connection):
+                if not read_only and not self._granted and self._leaves_much(connection):
                     connection.execute("PRAGMA enable_checkpoint_on_shutdown")
                 connection.close()
                 self._left = self._signature()
+
+    def _leaves_much(self, connection: duckdb.DuckDBPyConnection) -> bool:
+        """Whether what no checkpoint has written had better be written now."""
+        log = self.path.with_name(f"{self.path.name}.wal")
+        return (log.exists() and log.stat().st_size > _REPLAYED) or _holds_much(connection)
 
     def _signature(self) -> list[tuple[int, int, int] | None]:
         """Return what differs once another process has changed the file."""
