@@ -174,10 +174,8 @@ class Lane:
         """Apply the next slice; False when all is applied."""
         self._ask_where_models_stand()
         models = list(self._runnable(staged))
-        if not models:
-            return False
         stands = {model.name: self._offset(model) for model in models}
-        after = min(stands.values())
+        after = min(stands.values(), default=staged)
         if after >= staged:
             return False
         # A model that lags goes no further in one slice than to where others, or the source's
@@ -372,6 +370,7 @@ class Lane:
         self._breakers.know(name for name, state in stands.items() if state.suspended_by == "breaker")
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
+        mended = list[tuple[RowModel, Offset]]()
         for model in self._models(self.staging.through()):
             state = stands.get(model.name)
             is_held = state is not None and state.suspended_by == "hand"
@@ -382,12 +381,14 @@ class Lane:
                     logger.info("model %s has other columns now: it is built again from staging", model.name)
                     del stands[model.name]
                 elif state.open_records and not self._read_only:
-                    self.redriver.try_version(model, state.offset)
+                    mended.append((model, state.offset))
             except ModelBroken as error:
                 self._suspend(model.version, model.name, error)
                 stands[model.name] = replace(state, state="suspended", version=model.version)
         if self._tables and not self._read_only:
             self._binder.put_aside(self._texts, self._tables, stands)
+        self.joiner.know(None)  # some of them are gone
+        self.redriver.try_versions(mended)
         return stands
 
     def _apply(self, models: Sequence[RowModel], after: Offset, through: Offset, *, caught_up: bool) -> None:

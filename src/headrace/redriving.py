@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class Running(NamedTuple):
 
 
 class Redriver:
-    """Redrives the models of one source. All but `try_version` is called by whoever applies."""
+    """Redrives the models of one source. All but `try_versions` is called by whoever applies."""
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class Redriver:
         self._joiner = joiner
         self._waiting = waiting
         self._taken: dict[str, Offset] | None = None
+        self._versions: dict[str, str] = {}  # that were tried
         self._trials = ThreadPoolExecutor(1, f"{source}.trial")
 
     def close(self) -> None:
@@ -178,10 +179,13 @@ class Redriver:
 
     # -- new versions
 
-    def try_version(self, model: RowModel, stand: Offset) -> None:
-        """Find out, beside everything else, how many open records a new version of a model would take, and
-        say so."""
-        self._trials.submit(self._try_version, model, stand)
+    def try_versions(self, models: Iterable[tuple[RowModel, Offset]]) -> None:
+        """Find out, beside everything else, how many open records new versions of models that stand at some
+        offsets would take, and say so; once for each version."""
+        for model, stand in models:
+            if self._versions.get(model.name) != model.version:
+                self._versions[model.name] = model.version
+                self._trials.submit(self._try_version, model, stand)
 
     def _try_version(self, model: RowModel, stand: Offset) -> None:
         try:

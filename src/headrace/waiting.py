@@ -22,6 +22,7 @@ from headrace.protocols import Destination
 from headrace.rebuilding import folded
 from headrace.reference import NOTHING_DECIDED, Key
 from headrace.standing import ModelState
+from headrace.transform.fold import RECORD
 from headrace.transform.model import RowModel, preparing
 
 _AT_ONCE = 100_000
@@ -122,9 +123,14 @@ class Waiting:
         def attempt(models: Sequence[RowModel], again: Again) -> Refolding:
             through = {name: stands[name].offset for name in again}
             outcomes = list(self.folded(models, through, again))
+            # What was decided holds here too, though it is taken in elsewhere.
+            known = {model.name: _decided(model, again[model.name]) for model in models
+                     if model.name in again and model.decisions is not None}  # fmt: skip
             counts = self._destination.waits.refold(
-                self._source, outcomes, references, dry_run=dry_run, decided=decided
+                self._source, outcomes, references, dry_run=dry_run, decided={**known, **decided}
             )
+            if not decided:
+                counts.pop("discarded", None)
             return Refolding(counts, {model.name: prepared for model, prepared in outcomes})
 
         return settled(models, attempt, again)
@@ -177,6 +183,14 @@ class Waiting:
 def _offset(model: str, stands: Mapping[str, ModelState]) -> Offset | None:
     state = stands.get(model)
     return state.offset if state is not None and state.state != "suspended" else None
+
+
+def _decided(model: RowModel, keys: pa.Array) -> Outcome:
+    """Return what was decided of the changes of some source keys."""
+    assert model.decisions is not None
+    wanted = keys.to_pylist()
+    discarded, patched = (model.decisions.about(verb, wanted) for verb in ("discard", "patch"))
+    return Outcome(0, discarded, patched, RECORD.empty_table())
 
 
 def _types(model: RowModel) -> tuple[str, ...]:

@@ -150,6 +150,19 @@ def test_a_small_slice_leaves_its_checkpoint_to_later(destination: DuckDBDestina
     assert table(destination) == [(1, "a")]
 
 
+def test_a_checkpoint_that_fails_at_the_end_keeps_nothing_from_being_closed(
+    destination: DuckDBDestination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
+
+    def full() -> None:
+        raise duckdb.IOException("No space left on device")
+
+    monkeypatch.setattr(destination, "checkpoint", full)
+    destination.close()
+    assert table(destination) == [(1, "a")]
+
+
 DIE = """
 import os, sys, duckdb
 db = duckdb.connect(sys.argv[1])

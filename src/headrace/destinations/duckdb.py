@@ -144,10 +144,13 @@ class DuckDBDestination(Database):
         finally:
             with _opening:
                 self._granted.pop(id(connection), None)
-                if not read_only and not self._granted and self._leaves_much(connection):
-                    connection.execute("PRAGMA enable_checkpoint_on_shutdown")
-                connection.close()
-                self._left = self._signature()
+                try:
+                    with suppress(duckdb.Error, OSError):  # what is wrong is told where it does harm
+                        if not read_only and not self._granted and self._leaves_much(connection):
+                            connection.execute("PRAGMA enable_checkpoint_on_shutdown")
+                finally:
+                    connection.close()
+                    self._left = self._signature()
 
     def _leaves_much(self, connection: duckdb.DuckDBPyConnection) -> bool:
         """Whether what no checkpoint has written had better be written now."""
@@ -260,7 +263,7 @@ class DuckDBDestination(Database):
     def close(self) -> None:
         """See `Destination.close`. Who has only read leaves the file as it is."""
         if self.commits:
-            with suppress(DestinationError):
+            with suppress(DestinationError, duckdb.Error):
                 self.checkpoint()
 
     def fault_of(self, error: Exception) -> str | None:

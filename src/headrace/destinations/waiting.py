@@ -102,6 +102,12 @@ class Waits:
         self, source: str, references: Collection[Reference], after: Mapping[str, float]
     ) -> Sequence[str]:
         """See `headrace.reference.Waits.expire`."""
+        with self._looking(source) as db:
+            waits = db.execute(
+                f"SELECT 1 FROM {QUARANTINE} WHERE source = $1 AND status = 'waiting' LIMIT 1", [source]
+            )
+        if not waits:
+            return []
         with self._destination.writing(source) as db:
             for _ in range(_LONGEST):
                 if not sum(_join_issue(db, each) for each in references if each.by_key):

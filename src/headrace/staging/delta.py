@@ -8,8 +8,10 @@ changes nothing. How a load becomes durable: see `headrace.staging.table`.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 import pyarrow as pa
@@ -86,7 +88,9 @@ class DeltaStaging:
         self._written: Offset = 0
         self._schemas: list[tuple[Offset, TableSchema]] = []
         self._copies = CopyHistory()
-        self._decisions: list[tuple[Offset, Decision]] = []
+        self._decisions: dict[str, list[tuple[Offset, Decision]]] = {}
+        self._decided_through: Offset = 0
+        self._indexed: dict[str, tuple[int, Decisions]] = {}
         for path in sorted(self._root.glob("*/*/_delta_log")):
             schema, name = path.parent.parent.name, path.parent.name
             self._open(TableId(decode(schema), decode(name)))
@@ -316,8 +320,14 @@ class DeltaStaging:
 
     def decisions(self, model: str, through: Offset) -> Decisions | None:
         """Return what was decided for a model up to an offset; None if nothing was."""
-        mine = [each for each in self._decisions if each[0] <= through and each[1].model == model]
-        return Decisions(mine) if mine else None
+        mine = self._decisions.get(model, [])
+        count = bisect_right(mine, through, key=itemgetter(0))
+        if not count:
+            return None
+        known = self._indexed.get(model)
+        if known is None or known[0] != count:
+            known = self._indexed[model] = (count, Decisions(mine[:count]))
+        return known[1]
 
     def shapes_of(self, table: TableId) -> list[tuple[Offset, TableSchema]]:
         """Return every shape of a table with the offset from which on it holds, the oldest first."""
@@ -352,9 +362,10 @@ class DeltaStaging:
             self._schemas.append((offset, shape))
         if kind == "marker":
             self._copies.add(offset, table, at, CopyMark.from_json(text))
-        decided = self._decisions[-1][0] if self._decisions else 0
-        if kind == "decision" and offset > decided:
-            self._decisions.append((offset, Decision.from_json(text)))
+        if kind == "decision" and offset > self._decided_through:
+            decision = Decision.from_json(text)
+            self._decisions.setdefault(decision.model, []).append((offset, decision))
+            self._decided_through = offset
 
     def _read(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
         parts = [self.empty(table), *self.chunks(table, after, through)]
