@@ -93,6 +93,7 @@ def publish(db: Connection, config: SourceConfig, tables: Sequence[TableId]) -> 
     missing = [table for table in tables if table not in held]
     amended = amend(db, config, [table for table in tables if table in held])
     wanted = wanted_clauses(db, config, missing)
+    missing = [table for table in missing if table in wanted]  # the others have gone meanwhile
     listed = ", ".join(wanted[table].after(table) for table in missing)
     if not found:
         members = f" FOR TABLE {listed}" if missing else ""
