@@ -54,6 +54,19 @@ def test_a_child_waits_for_its_parent(shop: Family) -> None:
     shop.verified()
 
 
+def test_a_row_that_changed_often_is_refused_at_once(shop: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts, apply = [], shop.lane.destination.apply
+    monkeypatch.setattr(shop.lane.destination, "apply", lambda work: (attempts.append(work), apply(work))[1])
+    shop.commits(put("customers", "6", name="Bob"), order("1", "6", "5"))
+    for n in range(40):
+        shop.commits(order("1", "7", str(n)))
+    shop.bring()
+    assert len(attempts) <= 3  # and not one for each change
+    assert shop.ask("SELECT customer_id, amount FROM orders") == [(6, 5)]
+    assert len(shop.opened()) == 40
+    shop.verified()
+
+
 def test_a_parent_that_goes_takes_no_row_for_granted(shop: Family) -> None:
     shop.takes(put("customers", "7", name="Ada"), order("1", "7"), order("2", "7", "5"))
     shop.takes(order("2", "7", "6"))

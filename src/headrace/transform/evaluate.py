@@ -83,6 +83,22 @@ class Evaluation:
             "SELECT _hr_n AS n, reference FROM placed JOIN refused USING (_epoch, _commit, _ordinal)"
         ).to_arrow_table()
 
+    def _refuse_alike(self, judged: pa.Table) -> None:
+        """Refuse with a change the earlier ones of its key that refer to the same: the row would fall back to
+        each of them in turn, and with each all would be prepared once more."""
+        if not self._refused.num_rows:
+            return
+        self._db.register("judged", judged)
+        for reference in self._model.own_references:
+            same = " AND ".join(f"e.{quoted(name)} = j.{quoted(name)}" for name in reference.columns)
+            self._db.register("lacks", self._refused)
+            alike = self._db.sql(
+                f"""SELECT DISTINCT e._hr_n AS n, l.reference FROM lacks l JOIN judged j ON j._hr_n = l.n
+                JOIN judged e ON e._hr_k = j._hr_k AND e._hr_n < j._hr_n AND {same}
+                WHERE l.reference = {literal(reference.name)} AND e._hr_n NOT IN (SELECT n FROM lacks)"""
+            ).to_arrow_table()
+            self._refused = pa.concat_tables([self._refused, alike])
+
     def claims(self, events: pa.Table, effects: pa.ChunkedArray, settled: pa.Array | None) -> Claims | None:
         """Return what `rows` claim; None if the source's key keeps them apart and nothing refers to another.
         `effects` are the source keys of all effects of the events."""
@@ -169,6 +185,7 @@ class Evaluation:
         judged = self._judged
         assert judged is not None
         self._refuse_suspending(judged)
+        self._refuse_alike(judged)
         filtered = pc.if_else(judged["_hr_filtered"], "filtered", "good")
         verdicts = pc.if_else(self._bad(judged), "bad", filtered)
         return pa.table({"n": judged["_hr_n"], "k": judged["_hr_k"], "verdict": verdicts})
