@@ -6,15 +6,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
-from headrace.config import Project, load_project
 from headrace.errors import HeadraceError
-from headrace.pipeline import Pipeline
-from headrace.server import read_rows
 from headrace.testing.postgres import PostgresServer
-from headrace.verify import verify
+from live import LiveProject
 from pipelines import running, until
 from projects import here
 
@@ -22,35 +18,9 @@ GOOD = "SELECT id::INT AS id, TRY_CAST(amount AS INT) AS amount FROM raw.shop.t"
 STRICT = "SELECT id::INT AS id, amount::INT AS amount FROM raw.shop.t"
 
 
-class Shop:
-    def __init__(self, folder: Path, server: PostgresServer) -> None:
-        self.server = server
-        (folder / "models").mkdir(parents=True)
-        (folder / "headrace.toml").write_text(f'[source.shop]\nurl = "{server.url}"\n')
-        self.project: Project = load_project(folder)
-
-    def model(self, sql: str, name: str = "m", header: str = "") -> None:
-        path = self.project.models / f"{name}.sql"
-        path.unlink(missing_ok=True)
-        path.write_text(f'/* headrace\nkey = ["id"]\n{header}\n*/\n{sql}\n')
-
-    def sql(self, *statements: str) -> None:
-        with psycopg.connect(self.server.url, autocommit=True) as db:
-            for statement in statements:
-                db.execute(statement.encode())
-
-    def run(self) -> None:
-        Pipeline(self.project).run_once()
-
-    def rows(self, query: str) -> list[tuple[object, ...]]:
-        return [tuple(row) for row in read_rows(self.project, query)[1]]
-
+class Shop(LiveProject):
     def states(self) -> list[tuple[object, ...]]:
         return self.rows("SELECT model, state FROM headrace.models ORDER BY model")
-
-    def assert_verified(self) -> None:
-        report = verify(self.project)
-        assert report.verified, [finding for finding in report.findings if not finding.ok]
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +31,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]
 
 @pytest.fixture
 def shop(tmp_path: Path, server: PostgresServer) -> Shop:
-    with psycopg.connect(server.url, autocommit=True) as db:
-        db.execute("DROP PUBLICATION IF EXISTS headrace_shop")
-        db.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active")
-        db.execute("DROP TABLE IF EXISTS t, u")
-        db.execute("CREATE TABLE t (id int PRIMARY KEY, amount text); CREATE TABLE u (id int PRIMARY KEY)")
-        db.execute("INSERT INTO t VALUES (1, '1'), (2, '2'); INSERT INTO u VALUES (1)")
-    return Shop(tmp_path / "project", server)
+    return Shop(
+        tmp_path / "project",
+        server,
+        "DROP TABLE IF EXISTS t, u",
+        "CREATE TABLE t (id int PRIMARY KEY, amount text); CREATE TABLE u (id int PRIMARY KEY)",
+        "INSERT INTO t VALUES (1, '1'), (2, '2'); INSERT INTO u VALUES (1)",
+    )
 
 
 def alerts_of(caplog: pytest.LogCaptureFixture, word: str) -> list[str]:

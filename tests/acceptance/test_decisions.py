@@ -8,16 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 
 from headrace.authoring.files import find_model
 from headrace.authoring.preview import preview
-from headrace.config import Project, load_project
-from headrace.pipeline import Pipeline
-from headrace.server import ask, read_rows
+from headrace.server import ask
 from headrace.testing.postgres import PostgresServer
-from headrace.verify import verify
+from live import LiveProject
 from pipelines import running
 from projects import Done, here
 
@@ -25,24 +22,8 @@ STRICT = "SELECT id::INT AS id, amount::INT AS amount, note FROM raw.shop.t"
 LOOSE = "SELECT id::INT AS id, TRY_CAST(amount AS INT) AS amount, note FROM raw.shop.t"
 
 
-class Shop:
+class Shop(LiveProject):
     """One table `t(id, amount, note)`, one model `m` over it."""
-
-    def __init__(self, folder: Path, server: PostgresServer) -> None:
-        self.server = server
-        (folder / "models").mkdir(parents=True)
-        (folder / "headrace.toml").write_text(f'[source.shop]\nurl = "{server.url}"\n')
-        self.project: Project = load_project(folder)
-
-    def model(self, sql: str, header: str = "") -> None:
-        (self.project.models / "m.sql").write_text(f'/* headrace\nkey = ["id"]\n{header}*/\n{sql}\n')
-
-    def sql(self, statement: str) -> None:
-        with psycopg.connect(self.server.url, autocommit=True) as db:
-            db.execute(statement.encode())
-
-    def run(self) -> None:
-        Pipeline(self.project).run_once()
 
     def command(self, *arguments: str) -> Done:
         return here("quarantine", *arguments, cwd=self.project.root)
@@ -53,7 +34,7 @@ class Shop:
         return json.loads(done.out)
 
     def rows(self, query: str = "SELECT id, amount FROM main.m ORDER BY id") -> list[tuple[object, ...]]:
-        return [tuple(row) for row in read_rows(self.project, query)[1]]
+        return super().rows(query)
 
     def records(self) -> dict[str, str]:
         found = self.rows("SELECT key, status FROM headrace.quarantine ORDER BY epoch, commit, ordinal")
@@ -71,10 +52,6 @@ class Shop:
         ((issue,),) = self.rows("SELECT issue FROM headrace.issues")
         return str(issue)
 
-    def assert_verified(self) -> None:
-        report = verify(self.project)
-        assert report.verified, [finding for finding in report.findings if not finding.ok]
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
@@ -84,13 +61,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]
 
 @pytest.fixture
 def shop(tmp_path: Path, server: PostgresServer) -> Shop:
-    with psycopg.connect(server.url, autocommit=True) as db:
-        db.execute("DROP PUBLICATION IF EXISTS headrace_shop")
-        db.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active")
-        db.execute("DROP TABLE IF EXISTS t")
-        db.execute("CREATE TABLE t (id int PRIMARY KEY, amount text, note text)")
-        db.execute("INSERT INTO t VALUES (1, '1', 'a'), (2, 'two', 'b'), (3, '3', 'c'), (4, 'four', 'd')")
-    made = Shop(tmp_path / "project", server)
+    made = Shop(
+        tmp_path / "project",
+        server,
+        "DROP TABLE IF EXISTS t",
+        "CREATE TABLE t (id int PRIMARY KEY, amount text, note text)",
+        "INSERT INTO t VALUES (1, '1', 'a'), (2, 'two', 'b'), (3, '3', 'c'), (4, 'four', 'd')",
+    )
     made.model(STRICT)
     return made
 
