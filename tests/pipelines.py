@@ -11,6 +11,7 @@ from typing import Any
 from headrace.change import TableId
 from headrace.config import Project
 from headrace.pipeline import Pipeline, open_lanes
+from headrace.server import is_running
 
 
 def until(condition: Callable[[], object], seconds: float = 60.0, what: str = "") -> None:
@@ -23,10 +24,12 @@ def until(condition: Callable[[], object], seconds: float = 60.0, what: str = ""
 
 @contextmanager
 def running(project: Project) -> Iterator[Pipeline]:
-    """Run a pipeline in a thread, and let it finish what it has in hand."""
+    """Run a pipeline in a thread, from when it answers on, and let it finish what it has in hand."""
     pipeline = Pipeline(project)
     thread = threading.Thread(target=pipeline.run)
     thread.start()
+    # Who asked before would open the destination here, in the way of the pipeline's own process.
+    until(lambda: is_running(project) or not thread.is_alive())
     try:
         yield pipeline
     finally:

@@ -106,7 +106,7 @@ def test_a_copy_whose_rows_all_fail_trips_and_goes_on_when_the_model_is_mended(s
 def test_what_a_person_suspends_stays_so_until_it_is_resumed_and_holds_nothing(shop: Shop) -> None:
     shop.model(GOOD)
     with running(shop.project) as pipeline:
-        until(lambda: ("m", "in_sync") in shop.states())
+        until(lambda: {("m", "in_sync"), ("shop.u", "in_sync")} <= set(shop.states()))
         assert here("suspend", "m", "--reason", "month end", cwd=shop.project.root).code == 0
         assert shop.rows("SELECT reason FROM headrace.models WHERE model = 'm'") == [("by hand: month end",)]
         shop.model(STRICT)
