@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 NOTHING_DECIDED: Mapping[str, Outcome] = MappingProxyType({})
+NO_FOREIGN_KEYS: Mapping[str, Collection[str]] = MappingProxyType({})
 
 
 class Key(NamedTuple):
@@ -53,9 +54,17 @@ class Waits(Protocol):
         """
         ...
 
-    def due(self, source: str, references: Collection[Reference], keys: Collection[Key], limit: int) -> Due:
+    def due(
+        self,
+        source: str,
+        references: Collection[Reference],
+        keys: Collection[Key],
+        limit: int,
+        foreign_keys: Mapping[str, Collection[str]] = NO_FOREIGN_KEYS,
+    ) -> Due:
         """Return what can be done for references whose models are in sync, and for keys; see `Due`. At
-        most some `limit` of source keys, if these do not need each other."""
+        most some `limit` of source keys, if these do not need each other. `foreign_keys` names by model all
+        that it has: a record for another one waits for nothing any more."""
         ...
 
     def expire(

@@ -77,6 +77,7 @@ class Waiting:
         self._was_apart = True
         self._waits = True
         self._looks_at = 0.0
+        self._at_once = _AT_ONCE
 
     @property
     def is_due(self) -> bool:
@@ -146,15 +147,16 @@ class Waiting:
 
         Raises ModelBroken, and what the destination raises.
         """
-        running = [model for model in models if model.claims and model.name in stands]
+        standing = [model for model in models if model.name in stands]
+        running = [model for model in standing if model.claims]
         names = {model.name for model in running}
         references = {each for model in running for each in model.references if each.model in names}
         together = [each for each in references if stands[each.model].offset == _offset(each.parent, stands)]
         stand = frozenset((each, stands[each.model].state, stands[each.parent].state) for each in together)
         if stand != self._stand:
             self._stand, self._is_due, self._was_apart = stand, True, True
-        if running and self._is_due and (self._waits or self._was_apart):
-            return self._release(running, together, stands)
+        if self._is_due and (self._waits or self._was_apart):
+            return self._release(standing, together, stands)
         self._is_due = False
         if self._waits and together and time.monotonic() >= self._looks_at:
             after = {model.name: model.orphan_after for model in running}
@@ -166,15 +168,20 @@ class Waiting:
         self, models: Sequence[RowModel], references: Collection[Reference], stands: Mapping[str, ModelState]
     ) -> bool:
         keys = [Key(model.name, model.unique, _types(model)) for model in models if model.unique]
-        due = self._destination.waits.due(self._source, references, keys, _AT_ONCE)
+        own = {model.name: model.foreign_keys for model in models}
+        due = self._destination.waits.due(self._source, references, keys, self._at_once, own)
         self._waits = due.waiting > 0
         if due.put_off:
             self.refold(models, stands, {}, due.put_off)
             return True
         self._was_apart = False
         if due.ready:
-            # What came of it may be what others wait for; where nothing did, it is not tried again by itself.
-            self._is_due = self.refold(models, stands, due.ready).counts["resolved"] > 0
+            # What came of it may be what others wait for; where nothing did, it is not tried again by itself,
+            # but those are that were too many.
+            resolved = self.refold(models, stands, due.ready).counts["resolved"] > 0
+            are_more = sum(map(len, due.ready.values())) >= self._at_once
+            self._is_due = resolved or are_more
+            self._at_once = self._at_once * 2 if are_more and not resolved else _AT_ONCE
             return True
         self._is_due = False
         return False

@@ -329,6 +329,44 @@ def test_a_parent_that_is_away_puts_the_check_off(tmp_path: Path) -> None:
     shop.verified()
 
 
+def test_what_waits_for_a_parent_that_is_away_goes_on_waiting(tmp_path: Path) -> None:
+    products, lines = shape_of("products", "name"), shape_of("orders", "customer_id", "product_id")
+    sql = """/* headrace
+key = ["id"]
+[[foreign_key]]
+columns = ["customer_id"]
+references = "shop.customers"
+[[foreign_key]]
+columns = ["product_id"]
+references = "shop.products"
+*/
+SELECT id::BIGINT AS id, customer_id::BIGINT AS customer_id, product_id::BIGINT AS product_id
+FROM raw.shop.orders"""
+    shop = Family(tmp_path, [CUSTOMERS, products, lines], {"orders": sql})
+    shop.takes(put("customers", "1", name="Ada"), put("orders", "1", customer_id="1", product_id="5"))
+    assert (shop.keys("orders"), shop.opened()) == ([], [("orders", "1", "waiting")])
+    shop.lane.hold("shop.products", "month end")
+    shop.bring()
+    shop.takes(put("customers", "2", name="Bob"))
+    assert (shop.keys("orders"), shop.opened()) == ([], [("orders", "1", "waiting")])
+    shop.lane.release("shop.products")
+    shop.takes(put("products", "5", name="pen"))
+    assert (shop.keys("orders"), shop.opened()) == (["1"], [])
+    shop.verified()
+
+
+def test_what_waited_is_applied_when_its_model_has_no_foreign_key_any_more(shop: Family) -> None:
+    shop.takes(order("1", "7"))
+    assert shop.opened() == [("orders", "1", "waiting")]
+    sql = ORDERS_SQL.format(after="15m")
+    begin, end = sql.index("[[foreign_key]]"), sql.index("*/")
+    (shop.folder / "models" / "orders.sql").write_text(sql[:begin] + sql[end:])
+    shop.reopen()
+    shop.bring()
+    assert (shop.keys("orders"), shop.opened()) == (["1"], [])
+    shop.verified()
+
+
 def test_a_key_that_becomes_free_is_taken_by_who_waited_for_it(tmp_path: Path) -> None:
     sql = '/* headrace\nkey = ["name"]\n*/ SELECT name, id::BIGINT AS id FROM raw.shop.customers'
     shop = Family(tmp_path, [CUSTOMERS], {"customers": sql})

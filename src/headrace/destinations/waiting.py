@@ -20,7 +20,7 @@ from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
 from headrace.prepared import FOREIGN_KEY, UNIQUE, Prepared, Reference
 from headrace.protocols import Model
-from headrace.reference import NOTHING_DECIDED, Due, Key
+from headrace.reference import NO_FOREIGN_KEYS, NOTHING_DECIDED, Due, Key
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database
@@ -59,7 +59,14 @@ class Waits:
             "still_quarantined": sum(each.still_open for each in found),
         } | ({"discarded": sum(each.discarded for each in found)} if decided else {})
 
-    def due(self, source: str, references: Collection[Reference], keys: Collection[Key], limit: int) -> Due:
+    def due(
+        self,
+        source: str,
+        references: Collection[Reference],
+        keys: Collection[Key],
+        limit: int,
+        foreign_keys: Mapping[str, Collection[str]] = NO_FOREIGN_KEYS,
+    ) -> Due:
         """See `headrace.reference.Waits.due`."""
         with self._looking(source) as db:
             judged = can_be_judged(db, source, references)
@@ -67,26 +74,19 @@ class Waits:
                 f"SELECT count(*) FROM {QUARANTINE} WHERE source = $1 AND {OPEN} AND waiting_on IS NOT NULL",
                 [source],
             )
-            ready = self._ready(db, source, judged, keys, limit) if waiting and (judged or keys) else {}
+            asked = [self._asking(db, each) for each in judged]
+            asked += [self._contesting(db, each) for each in keys]
+            asked += [_gone(db, source, foreign_keys)] if foreign_keys else []
+            ready = self._ready(db, asked, limit) if waiting and asked else {}
             return Due(put_off(db, source, judged), ready, int(waiting))
 
-    def _ready(
-        self,
-        db: Session,
-        source: str,
-        judged: Collection[Reference],
-        keys: Collection[Key],
-        limit: int,
-    ) -> Mapping[str, pa.Array]:
-        """Return the source keys of records that might pass.
+    def _ready(self, db: Session, asked: Sequence[str], limit: int) -> Mapping[str, pa.Array]:
+        """Return the source keys of records that might pass, of those that some queries choose.
 
         Each record asks for one row: where that is not there, but a record of it is, it asks for what that
         one asks for. So with each step all ask twice as far, and what asks for ever is in a circle.
         """
-        found = [self._asking(db, each) for each in judged]
-        found += [self._gone(db, source, judged)] if judged else []
-        found += [self._contesting(db, each) for each in keys]
-        db.keep("_hr_asks", _newest(" UNION ALL ".join(found)))
+        db.keep("_hr_asks", _newest(" UNION ALL ".join(asked)))
         self._go_on(db)
         rows = db.execute(
             "SELECT DISTINCT model, key, state <> 'there' AS connected FROM _hr_asks "
@@ -141,20 +141,6 @@ class Waits:
             f"{db.json_text('q.waiting_on', 'key')} AS to_key FROM {QUARANTINE} q WHERE {_lacking(db, each)}"
         )
 
-    def _gone(self, db: Session, source: str, references: Collection[Reference]) -> str:
-        """Return the query of records for a foreign key that their model has no more."""
-        models = ", ".join(literal(each.model) for each in references)
-        known = " OR ".join(
-            f"(q.model = {literal(each.model)} AND {db.json_text('q.waiting_on', 'constraint')} "
-            f"= {literal(each.name)})"
-            for each in references
-        )
-        return (
-            "SELECT q.model, q.key, q.epoch, q.commit, q.ordinal, 'there' AS state, '' AS to_model, "
-            f"'' AS to_key FROM {QUARANTINE} q WHERE q.source = {literal(source)} AND q.model IN ({models}) "
-            f"AND q.reason = '{FOREIGN_KEY}' AND q.{OPEN} AND NOT ({known})"
-        )
-
     def _contesting(self, db: Session, key: Key) -> str:
         """Return the query of the records whose key no row has now."""
         table = self._destination.table_of(key.model)
@@ -201,6 +187,20 @@ def _has(db: Session, columns: Sequence[str], types: Sequence[str]) -> str:
         f"r.{quoted(name)} = CAST({db.json_text('q.waiting_on', 'values', i)} "
         f"AS {'BIGINT' if type_ in _WHOLE else type_})"
         for i, (name, type_) in enumerate(zip(columns, types, strict=True))
+    )
+
+
+def _gone(db: Session, source: str, foreign_keys: Mapping[str, Collection[str]]) -> str:
+    """Return the query of records for a foreign key that their model has no more."""
+    named = db.json_text("q.waiting_on", "constraint")
+    others = []
+    for model, names in foreign_keys.items():
+        other = f"AND {named} NOT IN ({', '.join(map(literal, names))})" if names else ""
+        others.append(f"(q.model = {literal(model)} {other})")
+    return (
+        "SELECT q.model, q.key, q.epoch, q.commit, q.ordinal, 'there' AS state, '' AS to_model, "
+        f"'' AS to_key FROM {QUARANTINE} q WHERE q.source = {literal(source)} "
+        f"AND q.reason = '{FOREIGN_KEY}' AND q.{OPEN} AND ({' OR '.join(others)})"
     )
 
 

@@ -66,6 +66,8 @@ class RowModel:
     handling: Handling = NO_SAY
     masked: Masked = NOTHING
     """What of it is not shown, see `headrace.transform.pii`."""
+    foreign_keys: tuple[str, ...] = ()
+    """The names of those in its file, also of one whose parent does not bind now."""
     references: tuple[Reference, ...] = ()
     """The foreign keys of its rows, and those that refer to its rows."""
     orphan_after: float = ORPHAN_AFTER
@@ -328,6 +330,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             version=text.version,
             kind=text.kind,
             handling=text.handling,
+            foreign_keys=tuple(each.name for each in text.foreign_keys),
             orphan_after=text.orphan_after,
         )
         _try(db, text, Evaluation(db, model).query("events"))
