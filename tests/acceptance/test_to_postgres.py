@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,7 +139,8 @@ def test_all_commands_work_on_a_postgres_destination(warehouse: Warehouse) -> No
         MODEL.replace("status::INTEGER", "TRY_CAST(status AS INTEGER)")
     )
     _, tried = headrace(warehouse, "quarantine", "redrive", "--all", "--dry-run", "--json")
-    assert tried.count('"outcome": "passes"') == 7
+    outcomes = Counter(json.loads(line)["outcome"] for line in tried.splitlines())
+    assert outcomes == {"passes": 6, "superseded": 1}, "key 3 has a record of its copy and one of its change"
     assert answer(warehouse, "quarantine", "redrive", "--all")["resolved"] == 7
     assert warehouse.destination.execute("SELECT count(*) FROM small").fetchone() == (10,)
     assert_verified(warehouse)
