@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, NamedTuple
 
 import psycopg
@@ -97,13 +96,10 @@ def remember_catalog(db: Connection, log: LogIndex, tables: Sequence[TableId]) -
     _write(log, known | {table: known_now for table, known_now in found.items() if table in tables})
 
 
-def catalog_changes(
-    db: Connection, log: LogIndex, tables: Iterable[TableId]
-) -> tuple[list[CatalogChange], Callable[[], None]]:
-    """Return what became of captured tables since the last look, and what takes note of it.
+def catalog_changes(db: Connection, log: LogIndex, tables: Iterable[TableId]) -> list[CatalogChange]:
+    """Return what became of captured tables since the last look, and take note of it.
 
-    To be noted once all of it is taken up: whoever stops before is told again. One that is gone or moved is
-    told at each look, as long as it is captured under its former name.
+    One that is gone or moved is told at each look, as long as it is captured under its former name.
     """
     changes = list[CatalogChange]()
     captured = list(tables)
@@ -124,7 +120,8 @@ def catalog_changes(
                 changes.append(CatalogChange("altered", table))
             if reason := _rewritten(was, now):
                 changes.append(CatalogChange("rewritten", table, reason=reason))
-    return changes, partial(_write, log, noted)
+    _write(log, noted)
+    return changes
 
 
 def is_known(db: Connection, log: LogIndex, table: TableId, captured: Iterable[TableId]) -> bool:
@@ -156,8 +153,8 @@ def announce(db: Connection, config: SourceConfig, log: LogIndex, table: TableId
             announced = json.dumps(known | {str(table): [word, shape.to_json()]}, ensure_ascii=False)
             log.set_note(_ANNOUNCED, announced)
             db.execute("SELECT pg_logical_emit_message(true, 'headrace', %s)", [_WORD + word])
-    except psycopg.errors.LockNotAvailable:
-        return False
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.InternalError_):
+        return False  # or a relation went while the catalog was asked: the next look tries again
     except (UserError, psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege, KeyError):
         # It cannot be captured so, is gone, or may be read no longer, which a stream can do without: its next
         # change, or the next look, says what is wrong.

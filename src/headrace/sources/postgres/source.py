@@ -258,7 +258,7 @@ class PostgresSource:
         """Take up what became of the captured tables; returns those of which more is to come."""
         db = self._catalog()
         awaited = set[TableId]()
-        changes, take_note = catalog_changes(db, log, captured_tables(log))
+        changes = catalog_changes(db, log, captured_tables(log))
         # One that has its name back may go once more, and then what it held in between is still to come.
         away = {change.table for change in changes if change.kind not in ("altered", "rewritten")}
         self._gone = {table: at for table, at in self._gone.items() if table in away}
@@ -281,7 +281,6 @@ class PostgresSource:
             else:
                 self._follow(log, table, change.now)
         self._unannounced = {t for t in self._unannounced if not announce(db, self._config, log, t)}
-        take_note()
         return awaited
 
     def _has_passed(self, table: TableId) -> bool:
