@@ -321,6 +321,7 @@ def test_a_live_table_is_copied_again_while_it_is_written_and_read(
     chance = random.Random(7)
     with Running(project) as running:
         running.live("orders")
+        running.settled()  # the destination has the table that is read below
         run("tables", "resync", "orders", folder=tmp_path)
         running.until(lambda: running.stages()["orders"] == "copying")
         db.execute("UPDATE orders SET n = 77 WHERE id = 1")
