@@ -91,9 +91,11 @@ class Books:
     def take(self, part: Part) -> list[str]:
         """Enter a part whose rows were applied, and write its records; return new issues."""
         account = self._accounts[part.model.name]
+        if part.prepared.steps is not None:
+            return []  # see `settle`
         account.counts += part.prepared.counts
         records = part.prepared.records
-        if not records.num_rows or part.prepared.steps is not None:
+        if not records.num_rows:
             return []
         account.open_records += int(records.num_rows)
         return record(self._db, part.model, records)
@@ -105,7 +107,7 @@ class Books:
     def settle(self, settled: Settled) -> list[str]:
         """Enter what came of a model's steps; return new issues."""
         account = self._accounts[settled.model.name]
-        account.counts = settled.counts
+        account.counts += settled.counts
         account.open_records += settled.records
         return settled.issues
 
@@ -159,9 +161,12 @@ def _state(part: Part) -> str:
     return "in_sync" if part.in_sync else "joining"
 
 
-def overtaken(records: int, waiting: int = 0) -> Counts:
-    """Return what the ledger says of open records that became superseded, some of which waited."""
-    return Counts(superseded=records, quarantined=waiting - records, waiting=-waiting)
+def overtaken(records: int, waiting: int = 0, blocked: int = 0) -> Counts:
+    """Return what the ledger says of open records that became superseded, some of which waited, with the
+    changes that were `blocked` behind them."""
+    return Counts(
+        superseded=records + blocked, quarantined=waiting - records, waiting=-waiting, blocked=-blocked
+    )
 
 
 def heal(db: Session, model: str, prepared: Prepared, commit: int, records: str = QUARANTINE) -> Counts:
@@ -173,15 +178,16 @@ def heal(db: Session, model: str, prepared: Prepared, commit: int, records: str 
     given = None if prepared.reset else pa.table({"key": pa.chunked_array(keys, pa.string())})
     mine = f"model = {literal(model)} AND {OPEN}"
     where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_given)"
-    db.keep("_hr_healed", f"SELECT id, status FROM {records} WHERE {mine} {where}", given)
-    ((waiting, healed),) = db.execute(
-        "SELECT count(*) FILTER (WHERE status = 'waiting'), count(*) FROM _hr_healed"
+    db.keep("_hr_healed", f"SELECT id, status, blocked FROM {records} WHERE {mine} {where}", given)
+    ((waiting, healed, blocked),) = db.execute(
+        "SELECT count(*) FILTER (WHERE status = 'waiting'), count(*), coalesce(sum(blocked), 0)::BIGINT "
+        "FROM _hr_healed"
     )
     if healed:
         close_records(
             db, "id IN (SELECT id FROM _hr_healed)", f"'superseded', superseded_by = {commit}", records
         )
-    return overtaken(healed, waiting)
+    return overtaken(healed, waiting, int(blocked))
 
 
 def close_records(
