@@ -22,6 +22,8 @@ class CorruptingProxy:
 
     def __init__(self, server: PostgresServer, alter: Alter) -> None:
         self.alter = alter
+        self.alter_copy: Alter = bytes
+        """Takes a row that COPY sends."""
         self.url = ""
         self._server = server
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -63,8 +65,10 @@ class CorruptingProxy:
                 break
             kind, body = bytes(pending[:1]), bytes(pending[5 : length + 1])
             del pending[: length + 1]
-            if kind == b"d" and body[:1] == b"w":
+            if kind == b"d" and body[:1] == b"w" and not body.endswith(b"\n"):
                 body = body[:_XLOG_DATA] + self.alter(body[_XLOG_DATA:])
+            elif kind == b"d" and body.endswith(b"\n"):
+                body = self.alter_copy(body)
             out += kind + struct.pack(">i", len(body) + 4) + body
         return bytes(out)
 
