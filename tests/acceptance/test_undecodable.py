@@ -6,14 +6,18 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from corrupting import CorruptingProxy, corrupting
+from headrace.change import Entry, TableId
 from headrace.config import Project, load_project
+from headrace.log.sqlite import SQLiteLog
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
 from live import LiveProject
@@ -213,4 +217,36 @@ def test_a_copy_that_does_not_decode_fails_alone(shop: Shop) -> None:
         assert here("tables", "resync", "t", cwd=shop.project.root).code == 0
         until(lambda: shop.states() == {"public.t": "live", "public.u": "live"})
     shop.run()
+    shop.assert_verified()
+
+
+def test_an_entry_that_does_not_decode_when_it_is_staged_holds_up_nothing(shop: Shop) -> None:
+    shop.sql("INSERT INTO u VALUES (0, 'good')")
+    shop.run()
+    with closing(SQLiteLog(shop.project.log_path("shop"))) as log:
+        last = log.position()
+        assert last is not None
+        places = [last._replace(commit=last.commit + 1, ordinal=ordinal) for ordinal in (1, 3)]
+        moment = time.time_ns() // 1000
+        log.append([Entry("rows", TableId("public", "t"), *places, moment, 3, 1, b"no Arrow", (9, 9))])
+    shop.sql("INSERT INTO u VALUES (1, 'good')", "INSERT INTO t VALUES (6, 'good')")
+    shop.run()
+    assert shop.rows("SELECT count(*) FROM shop.u") == [(2,)]
+    assert shop.rows("SELECT id FROM newest WHERE id > 5") == [(6,)]
+    kept = ("quarantined", "decode", "decode.payload", None, None)
+    assert shop.records() == [("changes", *kept), ("newest", *kept)]
+    assert shop.rows("SELECT DISTINCT blocked FROM headrace.quarantine") == [(2,)]
+    assert here("ledger", "check", cwd=shop.project.root).code == 0
+    shop.assert_verified()  # what the entry holds is in no table of the source
+
+    (record, *_) = shop.command("quarantine", "list", "--model", "newest")
+    assert run_headrace("quarantine", "show", record["id"], "--raw", cwd=shop.project.root) == b"no Arrow"
+    shop.run()
+    assert len(shop.records()) == 2
+    assert here("quarantine", "discard", record["id"], "--reason", "lost", cwd=shop.project.root).code == 0
+    assert here("ledger", "check", cwd=shop.project.root).code == 0
+    shop.sql("TRUNCATE t")
+    assert here("tables", "resync", "t", cwd=shop.project.root).code == 0
+    shop.run()
+    assert shop.records() == []
     shop.assert_verified()
