@@ -67,6 +67,7 @@ cdef enum:
     EVENT_BYTES = 128  # what an event without rows, or a transaction, weighs; so that all is counted
     FRAME_HEAD = 16  # bytes before a kept message: its LSN, its xid, its length
     WRAPPED = 25  # bytes before the message in an XLogData
+    NOWHERE = -1  # the LSN of a message before its XLogData is read
     TAIL_BYTES = 1 << 20  # what is kept of one streamed transaction before the spool takes it over
 
 
@@ -293,7 +294,7 @@ cdef class Decoder:
 
     def push_data(self, data):
         """Decode the message in one XLogData, see `push`."""
-        return self.receive(data, 0, True)
+        return self.receive(data, NOWHERE, True)
 
     cdef bint receive(self, message, int64_t lsn, bint wrapped) except *:
         cdef Py_buffer view
@@ -411,13 +412,11 @@ cdef class Decoder:
         return 0
 
     cdef int decode(self, Wire* wire, bint wrapped=False) except -1:
-        cdef bint is_message = False
         try:
             if wrapped:
                 self.unwrap(wire)
             if wire.end - wire.start > INT32_MAX:
                 fault(wire, "it is longer than 2 GiB - 1")
-            is_message = True
             if self.block is not None:
                 return self.keep_streamed(wire)
             kind = <char> integer(wire, 1)
@@ -442,7 +441,7 @@ cdef class Decoder:
             else:
                 fault(wire, "there is no such kind")
         except Exception as error:
-            if is_message and isinstance(error, MalformedMessage) and self.put_aside(wire, error.what):
+            if isinstance(error, MalformedMessage) and self.put_aside(wire, error.what):
                 return 0
             self.failure = copy(error)  # without its traceback, which would keep the caller's frames
             raise
@@ -453,6 +452,8 @@ cdef class Decoder:
         cdef const uint8_t* start = wire.start
         cdef char kind = start[0] if wire.end > start else 0
         cdef uint32_t id = 0
+        if self.lsn == NOWHERE or wire.end - start > INT32_MAX:
+            return False
         if self.block is not None or kind not in (c"I", c"U", c"D", c"R", c"T", c"M", c"O", c"Y"):
             return False
         if self.serial < 0 and (kind != c"M" or wire.end - start < 2 or start[1] & 1):
