@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import headrace
 from corrupting import CorruptingProxy, corrupting
 from headrace.change import Entry, TableId
 from headrace.config import Project, load_project
@@ -116,6 +117,13 @@ def test_what_does_not_decode_is_kept_and_all_else_goes_on(shop: Shop) -> None:
     logged = shop.command("log", "show", str(record["offset"]))
     assert (logged[0]["kind"], logged[0]["rows"]) == ("undecodable", 2)
     assert BAD in bytes.fromhex(logged[1]["message"])
+    with headrace.open_log(shop.project.root) as log:
+        told = [
+            item for batch in log.read(None) for item in batch if getattr(item, "kind", "") == "undecodable"
+        ]
+        assert [(each.table, each.content["kind"].to_pylist()) for each in told] == [
+            (TableId("public", "t"), ["I", "U"])
+        ]
 
     shop.run()  # a restart changes nothing
     assert len(shop.records()) == 4
@@ -201,6 +209,8 @@ def test_what_names_no_table_is_told_and_kept(shop: Shop, caplog: pytest.LogCapt
     assert (logged[0]["table"], BAD in bytes.fromhex(logged[1]["message"])) == (None, True)
     (replayed,) = [each for each in shop.replayed() if each["op"] == "undecodable"]
     assert (replayed["table"], replayed["message"]) == (None, logged[1]["message"])
+    words = ("log", "replay", "--from", "start", "--format", "debezium")
+    assert "1 messages that do not decode are left out" in here(*words, cwd=shop.project.root).err
     wrong = [finding.what for finding in verify(shop.project).findings if not finding.ok]
     assert wrong == ["source table public.t = staging"]
 
