@@ -60,6 +60,7 @@ FLOORS = [
         "redriving",
         "capturing",
         "recopied",
+        "undecodable",
         "snapshot",
         "lane",
         "waiting",

@@ -17,12 +17,12 @@ Offset = int
 Op = Literal["c", "u", "d", "r", "t"]
 """Debezium's letters: create, update, delete, read by the copy, truncate."""
 
-Kind = Literal["rows", "copy", "schema", "truncate", "message", "marker", "decision"]
+Kind = Literal["rows", "copy", "schema", "truncate", "message", "marker", "decision", "undecodable"]
 
 ADDED = "added"
 """The reason of a copy of a table that was not captured until then: of before, there is only a fragment."""
 
-STREAMED = ("rows", "schema", "truncate", "message")
+STREAMED = ("rows", "schema", "truncate", "message", "undecodable")
 """Kinds of entries in the order of the source's commits; a copy's rows, markers and decisions stand between
 them."""
 
@@ -216,7 +216,8 @@ class Entry:
 
     `payload` by kind: rows, copy: see `headrace.payload`; schema: `TableSchema` as JSON; message: JSON of
     prefix, content, lsn and txid; truncate: JSON of lsn and txid; marker: `CopyMark` as JSON, or
-    `SourceMark` where it has no table; decision: `headrace.decisions.Decision` as JSON.
+    `SourceMark` where it has no table; decision: `headrace.decisions.Decision` as JSON; undecodable: see
+    `headrace.payload`, without a table where the source's message does not tell of which it is.
     """
 
     kind: Kind

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from headrace.ahead import ahead
-from headrace.alarms import trigger_issue, trigger_suspended
+from headrace.alarms import trigger_issue, trigger_suspended, trigger_undecodable
 from headrace.binding import Binder
 from headrace.capturing import Works, capture
 from headrace.change import Mark, Offset, Position
@@ -128,6 +128,9 @@ class Lane:
             return True
         if not entries:
             return False
+        for item in entries:
+            if item.entry.kind == "undecodable" and item.entry.table is None:
+                trigger_undecodable(self.config.name, item.offset)
         self.staging.write(entries)
         return True
 
@@ -425,11 +428,8 @@ class Lane:
         for model in models:
             quiet = True
             with preparing(model.name):
-                pieces = self.staging.pieces(model.table, *span)
-                while (changes := next(pieces, None)) is not None:
+                for prepared in self.joiner.prepared(model, *span):
                     quiet = False
-                    prepared = model.prepare(self.joiner.filled(model, changes, span[1]))
-                    del changes  # not beside what the destination makes of them
                     self._breakers.admit(model, prepared)
                     self.waiting.note(model, prepared)
                     yield Part(model, prepared, model.name in in_sync)

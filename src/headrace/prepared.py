@@ -19,6 +19,12 @@ UNIQUE = "constraint.unique"
 FOREIGN_KEY = "constraint.foreign_key"
 """The reason of a change that would have its row refer to one that is not there."""
 
+MESSAGE = "decode.message"
+"""The reason of a message of the source that does not decode."""
+
+PAYLOAD = "decode.payload"
+"""The reason of an entry of the log whose changes do not decode."""
+
 Refused = tuple[int, int, int, str | None]
 """Epoch, commit and ordinal of a change that is refused, and the foreign key that it is for; None for the
 model's own key."""

@@ -272,5 +272,5 @@ def _described(alert: Alert, state: str, texts: Mapping[str, ModelText], details
         "began_at": time_text(alert.began_at),
         "ended_at": None if alert.fires else time_text(alert.ended_at or alert.began_at),
         "details": details,
-        "commands": commands(alert, text),
+        "commands": commands(alert, text, details.get("reason", "")),
     }

@@ -8,6 +8,7 @@ from typing import Any
 import psycopg
 
 from headrace.change import Column, TableId, TableSchema
+from headrace.sources.postgres.undecodable import text_of
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -17,8 +18,14 @@ format_type(t.oid, {modifier}), CASE WHEN t.typoutput = 'pg_catalog.array_out'::
   WHEN t.typtype IN ('r', 'm') THEN 'range' ELSE '' END
 """
 
+NAME = """
+CASE current_setting('server_encoding') WHEN 'SQL_ASCII' THEN convert_to(a.attname::text, 'SQL_ASCII')
+  ELSE convert_to(a.attname::text, 'UTF8') END
+"""
+"""The bytes of the name of a column `a`, which need not be UTF-8 in a database of encoding SQL_ASCII."""
+
 _SHAPES = f"""
-SELECT n.nspname, c.relname, c.relreplident::text, a.attname, {_TYPE.format(modifier="a.atttypmod")},
+SELECT n.nspname, c.relname, c.relreplident::text, {NAME}, {_TYPE.format(modifier="a.atttypmod")},
   coalesce(a.attnum = ANY ((p.indkey::int2[])[0:p.indnkeyatts - 1]), false),
   coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
 FROM pg_class c
@@ -54,7 +61,9 @@ def read_shapes(
     generated ones, unless it publishes them (Postgres 18). For a table outside of it, and on Postgres 14,
     all that are not generated.
 
-    The key is the replica identity's index where one is set, else the primary key; empty if none.
+    The key is the replica identity's index where one is set, else the primary key; empty if none. A name that
+    is no UTF-8 is escaped as cells are, see `undecodable`: no statement can have it, and no other table is
+    held up by it.
     """
     names = [_regclass(table) for table in tables]
     oids = [row[0] for row in db.execute("SELECT to_regclass(n)::oid FROM unnest(%s::text[]) n", [names])]
@@ -63,6 +72,7 @@ def read_shapes(
         _SHAPES, [publication, [oid for oid in oids if oid is not None]]
     ):
         columns, primary, index = shapes.setdefault(TableId(schema, name), ([], [], []))
+        column = text_of(column)  # noqa: PLW2901
         columns.append(Column(column, type_, base))
         if in_primary:
             primary.append(column)

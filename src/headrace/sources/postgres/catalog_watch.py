@@ -39,7 +39,11 @@ _TABLES = """
 SELECT c.oid::bigint, n.nspname, c.relname, c.relfilenode::bigint,
   coalesce((SELECT string_agg(i.indkey::text, ',' ORDER BY i.indexrelid) FROM pg_index i
     WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident)), '') || c.relreplident::text,
-  (SELECT jsonb_agg(jsonb_build_array(a.attnum, a.attname, a.atttypid::bigint, a.atttypmod, a.xmin::text,
+  (SELECT jsonb_agg(jsonb_build_array(a.attnum,
+      -- A name need not be text there, and nobody is to stumble over it who only compares.
+      CASE current_setting('server_encoding') WHEN 'SQL_ASCII'
+        THEN encode(convert_to(a.attname::text, 'SQL_ASCII'), 'escape') ELSE a.attname::text END,
+      a.atttypid::bigint, a.atttypmod, a.xmin::text,
       a.atthasmissing) ORDER BY a.attnum)::text
    FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -158,7 +162,13 @@ def announce(db: Connection, config: SourceConfig, log: LogIndex, table: TableId
             db.execute("SELECT pg_logical_emit_message(true, 'headrace', %s)", [_WORD + word])
     except psycopg.errors.LockNotAvailable:
         return False
-    except (UserError, psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege, KeyError):
+    except (
+        UserError,
+        psycopg.errors.UndefinedTable,
+        psycopg.errors.InsufficientPrivilege,
+        psycopg.errors.CharacterNotInRepertoire,
+        KeyError,
+    ):
         # It cannot be captured so, is gone, or may be read no longer, which a stream can do without: its next
         # change, or the next look, says what is wrong.
         pass
