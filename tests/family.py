@@ -32,7 +32,8 @@ def gone(table: str, key: str) -> Row:
 
 
 class Family:
-    """A source's log, its staging, its models and its destination; no source."""
+    """A source's log, its staging, its models (by name, or by file name those of Python) and its destination;
+    no source."""
 
     def __init__(
         self, folder: Path, shapes: Sequence[TableSchema], models: Mapping[str, str], more: str = ""
@@ -44,7 +45,7 @@ class Family:
         (folder / "headrace.toml").write_text(url + more)
         (folder / ".headrace" / "log").mkdir(parents=True)
         for name, text in models.items():
-            (folder / "models" / f"{name}.sql").write_text(text)
+            (folder / "models" / (name if name.endswith(".py") else f"{name}.sql")).write_text(text)
         self.commit = 10
         self.lane = self.open()
         for shape in shapes:

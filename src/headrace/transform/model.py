@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,8 +12,9 @@ from typing import TypeVar
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Column, Counts, TableId, TableSchema
+from headrace.change import Counts, TableId, TableSchema
 from headrace.decisions import Decisions
+from headrace.defaults import NO_DEFAULTS, ModelDefaults
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.masking import NOTHING, Masked
@@ -22,10 +22,10 @@ from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole,
 from headrace.prepared import Contested, Prepared, Reference, Refused
 from headrace.scrub import scrub
 from headrace.transform.attempts import Attempts
+from headrace.transform.casts import reads_column
 from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
-from headrace.transform.foreign import ORPHAN_AFTER
 from headrace.transform.handling import NO_SAY, Handling
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
@@ -40,8 +40,6 @@ from headrace.transform.stepping import settle, step
 
 _WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
 _Outcome = TypeVar("_Outcome")
-_CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
-_SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ class RowModel:
     """The names of those in its file, also of one whose parent does not bind now."""
     references: tuple[Reference, ...] = ()
     """The foreign keys of its rows, and those that refer to its rows."""
-    orphan_after: float = ORPHAN_AFTER
+    orphan_after: float = NO_DEFAULTS.orphan_after
     """Seconds for which a row waits for what it refers to, before that is an error."""
     refused: frozenset[Refused] = field(default=frozenset(), compare=False)
     """Changes that are bad since their rows would have the key of another, or refer to none."""
@@ -187,16 +185,20 @@ class RowModel:
         if not plain or self.python is not None or len(key) != 1 or not is_whole(key[0].type):
             return None
         outputs = (output for output in self.outputs if output[2] in _WHOLE)
-        reading = (name for name, text, _ in outputs if _reads(text, key[0], self.alias))
+        reading = (name for name, text, _ in outputs if reads_column(text, key[0], self.alias))
         return next(reading, None)
 
     def holding(self, column: str) -> list[str]:
-        """Return the outputs that hold a column of the raw table, its values told apart as they are there."""
+        """Return the outputs that hold a column of the raw table, its values told apart as they are there;
+        of a Python model those of its key are known to."""
+        if self.python:
+            pairs = zip(self.schema.key, self.python.key, strict=False)
+            return [name for of, name in pairs if of == column]
         (known,) = (each for each in self.schema.columns if each.name == column)
         return [
             name
             for name, text, type_ in self.outputs
-            if _reads(text, known, self.alias) and cast_keeps_apart(known.type, type_)
+            if reads_column(text, known, self.alias) and cast_keeps_apart(known.type, type_)
         ]
 
     def types(self) -> dict[str, str]:
@@ -250,7 +252,7 @@ def alone(prepared: Prepared) -> Prepared:
     return prepared
 
 
-def mirror(source: str, schema: TableSchema) -> RowModel:
+def mirror(source: str, schema: TableSchema, defaults: ModelDefaults = NO_DEFAULTS) -> RowModel:
     """Return the model of a table that has none: every column with its source type."""
     outputs = tuple(
         (column.name, mirror_expression(column), canonical(duckdb_type(column))) for column in schema.columns
@@ -301,8 +303,8 @@ def as_text(source: str, schema: TableSchema) -> RowModel:
     return replace(mirror(source, schema), outputs=outputs, version="text")
 
 
-def bind(text: ModelText, schema: TableSchema) -> RowModel:
-    """Bind a model file to the shape of its table.
+def bind(text: ModelText, schema: TableSchema, defaults: ModelDefaults = NO_DEFAULTS) -> RowModel:
+    """Bind a model file to the shape of its table; `defaults` hold for what the file leaves open.
 
     Raises ModelBroken with the engine's own words when an expression names a missing column or
     does not type-check, and ModelError when its key is not the source's and cannot be kept unique.
@@ -310,7 +312,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
     if not schema.key:
         refuse_without_key(text.file, text.kind)
     if isinstance(text, PythonText):
-        return _bind_python(text, schema)
+        return _bind_python(text, schema, defaults)
     types = dict(text.types)
     with engine() as db:
         _empty_events(db, schema)
@@ -331,7 +333,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             kind=text.kind,
             handling=text.handling,
             foreign_keys=tuple(each.name for each in text.foreign_keys),
-            orphan_after=text.orphan_after,
+            orphan_after=text.said.over(defaults).orphan_after,
         )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(
@@ -340,7 +342,7 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
     return replace(model, outputs=outputs, unique=_unique(text, schema, outputs))
 
 
-def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
+def _bind_python(text: PythonText, schema: TableSchema, defaults: ModelDefaults) -> RowModel:
     """Bind a Python model: its outputs are what its function puts out, cast to their types."""
     if text.fault:
         raise ModelBroken(text.name, text.fault, f"Mend {text.script.file}.")
@@ -370,7 +372,9 @@ def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
             version=text.version,
             kind=text.kind,
             handling=text.handling,
-            python=PythonRows(text.name, worker, seen if text.reads is None else text.reads),
+            python=PythonRows(text.name, worker, seen if text.reads is None else text.reads, text.key),
+            foreign_keys=tuple(each.name for each in text.foreign_keys),
+            orphan_after=text.said.over(defaults).orphan_after,
         )
         made = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, type_ in types.items())
         db.execute(
@@ -457,7 +461,7 @@ def _unique(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, s
     for name in text.key:
         expression, type_ = expressions[name]
         for column in schema.columns:
-            reads = column.name in schema.key and _reads(expression, column, text.alias)
+            reads = column.name in schema.key and reads_column(expression, column, text.alias)
             if reads and cast_keeps_apart(column.type, type_):
                 covered.add(column.name)
     if covered == set(schema.key):
@@ -480,14 +484,3 @@ def _unique(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, s
                 f"Cast {name} to a plain type, or {hold}.",
             )
     return text.key
-
-
-def _reads(expression: str, column: Column, alias: str) -> bool:
-    """Whether an expression is a column, perhaps cast; casts on the way must keep its values apart."""
-    bare, casts = expression.strip(), list[str]()
-    while match := _CAST.fullmatch(bare) or _SHORT_CAST.fullmatch(bare):
-        bare = match[1].strip().removeprefix("(").removesuffix(")").strip()
-        casts.append(match[2].strip().upper())
-    names = {column.name.lower(), f"{alias}.{column.name}".lower()}
-    inner = casts[1:]  # the outermost is the output's type
-    return bare.replace('"', "").lower() in names and all(cast_keeps_apart(column.type, to) for to in inner)
