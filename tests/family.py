@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from entries import rows as entry
-from entries import truncate
+from entries import schema, truncate
 from headrace.change import Column, CopyMark, Entry, Position, TableId, TableSchema
 from headrace.config import load_project
 from headrace.lane import Lane
@@ -95,6 +95,12 @@ class Family:
             before = {"id": cells["before"]} if "before" in cells else None
             entries.append(entry(shape, [(op, self.commit, ordinal, self._cells(row), None, before)]))
         self.lane.log.append(entries)
+
+    def becomes(self, shape: TableSchema) -> None:
+        """Have the source say that a table looks otherwise from here on."""
+        self.commit += 1
+        self.shapes[shape.table.name] = shape
+        self.lane.log.append([schema(self.commit, shape)])
 
     def load(self) -> None:
         while self.lane.load():

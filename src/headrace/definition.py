@@ -125,8 +125,8 @@ def model(
     pii
         Output columns whose values are shown nowhere beside the table.
     foreign_key, orphan_after
-        What the rows refer to, `[{"columns": ["customer_id"], "references": "customers"}]`, and how long a row
-        may wait for that before it is an error.
+        What the rows refer to, `[{"columns": ["customer_id"], "references": "customers"}]`, and how long a
+        row may wait for that before it is an error.
     constraints
         `"source"` to hold the rows to the source's own constraints, too: an output stands for the column
         of its name, and those of the key for the table's.

@@ -298,7 +298,7 @@ def _compare_model(
             )
         where = f"model {model.name} at offset {state['offset']}"
         rows = _compare(db, where, "SELECT * FROM expected", "SELECT * FROM found", list(model.types()))
-        unique = [_keys_apart(db, model, table)] if model.unique else []
+        unique = [_keys_apart(db, model.name, key.columns, table) for key in model.unique]
     place = ["epoch", "commit", "ordinal"]
     stays = records.filter(pc.equal(records["model_version"], model.version)).select(place).to_pylist()
     wanted = prepared.records.filter(
@@ -323,14 +323,20 @@ def _refused(model: RowModel, records: pa.Table) -> Contested:
     return Contested({model.name: [(row["epoch"], row["commit"], row["ordinal"], None) for row in places]})
 
 
-def _keys_apart(db: duckdb.DuckDBPyConnection, model: RowModel, table: pa.Table) -> Finding:
+def _keys_apart(
+    db: duckdb.DuckDBPyConnection, model: str, columns: Sequence[str], table: pa.Table
+) -> Finding:
     """Look for rows of the table, `found_raw`, that have one key."""
-    key = ", ".join(map(quoted, model.unique))
+    key, some = (
+        ", ".join(map(quoted, columns)),
+        " AND ".join(f"{quoted(name)} IS NOT NULL" for name in columns),
+    )
     twins = db.execute(
-        f"SELECT min(_source_key) FROM found_raw GROUP BY {key} HAVING count(*) > 1 LIMIT {_SHOWN_KEYS}"
+        f"SELECT min(_source_key) FROM found_raw WHERE {some} GROUP BY {key} HAVING count(*) > 1 "
+        f"LIMIT {_SHOWN_KEYS}"
     ).fetchall()
     detail = "some rows have one key" if twins else "no two rows have one key"
-    what = f"key of {model.name} ({', '.join(model.unique)})"
+    what = f"key of {model} ({', '.join(columns)})"
     return Finding(what, not twins, detail, table.num_rows, tuple(str(key) for (key,) in twins))
 
 

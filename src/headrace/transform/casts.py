@@ -80,13 +80,20 @@ def cast_of(expression: str, columns: tuple[str, ...], alias: str) -> Cast | Non
 
 def reads_column(expression: str, column: Column, alias: str) -> bool:
     """Whether an expression is a column, perhaps cast; casts on the way must keep its values apart."""
+    casts = casts_of_column(expression, column, alias)
+    # The outermost is the output's type.
+    return casts is not None and all(cast_keeps_apart(column.type, to) for to in casts[1:])
+
+
+def casts_of_column(expression: str, column: Column, alias: str) -> list[str] | None:
+    """Return the types that an expression casts a column to, the last one first; None where it is not that
+    column."""
     bare, casts = expression.strip(), list[str]()
     while match := _CAST.fullmatch(bare) or _SHORT_CAST.fullmatch(bare):
         bare = match[1].strip().removeprefix("(").removesuffix(")").strip()
         casts.append(match[2].strip().upper())
     names = {column.name.lower(), f"{alias}.{column.name}".lower()}
-    inner = casts[1:]  # the outermost is the output's type
-    return bare.replace('"', "").lower() in names and all(cast_keeps_apart(column.type, to) for to in inner)
+    return casts if bare.replace('"', "").lower() in names else None
 
 
 def _outermost(db: duckdb.DuckDBPyConnection, expression: str) -> tuple[str, str] | None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
 
 from headrace.change import Counts, TableId, TableSchema
 from headrace.decisions import Decisions
-from headrace.defaults import NO_DEFAULTS, ModelDefaults
+from headrace.defaults import NO_DEFAULTS, Constraints, ModelDefaults
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.masking import NOTHING, Masked
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
-from headrace.prepared import Contested, Prepared, Reference, Refused
+from headrace.prepared import Contested, Prepared, Reference, Refused, UniqueKey
 from headrace.scrub import scrub
 from headrace.transform.attempts import Attempts
 from headrace.transform.casts import reads_column
+from headrace.transform.contested import alone, uncontested
 from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
@@ -35,11 +35,11 @@ from headrace.transform.python.inputs import META
 from headrace.transform.python.process import Worker
 from headrace.transform.python.text import PythonText
 from headrace.transform.soft import fold_soft
+from headrace.transform.source_constraints import SourceKey, take_over
 from headrace.transform.sql import Check, ModelText
 from headrace.transform.stepping import settle, step
 
 _WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
-_Outcome = TypeVar("_Outcome")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,19 @@ class RowModel:
     kind: Kind = LATEST
     python: PythonRows | None = None
     """What makes the rows that the expressions are over, where that is Python and not the raw table."""
-    unique: tuple[str, ...] = ()
-    """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
+    unique: tuple[UniqueKey, ...] = ()
+    """Its key, where the source's does not keep its values apart, and those taken over: see `Claims`."""
     handling: Handling = NO_SAY
     masked: Masked = NOTHING
     """What of it is not shown, see `headrace.transform.pii`."""
+    constraints: Constraints = "own"
+    """Whether it keeps those of its table at the source, too."""
+    source_keys: tuple[SourceKey, ...] = ()
+    """The foreign keys of its table at the source that are over outputs of it."""
+    left_out: tuple[str, ...] = ()
+    """Constraints of its table that it does not keep, each with the reason in words."""
     foreign_keys: tuple[str, ...] = ()
-    """The names of those in its file, also of one whose parent does not bind now."""
+    """The names of those that it has, also of one whose parent does not bind now."""
     references: tuple[Reference, ...] = ()
     """The foreign keys of its rows, and those that refer to its rows."""
     orphan_after: float = NO_DEFAULTS.orphan_after
@@ -124,9 +130,10 @@ class RowModel:
         """Return the model that takes what was contested for bad; its version is the same. Raises ModelBroken
         where that is to suspend it."""
         refused = contested.refused.get(self.name)
-        taken = [place for *place, foreign_key in refused or () if foreign_key is None]
+        keys = {key.name: key for key in self.unique}
+        taken = [keys[name or ""] for *_, name in refused or () if (name or "") in keys]
         if taken and self.handling.on_key_violation == "suspend":
-            key = ", ".join(self.unique)
+            key = ", ".join(taken[0].columns)
             raise ModelBroken(
                 self.name,
                 f"{len(taken):,} changes would give their rows the key ({key}) of others, which suspends "
@@ -134,6 +141,11 @@ class RowModel:
                 f"Mend the data or the model, then run `headrace resume {self.name}`.",
             )
         return replace(self, refused=self.refused.union(refused)) if refused else self
+
+    @property
+    def claimed_names(self) -> tuple[str, ...]:
+        """The names of its foreign keys and of its unique keys."""
+        return (*self.foreign_keys, *(key.name for key in self.unique))
 
     @property
     def claims(self) -> bool:
@@ -154,7 +166,8 @@ class RowModel:
     @property
     def key_is_masked(self) -> bool:
         """Whether a record's source key, or what it waits for, holds values that are not to be shown."""
-        awaited = {*self.unique, *(column for each in self.own_references for column in each.columns)}
+        awaited = {name for key in self.unique for name in key.columns}
+        awaited.update(name for each in self.own_references for name in each.columns)
         return self.masked.key or not awaited.isdisjoint(self.masked.outputs)
 
     @property
@@ -221,43 +234,12 @@ def preparing(model: str) -> Iterator[None]:
         raise ModelBroken(model, f"Model {model} cannot run: {what}", remedy) from error
 
 
-def uncontested(model: RowModel, attempt: Callable[[RowModel], _Outcome]) -> _Outcome:
-    """Return what an attempt returns, made again with what it found contested refused, until nothing is.
-
-    It comes to an end: of the same changes each attempt refuses more.
-    """
-    while True:
-        try:
-            return attempt(model)
-        except Contested as contested:
-            model = model.refusing(contested)
-
-
-def alone(prepared: Prepared) -> Prepared:
-    """Return an outcome that is all there is. Raises Contested where rows of it would have one key: the row
-    of the earliest change has it."""
-    claims = prepared.claims
-    if claims is None or not claims.key:
-        return prepared
-    key = ", ".join(f"m.{quoted(name)}" for name in claims.key)
-    with engine() as db:
-        db.register("made", prepared.rows)
-        db.register("places", claims.places)
-        refused = db.execute(
-            f"SELECT p.epoch, p.commit, p.ordinal FROM made m JOIN places p USING (_source_key) "
-            f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY p.epoch, p.commit, p.ordinal) > 1"
-        ).fetchall()
-    if refused:
-        raise Contested({claims.model: [(*place, None) for place in refused]})
-    return prepared
-
-
 def mirror(source: str, schema: TableSchema, defaults: ModelDefaults = NO_DEFAULTS) -> RowModel:
     """Return the model of a table that has none: every column with its source type."""
     outputs = tuple(
         (column.name, mirror_expression(column), canonical(duckdb_type(column))) for column in schema.columns
     )
-    return RowModel(
+    model = RowModel(
         name=f"{source}.{schema.table.label}",
         source=source,
         table=schema.table,
@@ -267,7 +249,9 @@ def mirror(source: str, schema: TableSchema, defaults: ModelDefaults = NO_DEFAUL
         where="",
         checks=(),
         version="mirror:" + hashlib.blake2b(repr(outputs).encode(), digest_size=8).hexdigest(),
+        orphan_after=defaults.orphan_after,
     )
+    return take_over(model) if defaults.constraints == "source" else model
 
 
 def refuse_twins(name: str, schema: TableSchema, tables: Iterable[TableId]) -> None:
@@ -311,8 +295,18 @@ def bind(text: ModelText, schema: TableSchema, defaults: ModelDefaults = NO_DEFA
     """
     if not schema.key:
         refuse_without_key(text.file, text.kind)
-    if isinstance(text, PythonText):
-        return _bind_python(text, schema, defaults)
+    said = text.said.over(defaults)
+    bound = _bind_python(text, schema) if isinstance(text, PythonText) else _bind_sql(text, schema)
+    model = replace(
+        bound,
+        foreign_keys=tuple(each.name for each in text.foreign_keys),
+        orphan_after=said.orphan_after,
+    )
+    return take_over(model, text.key, text.foreign_keys) if said.constraints == "source" else model
+
+
+def _bind_sql(text: ModelText, schema: TableSchema) -> RowModel:
+    """Bind a model of SQL: its outputs are expressions over the raw table."""
     types = dict(text.types)
     with engine() as db:
         _empty_events(db, schema)
@@ -332,8 +326,6 @@ def bind(text: ModelText, schema: TableSchema, defaults: ModelDefaults = NO_DEFA
             version=text.version,
             kind=text.kind,
             handling=text.handling,
-            foreign_keys=tuple(each.name for each in text.foreign_keys),
-            orphan_after=text.said.over(defaults).orphan_after,
         )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(
@@ -342,7 +334,7 @@ def bind(text: ModelText, schema: TableSchema, defaults: ModelDefaults = NO_DEFA
     return replace(model, outputs=outputs, unique=_unique(text, schema, outputs))
 
 
-def _bind_python(text: PythonText, schema: TableSchema, defaults: ModelDefaults) -> RowModel:
+def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
     """Bind a Python model: its outputs are what its function puts out, cast to their types."""
     if text.fault:
         raise ModelBroken(text.name, text.fault, f"Mend {text.script.file}.")
@@ -373,8 +365,6 @@ def _bind_python(text: PythonText, schema: TableSchema, defaults: ModelDefaults)
             kind=text.kind,
             handling=text.handling,
             python=PythonRows(text.name, worker, seen if text.reads is None else text.reads, text.key),
-            foreign_keys=tuple(each.name for each in text.foreign_keys),
-            orphan_after=text.said.over(defaults).orphan_after,
         )
         made = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, type_ in types.items())
         db.execute(
@@ -444,8 +434,10 @@ def _try(db: duckdb.DuckDBPyConnection, text: ModelText, query: str) -> list[tup
         ) from error
 
 
-def _unique(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
-    """Return the key's columns, none if there is no key, or one that is unique because the source's key is.
+def _unique(
+    text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, str, str]]
+) -> tuple[UniqueKey, ...]:
+    """Return the key; none if there is no key, or one that is unique because the source's key is.
 
     Raises ModelError for a key that cannot be kept unique.
     """
@@ -483,4 +475,4 @@ def _unique(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, s
                 f"{lacks}, and {name} is {type_}, which cannot be held to be unique.",
                 f"Cast {name} to a plain type, or {hold}.",
             )
-    return text.key
+    return (UniqueKey("", text.key),)
