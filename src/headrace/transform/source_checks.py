@@ -96,7 +96,7 @@ class _Kinds:
 
     def of(self, node: exp.Expr) -> str:
         match node:
-            case exp.Paren() | exp.Any():
+            case exp.Paren():
                 kind = self.of(node.this)
             case exp.Column():
                 kind = self._column(node)
@@ -108,7 +108,7 @@ class _Kinds:
                 kind = "null"
             case exp.Cast():
                 kind = self._cast(node)
-            case exp.Array() | exp.Coalesce():
+            case exp.Coalesce():
                 kind = self._one(list(node.iter_expressions()))
             case exp.Is():
                 self.of(node.this)
@@ -119,8 +119,11 @@ class _Kinds:
 
     def _operation(self, node: exp.Expr) -> str:
         parts = [part for part in node.iter_expressions() if not isinstance(part, exp.Identifier)]
+        if (listed := _listed(node)) is not None:
+            self._one([parts[0], *listed])
+            return "boolean"
         if isinstance(node, _EQUAL):
-            self._one([_members(part) for part in parts])
+            self._one(parts)
             return "boolean"
         if isinstance(node, _ORDER):
             if self._one(parts) in {"text", "literal"}:
@@ -150,8 +153,6 @@ class _Kinds:
 
     def _cast(self, node: exp.Cast) -> str:
         to = node.to
-        if to.this is _Type.ARRAY and isinstance(_bare(node.this), exp.Array) and to.expressions:
-            to = to.expressions[0]
         kind, given = _KINDS.get(to.this), self.of(node.this)
         if kind is None or (kind == "text" and to.expressions) or given not in {kind, *_OPEN}:
             raise Unlike(f"a cast to {to.sql('postgres')}")
@@ -177,13 +178,18 @@ def _bare(node: exp.Expr) -> exp.Expr:
     return node.unnest()
 
 
-def _members(node: exp.Expr) -> exp.Expr:
-    """Return the list of `ALL (list)`, and anything else as it is."""
-    return node.expressions[0] if _is_all(node) else node
-
-
-def _is_all(node: exp.Expr | None) -> bool:
-    return isinstance(node, exp.Anonymous) and node.name.upper() == "ALL" and len(node.expressions) == 1
+def _listed(node: exp.Expr) -> list[exp.Expr] | None:
+    """Return the members of the list in `x = ANY (ARRAY[…])` or `x <> ALL (ARRAY[…])`, None for all else."""
+    right = node.args.get("expression")
+    if isinstance(node, exp.EQ) and isinstance(right, exp.Any):
+        members = right.this
+    elif isinstance(node, exp.NEQ) and isinstance(right, exp.Anonymous) and right.name.upper() == "ALL":
+        members = right.expressions[0]
+    else:
+        return None
+    while isinstance(members, exp.Paren | exp.Cast):
+        members = members.this
+    return list(members.expressions) if isinstance(members, exp.Array) else None
 
 
 def _is_plain_numeric(node: exp.Cast) -> bool:
@@ -212,9 +218,10 @@ def _made(node: exp.Expr, cells: Mapping[str, Cell]) -> exp.Expr:
     if isinstance(node, exp.Cast) and _is_plain_numeric(node):
         bare = _bare(node.this)
         return exp.Literal.number(bare.name) if isinstance(bare, exp.Literal) else node.this.copy()
-    if isinstance(node, exp.NEQ) and _is_all(node.expression):
-        members = exp.Any(this=node.expression.expressions[0].copy())
-        return exp.Not(this=exp.Paren(this=exp.EQ(this=node.this.copy(), expression=members)))
+    if (listed := _listed(node)) is not None:
+        # ANY of a list would be a subquery, which TRY does not take.
+        found = exp.In(this=node.this.copy(), expressions=[each.copy() for each in listed])
+        return exp.Not(this=found) if isinstance(node, exp.NEQ) else found
     if isinstance(node, exp.RegexpLike):
         any_character = exp.Literal.string("s")  # is what a dot means there
         return exp.func("regexp_matches", node.this.copy(), node.expression.copy(), any_character)

@@ -158,7 +158,7 @@ class _Taken:
         empty = ", ".join(f"NULL::{cell.type} AS {quoted(cell.output)}" for cell in cells.values())
         try:
             with engine() as db:
-                db.execute(f"SELECT ({condition}) FROM (SELECT {empty})")
+                db.execute(f"SELECT TRY({{'held': ({condition})}}) FROM (SELECT {empty})")
         except duckdb.Error as error:
             raise Unlike(f"DuckDB does not take it: {str(error).splitlines()[0]}") from None
         outputs = [cell.output for cell in cells.values()]
