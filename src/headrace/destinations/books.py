@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.change import Counts, Mark, Offset, Position
 from headrace.destinations.issues import count_closing, count_opening
@@ -42,6 +43,10 @@ _CONSTRAINT = (
 """The columns `sqlstate` and `constraint_name` of a record, by its reason."""
 
 
+_UNWRITTEN = 20_000
+"""Records of a model that are written at once: a statement costs much, and a record weighs up to 8 KB."""
+
+
 @dataclass(slots=True)
 class _Account:
     """One model in a slice: how it stood before, and what all of its parts so far amount to."""
@@ -52,12 +57,16 @@ class _Account:
     counts: Counts
     moved: Counts
     open_records: int
+    unwritten: list[pa.Table] = field(default_factory=list)
+    """Records of parts that are applied."""
 
 
 class Books:
     """The accounts of one slice, kept while its parts are applied and written at the end."""
 
     def __init__(self, db: Session, work: Slice) -> None:
+        self.new_issues: list[str] = []
+        """Those of the records that are written so far."""
         self._db = db
         self._work = work
         self._accounts: dict[str, _Account] = {}
@@ -83,36 +92,52 @@ class Books:
             known = (version, state, reason) == (part.model.version, _state(part), "")
             self._accounts[name] = _Account(part.model, _state(part), known, Counts(), Counts(), opened)
         account = self._accounts[name]
-        moved = heal(self._db, name, part.prepared, commit) if account.open_records else Counts()
+        if _touches(part.prepared, account.unwritten):
+            self._write_records(account)
+        written = account.open_records - sum(map(len, account.unwritten))
+        moved = heal(self._db, name, part.prepared, commit) if written else Counts()
         moved += overtaken(take_off(self._db, self._work.source, name, target, part.prepared, commit))
         account.moved += moved
         account.open_records -= moved.superseded
 
-    def take(self, part: Part) -> list[str]:
-        """Enter a part whose rows were applied, and write its records; return new issues."""
+    def take(self, part: Part) -> None:
+        """Enter a part whose rows were applied; its records are written together with those of others."""
         account = self._accounts[part.model.name]
         account.counts += part.prepared.counts
         records = part.prepared.records
         if not records.num_rows or part.prepared.steps is not None:
-            return []
-        account.open_records += int(records.num_rows)
-        return record(self._db, part.model, records)
+            return
+        account.open_records += records.num_rows
+        account.unwritten.append(records)
+        if sum(map(len, account.unwritten)) >= _UNWRITTEN:
+            self._write_records(account)
+
+    def write_records(self) -> None:
+        """Write all records that are not yet."""
+        for account in self._accounts.values():
+            self._write_records(account)
 
     def refolded(self, model: Model, refolded: Refolded) -> None:
         """Enter what the whole histories of some keys came to, whose ledger is written."""
         self._accounts[model.name].open_records += refolded.more
 
-    def settle(self, settled: Settled) -> list[str]:
-        """Enter what came of a model's steps; return new issues."""
+    def settle(self, settled: Settled) -> None:
+        """Enter what came of a model's steps."""
         account = self._accounts[settled.model.name]
         account.counts = settled.counts
         account.open_records += settled.records
-        return settled.issues
+        self.new_issues += settled.issues
 
     def close(self) -> None:
-        """Write the ledger and where the models stand now."""
+        """Write what is not yet: records, the ledger, and where the models stand now."""
+        self.write_records()
         self._write_ledger()
         self._write_models()
+
+    def _write_records(self, account: _Account) -> None:
+        if account.unwritten:
+            records, account.unwritten = pa.concat_tables(account.unwritten), []
+            self.new_issues += record(self._db, account.model, records)
 
     def _write_ledger(self) -> None:
         work, rows = self._work, []
@@ -153,6 +178,14 @@ class Books:
 
     def _only_moves(self, name: str, account: _Account) -> bool:
         return account.known and account.open_records == self._stands[name][-1]
+
+
+def _touches(prepared: Prepared, records: Sequence[pa.Table]) -> bool:
+    """Whether a part may close some of these records."""
+    if not records or prepared.reset or prepared.fewer is not None or prepared.deleted is not None:
+        return bool(records)
+    keys = pa.concat_tables(records)["key"].combine_chunks()
+    return bool(pc.any(pc.is_in(prepared.removed, value_set=keys)).as_py())
 
 
 def _state(part: Part) -> str:

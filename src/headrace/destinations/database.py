@@ -210,13 +210,13 @@ class Database(ABC):
            states of a row are kept, once for all parts of a model at their end;
         3. the ledger has one row per model, the models' and the source's progress move; commit.
         """
-        new_issues: list[str] = []
         try:
             with self.writing(work.source) as db:
                 self._check(db, work)
                 books, steps = Books(db, work), StepBook(self, db, work.source)
                 for part in work.parts:
                     if part.refolded:
+                        books.write_records()
                         books.refolded(part.model, refold(self, db, part.model, part.prepared))
                         continue
                     self.make_table(db, part.model)
@@ -226,11 +226,11 @@ class Database(ABC):
                             steps.add(part.model, part.model, part.prepared)
                         else:
                             self._change_rows(db, work.source, part.model, part.prepared)
-                        new_issues += books.take(part)
+                        books.take(part)
                     failpoint("destination.apply.part")
                     del part  # before the next one is made
                 for settled in steps.settle():
-                    new_issues += books.settle(settled)
+                    books.settle(settled)
                 books.close()
                 move_progress(db, work.source, work.through, work.position, work.committed_at)
                 failpoint("destination.apply.commit")
@@ -240,7 +240,7 @@ class Database(ABC):
             if self._settled(work.source) != work.through:
                 raise
         failpoint("destination.apply.committed")
-        return new_issues
+        return books.new_issues
 
     def _settled(self, source: str) -> Mark | None:
         with self.writing(source) as db:

@@ -47,6 +47,7 @@ RECORD = pa.schema(
         "waiting_on": pa.string(),
     }
 )
+_NONE = pa.array([], pa.int64())
 NO_ROWS = pa.table({"_source_key": pa.array([], pa.string())})
 NOTHING = Prepared(False, pa.array([], pa.string()), NO_ROWS, RECORD.empty_table(), Counts())
 """What becomes of no changes."""
@@ -76,12 +77,12 @@ def fold(
     events = events_of(db, key, live)
     points = points_of(db, key, events)
     settled, removed = _lasts(points)
-    bad, chosen = pa.array([], pa.int64()), None
+    bad, chosen = _NONE, None
     evaluation.refuse(events)
     verdicts = evaluation.run(undecided(events, settled))
     verdicts = with_fatal(evaluation, verdicts, events)
     if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
-        again = earlier_of_bad(points, verdicts)
+        again = earlier_of_bad(points, verdicts) if points.num_rows > len(removed) else _NONE
         if len(again):
             verdicts = evaluation.run(undecided(events, again))
             verdicts = with_fatal(evaluation, verdicts, events)
@@ -205,6 +206,12 @@ def _settle(
     `settled` and `removed` are what it would be if no change were bad: that of most keys stands.
     """
     bad = verdicts.filter(pc.equal(verdicts["verdict"], "bad"))
+    if points.num_rows == len(removed):  # each key has one effect, and they are in the same order
+        comes = pc.invert(points["gone"])
+        fails = pc.and_(comes, pc.is_in(points["n"], value_set=pc.unique(bad["n"])))
+        numbers = points["n"].filter(fails).combine_chunks()
+        good = settled.filter(pc.invert(pc.is_in(settled, value_set=numbers)))
+        return good, removed.filter(pc.invert(fails).combine_chunks()), numbers
     keys = pc.unique(bad["k"])
     good = settled.filter(pc.invert(pc.is_in(settled, value_set=bad["n"].combine_chunks())))
     others = removed.filter(pc.invert(pc.is_in(removed, value_set=keys)))
