@@ -142,8 +142,6 @@ class _Taken:
 
     def _take_not_null(self, constraint: Constraint) -> None:
         (name,) = constraint.columns
-        if name in self._model.schema.key:
-            return  # no row of the source is without it
         output = self._cell(name).output
         if output in self._required:
             return

@@ -102,10 +102,17 @@ def read_shapes(
             primary.append(column)
         if in_identity and identity == "i":
             index.append(column)
-    return {
-        table: TableSchema(table, tuple(columns), tuple(index or primary), 1, constraints.get(table, ()))
-        for table, (columns, primary, index) in shapes.items()
-    }
+    found = {}
+    for table, (columns, primary, index) in shapes.items():
+        key = tuple(index or primary)
+        # That a key is never null goes without saying.
+        rules = (
+            each
+            for each in constraints.get(table, ())
+            if each.kind != "not_null" or each.columns[0] not in key
+        )
+        found[table] = TableSchema(table, tuple(columns), key, constraints=tuple(rules))
+    return found
 
 
 def read_constraints(db: Connection, tables: Sequence[int]) -> dict[TableId, tuple[Constraint, ...]]:
