@@ -300,13 +300,14 @@ def _compare_model(
         rows = _compare(db, where, "SELECT * FROM expected", "SELECT * FROM found", list(model.types()))
         unique = [_keys_apart(db, model.name, key.columns, table) for key in model.unique]
     place = ["epoch", "commit", "ordinal"]
-    stays = records.filter(pc.equal(records["model_version"], model.version)).select(place).to_pylist()
-    wanted = prepared.records.filter(
-        pc.invert(pc.is_in(prepared.records["key"], value_set=outdated.cast(pa.string())))
+    waiting = outdated.cast(pa.string())
+    stays, wanted = (
+        part.filter(pc.invert(pc.is_in(part["key"].cast(pa.string()), value_set=waiting))).select(place)
+        for part in (records, prepared.records)
     )
-    found = {tuple(row.values()) for row in stays}
-    expected = {tuple(row.values()) for row in wanted.select(place).to_pylist()}
-    same = found == expected and len(stays) == len(found)
+    found = {tuple(row.values()) for row in stays.to_pylist()}
+    expected = {tuple(row.values()) for row in wanted.to_pylist()}
+    same = found == expected and stays.num_rows == len(found)
     detail = f"{len(found)} open records" if same else f"{len(found)} open records, {len(expected)} expected"
     if len(outdated):
         detail += f"; {len(outdated)} of an earlier model version wait for `headrace quarantine redrive`"
