@@ -89,7 +89,7 @@ class Lane:
         self.joiner = Joiner(
             config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
         )
-        self.waiting = Waiting(config.name, self.joiner, destination)
+        self.waiting = Waiting(config.name, self.joiner, destination, self._breakers.recount)
         self.redriver = Redriver(config.name, self.log, self.staging, destination, self.joiner, self.waiting)
         self.folder = folder
         self._current = folder.current()
@@ -195,9 +195,9 @@ class Lane:
             return True
 
     def _running(self, staged: Offset) -> Running:
-        """Return the models that take slices, with where they stand."""
+        """Return the models that take slices, those of paused tables too, with where they stand."""
         self._ask_where_models_stand()
-        return Running(list(self._runnable(staged)), self._stands or {})
+        return Running(list(self._runnable(staged, or_paused=True)), self._stands or {})
 
     def reload_models(self, *, now: bool = False) -> bool:
         """Take over the model files that changed; True if any did.
@@ -450,8 +450,7 @@ class Lane:
             return
         for model in models:
             self._stand(model, "in_sync" if model.name in in_sync else "joining", through)
-        running = [stand.offset for stand in self._stands.values() if stand.state in _RUNNING]
-        self.staging.forget(min(running))
+        self.staging.forget(min(each.offset for each in self._stands.values() if each.state in _RUNNING))
 
     def _stand(self, model: RowModel, state: str, offset: Offset) -> None:
         """Take over where the destination has just put a model."""
@@ -463,13 +462,14 @@ class Lane:
         state = (self._stands or {}).get(model.name)
         return state.offset if state else 0
 
-    def _runnable(self, through: Offset) -> Iterator[RowModel]:
+    def _runnable(self, through: Offset, *, or_paused: bool = False) -> Iterator[RowModel]:
         """Yield the active models that take slices, which those that join do not."""
-        return (model for model in self._active(through) if self.joiner.runs(model, through))
+        active = self._active(through, or_paused=or_paused)
+        return (model for model in active if self.joiner.runs(model, through))
 
-    def _active(self, through: Offset) -> Iterator[RowModel]:
+    def _active(self, through: Offset, *, or_paused: bool = False) -> Iterator[RowModel]:
         """Yield the models that are neither suspended nor paused; one whose file was mended is active."""
-        paused = {table for table, state in self._tables.items() if state.paused}
+        paused = {table for table, state in self._tables.items() if state.paused and not or_paused}
         for model in self._models(through):
             state = (self._stands or {}).get(model.name)
             if (state is None or state.runs(model.version)) and model.table not in paused:

@@ -28,6 +28,11 @@ PHASES: tuple[Phase, ...] = ("newest", "older copy", "older")
 MAX_KEYS = 1_000_000
 """Of so many keys with bad changes the older ones are read by key; of more, all history is."""
 
+_NO_PLACES = pa.table(
+    {"_source_key": pa.array([], pa.string())}
+    | {name: pa.array([], pa.int64()) for name in ("epoch", "commit", "ordinal")}
+    | {"sole": pa.array([], pa.bool_())}
+)
 _NO_KEYS = pa.array([], pa.string())
 
 
@@ -131,7 +136,11 @@ def folded(model: RowModel, history: pa.Table, keys: pa.Array) -> Prepared:
     """Return what a model makes of all of the history of some source keys: their rows go, and what they came
     to takes their place."""
     whole = only(model.settled(history), keys)
-    return replace(whole, removed=keys, deleted=None)  # a truncate in it is of all other keys, too
+    claims = whole.claims
+    if model.claims and claims is None:  # nothing is left of it, which others may have referred to
+        claims = Claims(model.name, model.unique, _NO_PLACES, model.references)
+    # A truncate in it is of all other keys, too.
+    return replace(whole, removed=keys, deleted=None, claims=claims)
 
 
 def _claims_only(claims: Claims | None, keys: pa.Array) -> Claims | None:

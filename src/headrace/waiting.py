@@ -68,10 +68,14 @@ def settled(
 class Waiting:
     """What waits in a destination, for the models of one source."""
 
-    def __init__(self, source: str, joiner: Joiner, destination: Destination) -> None:
+    def __init__(
+        self, source: str, joiner: Joiner, destination: Destination, recount: Callable[[], None]
+    ) -> None:
+        """`recount` is called when records have changed that no slice brought."""
         self._source = source
         self._joiner = joiner
         self._destination = destination
+        self._recount = recount
         self._stand: object = None
         self._is_due = True
         self._was_apart = True
@@ -134,7 +138,10 @@ class Waiting:
                 counts.pop("discarded", None)
             return Refolding(counts, {model.name: prepared for model, prepared in outcomes})
 
-        return settled(models, attempt, again)
+        refolding = settled(models, attempt, again)
+        if not dry_run:
+            self._recount()
+        return refolding
 
     def step(
         self,

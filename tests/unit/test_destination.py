@@ -11,7 +11,7 @@ import duckdb
 import pytest
 
 from headrace.destinations.duckdb import DuckDBDestination
-from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict
+from headrace.errors import DestinationBusy, DestinationError, DestinationUnavailable, UserError, Verdict
 from headrace.testing.destinations import MODEL, row, slice_of, table
 
 
@@ -70,6 +70,21 @@ def test_only_queries_are_answered(destination: DuckDBDestination, query: str) -
     with pytest.raises(UserError):
         destination.read([query])
     assert table(destination) == [(1, "a")]
+
+
+def test_a_query_for_which_there_is_no_memory_now_is_to_be_asked_again(
+    destination: DuckDBDestination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
+    monkeypatch.setattr("headrace.destinations.duckdb.QUERY_MEMORY", 1 << 20)
+    query = "SELECT count(DISTINCT md5(n::VARCHAR)) FROM range(3_000_000) t(n)"
+    with destination.connected() as db:
+        db.execute("SET max_temp_directory_size = '0KB'")
+        with pytest.raises(DestinationUnavailable) as caught:
+            destination.read([query])
+    assert caught.value.verdict is Verdict.RETRY
+    with pytest.raises(UserError):
+        destination.read(["SELECT 'a'::INTEGER"])
 
 
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:

@@ -26,7 +26,15 @@ from headrace.destinations.session import Session
 from headrace.destinations.shapes import drifts
 from headrace.destinations.tables import CREATE
 from headrace.destinations.unique import Claimed
-from headrace.errors import DestinationBusy, DestinationError, UserError, Verdict, verdict_of
+from headrace.errors import (
+    DestinationBusy,
+    DestinationError,
+    DestinationUnavailable,
+    HeadraceError,
+    UserError,
+    Verdict,
+    verdict_of,
+)
 from headrace.keys import literal, quoted
 from headrace.protocols import DestinationFinding, Scanned, Table
 from headrace.turns import Gate
@@ -205,7 +213,7 @@ class DuckDBDestination(Database):
                 db.execute("BEGIN TRANSACTION READ ONLY")
                 return [db.sql(query).to_arrow_table() for query in queries]
         except duckdb.Error as error:
-            raise UserError(str(error).strip()) from error
+            raise _judged(self.path, error) from error
 
     @contextmanager
     def scan(self, queries: Sequence[str], *, read_only: bool = False) -> Iterator[Iterator[Scanned]]:
@@ -213,7 +221,7 @@ class DuckDBDestination(Database):
         refuse_writing(queries)
         with self.gate.passed(), self.connected(read_only=read_only, memory=QUERY_MEMORY) as db:
             db.execute("BEGIN TRANSACTION READ ONLY")
-            yield (_scanned(db, query) for query in queries)
+            yield (_scanned(self.path, db, query) for query in queries)
 
     def create(self, db: Session) -> None:
         """See `Database.create`; makes the file before."""
@@ -392,11 +400,20 @@ def refuse_writing(queries: Sequence[str]) -> None:
             raise UserError("Only queries are answered: the destination is written by the pipeline alone.")
 
 
-def _scanned(db: duckdb.DuckDBPyConnection, query: str) -> Scanned:
+def _judged(path: Path, error: duckdb.Error) -> HeadraceError:
+    """Return what an error of a query that reads means: what passes by itself, or the query's own fault."""
+    words = str(error).strip()
+    writes = isinstance(error, duckdb.TransactionException)  # in a transaction that only reads
+    if verdict_of(error) is Verdict.RETRY and not writes:
+        return DestinationUnavailable(f"{path}: {words}", "Try again; it may ask for too much at once.")
+    return UserError(words)
+
+
+def _scanned(path: Path, db: duckdb.DuckDBPyConnection, query: str) -> Scanned:
     try:
         reader = db.sql(query).to_arrow_reader(_SCAN_ROWS)
     except duckdb.Error as error:
-        raise UserError(str(error).strip()) from error
+        raise _judged(path, error) from error
     return reader.schema, _batches(reader)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -108,20 +108,12 @@ class Waits:
         self, source: str, references: Collection[Reference], after: Mapping[str, float]
     ) -> Sequence[str]:
         """See `headrace.reference.Waits.expire`."""
+        # Looked at often: what changes nothing is no transaction that is kept, and no news for readers.
         with self._looking(source) as db:
-            waits = db.execute(
-                f"SELECT 1 FROM {QUARANTINE} WHERE source = $1 AND status = 'waiting' LIMIT 1", [source]
-            )
-        if not waits:
-            return []
+            if not _expired(db, source, references, after, self._destination.table_of)[0]:
+                return []
         with self._destination.writing(source) as db:
-            for _ in range(_LONGEST):
-                if not sum(_join_issue(db, each) for each in references if each.by_key):
-                    break
-            issues = list[str]()
-            for each in references:
-                issues += _expire(db, source, each, after[each.model])
-        return issues
+            return _expired(db, source, references, after, self._destination.table_of)[1]
 
     @contextmanager
     def _looking(self, source: str) -> Iterator[Session]:
@@ -241,8 +233,34 @@ def _join_issue(db: Session, each: Reference) -> int:
     return left + joined
 
 
-def _expire(db: Session, source: str, each: Reference, after: float) -> list[str]:
-    """Quarantine what waits for a row of a reference in vain; return the ids of issues that are new."""
+def _expired(
+    db: Session,
+    source: str,
+    references: Collection[Reference],
+    after: Mapping[str, float],
+    table_of: Callable[[str], str],
+) -> tuple[int, list[str]]:
+    """Let what waits join the issues of its parents, and quarantine what waits in vain; returns how many
+    records are others by it, and the ids of issues that are new."""
+    changed, issues = 0, list[str]()
+    ((waits,),) = db.execute(
+        f"SELECT count(*) FROM {QUARANTINE} WHERE source = $1 AND status = 'waiting'", [source]
+    )
+    if not waits:
+        return changed, issues
+    for _ in range(_LONGEST):
+        if not (joined := sum(_join_issue(db, each) for each in references if each.by_key)):
+            break
+        changed += joined
+    for each in references:
+        orphans, new = _orphan(db, source, each, after[each.model], table_of(each.parent))
+        changed, issues = changed + orphans, issues + new
+    return changed, issues
+
+
+def _orphan(db: Session, source: str, each: Reference, after: float, parent: str) -> tuple[int, list[str]]:
+    """Quarantine what waits for a row of a reference in vain, the rows of the `parent` being in that table;
+    returns how many records, and the ids of issues that are new."""
     late = f"q.waiting_since <= now() - INTERVAL '{after:.3f} seconds'"
     of_parent = f"SELECT 1 FROM {QUARANTINE} p WHERE p.model = {literal(each.parent)} AND p.key = "
     of_parent += db.json_text("q.waiting_on", "key")
@@ -251,7 +269,8 @@ def _expire(db: Session, source: str, each: Reference, after: float) -> list[str
             f"({late} OR EXISTS ({of_parent} AND p.status = 'discarded')) "
             f"AND NOT EXISTS ({of_parent} AND p.{OPEN})"
         )
-    where = f"{_lacking(db, each)} AND q.status = 'waiting' AND {late}"
+    there = f"SELECT 1 FROM {parent} r WHERE r._source = q.source AND {_has(db, each.to, each.types)}"
+    where = f"{_lacking(db, each)} AND q.status = 'waiting' AND {late} AND NOT EXISTS ({there})"
     cause = fingerprint(record="q")
     db.keep(
         "_hr_orphans",
@@ -270,4 +289,4 @@ def _expire(db: Session, source: str, each: Reference, after: float) -> list[str
     if orphans:
         moved = numbers(Counts(quarantined=orphans, waiting=-orphans))
         insert(db, "ledger", [(source, each.model, "orphaned", 0, 0, *moved, "")])
-    return [str(issue) for (issue,) in rows]
+    return orphans, [str(issue) for (issue,) in rows]

@@ -95,6 +95,10 @@ class Breakers:
     def know(self, tripped: Iterable[str]) -> None:
         """Take over which models have tripped and not passed a part since, and how full the quarantine is."""
         self._tripped.update(tripped)
+        self.recount()
+
+    def recount(self) -> None:
+        """Take over how full the quarantine is, where records came or went that nobody admitted."""
         self._limit.count()
 
     def has_room(self, error: BaseException) -> bool:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import psycopg
@@ -110,12 +111,15 @@ def remember_catalog(db: Connection, log: LogIndex, tables: Sequence[TableId]) -
     _write(log, known | {table: known_now for table, known_now in found.items() if table in tables})
 
 
-def catalog_changes(db: Connection, log: LogIndex, tables: Iterable[TableId]) -> Iterator[CatalogChange]:
-    """Yield what became of captured tables since the last look.
+def catalog_changes(
+    db: Connection, log: LogIndex, tables: Iterable[TableId]
+) -> tuple[list[CatalogChange], Callable[[], None]]:
+    """Return what became of captured tables since the last look, and what takes note of it.
 
-    What is found is noted at the end: whoever stops before is told again. One that is gone or moved is told
-    at each look, as long as it is captured under its former name.
+    To be noted once all of it is taken up: whoever stops before is told again. One that is gone or moved is
+    told at each look, as long as it is captured under its former name.
     """
+    changes = list[CatalogChange]()
     captured = list(tables)
     known = {table: was for table, was in _known(log).items() if table in captured}
     found = _read(db, [was.oid for was in known.values()], captured)
@@ -125,16 +129,16 @@ def catalog_changes(db: Connection, log: LogIndex, tables: Iterable[TableId]) ->
         called = names.get(was.oid)
         if called is None:
             noted[table] = was
-            yield CatalogChange("gone", table)
+            changes.append(CatalogChange("gone", table))
         elif called != table:
             noted |= {table: was, called: found[called]}
-            yield CatalogChange("moved", table, now=called)
+            changes.append(CatalogChange("moved", table, now=called))
         elif (now := found[table]) != was:
             if not was.looks_like(now):
-                yield CatalogChange("altered", table)
+                changes.append(CatalogChange("altered", table))
             if reason := _rewritten(was, now):
-                yield CatalogChange("rewritten", table, reason=reason)
-    _write(log, noted)
+                changes.append(CatalogChange("rewritten", table, reason=reason))
+    return changes, partial(_write, log, noted)
 
 
 def is_known(db: Connection, log: LogIndex, table: TableId, captured: Iterable[TableId]) -> bool:

@@ -128,8 +128,8 @@ class PostgresSource:
                     partial(self._moved, log),
                 )
                 yield from follower.groups(server, slot)
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            raise broke_off(self._url, error) from error
+        except (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.InternalError_) as error:
+            raise broke_off(self._url, error) from error  # also where a relation went while it was asked for
         finally:
             self.close()
 
@@ -245,14 +245,20 @@ class PostgresSource:
         self._requests.append(table)
 
     def _look_at_catalog(self, log: LogIndex) -> None:
-        """Take up what became of the captured tables, and take in new ones."""
+        """Take up what became of the captured tables, and take in new ones; again with the next look where
+        something goes meanwhile."""
+        try:
+            awaited = self._take_up_changes(log)
+            if log.note(POINT):
+                self._take_in_new(log, awaited)
+        except psycopg.errors.InternalError_ as error:  # the server has met a relation that was being dropped
+            logger.info("%s: the catalog changed while it was looked at: %s", self.name, error.sqlstate)
+
+    def _take_up_changes(self, log: LogIndex) -> set[TableId]:
+        """Take up what became of the captured tables; returns those of which more is to come."""
         db = self._catalog()
         awaited = set[TableId]()
-        try:
-            changes = list(catalog_changes(db, log, captured_tables(log)))
-        except psycopg.errors.InternalError_ as error:  # it met a relation that was being dropped
-            logger.info("%s: the catalog changed while it was looked at: %s", self.name, error.sqlstate)
-            return
+        changes, take_note = catalog_changes(db, log, captured_tables(log))
         # One that has its name back may go once more, and then what it held in between is still to come.
         away = {change.table for change in changes if change.kind not in ("altered", "rewritten")}
         self._gone = {table: at for table, at in self._gone.items() if table in away}
@@ -275,8 +281,8 @@ class PostgresSource:
             else:
                 self._follow(log, table, change.now)
         self._unannounced = {t for t in self._unannounced if not announce(db, self._config, log, t)}
-        if log.note(POINT):
-            self._take_in_new(log, awaited)
+        take_note()
+        return awaited
 
     def _has_passed(self, table: TableId) -> bool:
         """Whether the log holds all that the source committed until a table was first found to be gone."""
