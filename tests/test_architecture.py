@@ -19,6 +19,7 @@ FLOORS = [
         "change",
         "errors",
         "config",
+        "defaults",
         "values",
         "document",
         "secret",

@@ -47,8 +47,9 @@ from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
 from headrace.standing import ModelState
+from headrace.transform.contested import uncontested
 from headrace.transform.engine import engine
-from headrace.transform.model import RowModel, preparing, uncontested
+from headrace.transform.model import RowModel, preparing
 from headrace.undecodable import beyond_copy, of_copy, of_history, of_slice
 
 logger = logging.getLogger("headrace.joining")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Column, TableId, TableSchema
+from headrace.change import Column, Constraint, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import UserError
 from headrace.keys import literal
@@ -96,7 +96,20 @@ class Policy:
             for column in schema.columns
             if not self.excludes(schema.table, column.name)
         )
-        return replace(schema, columns=columns)
+        constraints = tuple(each for each in schema.constraints if self._tells(schema.table, each))
+        return replace(schema, columns=columns, constraints=constraints)
+
+    def _tells(self, table: TableId, constraint: Constraint) -> bool:
+        """Whether a constraint still means something of rows as they are captured, and names none of their
+        columns that are left out."""
+        if any(self.excludes(table, name) for name in constraint.columns):
+            return False
+        hashed = [self.hashes(table, name) for name in constraint.columns]
+        if constraint.references is None:
+            return constraint.kind != "check" or not any(hashed)
+        parent = constraint.references
+        hidden = any(self.excludes(parent, name) for name in constraint.to)
+        return not hidden and hashed == [self.hashes(parent, name) for name in constraint.to]
 
     def apply(self, table: TableId, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return rows as they are captured.

@@ -77,6 +77,7 @@ class GroupBuilder:
         self, shapes: Shapes, roster: Roster, policy: Policy, space: SpoolSpace, epoch: int = 0
     ) -> None:
         self._shapes = shapes
+        self._versions: dict[TableId, list[tuple[Position, int]]] = {}
         self._roster = roster
         self._policy = policy
         self._space = space
@@ -146,6 +147,7 @@ class GroupBuilder:
 
     def _piece(self, events: Sequence[Event], times: _Times) -> list[Entry]:
         entries: list[Entry] = []
+        self._versions.clear()
         for event in events:
             self._add(event, times, entries)
         return sorted(entries, key=lambda entry: entry.last)
@@ -162,7 +164,7 @@ class GroupBuilder:
             payload = json.dumps({"lsn": event.lsn, "txid": txid}).encode()
             for relation in filter(self._roster.admits, event.relations):
                 table = _table(relation)
-                version = self._version(relation, serial, event.ordinal, times, entries)
+                version = self._version(relation, serial, at, times, entries)
                 moment = times.at(serial)
                 entries.append(Entry("truncate", table, at, at, moment, 1, version, payload, (txid, txid)))
         elif isinstance(event, Malformed):
@@ -191,7 +193,7 @@ class GroupBuilder:
         last = Position(self._epoch, commits[-1].as_py(), ordinals[-1].as_py())
         whole = self._undecodable.escape(table, pa.RecordBatch.from_arrays(columns, names=names))
         payload = encode_rows(whole)
-        version = self._version(rows.relation, int(serials[0]), first.ordinal, times, entries)
+        version = self._version(rows.relation, int(serials[0]), first, times, entries)
         txids = int(pc.min(xids).as_py()), int(pc.max(xids).as_py())
         held = key_filter(whole, self._shapes[table].key)
         at, count, latest = moments[-1].as_py(), batch.num_rows, pc.max(moments).as_py()
@@ -244,17 +246,22 @@ class GroupBuilder:
         shape = self._shapes.announced(message.prefix, text_of(message.content))
         if shape is None or not message.transactional:
             return []
+        self._versions.setdefault(shape.table, []).append((at, shape.version - 1))
         payload = shape.to_json().encode()
         return [Entry("schema", shape.table, at, at, committed_at, 0, shape.version, payload)]
 
     def _version(
-        self, relation: Relation, serial: int, ordinal: int, times: _Times, entries: list[Entry]
+        self, relation: Relation, serial: int, at: Position, times: _Times, entries: list[Entry]
     ) -> int:
-        """Return the version of the shape that a row has; a table's first row logs its shape before it."""
+        """Return the version of the shape that a row has; a table's first row logs its shape before it.
+
+        Rows come at the end of what was read at once, behind an announcement that they may stand before.
+        """
         table = _table(relation)
         if table not in self._shapes:
-            entries += self._log_shape(RelationSeen(relation, serial, ordinal - 1), times)
-        return self._shapes[table].version
+            entries += self._log_shape(RelationSeen(relation, serial, at.ordinal - 1), times)
+        before = (version for announced, version in self._versions.get(table, ()) if at < announced)
+        return next(before, self._shapes[table].version)
 
     def _log_shape(self, event: RelationSeen, times: _Times) -> list[Entry]:
         shape = self._shapes.learn(event.relation)
