@@ -18,6 +18,7 @@ import duckdb
 import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
+from headrace.channels import DEFAULT, AlertSettings
 from headrace.errors import ModelError
 from headrace.transform import alerting
 from headrace.transform.foreign import KEYS as FOREIGN
@@ -79,7 +80,7 @@ class ModelText:
     version: str
     kind: Kind = LATEST
     handling: Handling = NO_SAY
-    alerts: alerting.AlertSettings = alerting.DEFAULT
+    alerts: AlertSettings = DEFAULT
     foreign_keys: tuple[ForeignKey, ...] = ()
     said: Said = NOTHING_SAID
 
