@@ -317,7 +317,7 @@ def test_a_live_table_is_copied_again_while_it_is_written_and_read(
 ) -> None:
     """The live table goes on meanwhile: what is written beside the copy shows before it has ended."""
     fill(db, "orders", 3000)
-    project = project_of(server, tmp_path, 'chunk_bytes = "256KiB"', 'copy_rate = "4MiB"')
+    project = project_of(server, tmp_path, 'chunk_bytes = "256KiB"', 'copy_rate = "512KiB"')
     chance = random.Random(7)
     with Running(project) as running:
         running.live("orders")

@@ -260,3 +260,39 @@ def test_an_entry_that_does_not_decode_when_it_is_staged_holds_up_nothing(shop: 
     shop.run()
     assert shop.records() == []
     shop.assert_verified()
+
+
+def test_a_cell_that_was_not_sent_again_is_not_taken_from_before_what_does_not_decode(shop: Shop) -> None:
+    shop.sql("ALTER TABLE t ADD n int", "ALTER TABLE t ALTER v SET STORAGE EXTERNAL")
+    shop.model("SELECT id::INTEGER AS id, v, n::INTEGER AS n FROM raw.shop.t", "newest")
+    shop.sql("INSERT INTO t VALUES (20, 'first' || repeat('a', 9000), 1), (21, repeat('c', 9000), 1)")
+    shop.run()
+    shop.sql("UPDATE t SET v = 'damaged' || repeat('b', 9000) WHERE id = 20")
+    shop.run()
+    shop.sql("UPDATE t SET n = 2 WHERE id > 19")
+    shop.run()
+    opened = "SELECT key, reason FROM headrace.quarantine WHERE model = 'newest' ORDER BY key NULLS FIRST"
+    unknown = [(key, "decode.unchanged") for key in ("20", "21")]  # of whichever row it was
+    assert shop.rows(opened) == [(None, "decode.message"), *unknown]
+    assert shop.rows("SELECT id, left(v, 5), n FROM newest WHERE id > 19 ORDER BY id") == [
+        (20, "first", 1),
+        (21, "ccccc", 1),
+    ]
+    shop.sql("UPDATE t SET v = 'whole', n = 3 WHERE id > 19")
+    shop.run()
+    assert shop.rows("SELECT v, n FROM newest WHERE id > 19") == [("whole", 3)] * 2
+
+
+def test_bytes_that_nobody_has_looked_through_are_not_kept_of_a_table_with_something_to_hide(
+    shop: Shop,
+) -> None:
+    path = shop.project.root / "headrace.toml"
+    hides = 'hash = ["public.t.v"]\nhash_salt = "0123456789abcdef0123"\n[destination]'
+    path.write_text(path.read_text().replace("[destination]", hides))
+    shop.project = load_project(shop.project.root)
+    shop.sql("INSERT INTO t VALUES (6, 'damaged-SECRET'), (9, 'fine-SECRET')")
+    shop.run()
+    ((record,),) = shop.rows("SELECT message FROM headrace.quarantine WHERE model = 'newest' AND key IS NULL")
+    assert "its bytes are not kept" in str(record)
+    files = [path for path in shop.project.root.rglob("*") if path.is_file()]
+    assert [path for path in files if b"SECRET" in path.read_bytes()] == []

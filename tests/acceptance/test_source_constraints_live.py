@@ -129,7 +129,8 @@ def test_a_pipeline_follows_the_constraints_of_its_source(
 SAME = """n > 0 | n + 1 < m | n % 3 = 1 | -n < 2 | abs(n) = 2 | m * 2 <= 3.5 | m > '-0.5' | m <> 0.0001
 t = 'a' | t <> '' | t IN ('a', 'bb') | t NOT IN ('a', 'x y') | t LIKE '%b' | t NOT LIKE 'a_'
 t ~ '^[^@]+@[^@]+$' | t ~ '^a.c$' | t !~ '^(a|b){1,2}$' | t ~ '[a-z]+\\.[a-z]' | length(t) > 1
-char_length(btrim(t)) = 1 | trim(t) <> '' | b | NOT b | b IS TRUE | b IS NOT FALSE | n IS DISTINCT FROM 1
+char_length(btrim(t)) = 1 | trim(t) <> '' | length(ltrim(t)) > 1 | rtrim(t) <> 'a'
+b | NOT b | b IS TRUE | b IS NOT FALSE | n IS DISTINCT FROM 1
 (n IS NULL) = (t IS NULL) | n BETWEEN 0 AND 2 | coalesce(n, m, 0) > 1 | d > '2020-02-29'
 d <> '2020-03-01' | n > 1 OR t = 'a' AND b | f > 0.1 | f = 'NaN' | f > n | s::bigint > n | v = 'a'
 w >= '2020-01-01 12:00' | z >= '2020-01-01 12:00+02' | u = '00000000-0000-0000-0000-000000000001'
@@ -137,11 +138,11 @@ n::numeric > m | m::numeric(3,1) > 1 | h < '12:30' | n NOT IN (1, 3)"""
 LEFT_OUT = """n <> ALL ('{1,2}')
 t > 'a' | lower(t) = t | t ~* 'A' | t ~ '^[[:alpha:]]' | n / 2 = 0 | c = 'a' | w = d | e = 'x'
 d > CURRENT_DATE | num_nonnulls(n, m) = 1 | t ~ '\\yb' | t ~~ 'a\\%' | j -> 'a' IS NULL | ARRAY[n] = '{1}'
-z::date = d"""
+z::date = d | f::numeric = 0.3"""
 ROWS = {
     "n": ["0", "1", "-2", "3", None],
     "m": ["0.0001", "1.7500", "-0.5000", None],
-    "t": ["a", "bb", " b ", "", "a@b", "a\nc", "a.c", "é", "ab\n", "50%", None],
+    "t": ["a", "bb", " b ", "", "a@b", "a\nc", "a.c", "é", "ab\n", "50%", "\u3000", "a\u00a0", None],
     "b": ["t", "f", None],
     "d": ["2020-03-01", "0044-03-15 BC", None],
     "f": ["0.1", "NaN", "-Infinity", "2.5", None],

@@ -206,3 +206,7 @@ class _Given:
     ) -> tuple[pa.Table, Offset]:
         """Return all given rows: nothing stands before them."""
         return self._changes.select(columns), 0
+
+    def undecodable(self, table: TableId, after: Offset, through: Offset) -> pa.Table:  # noqa: ARG002
+        """Return nothing: who gives rows can read them."""
+        return self._changes.slice(0, 0)

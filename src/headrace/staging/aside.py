@@ -33,6 +33,7 @@ class Aside:
         columns = [*own, ("_epoch", META["_epoch"]), ("_offset", META["_offset"]), ("changes", pa.int64())]
         self.nothing = pa.schema(columns).empty_table()
         """What `read` returns where there is nothing."""
+        self._told = [*(name for name in self.nothing.column_names if name != "message"), *_PLACE[:2]]
 
     def learn(self, raw: RawTable | None) -> None:
         """Take over what the internal table has gained."""
@@ -57,7 +58,7 @@ class Aside:
     def read(self, raw: RawTable, table: TableId, after: Offset, through: Offset, *, whole: bool) -> pa.Table:
         """Return those of a table in `(after, through]`; their bytes only if `whole`."""
         parts = []
-        for part in raw.chunks(after, through, None if whole else [*self.nothing.column_names, *_PLACE]):
+        for part in raw.chunks(after, through, None if whole else self._told):
             own = pc.and_(
                 pc.equal(part["table_schema"], table.schema), pc.equal(part["table_name"], table.name)
             )

@@ -204,7 +204,7 @@ class DeltaStaging:
     def _take_changes(self, item: LoggedEntry, table: TableId, pending: _Pending) -> None:
         """Add what an entry brings of a table; as bytes what does not decode."""
         if item.entry.kind != "undecodable":
-            if item.offset <= self._version(table) or item.offset in self._aside.of(table):
+            if item.offset <= self._version(table) or self._aside.any(table, item.offset - 1, item.offset):
                 return
             try:
                 pending.add(table, staged(item))

@@ -156,9 +156,14 @@ class _Kinds:
         kind, given = _KINDS.get(to.this), self.of(node.this)
         if kind is None or (kind == "text" and to.expressions) or given not in {kind, *_OPEN}:
             raise Unlike(f"a cast to {to.sql('postgres')}")
+        if _is_plain_numeric(node) and any(map(self._is_floating, node.this.find_all(exp.Column))):
+            raise Unlike(f"a cast to {to.sql('postgres')}, which rounds there")
         if _is_plain_numeric(node) and given == "literal" and not _NUMBER.fullmatch(_bare(node.this).name):
             raise Unlike(f"a cast to {to.sql('postgres')}")
         return kind
+
+    def _is_floating(self, node: exp.Column) -> bool:
+        return self._cells[node.name].column.type in ("real", "double precision")
 
     def _one(self, parts: list[exp.Expr]) -> str:
         """Return the kind that all of these have."""
@@ -218,6 +223,10 @@ def _made(node: exp.Expr, cells: Mapping[str, Cell]) -> exp.Expr:
     if isinstance(node, exp.Cast) and _is_plain_numeric(node):
         bare = _bare(node.this)
         return exp.Literal.number(bare.name) if isinstance(bare, exp.Literal) else node.this.copy()
+    if isinstance(node, exp.Trim):
+        # Without a second argument DuckDB takes away any space of Unicode, Postgres U+0020 alone.
+        name = {"LEADING": "ltrim", "TRAILING": "rtrim"}.get(node.args.get("position") or "", "trim")
+        return exp.Anonymous(this=name, expressions=[node.this.copy(), exp.Literal.string(" ")])
     if (listed := _listed(node)) is not None:
         # ANY of a list would be a subquery, which TRY does not take.
         found = exp.In(this=node.this.copy(), expressions=[each.copy() for each in listed])

@@ -124,6 +124,8 @@ class _Taken:
         self._cells = held(model)
         self._key = key
         self._own = foreign_keys
+        taken = (each.name for each in model.schema.constraints if each.kind == "foreign_key")
+        self._foreign_names = {*taken, *(each.name for each in foreign_keys)}
         self._required = {check.column for check in model.checks if not check.expression}
 
     def take(self, constraint: Constraint) -> None:
@@ -172,7 +174,9 @@ class _Taken:
             if types[name].endswith("]") or types[name].startswith(_NESTED):
                 raise Unlike(f"{name} is {types[name]}, which cannot be held to be unique")
         if set(columns) != set(self._key):
-            self.unique.append(UniqueKey(constraint.name, columns))
+            # The source keeps names of indexes and of foreign keys apart.
+            is_taken = constraint.name in self._foreign_names
+            self.unique.append(UniqueKey(f"{constraint.name}{' (unique)' * is_taken}", columns))
 
     def _take_foreign_key(self, constraint: Constraint) -> None:
         self._refuse_past()

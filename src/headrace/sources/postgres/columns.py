@@ -73,6 +73,14 @@ class Policy:
         """Whether a table may have columns that are left out."""
         return any(pattern.fits_table(table) for pattern in self._exclude)
 
+    def conceals(self, table: TableId | None) -> bool:
+        """Whether something of a table may be left out or hashed; of one that nobody can tell (None), whether
+        anything of the source may."""
+        if table is None:
+            return bool(self._exclude or self._hash or self._where)
+        patterns = [*self._exclude, *self._hash]
+        return any(pattern.fits_table(table) for pattern in patterns) or bool(self.where(table))
+
     def hashes(self, table: TableId, column: str) -> bool:
         """Whether a column is captured as the hash of its values."""
         return any(pattern.fits(table, column) for pattern in self._hash)

@@ -217,6 +217,8 @@ class GroupBuilder:
             if not len(chosen):
                 continue
             messages = batch.take(pa.array(chosen))
+            if self._policy.conceals(table):
+                messages = _without_bytes(messages)
             places = dict(zip(_PLACED, (commits[chosen], moments[chosen], xids[chosen]), strict=True))
             columns = [
                 pa.array(places[name]) if name in places else messages[name] for name in UNDECODABLE.names
@@ -270,6 +272,17 @@ class GroupBuilder:
         at = times.position(event.serial, event.ordinal)
         payload = shape.to_json().encode()
         return [Entry("schema", shape.table, at, at, times.at(event.serial), 0, shape.version, payload)]
+
+
+def _without_bytes(messages: pa.RecordBatch) -> pa.RecordBatch:
+    """Return messages that could not be decoded without what nobody has looked through."""
+    why = pc.binary_join_element_wise(
+        messages["why"], "its bytes are not kept, since exclude, hash or where concerns its table", "; "
+    )
+    nothing = pa.repeat(pa.scalar(b"", pa.binary()), messages.num_rows)
+    names = messages.schema.names
+    columns = [{"why": why, "message": nothing}.get(name, messages[name]) for name in names]
+    return pa.RecordBatch.from_arrays(columns, names=names)
 
 
 def _stand_in(event: Event) -> Event | Relation | None:
