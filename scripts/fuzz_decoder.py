@@ -6,8 +6,9 @@
     fuzz_decoder.py fuzz FOLDER [OPTION]    fuzz; libFuzzer's options, such as -max_total_time=600
 
 An input is two bytes (rows to a batch, messages between two calls of `take`), then messages, each behind its
-length in four bytes; its number is its LSN. Allowed is: MalformedMessage, from then on for every push, and
-whole Arrow arrays from every take. Not allowed is any other exception, a crash, a hang, a wrong count.
+length in four bytes; its number is its LSN. Allowed is: a message that is put aside, MalformedMessage, from
+then on for every push, and whole Arrow arrays from every take. Not allowed is any other exception, a crash, a
+hang, a wrong count.
 
 `fuzz` needs atheris. It sees into native code only if the decoder was built for it; with clang:
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from headrace.change import TableId
 from headrace.errors import MalformedMessage
-from headrace.sources.postgres.events import Rows
+from headrace.sources.postgres.events import Malformed, Rows
 from headrace.sources.postgres.pgoutput import Decoder
 from headrace.sources.postgres.undecodable import Undecodable
 
@@ -86,6 +87,9 @@ def taken(decoder: Decoder) -> int:
     assert serials == sorted(set(serials)), "transactions out of order"
     rows = 0
     for event in events:
+        if isinstance(event, Malformed):
+            event.batch.validate(full=True)
+            assert all(row["why"] for row in event.batch.to_pylist()), "put aside without a reason"
         if isinstance(event, Rows):
             batch = Undecodable().escape(TableId("", ""), event.batch)
             batch.validate(full=True)

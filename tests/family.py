@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from entries import rows as entry
-from entries import truncate
+from entries import schema, truncate
 from headrace.change import Column, CopyMark, Entry, Position, TableId, TableSchema
 from headrace.config import load_project
 from headrace.lane import Lane
@@ -32,7 +32,8 @@ def gone(table: str, key: str) -> Row:
 
 
 class Family:
-    """A source's log, its staging, its models and its destination; no source."""
+    """A source's log, its staging, its models (by name, or by file name those of Python) and its destination;
+    no source."""
 
     def __init__(
         self, folder: Path, shapes: Sequence[TableSchema], models: Mapping[str, str], more: str = ""
@@ -44,7 +45,7 @@ class Family:
         (folder / "headrace.toml").write_text(url + more)
         (folder / ".headrace" / "log").mkdir(parents=True)
         for name, text in models.items():
-            (folder / "models" / f"{name}.sql").write_text(text)
+            (folder / "models" / (name if name.endswith(".py") else f"{name}.sql")).write_text(text)
         self.commit = 10
         self.lane = self.open()
         for shape in shapes:
@@ -94,6 +95,12 @@ class Family:
             before = {"id": cells["before"]} if "before" in cells else None
             entries.append(entry(shape, [(op, self.commit, ordinal, self._cells(row), None, before)]))
         self.lane.log.append(entries)
+
+    def becomes(self, shape: TableSchema) -> None:
+        """Have the source say that a table looks otherwise from here on."""
+        self.commit += 1
+        self.shapes[shape.table.name] = shape
+        self.lane.log.append([schema(self.commit, shape)])
 
     def load(self) -> None:
         while self.lane.load():

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import socket
 import socketserver
+import ssl
 import struct
 import threading
 import time
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+CERTIFICATE = Path(__file__).with_name("localhost.pem")
+"""Of localhost, with its key."""
 
 
 class Got(NamedTuple):
@@ -76,46 +81,76 @@ class Web:
         self._server.server_close()
 
 
+class _Speaker(socketserver.StreamRequestHandler):
+    """What a mail server says in one connection."""
+
+    mail: Mail
+
+    def handle(self) -> None:
+        if self.mail.tls == "smtps":
+            self._encrypt()
+        self.wfile.write(b"220 here\r\n")
+        while line := self.rfile.readline():
+            verb = line.split()[0].upper().rstrip()
+            if verb == b"QUIT":
+                self.wfile.write(b"221 bye\r\n")
+                return
+            self.wfile.write(self._answer(verb, line))
+            if verb == b"STARTTLS":
+                self._encrypt()
+
+    def finish(self) -> None:
+        super().finish()
+        self.request.close()
+
+    def _encrypt(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(CERTIFICATE)
+        self.request = context.wrap_socket(self.request, server_side=True)
+        self.setup()
+        self.mail.encrypted += 1
+
+    def _answer(self, verb: bytes, line: bytes) -> bytes:
+        if verb == b"EHLO":
+            offer = b"250-STARTTLS\r\n" if self.mail.tls == "starttls" else b""
+            return b"250-here\r\n" + offer + b"250 AUTH PLAIN\r\n"
+        if verb == b"STARTTLS":
+            return b"220 go on\r\n"
+        if verb == b"AUTH":
+            self.mail.logins.append(line.split()[2].decode())
+            return b"235 welcome\r\n"
+        if verb.startswith(b"RCPT") and self.mail.refuse:
+            return self.mail.refuse
+        if verb == b"DATA":
+            self.wfile.write(b"354 go on\r\n")
+            lines = []
+            while (text := self.rfile.readline()) != b".\r\n":
+                lines.append(text.removeprefix(b"."))
+            read = message_from_bytes(b"".join(lines), policy=policy.default)
+            assert isinstance(read, EmailMessage)
+            self.mail.mails.append(read)
+        return b"250 ok\r\n"
+
+
+class _MailServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who does not trust the certificate hangs up."""
+
+
 class Mail:
     """Takes mail over SMTP; `refuse` is answered to RCPT while it is set. It asks for no password but takes
-    one."""
+    one. With `tls` it speaks TLS from the start, or once it is asked to."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Literal["", "smtps", "starttls"] = "") -> None:
+        self.tls = tls
         self.mails: list[EmailMessage] = []
         self.refuse = b""
         self.logins: list[str] = []
-        mail = self
-
-        class Handler(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                self.wfile.write(b"220 here\r\n")
-                while line := self.rfile.readline():
-                    verb = line.split()[0].upper().rstrip()
-                    if verb == b"QUIT":
-                        self.wfile.write(b"221 bye\r\n")
-                        return
-                    self.wfile.write(self._answer(verb, line))
-
-            def _answer(self, verb: bytes, line: bytes) -> bytes:
-                if verb == b"EHLO":
-                    return b"250-here\r\n250 AUTH PLAIN\r\n"
-                if verb == b"AUTH":
-                    mail.logins.append(line.split()[2].decode())
-                    return b"235 welcome\r\n"
-                if verb.startswith(b"RCPT") and mail.refuse:
-                    return mail.refuse
-                if verb == b"DATA":
-                    self.wfile.write(b"354 go on\r\n")
-                    lines = []
-                    while (text := self.rfile.readline()) != b".\r\n":
-                        lines.append(text.removeprefix(b"."))
-                    read = message_from_bytes(b"".join(lines), policy=policy.default)
-                    assert isinstance(read, EmailMessage)
-                    mail.mails.append(read)
-                return b"250 ok\r\n"
-
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self.encrypted = 0
+        """How many connections were."""
+        self._server = _MailServer(("127.0.0.1", 0), type("Speaker", (_Speaker,), {"mail": self}))
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 

@@ -45,12 +45,13 @@ KINDS: Mapping[str, Kind] = {
     "consumer_lost": Kind("error", lasts=False),
     "anchor": Kind("warning"),
     "copy": Kind("error", lasts=False),
+    "undecodable": Kind("error", lasts=False),
     "notice": Kind("info", lasts=False),
 }
 """Every kind. The subject of an `issue` is its id; of `suspended`, `unreadable`, `freshness` and `ledger` the
 model; of `progress` the model; of `slot` source and what is wrong, `shop.lag`; of `source_down`, `waiting`,
 `gap` and `stopped` the thread, `shop.capture`; of `disk` the folder; of `consumer` source and name; of `copy`
-the table; of `mart` the mart."""
+the table; of `mart` the mart; of `undecodable` the source and the offset in its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +103,34 @@ def trigger_issue(
     """Tell of an issue, of which there are `count` records."""
     trigger(
         "issue", issue,
-        "NEW CAUSE %s in model %s: %s %s: %s (%d so far). Mend the model or the data, then run "
-        "`headrace quarantine redrive --issue %s`.",
-        issue, model, reason, columns, message, count, issue,
+        "NEW CAUSE %s in model %s: %s %s: %s (%d so far). %s",
+        issue, model, reason, columns, message, count, remedy_of(issue, reason),
         source=source, model=model, grade=grade,
     )  # fmt: skip
+
+
+def remedy_of(issue: str, reason: str) -> str:
+    """Say what to do about an issue."""
+    if reason in ("decode.message", "decode.payload"):
+        return "Copy its table again: `headrace tables resync TABLE`."
+    return f"Mend the model or the data, then run `headrace quarantine redrive --issue {issue}`."
 
 
 def trigger_suspended(model: str, source: str, why: str, severity: Severity | None = None) -> None:
     """Tell of a model that is suspended."""
     words = "SUSPENDED model %s: %s"
     trigger("suspended", model, words, model, why, source=source, model=model, severity=severity)
+
+
+def trigger_undecodable(source: str, offset: int) -> None:
+    """Tell of messages of a source that do not decode, and of which nobody can say the table."""
+    trigger(
+        "undecodable", f"{source} {offset}",
+        "UNDECODABLE: source %s has sent what does not decode, and does not say of which table. The bytes "
+        "are at offset %d of its log (headrace log show %d). `headrace verify` says which tables lack "
+        "something, `headrace tables resync TABLE` copies them again.",
+        source, offset, offset, source=source,
+    )  # fmt: skip
 
 
 def tell(words: str, *values: object, source: str = "", severity: Severity = "info") -> None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from headrace.alarms import tell
 from headrace.change import Offset, TableId, TableSchema
-from headrace.config import SourceConfig
+from headrace.config import Project, SourceConfig
 from headrace.errors import HeadraceError, ModelBroken
 from headrace.evolution import Evolution, Evolutions
 from headrace.protocols import Destination, LogIndex
@@ -32,6 +32,7 @@ class Binder:
 
     def __init__(
         self,
+        project: Project,
         config: SourceConfig,
         log: LogIndex,
         staging: DeltaStaging,
@@ -39,11 +40,10 @@ class Binder:
         suspend: Callable[[str, HeadraceError], None],
         *,
         read_only: bool,
-        attempts: Attempts | None = None,
     ) -> None:
-        """`suspend` is called once with a model that does not bind, or that waits for a person; `attempts` is
-        where it is noted what is prepared."""
-        self._attempts = attempts
+        """`suspend` is called once with a model that does not bind, or that waits for a person."""
+        self._attempts = Attempts(project.state / "attempts" / config.name, read_only=read_only)
+        self._defaults = project.defaults
         self._config = config
         self._log = log
         self._staging = staging
@@ -52,11 +52,17 @@ class Binder:
         self._read_only = read_only
         self._evolutions = Evolutions(log, lambda table, kind: action(config.schema_changes, table, kind))
         self._bound: dict[str, tuple[Evolution, RowModel | HeadraceError]] = {}
+        self._has_other_versions = False
         self._links: tuple[tuple[object, ...], list[RowModel], Sequence[RowModel]] | None = None
 
     def reload(self) -> bool:
         """Take over what a person has let go on; True if anything has."""
         return self._evolutions.reload()
+
+    def has_other_versions(self) -> bool:
+        """Whether since the last call a model has become another version, as its table's constraints did."""
+        found, self._has_other_versions = self._has_other_versions, False
+        return found
 
     def forget(self, model: str) -> None:
         """Bind a model anew whose file has changed."""
@@ -75,7 +81,9 @@ class Binder:
                 name = text.name if text else f"{self._config.name}.{table.label}"
                 known = self._bound.get(name)
                 if known is None or known[0] != evolution:
-                    known = self._bound[name] = (evolution, self._bind(name, evolution, text, through))
+                    was, known = known, (evolution, self._bind(name, evolution, text, through))
+                    self._bound[name] = known
+                    self._has_other_versions |= was is not None and _version(was[1]) != _version(known[1])
                 if isinstance(known[1], RowModel):
                     bound.append(known[1])
                     away.discard(name)
@@ -145,7 +153,8 @@ class Binder:
                     f"Look at it, then run `headrace tables resume {schema.table}`.",
                 )
             refuse_twins(name, schema, () if text else self._staging.schemas(through))
-            bound = bind(text, schema) if text else mirror(self._config.name, schema)
+            name_of = self._config.name
+            bound = bind(text, schema, self._defaults) if text else mirror(name_of, schema, self._defaults)
             model = marked(bound, text, self._config.pii)
             return replace(model.limited(self._destination.limits(model)), attempts=self._attempts)
         except HeadraceError as error:
@@ -171,3 +180,7 @@ class Binder:
         if not said:
             return error
         return ModelBroken(name, f"{words} ({'; '.join(said)})", error.remedy)
+
+
+def _version(bound: RowModel | HeadraceError) -> str:
+    return bound.version if isinstance(bound, RowModel) else ""

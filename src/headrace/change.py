@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,12 +18,12 @@ Offset = int
 Op = Literal["c", "u", "d", "r", "t"]
 """Debezium's letters: create, update, delete, read by the copy, truncate."""
 
-Kind = Literal["rows", "copy", "schema", "truncate", "message", "marker", "decision"]
+Kind = Literal["rows", "copy", "schema", "truncate", "message", "marker", "decision", "undecodable"]
 
 ADDED = "added"
 """The reason of a copy of a table that was not captured until then: of before, there is only a fragment."""
 
-STREAMED = ("rows", "schema", "truncate", "message")
+STREAMED = ("rows", "schema", "truncate", "message", "undecodable")
 """Kinds of entries in the order of the source's commits; a copy's rows, markers and decisions stand between
 them."""
 
@@ -100,16 +101,43 @@ class Column:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """A rule that the source itself keeps of a table's rows.
+
+    `columns` are those of the table that it is of. A check has an `expression`, in the source's SQL; a
+    foreign key refers to the columns `to` of the table `references`. `beyond` says in words what of the rule
+    is not in that (`of a part of the rows`), '' if nothing.
+    """
+
+    kind: Literal["not_null", "unique", "foreign_key", "check"]
+    name: str
+    columns: tuple[str, ...]
+    expression: str = ""
+    references: TableId | None = None
+    to: tuple[str, ...] = ()
+    beyond: str = ""
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Constraint:
+        """Read back what `asdict` gave."""
+        parent = raw["references"] and TableId(*raw["references"])
+        columns, to = tuple(raw["columns"]), tuple(raw["to"])
+        return cls(raw["kind"], raw["name"], columns, raw["expression"], parent, to, raw["beyond"])
+
+
+@dataclass(frozen=True, slots=True)
 class TableSchema:
     """The shape of a source table from one position on.
 
-    `key` names the columns that identify a row; `version` counts the shapes of this table from 1.
+    `key` names the columns that identify a row; `version` counts the shapes of this table from 1;
+    `constraints` are what else the source keeps of its rows, in a fixed order.
     """
 
     table: TableId
     columns: tuple[Column, ...]
     key: tuple[str, ...]
     version: int = 1
+    constraints: tuple[Constraint, ...] = ()
 
     def to_json(self) -> str:
         """Render as one line of JSON, the payload of a schema entry."""
@@ -128,11 +156,16 @@ class TableSchema:
             columns=tuple(Column(**c) for c in raw["columns"]),
             key=tuple(raw["key"]),
             version=raw["version"],
+            constraints=tuple(map(Constraint.from_dict, raw.get("constraints", ()))),
         )
 
     def same_shape(self, other: TableSchema) -> bool:
-        """Whether columns and key agree, whatever the version."""
+        """Whether columns and key agree, whatever the version and the constraints."""
         return self.columns == other.columns and self.key == other.key
+
+    def agrees(self, other: TableSchema) -> bool:
+        """Whether all but the version is the same."""
+        return self.same_shape(other) and self.constraints == other.constraints
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +249,8 @@ class Entry:
 
     `payload` by kind: rows, copy: see `headrace.payload`; schema: `TableSchema` as JSON; message: JSON of
     prefix, content, lsn and txid; truncate: JSON of lsn and txid; marker: `CopyMark` as JSON, or
-    `SourceMark` where it has no table; decision: `headrace.decisions.Decision` as JSON.
+    `SourceMark` where it has no table; decision: `headrace.decisions.Decision` as JSON; undecodable: see
+    `headrace.payload`, without a table where the source's message does not tell of which it is.
     """
 
     kind: Kind

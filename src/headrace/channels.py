@@ -53,6 +53,21 @@ class Channel:
 
 
 @dataclass(frozen=True, slots=True)
+class AlertSettings:
+    """How fresh a model is to be (seconds from commit to visible, None: no target), how grave its alerts are
+    (None: as their kind says), who answers for it, and the channels they go to (none: those that take them).
+    """
+
+    freshness: float | None = None
+    severity: Severity | None = None
+    owner: str = ""
+    route: tuple[str, ...] = ()
+
+
+DEFAULT = AlertSettings()
+
+
+@dataclass(frozen=True, slots=True)
 class AlertsConfig:
     """`[alerts]`, as in Alertmanager, in seconds: a group of alerts is told `group_wait` after its first one,
     what is new in it every `group_interval` at most, and what has not changed every `repeat_interval`.

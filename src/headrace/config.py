@@ -19,27 +19,16 @@ from typing import Any, Literal
 from headrace import values
 from headrace.change import TableId
 from headrace.channels import DEFAULT_ALERTS, AlertsConfig, read_alerts
-from headrace.document import (
-    FILE_NAME,
-    MAX_FILE_BYTES,
-    MAX_MISTAKES,
-    Document,
-    Invalid,
-    Parser,
-    _lines,
-    read_texts,
-)
+from headrace.defaults import NO_DEFAULTS, ModelDefaults, read_defaults
+from headrace.document import FILE_NAME, Document, Invalid, Parser, read_texts
 from headrace.errors import ConfigError, UserError
-from headrace.references import MAX_SECRET_FILE_BYTES, SecretParsers, read_reference
+from headrace.references import SecretParsers, read_reference
 from headrace.schema_policy import Rules, parse_rules
 from headrace.secret import Secret
 
 __all__ = [
     "ENVIRONMENT",
     "FILE_NAME",
-    "MAX_FILE_BYTES",
-    "MAX_MISTAKES",
-    "MAX_SECRET_FILE_BYTES",
     "MAX_SOURCE_NAME",
     "MODELS_FOLDER",
     "STATE_FOLDER",
@@ -50,7 +39,6 @@ __all__ = [
     "Secret",
     "SourceConfig",
     "StagingConfig",
-    "_lines",
     "load_project",
     "read_url",
     "select_tables",
@@ -211,6 +199,7 @@ class Project:
     quarantine: QuarantineConfig
     env: str = ""
     alerts: AlertsConfig = DEFAULT_ALERTS
+    defaults: ModelDefaults = NO_DEFAULTS
 
     @property
     def state(self) -> Path:
@@ -284,6 +273,7 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
     quarantine = document.section("quarantine", bounds)
     scale = document.section("scale", {"freshness": values.duration("100ms", "24h")})
     alerts = read_alerts(document, secret)
+    defaults = read_defaults(document)
     document.raise_mistakes()
     return Project(
         root=root,
@@ -295,6 +285,7 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
         quarantine=QuarantineConfig(**quarantine),
         env=env,
         alerts=alerts,
+        defaults=defaults,
     )
 
 

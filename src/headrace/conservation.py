@@ -132,7 +132,7 @@ def check_ledger(
     ]
     # After what is held: of that, what lies behind the beginning was not trimmed while it was read.
     begin = log.begin().offset
-    streamed = [(at, count) for at, kind, count in held if kind in ("rows", "truncate")]
+    streamed = [(at, count) for at, kind, count in held if kind in ("rows", "truncate", "undecodable")]
     copied = [(at, count) for at, kind, count in held if kind == "copy"]
     for kind, entries in (("copy", copied), ("apply", streamed)):
         spans = [(row["after"], row["through"], row["read"]) for row in rows if row["kind"] == kind]
@@ -167,7 +167,7 @@ def _sums(rows: Sequence[dict[str, Any]], records: Sequence[Any]) -> Account | N
 
 def _check_staging(log: LogIndex, staging: Staging, table: TableId, offset: Offset) -> Account | None:
     """Return what is wrong if staging does not hold what the log does of a table, through an offset."""
-    kinds = ("rows", "truncate", "copy")
+    kinds = ("rows", "truncate", "copy", "undecodable")
     held = [
         (item.offset, item.entry.rows)
         for item in log.headers(0, offset)

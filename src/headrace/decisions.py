@@ -31,13 +31,14 @@ _ABOUT = pa.schema([*((name, pa.int64()) for name in PLACE), ("actor", pa.string
 
 
 class Decided(NamedTuple):
-    """The change that a decision is about: its position, its offset in the log, and its source key."""
+    """The change that a decision is about: its position, its offset in the log, and its source key, None
+    where that is not known since the change could not be decoded."""
 
     epoch: int
     commit: int
     ordinal: int
     offset: Offset
-    key: str
+    key: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class Decisions:
         """Return the offset of the last decision through an offset, 0 if there is none."""
         return max((offset for offset, _ in self.all if offset <= through), default=0)
 
-    def keys(self, after: Offset | None = None, through: Offset | None = None) -> list[str]:
+    def keys(self, after: Offset | None = None, through: Offset | None = None) -> list[str | None]:
         """Return the source keys of the changes that decisions in `(after, through]` are about."""
         decided = (
             decision
@@ -120,7 +121,7 @@ class Decisions:
         )
         return list(dict.fromkeys(change.key for decision in decided for change in decision.changes))
 
-    def about(self, verb: Verb, keys: Sequence[str]) -> pa.Table:
+    def about(self, verb: Verb, keys: Sequence[str | None]) -> pa.Table:
         """Return the places of the changes of some source keys that are decided on so, with `actor` and
         `reason`."""
         wanted = set(keys)

@@ -90,6 +90,9 @@ def model(
     max_error_rate: float | None = None,
     on_violation: str | None = None,
     pii: Sequence[str] | None = None,
+    foreign_key: Sequence[Mapping[str, object]] | None = None,
+    orphan_after: str | None = None,
+    constraints: str | None = None,
     freshness: str | None = None,
     severity: str | None = None,
     owner: str | None = None,
@@ -121,20 +124,21 @@ def model(
         `"warn"`, `"null"` or `"suspend"`.
     pii
         Output columns whose values are shown nowhere beside the table.
+    foreign_key, orphan_after
+        What the rows refer to, `[{"columns": ["customer_id"], "references": "customers"}]`, and how long a
+        row may wait for that before it is an error.
+    constraints
+        `"source"` to hold the rows to the source's own constraints, too: an output stands for the column
+        of its name, and those of the key for the table's.
     freshness, severity, owner, route
         Of its alerts, as there.
     """
     given: dict[str, object] = {
-        "materialize": materialize,
-        "delete": delete,
-        "max_error_rate": max_error_rate,
-        "on_violation": on_violation,
-        "pii": None if pii is None else list(pii),
-        "freshness": freshness,
-        "severity": severity,
-        "owner": owner,
+        "materialize": materialize, "delete": delete, "max_error_rate": max_error_rate,
+        "on_violation": on_violation, "pii": pii, "foreign_key": foreign_key, "orphan_after": orphan_after,
+        "constraints": constraints, "freshness": freshness, "severity": severity, "owner": owner,
         "route": route,
-    }
+    }  # fmt: skip
     settings = {name: value for name, value in given.items() if value is not None}
     rules = {} if contract is None else contract
 

@@ -23,7 +23,7 @@ class Invalid(Exception):
 
 
 Parser = Callable[[Any], Any]
-SECTIONS = ("source", "log", "staging", "destination", "quarantine", "scale", "alerts")
+SECTIONS = ("source", "log", "staging", "destination", "models", "quarantine", "scale", "alerts")
 
 
 class Document:

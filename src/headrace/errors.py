@@ -95,7 +95,11 @@ class SourceGap(SourceError):
 
 
 class MalformedMessage(SourceError):
-    """Bytes from the source that the protocol does not allow."""
+    """Bytes from the source that the protocol does not allow; `what` is the fault without its place."""
+
+    def __init__(self, message: str, remedy: str = "", what: str = "") -> None:
+        super().__init__(message, remedy)
+        self.what = what
 
 
 class LogError(HeadraceError):

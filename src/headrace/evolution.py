@@ -130,7 +130,7 @@ class Evolutions:
         known = self._known.get(shape.table)
         if known is None:
             return Evolution(shape, shape), (), True
-        if known.raw.same_shape(shape):
+        if known.raw.agrees(shape):
             return known, (), False
         if shape.version < known.raw.version:
             return Evolution(shape, shape), (), False  # staged anew: what comes was judged long ago

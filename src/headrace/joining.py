@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -46,13 +47,15 @@ from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
 from headrace.standing import ModelState
+from headrace.transform.contested import uncontested
 from headrace.transform.engine import engine
-from headrace.transform.model import RowModel, preparing, uncontested
+from headrace.transform.model import RowModel, preparing
+from headrace.undecodable import beyond_copy, of_copy, of_history, of_slice
 
 logger = logging.getLogger("headrace.joining")
 
 _FIRST: tuple[Phase, ...] = ("copy", "newest", "keys")
-_STREAMED: tuple[Kind, ...] = ("rows", "truncate")
+_STREAMED: tuple[Kind, ...] = ("rows", "truncate", "undecodable")
 _SLICES = 3  # of the log, that one step of a rebuild takes: a transaction for each would take longer
 _PATIENCE = 0.2  # seconds that a step waits for what is being found: others are to be applied meanwhile
 _Slice = tuple[Offset, Iterable[Prepared]]
@@ -155,6 +158,16 @@ class Joiner:
             before = [changes, *rows[:i], *gone]
             gone.append(absences(model.schema, copy, before, rows[i], began(self._log, copy)))
         return in_source_order([*rows, changes, *gone])
+
+    def prepared(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
+        """Yield what a model makes of its table's changes in a slice, piece by piece."""
+        pieces = self._staging.pieces(model.table, after, through)
+        while (changes := next(pieces, None)) is not None:
+            prepared = model.prepare(self.filled(model, changes, through))
+            del changes  # not beside what the destination makes of them
+            yield prepared
+            del prepared
+        yield from of_slice(self._staging, model, after, through)
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
@@ -312,17 +325,21 @@ class Joiner:
                 reading = self._rebuilt(join, model, copy)
                 again = model if model.refused else None
                 through, prepared = reading.prepare(join.phase, join.offset, join.target, again)
-                return through, [prepared]
+                is_first = join.phase == PHASES[0] and join.offset == _begin_of(copy, join.target)
+                aside = of_history(self._staging, model, copy, join.target) if is_first else ()
+                return through, [prepared, *aside]
             if join.phase == "keys":
-                return join.offset + 1, [self._share(join, model, copy)]
+                aside = of_history(self._staging, model, copy, copy.end) if not join.offset else ()
+                return join.offset + 1, [self._share(join, model, copy), *aside]
             through = self._slice_end(join, model, copy, target)
             if join.phase == "copy":
                 rows = self._staging.read_copied(model.table, copy, join.offset, through)
-                return through, [model.prepare(rows)]
+                return through, [model.prepare(rows), *of_copy(self._staging, model, join.offset, through)]
+            aside = beyond_copy(self._staging, model, copy, join.offset, through)
             if self._staging.count(model.table, join.offset, through) > _AT_ONCE:
-                return through, self._pieces(model, copy, join.offset, through)
+                return through, chain(self._pieces(model, copy, join.offset, through), aside)
             read = self._staging.read(model.table, join.offset, through)
-            return through, [self._missing(model, copy, read)]
+            return through, [self._missing(model, copy, read), *aside]
 
     def _rebuilt(self, join: Join, model: RowModel, copy: Copy) -> Rebuilding:
         """Return what reads a model's history through a join's target; it stays from slice to slice."""

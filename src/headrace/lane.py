@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from headrace.ahead import ahead
-from headrace.alarms import trigger_issue, trigger_suspended
+from headrace.alarms import trigger_issue, trigger_suspended, trigger_undecodable
 from headrace.binding import Binder
 from headrace.capturing import Works, capture
 from headrace.change import Mark, Offset, Position
@@ -45,7 +45,6 @@ from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.standing import ModelState
-from headrace.transform.attempts import Attempts
 from headrace.transform.fold import NOTHING
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, preparing
@@ -100,9 +99,8 @@ class Lane:
         self._tables = read_states(self.log)
         self._read_only = read_only
         refuse = partial(self._suspend, "")  # of no version: any runs once its table fits
-        attempts = Attempts(project.state / "attempts" / config.name, read_only=read_only)
         self._binder = Binder(
-            config, self.log, self.staging, destination, refuse, read_only=read_only, attempts=attempts
+            project, config, self.log, self.staging, destination, refuse, read_only=read_only
         )
         self._preparer = ThreadPoolExecutor(1, f"{config.name}.prepare")
         self.applying = Turns()
@@ -128,6 +126,9 @@ class Lane:
             return True
         if not entries:
             return False
+        for item in entries:
+            if item.entry.kind == "undecodable" and item.entry.table is None:
+                trigger_undecodable(self.config.name, item.offset)
         self.staging.write(entries)
         return True
 
@@ -139,6 +140,8 @@ class Lane:
             staged = self.staging.through()
             # Before it is asked where they stand: one that does not bind is suspended.
             list(self._models(staged))
+            if self._binder.has_other_versions():
+                self._stands = None
             joined = self._join(staged)
             decided = self.redriver.take_in(self._running(staged), self._suspend)
             applied = self._apply_next(staged)
@@ -425,11 +428,8 @@ class Lane:
         for model in models:
             quiet = True
             with preparing(model.name):
-                pieces = self.staging.pieces(model.table, *span)
-                while (changes := next(pieces, None)) is not None:
+                for prepared in self.joiner.prepared(model, *span):
                     quiet = False
-                    prepared = model.prepare(self.joiner.filled(model, changes, span[1]))
-                    del changes  # not beside what the destination makes of them
                     self._breakers.admit(model, prepared)
                     self.waiting.note(model, prepared)
                     yield Part(model, prepared, model.name in in_sync)

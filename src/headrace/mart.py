@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from headrace.channels import DEFAULT, AlertSettings
+
 Kind = Literal["view", "table"]
 
 
@@ -23,6 +25,7 @@ class Mart:
     kind: Kind
     refresh_every: float
     version: str
+    alerts: AlertSettings = DEFAULT
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,9 @@ cells).
 
 In the stream `_lsn` is its first value and then each one's difference from the one before: a byte a row
 where the values would take five. `decode_rows` gives the values.
+
+An `undecodable` entry holds messages of the source that could not be decoded, in the same way: with the
+columns of `UNDECODABLE`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,22 @@ import pyarrow as pa
 HEAD = ("_op", "_commit", "_ordinal", "_committed_at", "_txid", "_lsn")
 UNCHANGED = pa.list_(pa.string())
 BEFORE = pa.map_(pa.string(), pa.string())
+
+UNDECODABLE = pa.schema(
+    {
+        "_op": pa.string(),
+        "_commit": pa.int64(),
+        "_ordinal": pa.int64(),
+        "_committed_at": pa.int64(),
+        "_txid": pa.int64(),
+        "_lsn": pa.int64(),
+        "kind": pa.string(),
+        "why": pa.string(),
+        "message": pa.binary(),
+    }
+)
+"""The columns of an `undecodable` entry: `_op` is null where the message is no change, `kind` is the
+message's first byte, `why` says what is wrong with it, without its content, `message` are its bytes."""
 
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="lz4")
 _LSN = HEAD.index("_lsn")

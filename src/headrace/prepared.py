@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.change import Counts
 
@@ -19,9 +19,23 @@ UNIQUE = "constraint.unique"
 FOREIGN_KEY = "constraint.foreign_key"
 """The reason of a change that would have its row refer to one that is not there."""
 
+MESSAGE = "decode.message"
+"""The reason of a message of the source that does not decode."""
+
+PAYLOAD = "decode.payload"
+"""The reason of an entry of the log whose changes do not decode."""
+
 Refused = tuple[int, int, int, str | None]
-"""Epoch, commit and ordinal of a change that is refused, and the foreign key that it is for; None for the
-model's own key."""
+"""Epoch, commit and ordinal of a change that is refused, and the name of the foreign or unique key that it is
+for; None for the model's own key."""
+
+
+class UniqueKey(NamedTuple):
+    """Output columns: no two rows of a model have the same in all of them, unless one is null. The name is ''
+    for the key that the model's file says."""
+
+    name: str
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +61,7 @@ class Reference:
 @dataclass(frozen=True, slots=True)
 class Claims:
     """What an outcome's rows claim, and what is to hold of all rows of the source when the transaction ends:
-    no two rows of the model have one `key` (output columns, none where the source's key keeps rows apart),
+    no two rows of the model have the same of one of `keys` (none where the source's key keeps rows apart),
     and whatever a row refers to is there.
 
     `references` are those of the model's rows and those to them. `places` (`_source_key`, `epoch`, `commit`,
@@ -56,7 +70,7 @@ class Claims:
     """
 
     model: str
-    key: tuple[str, ...]
+    keys: tuple[UniqueKey, ...]
     places: pa.Table
     references: tuple[Reference, ...] = ()
 
@@ -64,7 +78,8 @@ class Claims:
     def columns(self) -> tuple[str, ...]:
         """The columns whose values others must not have, or refer to."""
         referred = (name for each in self.references if each.parent == self.model for name in each.to)
-        return tuple(dict.fromkeys((*self.key, *referred)))
+        unique = (name for key in self.keys for name in key.columns)
+        return tuple(dict.fromkeys((*unique, *referred)))
 
 
 class Contested(Exception):

@@ -179,10 +179,13 @@ class LogIndex(Log, Protocol):
         """Return the offset of the last entry of every table."""
         ...
 
-    def before_unstaged(self, table: TableId, rows_through: Offset, schemas_through: Offset) -> Offset:
+    def before_unstaged(
+        self, table: TableId, rows_through: Offset, schemas_through: Offset, aside: Sequence[Offset] = ()
+    ) -> Offset:
         """Return the last group end before a table's first entry that is not staged, or the log's end.
 
-        Its rows are staged through `rows_through`, its schema entries through `schemas_through`.
+        Its rows are staged through `rows_through`, its schema entries through `schemas_through`, and those
+        at the offsets `aside` as bytes, since they could not be decoded.
         """
         ...
 
@@ -250,7 +253,16 @@ class Staging(Protocol):
         ...
 
     def count(self, table: TableId, after: Offset, through: Offset) -> int:
-        """Return how many changes and copied rows of a table are in `(after, through]`."""
+        """Return how many changes and copied rows of a table are in `(after, through]`, those among them
+        that could not be decoded."""
+        ...
+
+    def undecodable(self, table: TableId, after: Offset, through: Offset) -> pa.Table:
+        """Return what of a table is in `(after, through]` and could not be decoded, in the log's order.
+
+        Columns: those of `headrace.payload.UNDECODABLE`, the bytes null, with `_epoch`, `_offset` and
+        `changes`, how many changes a row stands for. `_op` is 'r' for copied rows.
+        """
         ...
 
     def schemas(self, through: Offset) -> dict[TableId, TableSchema]:

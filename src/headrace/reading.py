@@ -16,16 +16,7 @@ from typing import Literal
 
 import pyarrow as pa
 
-from headrace.change import (
-    CopyMark,
-    LoggedEntry,
-    Mark,
-    Offset,
-    Position,
-    SourceMark,
-    TableId,
-    TableSchema,
-)
+from headrace.change import CopyMark, LoggedEntry, Mark, Offset, Position, SourceMark, TableId, TableSchema
 from headrace.config import state_folder
 from headrace.decisions import Decision
 from headrace.errors import LogError, LogTrimmed, UserError
@@ -71,17 +62,18 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Event:
     """What is no row. `content` by kind: schema: the new shape; truncate: None; message, decision: what it
-    says; marker: how a table's copy goes or, without a table, a gap or a new beginning of the source.
+    says; marker: how a table's copy goes or, without a table, a gap or a new beginning of the source;
+    undecodable: messages that do not decode, with the columns of `headrace.payload.UNDECODABLE`.
 
     `lsn` and `txid` are those of truncates and messages, else 0.
     """
 
-    kind: Literal["schema", "truncate", "message", "marker", "decision"]
+    kind: Literal["schema", "truncate", "message", "marker", "decision", "undecodable"]
     table: TableId | None
     offset: Offset
     position: Position
     committed_at: int
-    content: TableSchema | Message | CopyMark | SourceMark | Decision | None
+    content: TableSchema | Message | CopyMark | SourceMark | Decision | pa.RecordBatch | None
     lsn: int = 0
     txid: int = 0
 
@@ -493,6 +485,8 @@ def _event(item: LoggedEntry) -> Event:
         return Event("marker", *place, kind.from_json(entry.payload))
     if entry.kind == "decision":
         return Event("decision", *place, Decision.from_json(entry.payload))
+    if entry.kind == "undecodable":
+        return Event("undecodable", *place, decode_rows(entry.payload))
     words = told(entry.payload)
     if entry.kind == "truncate":
         return Event("truncate", *place, None, words["lsn"], words["txid"])

@@ -21,6 +21,7 @@ from headrace.protocols import LogIndex
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.engine import engine
 from headrace.transform.model import RowModel
+from headrace.undecodable import beyond_copy, of_copy
 
 _SHARE_ROWS = 500_000
 """Changes and copied rows of the keys that are folded at once, about."""
@@ -130,18 +131,26 @@ def told_at_once(staging: DeltaStaging, model: RowModel, copy: Copy, *, beside: 
     table has accounted for what was before the copy."""
     table, copies = model.table, copies_of(staging, model, copy)
     counted = copies[-1:] if beside else copies
-    told = [
-        Account("copy", each.begin, each.end, _all_applied(_copied(staging, table, each))) for each in counted
-    ]
+    told = []
+    for each in counted:
+        aside = _sum(of_copy(staging, model, each.begin, each.end))
+        if each != copy:  # what of it does not decode is in the newest
+            aside = Counts(read=aside.read, superseded=aside.read)
+        told.append(Account("copy", each.begin, each.end, _applied(_copied(staging, table, each)) + aside))
     if not beside:
         after = copies[0].after
+        aside = _sum(beyond_copy(staging, model, copy, after, copy.end))
         rows = staging.streamed_rows(table, after, copy.end)
-        told.append(Account("apply", after, copy.end, _all_applied(rows)))
+        told.append(Account("apply", after, copy.end, _applied(rows) + aside))
     return told
 
 
-def _all_applied(rows: int) -> Counts:
+def _applied(rows: int) -> Counts:
     return Counts(read=rows, applied=rows)
+
+
+def _sum(parts: Iterable[Prepared]) -> Counts:
+    return sum((each.counts for each in parts), Counts())
 
 
 def _copied(staging: DeltaStaging, table: TableId, copy: Copy) -> int:

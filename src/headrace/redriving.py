@@ -128,7 +128,7 @@ class Redriver:
         _refuse(model, decision)
         known = [(0, decision)] if model.decisions is None else [*model.decisions.all, (0, decision)]
         decided = replace(model, decisions=Decisions(known))
-        keys = [change.key for change in decision.changes]
+        keys = [change.key for change in decision.changes if change.key is not None]
         return self.redrive(running, decided, keys, dry_run=True, each=True)
 
     def took(self, model: str, offset: Offset) -> bool:
@@ -165,9 +165,11 @@ class Redriver:
             self._taken = self._destination.decided(self._source)
         return self._taken.get(model.name, 0)
 
-    def _take_in(self, running: Running, model: RowModel, keys: Sequence[str], through: Offset) -> None:
+    def _take_in(
+        self, running: Running, model: RowModel, keys: Sequence[str | None], through: Offset
+    ) -> None:
         assert model.decisions is not None
-        wanted = pa.array(keys, pa.string())
+        wanted = pa.array([key for key in keys if key is not None], pa.string())
         discarded, patched = (model.decisions.about(verb, keys) for verb in ("discard", "patch"))
         with preparing(model.name):
             history = self._joiner.history(model, running.stands[model.name].offset, wanted)

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
 
 
 NOTHING_DECIDED: Mapping[str, Outcome] = MappingProxyType({})
-NO_FOREIGN_KEYS: Mapping[str, Collection[str]] = MappingProxyType({})
+NO_CONSTRAINTS: Mapping[str, Collection[str]] = MappingProxyType({})
 
 
 class Key(NamedTuple):
-    """A key that no two rows of a model have: its columns, and their types in DuckDB's words."""
+    """A key that no two rows of a model have: its name, see `UniqueKey`, its columns, and their types in
+    DuckDB's words."""
 
     model: str
+    name: str
     columns: tuple[str, ...]
     types: tuple[str, ...]
 
@@ -29,11 +31,12 @@ class Key(NamedTuple):
 class Due(NamedTuple):
     """References that were `put_off`, or never judged, and can be judged now; by model the source keys of
     records that might pass now, since what they refer to is there, or its own record is among them, or their
-    key is free; and how many records wait."""
+    key is free; how many records wait; and the foreign keys (model, name) that are known and no more."""
 
     put_off: Sequence[Reference]
     ready: Mapping[str, pa.Array]
     waiting: int
+    lapsed: Sequence[tuple[str, str]] = ()
 
 
 class Waits(Protocol):
@@ -60,11 +63,15 @@ class Waits(Protocol):
         references: Collection[Reference],
         keys: Collection[Key],
         limit: int,
-        foreign_keys: Mapping[str, Collection[str]] = NO_FOREIGN_KEYS,
+        constraints: Mapping[str, Collection[str]] = NO_CONSTRAINTS,
     ) -> Due:
         """Return what can be done for references whose models are in sync, and for keys; see `Due`. At
-        most some `limit` of source keys, if these do not need each other. `foreign_keys` names by model all
-        that it has: a record for another one waits for nothing any more."""
+        most some `limit` of source keys, if these do not need each other. `constraints` names by model all
+        foreign and unique keys that it has: a record for another one waits for nothing any more."""
+        ...
+
+    def forget(self, source: str, foreign_keys: Sequence[tuple[str, str]]) -> None:
+        """Forget foreign keys (model, name): one that comes again is judged over all rows."""
         ...
 
     def expire(

@@ -32,7 +32,8 @@ from headrace.staging.contained import not_contained
 from headrace.staging.copies import copied
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
-from headrace.transform.model import RowModel, preparing, uncontested
+from headrace.transform.contested import uncontested
+from headrace.transform.model import RowModel, preparing
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)?", re.ASCII)
 _OURS = re.compile(r"headrace(_\w*)?\.", re.IGNORECASE)

@@ -40,6 +40,7 @@ from headrace.sources.postgres.snapshot import SourceSnapshot, pending_changes, 
 from headrace.sources.postgres.tables import captured_tables
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.model import RowModel, as_text
+from headrace.undecodable import of_history
 
 _SHOWN_KEYS = 10
 _CATCH_UP = 120.0
@@ -281,11 +282,12 @@ def _compare_model(
     """
     history = lane.joiner.history(model, state["offset"])
     prepared = model.refusing(_refused(model, records)).whole(history)
-    outdated = records.filter(pc.not_equal(records["model_version"], model.version))["key"].combine_chunks()
+    is_current = pc.equal(records["model_version"], model.version)
+    outdated = records.filter(pc.invert(is_current))["key"].combine_chunks().drop_null().cast(pa.string())
     with duckdb.connect() as db:
         db.execute("SET TimeZone = 'UTC'")
         columns = ", ".join(f"{quoted(name)} {type_}" for name, type_ in model.types().items())
-        db.register("waiting", pa.table({"key": outdated.cast(pa.string())}))
+        db.register("waiting", pa.table({"key": outdated}))
         for name, rows in (("expected_raw", prepared.rows), ("found_raw", table)):
             db.execute(f"CREATE TABLE {name[:-4]} (_source_key VARCHAR, {columns})")
             db.register(name, rows)
@@ -298,15 +300,18 @@ def _compare_model(
             )
         where = f"model {model.name} at offset {state['offset']}"
         rows = _compare(db, where, "SELECT * FROM expected", "SELECT * FROM found", list(model.types()))
-        unique = [_keys_apart(db, model, table)] if model.unique else []
+        unique = [_keys_apart(db, model.name, key.columns, table) for key in model.unique]
     place = ["epoch", "commit", "ordinal"]
-    stays = records.filter(pc.equal(records["model_version"], model.version)).select(place).to_pylist()
-    wanted = prepared.records.filter(
-        pc.invert(pc.is_in(prepared.records["key"], value_set=outdated.cast(pa.string())))
+    copy = lane.joiner.stands_on(model)
+    aside = (each.records for each in of_history(lane.staging, model, copy, state["offset"]))
+    # What does not decode has no key, and the model's version makes no difference to it.
+    stays, wanted = (
+        part.filter(pc.invert(pc.is_in(part["key"].cast(pa.string()), value_set=outdated))).select(place)
+        for part in (records, pa.concat_tables([prepared.records, *aside]))
     )
-    found = {tuple(row.values()) for row in stays}
-    expected = {tuple(row.values()) for row in wanted.select(place).to_pylist()}
-    same = found == expected and len(stays) == len(found)
+    found = {tuple(row.values()) for row in stays.to_pylist()}
+    expected = {tuple(row.values()) for row in wanted.to_pylist()}
+    same = found == expected and stays.num_rows == len(found)
     detail = f"{len(found)} open records" if same else f"{len(found)} open records, {len(expected)} expected"
     if len(outdated):
         detail += f"; {len(outdated)} of an earlier model version wait for `headrace quarantine redrive`"
@@ -323,14 +328,20 @@ def _refused(model: RowModel, records: pa.Table) -> Contested:
     return Contested({model.name: [(row["epoch"], row["commit"], row["ordinal"], None) for row in places]})
 
 
-def _keys_apart(db: duckdb.DuckDBPyConnection, model: RowModel, table: pa.Table) -> Finding:
+def _keys_apart(
+    db: duckdb.DuckDBPyConnection, model: str, columns: Sequence[str], table: pa.Table
+) -> Finding:
     """Look for rows of the table, `found_raw`, that have one key."""
-    key = ", ".join(map(quoted, model.unique))
+    key, some = (
+        ", ".join(map(quoted, columns)),
+        " AND ".join(f"{quoted(name)} IS NOT NULL" for name in columns),
+    )
     twins = db.execute(
-        f"SELECT min(_source_key) FROM found_raw GROUP BY {key} HAVING count(*) > 1 LIMIT {_SHOWN_KEYS}"
+        f"SELECT min(_source_key) FROM found_raw WHERE {some} GROUP BY {key} HAVING count(*) > 1 "
+        f"LIMIT {_SHOWN_KEYS}"
     ).fetchall()
     detail = "some rows have one key" if twins else "no two rows have one key"
-    what = f"key of {model.name} ({', '.join(model.unique)})"
+    what = f"key of {model} ({', '.join(columns)})"
     return Finding(what, not twins, detail, table.num_rows, tuple(str(key) for (key,) in twins))
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from headrace.change import Offset
 from headrace.decisions import Outcome
 from headrace.joining import Joiner
-from headrace.prepared import Contested, Prepared, Reference
+from headrace.prepared import Contested, Prepared, Reference, UniqueKey
 from headrace.protocols import Destination
 from headrace.rebuilding import folded
 from headrace.reference import NOTHING_DECIDED, Key
@@ -76,7 +76,7 @@ class Waiting:
         self._joiner = joiner
         self._destination = destination
         self._recount = recount
-        self._stand = frozenset[tuple[Reference, str, str]]()
+        self._stand: object = None
         self._is_due = True
         self._was_apart = True
         self._waits = True
@@ -159,7 +159,8 @@ class Waiting:
         names = {model.name for model in running}
         references = {each for model in running for each in model.references if each.model in names}
         together = [each for each in references if stands[each.model].offset == _offset(each.parent, stands)]
-        stand = frozenset((each, stands[each.model].state, stands[each.parent].state) for each in together)
+        joined = frozenset((each, stands[each.model].state, stands[each.parent].state) for each in together)
+        stand = (joined, {model.name: model.unique for model in standing})
         if stand != self._stand:
             self._stand, self._is_due, self._was_apart = stand, True, True
         if self._is_due and (self._waits or self._was_apart):
@@ -174,10 +175,12 @@ class Waiting:
     def _release(
         self, models: Sequence[RowModel], references: Collection[Reference], stands: Mapping[str, ModelState]
     ) -> bool:
-        keys = [Key(model.name, model.unique, _types(model)) for model in models if model.unique]
-        own = {model.name: model.foreign_keys for model in models}
+        keys = [_key(model, each) for model in models for each in model.unique]
+        own = {model.name: model.claimed_names for model in models}
         due = self._destination.waits.due(self._source, references, keys, self._at_once, own)
         self._waits = due.waiting > 0
+        if due.lapsed:
+            self._destination.waits.forget(self._source, due.lapsed)
         if due.put_off:
             self.refold(models, stands, {}, due.put_off)
             return True
@@ -207,6 +210,6 @@ def _decided(model: RowModel, keys: pa.Array) -> Outcome:
     return Outcome(0, discarded, patched, RECORD.empty_table())
 
 
-def _types(model: RowModel) -> tuple[str, ...]:
+def _key(model: RowModel, unique: UniqueKey) -> Key:
     types = model.types()
-    return tuple(types[name] for name in model.unique)
+    return Key(model.name, *unique, tuple(types[name] for name in unique.columns))

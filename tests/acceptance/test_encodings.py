@@ -12,11 +12,13 @@ import pytest
 
 from headrace.config import Project, load_project
 from headrace.pipeline import Pipeline, open_lanes
+from headrace.server import read_rows
 from headrace.sources.postgres.preflight import inspect
 from headrace.sources.postgres.undecodable import original
 from headrace.testing.postgres import PostgresServer
 from headrace.verify import verify
 from pipelines import raw
+from projects import here
 
 DEBIAN = Path("/usr/lib/postgresql/15/bin")
 
@@ -135,3 +137,35 @@ def test_a_logical_message_that_is_no_text_is_kept(server: PostgresServer, tmp_p
     (lane,) = open_lanes(project, read_only=True)
     said = [item.entry.payload for item in lane.log.read(0, 1 << 30) if item.entry.kind == "message"]
     assert any(b'"\\u0000\\\\x00ff"' in payload for payload in said)
+
+
+def test_a_column_whose_name_is_no_text_holds_up_nothing_but_its_table(
+    server: PostgresServer, tmp_path: Path
+) -> None:
+    project = project_in(server, tmp_path, "in_names", "SQL_ASCII")
+    with database(project) as db:
+        for table in ("good", "bad"):
+            db.execute(f"CREATE TABLE {table} (k int PRIMARY KEY, v text)")
+        once(project)
+        db.execute(b'ALTER TABLE bad RENAME v TO "v\xff"')
+        for k in (1, 2):
+            for table in ("good", "bad"):
+                db.execute(f"INSERT INTO {table} VALUES ({k}, 'x')")
+        once(project)
+        assert len(raw(project, "good")) == 2
+        assert raw(project, "bad") == []
+        query = "SELECT DISTINCT status, reason, model FROM headrace.quarantine"
+        ((status, reason, model),) = read_rows(project, query)[1]
+        assert (status, reason, model) == ("quarantined", "decode.message", "pg.bad")
+        ((issues, records),) = read_rows(
+            project, "SELECT count(DISTINCT issue), count(*) FROM headrace.quarantine WHERE op = 'c'"
+        )[1]
+        assert (issues, records) == (1, 2)
+        db.execute(b'ALTER TABLE bad RENAME "v\xff" TO v')
+        assert here("tables", "resync", "bad", cwd=tmp_path).code == 0
+        once(project)
+    assert len(raw(project, "bad")) == 2
+    assert [
+        tuple(row) for row in read_rows(project, "SELECT DISTINCT status FROM headrace.quarantine")[1]
+    ] == [("superseded",)]
+    assert [finding for finding in verify(project).findings if not finding.ok] == []

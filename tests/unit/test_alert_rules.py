@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 
@@ -24,14 +24,13 @@ from headrace.alerts.sending import pause, send
 from headrace.alerts.service import Alerting, example_body
 from headrace.alerts.store import Alert, AlertStore, Silence, Standing, Told
 from headrace.alerts.webhook import signature
-from headrace.channels import AlertsConfig, Channel
+from headrace.channels import AlertsConfig, AlertSettings, Channel
 from headrace.config import load_project
 from headrace.errors import DestinationUnavailable, LogFull, SourceUnavailable
 from headrace.lane import Lane
 from headrace.outages import Outages
 from headrace.secret import Secret
-from headrace.transform.alerting import AlertSettings
-from receivers import Mail, Web
+from receivers import CERTIFICATE, Mail, Web
 
 TIMERS = AlertsConfig()
 ISSUE = Alert(
@@ -163,7 +162,7 @@ def alerting(tmp_path: Path) -> Iterator[Alerting]:
 
     lane = SimpleNamespace(
         config=SimpleNamespace(name="shop"),
-        folder=SimpleNamespace(current=tuple),
+        folder=SimpleNamespace(current=tuple, marts=tuple),
         destination=SimpleNamespace(read=read, exists=lambda: True),
     )
     made = Alerting(load_project(tmp_path), [cast(Lane, lane)])
@@ -321,6 +320,26 @@ def test_a_password_is_not_mailed_about_without_tls(monkeypatch: pytest.MonkeyPa
         with pytest.raises(Undelivered, match="no TLS"):
             send(channel, MESSAGE)
         assert (mail.logins, mail.mails) == ([], [])
+    finally:
+        mail.close()
+
+
+@pytest.mark.parametrize(("scheme", "tls"), [("smtp", "starttls"), ("smtps", "smtps")])
+def test_mail_goes_over_tls_to_a_server_that_is_who_it_says(
+    scheme: str, tls: Literal["smtps", "starttls"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smtp, "_LOCAL", ())  # a password goes nowhere without TLS
+    mail = Mail(tls)
+    channel = Channel(
+        "mail", Secret(f"{scheme}://me:hunter2@127.0.0.1:{mail.port}"), None, "h@x.org", ("a@x.org",)
+    )
+    try:
+        with pytest.raises(Undelivered, match="SSLCertVerificationError"):
+            send(channel, MESSAGE)
+        assert mail.logins == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+        send(channel, MESSAGE)
+        assert (len(mail.logins), len(mail.mails), mail.encrypted) == (1, 1, 1)
     finally:
         mail.close()
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from headrace.channels import AlertsConfig, Channel
+from headrace.channels import AlertsConfig, AlertSettings, Channel
 from headrace.config import load_project
 from headrace.errors import ConfigError, ModelError
+from headrace.mart import Mart
 from headrace.secret import Secret
-from headrace.transform.alerting import AlertSettings
+from headrace.transform.mart import read_file
 from headrace.transform.python.text import read_python
 from headrace.transform.sql import read_model
 
@@ -100,6 +102,18 @@ def test_a_model_says_of_its_alerts_in_sql_and_in_python(tmp_path: Path) -> None
         "def make(row: headrace.Row) -> Out: ...\n"
     )
     assert read_python(python).alerts == SAID
+
+
+def test_a_mart_says_whose_it_is_too_and_has_no_freshness_but_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "m.sql"
+    head, _, others = HEADER.partition("\n")
+    path.write_text(f"/* headrace\n{others}\n*/\nSELECT count(*) AS n FROM orders")
+    mart = read_file(path, "duckdb")
+    assert isinstance(mart, Mart)
+    assert mart.alerts == replace(SAID, freshness=None)
+    path.write_text(f"/* headrace\n{head}\n*/\nSELECT count(*) AS n FROM orders")
+    with pytest.raises(ModelError, match="freshness"):
+        read_file(path, "duckdb")
 
 
 @pytest.mark.parametrize(

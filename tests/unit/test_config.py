@@ -16,9 +16,6 @@ from hypothesis import strategies as st
 
 from headrace.change import TableId
 from headrace.config import (
-    MAX_FILE_BYTES,
-    MAX_MISTAKES,
-    MAX_SECRET_FILE_BYTES,
     DestinationConfig,
     LogConfig,
     Project,
@@ -27,11 +24,12 @@ from headrace.config import (
     Secret,
     SourceConfig,
     StagingConfig,
-    _lines,
     load_project,
     select_tables,
 )
+from headrace.document import MAX_FILE_BYTES, MAX_MISTAKES, _lines
 from headrace.errors import ConfigError
+from headrace.references import MAX_SECRET_FILE_BYTES
 
 URL = "postgresql://app:hunter2@db.example:5432/shop"
 SOURCE = f'[source.shop]\nurl = "{URL}"\n'

@@ -324,7 +324,7 @@ def test_a_foreign_key_that_cannot_be_kept_suspends_its_model_with_words(
     ("more", "words"),
     [
         ('foreign_key = "x"', "must be a list of tables"),
-        ('[[foreign_key]]\ncolumns = ["nothing"]\nreferences = "x"', "which the SELECT does not put out"),
+        ('[[foreign_key]]\ncolumns = ["nothing"]\nreferences = "x"', "which is no output column"),
         ('[[foreign_key]]\ncolumns = ["id"]', "needs columns and the model they refer to"),
         (
             '[[foreign_key]]\ncolumns = ["id"]\nreferences = "x"\nto = ["a", "b"]',
@@ -420,3 +420,52 @@ def test_a_key_that_becomes_free_is_taken_by_who_waited_for_it(tmp_path: Path) -
     shop.takes(put("customers", "1", name="Eve"))
     assert (shop.keys("customers"), shop.opened()) == (["1", "2"], [])
     shop.verified()
+
+
+PYTHON = """
+from dataclasses import dataclass
+import headrace
+
+@dataclass
+class Node:
+    node: int
+    up: int | None
+    v: int
+
+@headrace.model(
+    reads="raw.shop.nodes", key=["node"], foreign_key=[{"columns": ["up"], "references": "nodes"}], AFTER
+)
+def nodes(row: headrace.Row) -> Node:
+    return Node(int(row["id"]), row["parent_id"] and int(row["parent_id"]), int(row["v"]))
+"""
+
+
+def test_a_python_model_refers_as_one_of_sql_does(tmp_path: Path) -> None:
+    files = {"nodes.py": PYTHON.replace("AFTER", 'orphan_after="15m"')}
+    tree = Family(tmp_path, [NODES], files, '[models]\norphan_after = "0s"\n')
+    tree.takes(node("2", "1"), node("3", "2"), node("5", "6"), node("6", "5"))
+    assert (tree.keys("nodes"), {status for _, _, status in tree.opened()}) == (["5", "6"], {"waiting"})
+    # Its key is known to be its table's: a record knows whose row it waits for.
+    assert ("2", "1") in tree.ask("SELECT key, waiting_on ->> 'key' FROM headrace.quarantine")
+    tree.takes(node("1", None))
+    assert (tree.keys("nodes"), tree.opened()) == (["1", "2", "3", "5", "6"], [])
+    tree.takes(gone("nodes", "1"))
+    tree.takes(node("7", "8", "no number"))
+    assert (tree.keys("nodes"), len(tree.opened())) == (["5", "6"], 3)
+    tree.lane.waiting._looks_at = 0.0
+    tree.bring()
+    assert tree.opened()[0] == ("nodes", "2", "waiting"), "its own orphan_after counts"
+    (tmp_path / "models" / "nodes.py").write_text(PYTHON.replace("AFTER", ""))
+    tree.lane.reload_models(now=True)
+    tree.lane.waiting._looks_at = 0.0
+    tree.bring()
+    assert tree.opened()[0] == ("nodes", "2", "quarantined"), "the project's does"
+    tree.takes(node("1", None))
+    assert tree.opened() == [("nodes", "7", "quarantined")]
+    tree.verified()
+    text = PYTHON.replace('["up"]', '["v", "node"]').replace("AFTER", "")
+    (tmp_path / "models" / "nodes.py").write_text(text)
+    tree.lane.reload_models(now=True)
+    tree.bring()
+    assert "has 2 columns, and the key of nodes is ['node']" in tree.lane.suspended()["nodes"]
+    tree.lane.close()

@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.change import TableId
 from headrace.errors import MalformedMessage
 from headrace.sources.postgres.pgoutput import (
     Decoder,
+    Malformed,
     Message,
     Relation,
     RelationColumn,
@@ -27,6 +29,7 @@ from headrace.sources.postgres.pgoutput import (
     Transaction,
     Truncate,
 )
+from headrace.sources.postgres.undecodable import Undecodable
 
 EPOCH = 946_684_800_000_000
 UNCHANGED = object()
@@ -456,9 +459,15 @@ def test_arrow_owns_what_it_was_given() -> None:
 
 SECRET = "4111-1111"
 
-MALFORMED = {
+REFUSED = {
     "nothing": (b"", "of no length"),
     "unknown kind": (b"S" + bytes(8), "'S'"),
+    "begin within a transaction": (begin(), "within a transaction"),
+    "another commit": (commit(101), "another place"),
+    "relation without its id": (described(ITEMS)[:4], "too early"),
+}
+
+PUT_ASIDE = {
     "unknown relation": (insert(9, SECRET), "relation 9 was never described"),
     "too many columns": (insert(ITEM, SECRET, SECRET), "2 columns, where the relation has 1"),
     "too few columns": (insert(ORDER, SECRET), "1 columns, where the relation has 3"),
@@ -471,8 +480,6 @@ MALFORMED = {
     "delete of a new tuple": (insert(ITEM, "a").replace(b"I", b"D", 1), "old tuple"),
     "delete of nothing": (insert(ITEM)[:5].replace(b"I", b"D", 1) + b"\0", "old tuple"),
     "update with two old tuples": (update(ITEM, ["a"], b"K", ["a"]).replace(b"N", b"O"), "new tuple"),
-    "begin within a transaction": (begin(), "within a transaction"),
-    "another commit": (commit(101), "another place"),
     "negative truncate": (b"T\xff\xff\xff\xff\0", "negative"),
     "huge truncate": (b"T\x7f\xff\xff\xff\0" + insert(ITEM)[1:5], "too early"),
     "unknown truncate": (truncate(9), "relation 9 was never described"),
@@ -486,7 +493,7 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize(("message", "what"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("message", "what"), REFUSED.values(), ids=REFUSED)
 def test_malformed_messages_are_refused_without_their_content(message: bytes, what: str) -> None:
     with pytest.raises(MalformedMessage, match=r"^pgoutput message .* at byte \d+: ") as caught:
         opened().push(message)
@@ -507,8 +514,8 @@ def test_what_belongs_into_a_transaction_is_refused_outside(message: bytes) -> N
         decoder.push(message)
 
 
-@pytest.mark.parametrize("message", [*EVERY_KIND.values(), begin()], ids=[*EVERY_KIND, "begin"])
-def test_every_message_is_refused_when_it_is_cut_short_or_has_more(message: bytes) -> None:
+@pytest.mark.parametrize("message", [begin(), commit()], ids=["begin", "commit"])
+def test_what_frames_a_transaction_is_refused_when_it_is_cut_short_or_has_more(message: bytes) -> None:
     for wrong in [*(message[:n] for n in range(len(message))), message + b"\0"]:
         decoder = Decoder() if message[:1] == b"B" else opened()
         with pytest.raises(MalformedMessage):
@@ -516,10 +523,115 @@ def test_every_message_is_refused_when_it_is_cut_short_or_has_more(message: byte
         assert decoder.take() == ([], [])
 
 
+def aside_of(events: Iterable[object]) -> list[dict[str, Any]]:
+    """Each message that was put aside."""
+    return [row for event in events if isinstance(event, Malformed) for row in event.batch.to_pylist()]
+
+
+@pytest.mark.parametrize(("message", "what"), PUT_ASIDE.values(), ids=PUT_ASIDE)
+def test_a_malformed_message_of_a_transaction_is_put_aside_as_it_came(message: bytes, what: str) -> None:
+    decoder = opened(insert(ORDER, "1", "a", "b"))
+    decoder.push(message, 77)
+    assert decoder.pending_bytes > len(message)
+    decoder.push(insert(ORDER, "2", "a", "b"))
+    decoder.push(commit())
+    (transaction,), events = decoder.take()
+    (aside,) = aside_of(events)
+    assert what in aside["why"]
+    assert SECRET not in aside["why"]
+    kind = message[:1].decode()
+    known = {each.id: (each.schema, each.name) for each in (ITEMS, ORDERS) if kind in "RIUD"}
+    schema, name = known.get(int.from_bytes(message[1:5], "big"), (None, None))
+    assert aside == {
+        "_op": {"I": "c", "U": "u", "D": "d", "T": "t"}.get(kind),
+        "_serial": 0,
+        "_ordinal": 2,
+        "_lsn": 77,
+        "kind": kind,
+        "relation": aside["relation"],
+        "schema": schema,
+        "name": name,
+        "why": aside["why"],
+        "message": message,
+    }
+    assert [row[2:4] for row in rows_of(events)] == [(1, ("1", "a", "b")), (3, ("2", "a", "b"))]
+    assert transaction.rows == 3
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY_KIND if name != "commit"])
+def test_every_message_is_put_aside_when_it_is_cut_short_or_has_more(name: str) -> None:
+    message = EVERY_KIND[name]
+    is_relation = message[:1] == b"R"
+    for wrong in [*(message[:n] for n in range(5 if is_relation else 1, len(message))), message + b"\0"]:
+        decoder = opened(wrong, commit() if is_relation else insert(ORDER, "1", "a", "b"))
+        _, events = decoder.take()
+        assert [row["message"] for row in aside_of(events)] == [wrong]
+        assert len(rows_of(events)) == (not is_relation)
+
+
+NO_TEXT = described(ITEMS).replace(b"sku", b"s\xffu")
+NAMED = (ITEMS.schema, ITEMS.name)
+
+
+def test_a_relation_that_cannot_be_read_puts_its_rows_aside_until_it_can() -> None:
+    renamed = described(replace(ITEMS, name="other")).replace(b"sku", b"s\xffu")
+    lost = [NO_TEXT, insert(ITEM, "lost"), truncate(ITEM, ORDER)]
+    more = [insert(ORDER, "1", "a", "b"), renamed, described(ITEMS), insert(ITEM, "after")]
+    _, events = opened(insert(ITEM, "before"), *lost, *more).take()
+    aside = aside_of(events)
+    assert [(row["kind"], row["_ordinal"]) for row in aside] == [("R", 2), ("I", 3), ("T", 4), ("R", 7)]
+    assert {(row["schema"], row["name"], row["why"]) for row in aside} == {(*NAMED, "a string is not UTF-8")}
+    rows = sorted(row[2:4] for row in rows_of(events))
+    assert rows == [(1, ("before",)), (6, ("1", "a", "b")), (8, ("after",))]
+    (emptied,) = [event for event in events if isinstance(event, Truncate)]
+    assert [relation.name for relation in emptied.relations] == [ORDERS.name]
+
+
+def test_a_relation_that_never_could_be_read_has_the_name_that_it_says() -> None:
+    decoder = Decoder()
+    for message in (begin(), NO_TEXT, insert(ITEM, "lost")):
+        decoder.push(message)
+    assert [(row["schema"], row["name"]) for row in aside_of(decoder.take()[1])] == [NAMED] * 2
+
+
+ROWS = [
+    insert(ORDER, "1", "a", "b"),
+    insert(ITEM, "x"),
+    delete(ITEM, b"K", ["x"]),
+    update(ORDER, ["1", "b", "c"]),
+]
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_whatever_becomes_of_one_row_all_others_are_right(data: st.DataObject) -> None:
+    messages = data.draw(st.lists(st.sampled_from(ROWS), min_size=2, max_size=8))
+    at = data.draw(st.integers(0, len(messages) - 1))
+    wrong = bytearray(messages[at])
+    place = data.draw(st.integers(5, len(wrong)))
+    wrong[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    decoder = opened(*messages[:at], bytes(wrong), *messages[at + 1 :])
+    _, events = decoder.take()
+    rows = {row[2]: row[3] for row in unchecked(events)}
+    is_aside = at + 1 not in rows
+    rows.pop(at + 1, None)
+    assert rows == {row[2]: row[3] for row in rows_after(*messages) if row[2] != at + 1}
+    assert [row["message"] for row in aside_of(events)] == [bytes(wrong)] * is_aside
+
+
+def unchecked(events: Iterable[object]) -> list[tuple[Any, ...]]:
+    """What `rows_of` gives, of rows with cells of any bytes."""
+    return rows_of(
+        Rows(event.relation, Undecodable().escape(TableId("", ""), event.batch))
+        for event in events
+        if isinstance(event, Rows)
+    )
+
+
 def test_after_an_error_nothing_more_is_decoded_and_nothing_before_is_lost() -> None:
     decoder = opened(insert(ITEM, "a"))
     with pytest.raises(MalformedMessage) as first:
-        decoder.push(insert(ORDER, "b"))
+        decoder.push(begin())
     for message in (insert(ITEM, "c"), commit()):
         with pytest.raises(MalformedMessage) as again:
             decoder.push(message)
@@ -537,8 +649,9 @@ def test_errors_leak_no_memory() -> None:
     def fail(times: int) -> None:
         for _ in range(times):
             decoder = opened(insert(ITEM, cell), update(ITEM, [UNCHANGED], b"O", [cell]))
+            decoder.push(insert(ITEM, cell)[:-1])
             with pytest.raises(MalformedMessage):
-                decoder.push(insert(ITEM, cell)[:-1])
+                decoder.push(begin())
 
     fail(200)
     before = resident_bytes()

@@ -42,6 +42,7 @@ from headrace.sources.postgres.groups import GroupBuilder
 from headrace.sources.postgres.pgoutput import (
     Decoder,
     Event,
+    Malformed,
     Message,
     Relation,
     RelationColumn,
@@ -263,7 +264,6 @@ def test_where_many_are_open_their_blocks_leave_memory(
         ([start(), start(8)], "no place in a stream block"),
         ([start(), begin()], "no place in a stream block"),
         ([start(), stream_commit()], "no place in a stream block"),
-        ([start(), b"I\0\0"], "ends too early"),
         ([start(), STOP + b"\0"], "bytes follow its end"),
         ([start(first=False)], "a first block of a transaction known, or a later one of"),
         ([start(), STOP, start()], "a first block of a transaction known, or a later one of"),
@@ -291,10 +291,29 @@ def test_without_a_spool_nothing_is_streamed(message: bytes) -> None:
         Decoder().push(message)
 
 
-def test_a_malformed_message_in_a_block_is_met_at_the_commit(stream: Stream) -> None:
-    stream.block(7, within(7, described(ITEMS)), item(7, "a") + b"\0", first=True)
-    with pytest.raises(MalformedMessage, match="bytes follow its end"):
-        stream.push(stream_commit())
+def test_a_malformed_message_in_a_block_is_put_aside_at_the_commit(stream: Stream) -> None:
+    wrong = (item(7, "a") + b"\0", item(7, "b")[:3], item(9, "rolled back") + b"\0")
+    stream.block(7, within(7, described(ITEMS)), *wrong, item(7, "c"), first=True)
+    stream.push(stream_abort(7, 9), stream_commit())
+    stream.take()
+    (aside,) = (event.batch for event in stream.events if isinstance(event, Malformed))
+    without_xid = [message[:1] + message[5:] for message in wrong[:1]] + [wrong[1]]
+    assert aside["message"].to_pylist() == without_xid
+    assert aside["_ordinal"].to_pylist() == [1, 2]
+    assert [row[2:4] for row in rows_of(stream.events)] == [(3, ("c",))]
+
+
+def test_a_relation_that_cannot_be_read_is_not_known_again_by_a_replay(stream: Stream) -> None:
+    stream.push(begin(), described(ITEMS), commit())
+    stream.block(7, within(7, described(ITEMS)), item(7, "of before"), first=True)
+    bad = described(ITEMS).replace(b"sku", b"s\xffu")
+    stream.push(begin(), bad, commit(), stream_commit(), begin(), insert(ITEM, "lost"), commit())
+    stream.take()
+    aside = [event.batch.to_pylist() for event in stream.events if isinstance(event, Malformed)]
+    assert [(row["kind"], row["why"]) for batch in aside for row in batch] == [
+        (kind, "a string is not UTF-8") for kind in "RI"
+    ]
+    assert [row[3] for row in rows_of(stream.events)] == [("of before",)]
 
 
 def test_nothing_is_pushed_before_the_replay(stream: Stream) -> None:

@@ -21,7 +21,8 @@ from headrace.destinations.duckdb import DuckDBDestination
 from headrace.prepared import UNIQUE
 from headrace.protocols import Part, Slice
 from headrace.rebuilding import folded
-from headrace.transform.model import RowModel, uncontested
+from headrace.transform.contested import uncontested
+from headrace.transform.model import RowModel
 from headrace.verify import verify_destination
 
 TEXT = """/* headrace

@@ -14,6 +14,7 @@ from headrace.config import Project
 from headrace.keys import literal
 from headrace.lane import Lane
 from headrace.masking import MASK
+from headrace.prepared import MESSAGE, PAYLOAD
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.staging.timeline import timeline
 from headrace.transform.sql import ModelText
@@ -76,11 +77,17 @@ def issue_details(
     return details
 
 
-def commands(alert: Alert, text: ModelText | None) -> dict[str, str]:
-    """Return what to type, or to edit: to see, to mend, and to have it tried again."""
+def commands(alert: Alert, text: ModelText | None, reason: str = "") -> dict[str, str]:
+    """Return what to type, or to edit: to see, to mend, to have it tried again; `reason` is an issue's."""
     mend = (
         f"edit models/{text.file}, or mend the data at the source" if text else "mend the data at the source"
     )
+    if alert.kind == "issue" and reason in (MESSAGE, PAYLOAD):
+        return {
+            "show": f"headrace quarantine list --issue {alert.subject}",
+            "fix": f"headrace tables resync {text.table if text else 'TABLE'}",
+            "silence": f"headrace alerts silence {alert.subject} --for 4h --reason TEXT",
+        }
     if alert.kind == "issue":
         return {
             "show": f"headrace quarantine list --issue {alert.subject}",

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from headrace.alarms import SEVERITIES, Severity
 from headrace.alerts.store import Alert, Silence, Standing, Told
-from headrace.channels import AlertsConfig, Channel
-from headrace.transform.alerting import DEFAULT, AlertSettings
+from headrace.channels import DEFAULT, AlertsConfig, AlertSettings, Channel
 
 Known = Sequence[tuple[Alert, Told | None]]
 """Alerts with what a channel has been told of each."""

@@ -22,13 +22,12 @@ from headrace.alerts.message import Undelivered, time_text
 from headrace.alerts.rules import AGAIN_WITHIN, Rules
 from headrace.alerts.sending import message_of, pause, send
 from headrace.alerts.store import FILE, Alert, AlertStore
-from headrace.channels import Channel
+from headrace.channels import DEFAULT, AlertSettings, Channel
 from headrace.config import Project
 from headrace.errors import HeadraceError
 from headrace.failpoints import failpoint
 from headrace.lane import Lane
 from headrace.secret import without_passwords
-from headrace.transform.alerting import DEFAULT, AlertSettings
 from headrace.transform.sql import ModelText
 
 logger = logging.getLogger("headrace.alerts")
@@ -54,7 +53,7 @@ def example_body(now: float) -> dict[str, Any]:
     alert = Alert(
         "test", "notice", "test", "", "", "info", 1, "This is a test of the channel.", False, now, now, now
     )
-    described = _described(alert, "firing", {}, {})
+    described = _described(alert, "firing", None, DEFAULT, {})
     one = {"status": "firing", "severity": "info", "firing": 1, "resolved": 0}
     return {"group": "test", **one, "alerts": [described]}
 
@@ -165,14 +164,13 @@ class Alerting:
     def plan(self, now: float, *, waits: bool = True) -> None:
         """Write what each channel is to be told now. Raises what the store raises."""
         firing, silences = self._store.firing(), self._store.silences(now)
-        texts = self._texts()
-        models = {name: text.alerts for name, text in texts.items()}
+        settings = self._settings()
         names = [channel.name for channel in self.channels]
         for channel in self.channels:
             known = [
                 (alert, told)
                 for alert, told in self._store.untold(channel.name, now)
-                if is_for(channel, alert, models, names)
+                if is_for(channel, alert, settings, names)
                 and (is_over(alert) or not muted(alert, firing, silences))
             ]
             if not known:
@@ -182,7 +180,7 @@ class Alerting:
                 standing = standings.get(group)
                 notice = notice_due(group, members, standing, self._project.alerts, now, waits=waits)
                 if notice is not None:
-                    body = json.dumps(self._body(notice, texts), ensure_ascii=False)
+                    body = json.dumps(self._body(notice, settings), ensure_ascii=False)
                     self._store.enqueue(channel.name, group, body, notice.told(), now)
 
     def _empty(self, channel: Channel) -> None:
@@ -204,13 +202,25 @@ class Alerting:
     def _texts(self) -> dict[str, ModelText]:
         return {text.name: text for text in self._folder.current()}
 
-    def _body(self, notice: Notice, texts: Mapping[str, ModelText]) -> dict[str, Any]:
+    def _settings(self) -> dict[str, AlertSettings]:
+        """Return what models and marts say of their alerts."""
+        models = {text.name: text.alerts for text in self._folder.current()}
+        return models | {mart.name: mart.alerts for mart in self._folder.marts()}
+
+    def _body(self, notice: Notice, settings: Mapping[str, AlertSettings]) -> dict[str, Any]:
+        texts = self._texts()
         listed = [
             *((alert, "firing") for alert in notice.firing),
             *((alert, "resolved") for alert in notice.over),
         ]
         details = self._details([alert for alert, _ in listed[:_MAX_DETAILED]], texts)
-        alerts = [_described(alert, state, texts, details.get(alert.id, {})) for alert, state in listed]
+        alerts = [
+            _described(
+                alert, state, texts.get(alert.model), settings.get(alert.model, DEFAULT),
+                details.get(alert.id, {}),
+            )
+            for alert, state in listed
+        ]  # fmt: skip
         grave: list[Severity] = [alert["severity"] for alert in alerts]
         return {
             "group": notice.group,
@@ -256,9 +266,9 @@ def _summary(alert: Alert, details: Details) -> str:
     return f"{cause}: {details['message']} ({count} open record{'s' * (count != 1)})"
 
 
-def _described(alert: Alert, state: str, texts: Mapping[str, ModelText], details: Details) -> dict[str, Any]:
-    text = texts.get(alert.model)
-    settings: AlertSettings = text.alerts if text else DEFAULT
+def _described(
+    alert: Alert, state: str, text: ModelText | None, settings: AlertSettings, details: Details
+) -> dict[str, Any]:
     return {
         "dedup_id": alert.id,
         "status": state,
@@ -272,5 +282,5 @@ def _described(alert: Alert, state: str, texts: Mapping[str, ModelText], details
         "began_at": time_text(alert.began_at),
         "ended_at": None if alert.fires else time_text(alert.ended_at or alert.began_at),
         "details": details,
-        "commands": commands(alert, text),
+        "commands": commands(alert, text, details.get("reason", "")),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from headrace.authoring.files import Found, Shapes, bind_found, logged_shapes, read_models
+from headrace.authoring.files import Found, Shapes, bind_found, link_source, logged_shapes, read_models
 from headrace.change import Offset
 from headrace.config import Project
 from headrace.errors import HeadraceError, UserError
@@ -80,7 +80,8 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One model in full. `unbound` says why its columns have no types, '' where they have."""
+    """One model in full. `checks` are all that its rows are held to, `left_out` the source's constraints that
+    they are not, with the reasons; `unbound` says why its columns have no types, '' where they have."""
 
     listed: Listed
     file: str
@@ -88,6 +89,7 @@ class Shown:
     where: str
     columns: tuple[OutputColumn, ...]
     checks: tuple[str, ...]
+    left_out: tuple[str, ...]
     unbound: str
     versions: tuple[Version, ...] = field(default=())
 
@@ -115,7 +117,9 @@ def show_model(project: Project, found: Found) -> Shown:
         listed = _without_file(row, ends)
     else:
         raise UserError(f"There is no mirror {found.name}.", "`headrace models ls` names what there is.")
-    columns, checks, unbound = _bound_columns(project, found)
+    shapes = logged_shapes(project, found.source)
+    columns, unbound = columns_of(project, found, shapes)
+    checks, left_out = _limits(project, found, shapes)
     versions: tuple[Version, ...] = ()
     if row is not None:
         (table,) = read(project, [_VERSIONS.format(model=literal(found.name))])
@@ -127,19 +131,21 @@ def show_model(project: Project, found: Found) -> Shown:
         where=found.text.where if found.text else "",
         columns=columns,
         checks=checks,
+        left_out=left_out,
         unbound=unbound,
         versions=versions,
     )
 
 
-def columns_of(found: Found, shapes: Shapes) -> tuple[tuple[OutputColumn, ...], str]:
+def columns_of(project: Project, found: Found, shapes: Shapes) -> tuple[tuple[OutputColumn, ...], str]:
     """Return a model's columns with what each reads, and why they have no types where they have none."""
-    model, unbound = _bind(found, shapes)
+    model, unbound = _bind(project, found, shapes)
     if found.text:
         parts = [part for part in lineage(found.text) if part.name]
     else:
         parts = [Reads(name, name, (name,)) for name in (model.types() if model else ())]
-    required = {check.column for check in (found.text.checks if found.text else ()) if not check.expression}
+    checks = model.checks if model else found.text.checks if found.text else ()
+    required = {check.column for check in checks if not check.expression}
     types = model.types() if model else {}
     made = [
         OutputColumn(
@@ -158,17 +164,28 @@ def _relative(found: Found, project: Project) -> str:
     return str(path.relative_to(project.root) if path.is_relative_to(project.root) else found.path)
 
 
-def _bound_columns(project: Project, found: Found) -> tuple[tuple[OutputColumn, ...], tuple[str, ...], str]:
-    columns, unbound = columns_of(found, logged_shapes(project, found.source))
-    checks = found.text.checks if found.text else ()
-    return columns, tuple(f"{check.column}: {check.text}" for check in checks), unbound
+def _limits(project: Project, found: Found, shapes: Shapes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return in words what the rows of a model are held to, and what of the source's constraints they are
+    not."""
+    texts = {name: text for name, text in read_models(project) if isinstance(text, ModelText)}
+    texts |= {found.name: found.text} if found.text else {}
+    linked = link_source(texts, found.source, shapes, project.defaults)
+    model = next((each for each in linked.models if each.name == found.name), None)
+    if model is None:
+        checks = found.text.checks if found.text else ()
+        return tuple(f"{check.column}: {check.text}" for check in checks), ()
+    words = [f"{check.column}: {check.text}" for check in model.checks]
+    words += [f"{', '.join(key.columns)}: UNIQUE" for key in model.unique if key.name]
+    for each in model.own_references:
+        words.append(f"{', '.join(each.columns)}: REFERENCES {each.parent} ({', '.join(each.to)})")
+    return tuple(words), model.left_out
 
 
-def _bind(found: Found, shapes: Shapes) -> tuple[RowModel | None, str]:
+def _bind(project: Project, found: Found, shapes: Shapes) -> tuple[RowModel | None, str]:
     if not shapes:
         return None, f"Source {found.source} has not run yet, so the types are not known."
     try:
-        return bind_found(found, shapes), ""
+        return bind_found(found, shapes, project.defaults), ""
     except HeadraceError as error:
         return None, error.paragraph()
 

@@ -20,6 +20,7 @@ from headrace.authoring.recorded import (
     write_shapes,
 )
 from headrace.config import Project
+from headrace.defaults import ModelDefaults
 from headrace.errors import HeadraceError, ModelError, UserError
 from headrace.mart import Mart
 from headrace.transform.model import mirror
@@ -118,7 +119,7 @@ def _make(
             marts.append(text)
             continue
         try:
-            made[name] = _promise(text, shapes)
+            made[name] = _promise(text, shapes, project.defaults)
         except HeadraceError as error:
             made[name] = error
         if isinstance(text, ModelText):
@@ -136,7 +137,9 @@ def _make(
     return made, mirrors
 
 
-def _promise(text: ModelText | HeadraceError, shapes: Mapping[str, Shapes]) -> Promise:
+def _promise(
+    text: ModelText | HeadraceError, shapes: Mapping[str, Shapes], defaults: ModelDefaults
+) -> Promise:
     if isinstance(text, HeadraceError):
         raise text
     if text.source not in shapes:
@@ -148,7 +151,7 @@ def _promise(text: ModelText | HeadraceError, shapes: Mapping[str, Shapes]) -> P
             f"Model {text.name} is not bound: {FOLDER}/{text.source}.toml is not there.",
             "Record it where the pipeline runs: `headrace ci --record`.",
         )
-    return promise_of(text, bind_text(text, text.source, text.table, shapes[text.source]))
+    return promise_of(text, bind_text(text, text.source, text.table, shapes[text.source], defaults))
 
 
 def _lost_tables(project: Project, source: str, tables: Shapes) -> Iterator[str]:

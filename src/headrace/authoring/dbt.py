@@ -51,7 +51,7 @@ def export_dbt(project: Project) -> str:
     schemas: dict[str, list[_Table]] = {}
     destination = open_destination(project.destination)
     for found in all_models(project, shapes):
-        columns, unbound = columns_of(found, shapes.get(found.source, {}))
+        columns, unbound = columns_of(project, found, shapes.get(found.source, {}))
         if unbound:
             raise UserError(
                 f"Model {found.name} has no types yet: {unbound}", "Mend it, or run the pipeline first."

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from headrace.change import TableId, TableSchema
 from headrace.config import MODELS_FOLDER, Project
+from headrace.defaults import ModelDefaults
 from headrace.errors import HeadraceError, ModelError, UserError
 from headrace.log.sqlite import SQLiteLog
 from headrace.mart import Mart
 from headrace.sources.postgres.tables import captured_tables
 from headrace.transform.header import model_paths
+from headrace.transform.linking import Linked, link
 from headrace.transform.mart import OFF, SUFFIXES, read_file
 from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.sql import ModelText
@@ -115,19 +118,21 @@ def find_any(project: Project, wanted: str) -> Found | Mart:
     raise _unknown(project, wanted)
 
 
-def bind_found(found: Found, shapes: Shapes) -> RowModel:
+def bind_found(found: Found, shapes: Shapes, defaults: ModelDefaults) -> RowModel:
     """Bind a model to the newest shape of its table.
 
     Raises UserError where the table is not among `shapes`, and what `bind` raises.
     """
-    return bind_text(found.text, found.source, found.table, shapes)
+    return bind_text(found.text, found.source, found.table, shapes, defaults)
 
 
-def bind_text(text: ModelText | None, source: str, label: str, shapes: Shapes) -> RowModel:
+def bind_text(
+    text: ModelText | None, source: str, label: str, shapes: Shapes, defaults: ModelDefaults
+) -> RowModel:
     """Bind a file, or the mirror of a table, to the shape that a table of this label has."""
     for table, schema in shapes.items():
         if table.label == label:
-            return bind(text, schema) if text else mirror(source, schema)
+            return bind(text, schema, defaults) if text else mirror(source, schema, defaults)
     what = f"Model {text.name} reads raw.{source}.{label}" if text else f"There is no mirror {source}.{label}"
     near = get_close_matches(label, [table.label for table in shapes], 1)
     hint = f'Did you mean "{near[0]}"? ' if near else ""
@@ -135,6 +140,25 @@ def bind_text(text: ModelText | None, source: str, label: str, shapes: Shapes) -
         f"{what}: no table {label} of {source} is known.",
         f"{hint}`headrace tables list` names the captured ones.",
     )
+
+
+def link_source(
+    texts: Mapping[str, ModelText],
+    source: str,
+    shapes: Mapping[TableId, TableSchema],
+    defaults: ModelDefaults,
+) -> Linked:
+    """Bind and link all models of a source, of files and mirrors; those that do not bind are left out."""
+    mine = {name: text for name, text in texts.items() if text.source == source}
+    bound = list[RowModel]()
+    for schema in shapes.values():
+        files = [text for text in mine.values() if text.table == schema.table.label]
+        for text in files:
+            with suppress(HeadraceError):
+                bound.append(bind(text, schema, defaults))
+        if not files:
+            bound.append(mirror(source, schema, defaults))
+    return link(bound, mine, mine.keys() - {model.name for model in bound})
 
 
 def logged_shapes(project: Project, source: str) -> Shapes:

@@ -77,7 +77,7 @@ def _run_file(project: Project, file: CaseFile, recorded: Mapping[str, Shapes]) 
                 f"The types of raw.{found.source}.{found.table} are not known.",
                 "Give them in [schema], or record them: `headrace ci --record`.",
             )
-        model = bind_found(found, shapes)
+        model = bind_found(found, shapes, project.defaults)
     except HeadraceError as error:
         yield Outcome(file.path.name, 1, file.path.stem, file.model, (error.paragraph(),))
         return
@@ -206,3 +206,7 @@ class _Given:
     ) -> tuple[pa.Table, Offset]:
         """Return all given rows: nothing stands before them."""
         return self._changes.select(columns), 0
+
+    def undecodable(self, table: TableId, after: Offset, through: Offset) -> pa.Table:  # noqa: ARG002
+        """Return nothing: who gives rows can read them."""
+        return self._changes.slice(0, 0)

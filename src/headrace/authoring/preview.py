@@ -11,7 +11,7 @@ built through that same offset, so that a pipeline which goes on meanwhile makes
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -146,8 +146,7 @@ def preview(project: Project, found: Found, *, limit: int = 10, sample: int | No
         share = 1.0 if sample is None else _share(_staging(project, found.source, log), found, sample)
         live = _take_live(project, found, scratch, share)
         staging = _staging(project, found.source, log)  # opened now, it is as far as what is live, or further
-        pii = next(source.pii for source in project.sources if source.name == found.source)
-        built = _build(found, scratch, log, staging, live, share, pii)
+        built = _build(project, found, scratch, log, staging, live, share)
         with scratch.connected(memory=QUERY_MEMORY) as db:
             return _report(db, built, scratch.table_of(built.model.name), live, share, limit)
 
@@ -164,17 +163,18 @@ class _Built:
 
 
 def _build(
+    project: Project,
     found: Found,
     scratch: DuckDBDestination,
     log: SQLiteLog,
     staging: DeltaStaging,
     live: _Live | None,
     share: float,
-    pii: Sequence[str],
 ) -> _Built:
     """Build a model in the scratch file, and beside it what its WHERE leaves out."""
     through = staging.through()
-    model = marked(bind_found(found, staging.schemas(through)), found.text, pii)
+    pii = next(source.pii for source in project.sources if source.name == found.source)
+    model = marked(bind_found(found, staging.schemas(through), project.defaults), found.text, pii)
     model = replace(model, decisions=staging.decisions(model.name, through))
     copy = staging.copy(model.table, through)
     if copy is None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headrace.authoring.files import Shapes
-from headrace.change import Column, TableId, TableSchema
+from headrace.change import Column, Constraint, TableId, TableSchema
 from headrace.config import Project
 from headrace.errors import UserError
 from headrace.transform.model import RowModel
@@ -29,6 +29,8 @@ _LOCK_HEAD = (
 )
 _NOT_NULL = " NOT NULL"
 _BARE = re.compile("[A-Za-z0-9_-]+")
+_Table = tuple[tuple[str, ...], Mapping[str, str], Sequence[Constraint]]
+"""Key, columns with their types, and constraints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Promise:
 
 def promise_of(text: ModelText, model: RowModel) -> Promise:
     """Return what a bound model puts out."""
-    required = {check.column for check in text.checks if not check.expression}
+    required = {check.column for check in model.checks if not check.expression}
     return Promise(text.key, {name: (type_, name in required) for name, type_ in model.types().items()})
 
 
@@ -80,14 +82,21 @@ def read_shapes(project: Project, source: str) -> Shapes:
         schema, dot, name = label.partition(".")
         table = TableId(schema, name) if dot else TableId("public", label)
         key, columns = _table(path, label, raw)
-        found[table] = TableSchema(table, tuple(Column(*column) for column in columns.items()), key)
+        constraints = _constraints(path, label, raw)
+        found[table] = TableSchema(
+            table, tuple(Column(*column) for column in columns.items()), key, constraints=constraints
+        )
     return found
 
 
 def write_shapes(project: Project, source: str, shapes: Shapes) -> Path:
     """Write the shapes of a source's tables; returns the file."""
     tables = {
-        schema.table.label: (schema.key, {column.name: column.type for column in schema.columns})
+        schema.table.label: (
+            schema.key,
+            {column.name: column.type for column in schema.columns},
+            schema.constraints,
+        )
         for schema in shapes.values()
     }
     return _write(project.root / FOLDER / f"{source}.toml", _SHAPES_HEAD.format(source=source), tables)
@@ -117,6 +126,7 @@ def write_promises(project: Project, promises: Mapping[str, Promise]) -> Path:
         name: (
             promise.key,
             {column: type_ + _NOT_NULL * not_null for column, (type_, not_null) in promise.columns.items()},
+            (),
         )
         for name, promise in promises.items()
     }
@@ -141,19 +151,55 @@ def _table(path: Path, name: str, raw: object) -> tuple[tuple[str, ...], dict[st
     return tuple(map(str, key)), columns
 
 
+def _constraints(path: Path, name: str, raw: Mapping[str, Any]) -> tuple[Constraint, ...]:
+    """Read back what `_constraint_lines` wrote."""
+    found = []
+    try:
+        for each in raw.get("constraints", ()):
+            schema, dot, parent = each.get("references", "").rpartition(".")
+            references = TableId(schema if dot else "public", parent) if parent else None
+            expression, beyond, to = each.get("check", ""), each.get("beyond", ""), tuple(each.get("to", ()))
+            rule = (each["kind"], each["name"], tuple(each["columns"]), expression, references, to, beyond)
+            found.append(Constraint(*rule))
+    except (TypeError, AttributeError, KeyError) as error:
+        raise _damaged(path, f"a constraint of {name} is not whole") from error
+    return tuple(found)
+
+
+def _constraint_lines(table: str, constraints: Sequence[Constraint]) -> Iterator[str]:
+    for each in constraints:
+        cells = {
+            "kind": each.kind,
+            "name": each.name,
+            "columns": each.columns,
+            "check": each.expression,
+            "references": each.references.label if each.references else "",
+            "to": each.to,
+            "beyond": each.beyond,
+        }
+        yield f"\n[[{toml_key(table)}.constraints]]\n"
+        for key, value in cells.items():
+            if value:
+                yield f"{key} = {toml_string(value) if isinstance(value, str) else _toml_list(value)}\n"
+
+
+def _toml_list(names: Sequence[str]) -> str:
+    return f"[{', '.join(map(toml_string, names))}]"
+
+
 def _damaged(path: Path, fault: str) -> UserError:
     return UserError(
         f"{FOLDER}/{path.name} cannot be read: {fault}.", "Record it again: `headrace ci --record`."
     )
 
 
-def _write(path: Path, head: str, tables: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]]) -> Path:
+def _write(path: Path, head: str, tables: Mapping[str, _Table]) -> Path:
     parts = [head]
     for name in sorted(tables):
-        key, columns = tables[name]
-        names = ", ".join(map(toml_string, key))
-        parts.append(f"\n[{toml_key(name)}]\nkey = [{names}]\n\n[{toml_key(name)}.columns]\n")
+        key, columns, constraints = tables[name]
+        parts.append(f"\n[{toml_key(name)}]\nkey = {_toml_list(key)}\n\n[{toml_key(name)}.columns]\n")
         parts += [f"{toml_key(column)} = {toml_string(type_)}\n" for column, type_ in columns.items()]
+        parts += _constraint_lines(name, constraints)
     try:
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(parts), encoding="utf-8")

@@ -8,14 +8,13 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from cyclopts import Parameter
 
-from headrace.authoring.files import logged_shapes, model_file, read_files
+from headrace.authoring.files import link_source, logged_shapes, model_file, read_files
 from headrace.authoring.routing import routes
 from headrace.change import TableId, TableSchema
 from headrace.config import (
@@ -34,8 +33,7 @@ from headrace.secret import place_of
 from headrace.sources.postgres.catalog import list_tables, read_shapes
 from headrace.sources.postgres.connection import connect
 from headrace.sources.postgres.preflight import Finding, inspect
-from headrace.transform.linking import link
-from headrace.transform.model import RowModel, bind, mirror
+from headrace.transform.model import bind
 from headrace.transform.names import name_faults, source_faults
 from headrace.transform.sql import ModelText
 
@@ -205,16 +203,16 @@ def _models(project: Project, shapes: Mapping[str, Shapes | None]) -> Iterator[F
             continue
         texts[name] = text
         if isinstance(text, ModelText):
-            yield _bound(text, shapes)
+            yield _bound(project, text, shapes)
         else:
             yield Finding("ok", f"mart {name} reads {', '.join(text.reads) or 'no table'}")
-    yield from _referring(texts, shapes)
+    yield from _referring(project, texts, shapes)
     yield from _named(project, texts, shapes)
     if not texts:
         yield Finding("ok", "no model in use: every table is mirrored with its own types")
 
 
-def _bound(text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
+def _bound(project: Project, text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
     file = f"{MODELS_FOLDER}/{text.file}"
     if text.source not in shapes:
         what = f"model {text.name} reads raw.{text.source}.{text.table}, and there is no source {text.source}"
@@ -230,30 +228,25 @@ def _bound(text: ModelText, shapes: Mapping[str, Shapes | None]) -> Finding:
         remedy = f"{_near(text.table, labels)} Mend {file}, or select the table in tables.".strip()
         return Finding("fail", what, remedy)
     try:
-        bind(text, labels[text.table])
+        bind(text, labels[text.table], project.defaults)
     except HeadraceError as error:
         return Finding("fail", _clause(error), error.remedy or f"Mend {file}.")
     return Finding("ok", f"model {text.name} fits raw.{text.source}.{text.table}")
 
 
 def _referring(
-    texts: Mapping[str, ModelText | Mart], shapes: Mapping[str, Shapes | None]
+    project: Project, texts: Mapping[str, ModelText | Mart], shapes: Mapping[str, Shapes | None]
 ) -> Iterator[Finding]:
-    """Look whether the foreign keys of the models can be kept; models that do not bind were told of."""
+    """Look whether the foreign keys of the models can be kept, and which constraints of the source cannot;
+    models that do not bind were told of."""
+    models = {name: text for name, text in texts.items() if isinstance(text, ModelText)}
     for source, known in shapes.items():
-        mine = {
-            name: text
-            for name, text in texts.items()
-            if isinstance(text, ModelText) and text.source == source
-        }
-        bound, away = list[RowModel](), set(mine)
-        for schema in (known or {}).values():
-            files = [text for text in mine.values() if text.table == schema.table.label]
-            with suppress(HeadraceError):
-                bound += [bind(text, schema) for text in files] or [mirror(source, schema)]
-        away -= {model.name for model in bound}
-        for fault in link(bound, mine, away).faults.values():
+        linked = link_source(models, source, known or {}, project.defaults)
+        for fault in linked.faults.values():
             yield Finding("fail", _clause(fault), fault.remedy)
+        for model in linked.models:
+            for each in model.left_out:
+                yield Finding("warn", f"model {model.name} does not take over {each}")
 
 
 def _named(

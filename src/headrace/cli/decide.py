@@ -20,6 +20,7 @@ from headrace.cli.tables import print_table
 from headrace.config import Project, load_project
 from headrace.errors import UserError
 from headrace.keys import literal
+from headrace.prepared import MESSAGE, PAYLOAD
 from headrace.server import read
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def patch(
     settings = load_project(project)
     record = find_record(settings, id)
     _refuse_closed(record, (*OPEN, "resolved"))
+    _refuse_undecodable(record)
     made = _cells(cells) | dict.fromkeys(null or ())
     if not made:
         raise UserError("A patch needs a cell.", "Write column=value, or --null column.")
@@ -97,7 +99,9 @@ def undo(
         Why, for those who come later.
     """
     settings = load_project(project)
-    _decide_one(settings, find_record(settings, id), "undo", reason, actor, dry_run=dry_run, json=json)
+    record = find_record(settings, id)
+    _refuse_undecodable(record)
+    _decide_one(settings, record, "undo", reason, actor, dry_run=dry_run, json=json)
 
 
 def discard(
@@ -158,14 +162,14 @@ def _decisions(project: Project, chosen: Chosen, actor: str, reason: str) -> Ite
         project,
         [
             'SELECT source, model, epoch, commit, ordinal, "offset", key FROM headrace.quarantine '
-            f"WHERE {chosen.condition} AND key IS NOT NULL ORDER BY source, model"
+            f"WHERE {chosen.condition} ORDER BY source, model"
         ],
     )
     rows = zip(*(found[name].to_pylist() for name in found.column_names), strict=True)
     for (source, model), group in groupby(rows, key=lambda row: row[:2]):
         changes = [Decided(*row[2:]) for row in group]
         # Of long keys fewer: a request is bounded, and a character may take two dozen bytes in it.
-        longest = max(len(change.key) for change in changes)
+        longest = max(len(change.key or "") for change in changes)
         size = max(1, min(_MAX_CHANGES, _MAX_KEY_CHARACTERS // (longest + 1)))
         for begin in range(0, len(changes), size):
             some = tuple(changes[begin : begin + size])
@@ -225,6 +229,14 @@ def _cells(given: Sequence[str]) -> dict[str, str | None]:
             )
         cells[name] = value
     return cells
+
+
+def _refuse_undecodable(record: dict[str, Any]) -> None:
+    if record["reason"] in (MESSAGE, PAYLOAD):
+        raise UserError(
+            f"Record {record['id']} is of a change that does not decode: nobody knows its cells.",
+            "Copy its table again: headrace tables resync TABLE",
+        )
 
 
 def _refuse_closed(record: dict[str, Any], states: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from headrace.log.consumers import Cursor, Cursors
 from headrace.log.places import told
 from headrace.log.sqlite import SQLiteLog
 from headrace.masking import MASK, marked_in, mask_cells, mask_columns, masks_key
+from headrace.payload import decode_rows
 from headrace.reading import OpenLog, find_logs, only_log, rows_of
 from headrace.sources.postgres.health import age_text, size_text
 from headrace.sources.postgres.lsn import format_lsn
@@ -35,7 +36,7 @@ _POLL = 0.2
 _ROWS = 20
 
 _TAIL = ("offset", "kind", "table", "rows", "bytes", "commit", "committed_at", "txids", "what")
-_WIDTHS = (9, 8, 28, 7, 9, 12, 24, 11, 0)
+_WIDTHS = (9, 11, 28, 7, 9, 12, 24, 11, 0)
 _NUMBERS = ("offset", "rows", "bytes")
 
 
@@ -140,6 +141,10 @@ def show(
         width = max(map(len, found))
         for name, value in found.items():
             print(f"{name:<{width}}  {json_of(value) if isinstance(value, list) else value}")
+    if item.entry.kind == "undecodable":
+        hidden = bool(pii_of(project, log.source)) and not unmask
+        _print_undecodable(decode_rows(item.entry.payload).slice(0, max(rows, 0)), hidden=hidden, json=json)
+        return
     if item.entry.kind not in ("rows", "copy"):
         content = item.entry.payload.decode()
         if item.entry.kind == "decision" and item.entry.table is not None and not unmask:
@@ -159,6 +164,20 @@ def show(
     print_table(names, cells)
     if part.num_rows < batch.num_rows:
         print(f"… and {batch.num_rows - part.num_rows} more rows; --rows {batch.num_rows} shows them all.")
+
+
+def _print_undecodable(messages: pa.RecordBatch, *, hidden: bool, json: bool) -> None:
+    """Print messages that do not decode: which cells are in their bytes, nobody can tell."""
+    found = [
+        [format_lsn(row["_lsn"]), row["kind"], row["why"], MASK if hidden else row["message"].hex()]
+        for row in messages.to_pylist()
+    ]
+    names = ("lsn", "kind", "why", "message")
+    if json:
+        print_json_lines(names, found)
+    else:
+        print()
+        print_table(names, found)
 
 
 def _masked_decision(content: str, shape: TableSchema, pii: Sequence[str]) -> str:
@@ -260,7 +279,7 @@ def _headers(log: SQLiteLog, after: int, through: int) -> Iterator[tuple[LoggedE
         )
     )
     for item in log.headers(after, through):
-        small = item.entry.kind not in ("rows", "copy")
+        small = item.entry.kind not in ("rows", "copy", "undecodable")
         whole = log.entry(item.offset) if small else None
         yield whole or item, int(sizes[item.offset])
 

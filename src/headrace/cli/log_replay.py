@@ -74,6 +74,9 @@ def replay(
                 _debezium(stretch, out, prefix or log.source, database or log.source)
 
 
+_KINDS = ("rows", "copy", "truncate", "message", "undecodable", "marker")
+
+
 @dataclass(frozen=True, slots=True)
 class Stretch:
     """What is between two cuts of a log, of some tables or of all."""
@@ -90,9 +93,9 @@ class Stretch:
         return groups(self.log, self.begin.offset, self.through)
 
     def entries(self, group: Group) -> Iterator[LoggedEntry]:
-        """Yield the entries of a group that may have a part in it: rows, truncates, messages, marks of the
-        source."""
-        for item in self.log.entries(*group, kinds=("rows", "copy", "truncate", "message", "marker")):
+        """Yield the entries of a group that may have a part in it: rows, truncates, messages, what does not
+        decode, marks of the source."""
+        for item in self.log.entries(*group, kinds=_KINDS):
             entry = item.entry
             if self.tables and entry.table not in self.tables and not (entry.table is None and is_mark(item)):
                 continue
@@ -123,7 +126,7 @@ class Stretch:
             entry = item.entry
             if entry.kind not in STREAMED or entry.kind == "schema":
                 continue
-            if entry.kind == "rows" and lone_commit(item) is None:
+            if entry.kind in ("rows", "undecodable") and lone_commit(item) is None:
                 found.append(pc.unique(decode_rows(self._payload(item))["_commit"]).to_numpy())
             elif entry.kind == "message" and not entry.txids[0]:
                 words = told(self._payload(item))
@@ -137,7 +140,7 @@ class Stretch:
         """Return the last group before it that has commits, if the log still holds one."""
         found = self.log.raw_rows(
             'SELECT "offset" FROM entries WHERE "offset" <= ? '
-            "AND kind IN ('rows', 'truncate', 'message') "
+            "AND kind IN ('rows', 'truncate', 'message', 'undecodable') "
             "AND NOT (kind = 'message' AND min_txid = 0 AND CAST(payload AS TEXT) ->> 'prefix' = ?) "
             'ORDER BY "offset" DESC LIMIT 1',
             (self.begin.offset, OWN),
@@ -190,6 +193,10 @@ def _lines(stretch: Stretch, item: LoggedEntry) -> Iterator[Mapping[str, Any]]:
             for row in batch.slice(start, _AT_ONCE).to_pylist():
                 yield _change(item, key, row)
         return
+    if entry.kind == "undecodable":
+        for row in stretch.rows(item).to_pylist():
+            yield _undecodable(item, row)
+        return
     place = _place(item, entry.last.commit, entry.last.ordinal, entry.committed_at)
     if entry.kind == "marker":
         mark = SourceMark.from_json(entry.payload)
@@ -218,6 +225,20 @@ def _change(item: LoggedEntry, key: tuple[str, ...], row: dict[str, Any]) -> dic
         "row": None if deleted else cells,
         "unchanged": [] if deleted else unchanged,
         "before": cells if deleted else None if before is None else dict(before),
+    }
+
+
+def _undecodable(item: LoggedEntry, row: dict[str, Any]) -> dict[str, Any]:
+    _, commit, ordinal, committed_at, txid, lsn = (row[name] for name in HEAD)
+    return {
+        "op": "undecodable",
+        "table": str(item.entry.table) if item.entry.table else None,
+        **_place(item, commit, ordinal, committed_at),
+        "txid": txid or None,
+        "lsn": format_lsn(lsn),
+        "kind": row["kind"],
+        "why": row["why"],
+        "message": row["message"].hex(),
     }
 
 
@@ -256,7 +277,7 @@ def _events(stretch: Stretch, envelope: Envelope, item: LoggedEntry) -> Iterator
         yield envelope.truncate(item.entry)
     elif item.entry.kind == "message":
         yield envelope.message(item.entry)
-    elif is_mark(item):
+    elif is_mark(item) or item.entry.kind == "undecodable":
         _warn(item)
     else:
         batch, shape = stretch.rows(item), stretch.shape(item)
@@ -279,7 +300,7 @@ def _parquet(stretch: Stretch, folder: Path | None) -> None:
                 elif item.entry.kind == "truncate":
                     assert item.entry.table is not None
                     files.add(item.entry.table, _truncated(item))
-                elif is_mark(item):
+                elif is_mark(item) or item.entry.kind == "undecodable":
                     _warn(item)
     for table, count in sorted(files.rows.items()):
         print(f"{table}: {count} rows")
@@ -307,6 +328,12 @@ def _truncated(item: LoggedEntry) -> pa.RecordBatch:
 
 
 def _warn(item: LoggedEntry) -> None:
+    """Say on standard error what has no form in the output."""
+    if item.entry.kind == "undecodable":
+        of = f" of {item.entry.table}" if item.entry.table else ""
+        what = f"{item.entry.rows} messages{of} that do not decode are left out"
+        print(f"At offset {item.offset}, {what}: headrace log show {item.offset}", file=sys.stderr)
+        return
     mark = SourceMark.from_json(item.entry.payload)
     print(f"At offset {item.offset}, {mark.kind} of the source: {mark.reason}", file=sys.stderr)
 

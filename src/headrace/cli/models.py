@@ -16,6 +16,7 @@ from headrace.cells import json_of
 from headrace.cli.tables import print_table
 from headrace.config import load_project
 from headrace.errors import UserError
+from headrace.transform.header import file_version
 from headrace.transform.lineage import lineage as lineage_of
 
 _Project = Annotated[Path, Parameter(help="The project's folder.")]
@@ -45,15 +46,16 @@ def ls(*, project: _Project = Path(), json: _Json = False) -> None:
     for model in models:
         if model.reason:
             print(f"{model.name} {model.state}: {model.reason}")
-        elif model.applied_version not in ("", model.version):
+        elif file_version(model.applied_version) not in ("", file_version(model.version)):
             print(f"{model.name}: its table was last moved by version {_short(model.applied_version)}")
 
 
 def show(model: str, *, project: _Project = Path(), json: _Json = False) -> None:
-    """Show a model: its file, columns with types, key and checks, and which versions made its table.
+    """Show a model: its file, columns with types, key and checks, which constraints of the source it does not
+    take over, and which versions made its table.
 
     With --json one object: what `ls` prints of it, and file, key, where, columns (name, type, not_null,
-    reads, expression), checks, unbound, versions (version, changes, after, through, since, until).
+    reads, expression), checks, left_out, unbound, versions (version, changes, after, through, since, until).
 
     Parameters
     ----------
@@ -85,7 +87,7 @@ def lineage(model: str = "", *, project: _Project = Path(), json: _Json = False)
     shapes = {source.name: logged_shapes(settings, source.name) for source in settings.sources}
     chosen = [find_model(settings, model)] if model else list(all_models(settings, shapes))
     for found in chosen:
-        columns, _ = columns_of(found, shapes.get(found.source, {}))
+        columns, _ = columns_of(settings, found, shapes.get(found.source, {}))
         if not found.text and not columns:
             raise UserError(f"There is no mirror {found.name}.", "`headrace models ls` names what there is.")
         where = _where(found)
@@ -116,7 +118,8 @@ def _reads(model: Listed) -> str:
 
 
 def _short(version: str) -> str:
-    return version.rpartition(":")[2][:_SHORT]
+    file, plus, constraints = version.rpartition(":")[2].partition("+")
+    return f"{file[:_SHORT]}{plus}{constraints[: _SHORT // 2]}"
 
 
 def _print_shown(shown: Shown) -> None:
@@ -142,6 +145,10 @@ def _print_shown(shown: Shown) -> None:
         print("\nchecks")
         for check in shown.checks:
             print(f"  {check}")
+    if shown.left_out:
+        print("\nnot taken over from the source")
+        for each in shown.left_out:
+            print(f"  {each}")
     if shown.versions:
         print("\nversions that made its table")
         print_table(

@@ -15,12 +15,14 @@ from uuid import UUID
 from cyclopts import Parameter
 
 from headrace.cells import json_of
+from headrace.change import TableId
 from headrace.cli.records import OPEN, SHOWN_KEY, Chosen, pipeline_for, refuse_unknown
 from headrace.cli.tables import print_json_lines, print_table
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError, UserError
 from headrace.keys import literal
 from headrace.masking import MASK
+from headrace.prepared import MESSAGE, PAYLOAD
 from headrace.server import read
 from headrace.sources.postgres.lsn import format_lsn
 
@@ -28,6 +30,9 @@ MAX_KEYS = 100_000
 """Keys in one request: with keys of usual length it stays below the server's bound for a request."""
 
 _MAX_KEY_BYTES = 8 << 20
+
+UNDECODABLE = (MESSAGE, PAYLOAD)
+"""Reasons of records that only another copy of their table can close."""
 
 Status = Literal["open", "quarantined", "waiting", "blocked", "resolved", "superseded", "discarded", "all"]
 _Project = Annotated[Path, Parameter(help="The project's folder.")]
@@ -97,7 +102,13 @@ def list_records(
     _print_end(total, len(rows), len(counts), status)
 
 
-def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  # noqa: A002 - what users type
+def show(
+    id: str,  # noqa: A002 - what users type
+    *,
+    raw: Annotated[bool, Parameter(negative="")] = False,
+    project: _Project = Path(),
+    json: _Json = False,
+) -> None:
     """Show one record: its cause, its cells as the source wrote them, its place, and what to do.
 
     With --json one object: every column of headrace.quarantine, and `position` and `redrive`.
@@ -106,8 +117,14 @@ def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  
     ----------
     id
         The record's id, or the beginning of it.
+    raw
+        Write nothing but the bytes of a change that does not decode, as they came, to standard output. No
+        column of them is masked.
     """
     record = find_record(load_project(project), id)
+    if raw:
+        sys.stdout.buffer.write(_bytes_of(load_project(project), record))
+        return
     record["position"] = f"{format_lsn(record['commit'])} row {record['ordinal']} epoch {record['epoch']}"
     folder = "" if project == Path() else f" --project {quote(str(project))}"
     one = f"--model {quote(record['model'])} --key={quote(record['key'] or '')}"
@@ -117,6 +134,8 @@ def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  
     record["redrive"] = [
         f"headrace quarantine redrive {which}{folder}" for which in (f"--issue {record['issue']}", one)
     ]
+    if record["reason"] in UNDECODABLE:
+        record["redrive"] = [f"headrace tables resync {quote(record['table_name'])}{folder}"]
     if json:
         print(json_of(record))
         return
@@ -128,7 +147,8 @@ def show(id: str, *, project: _Project = Path(), json: _Json = False) -> None:  
     for name, value in _cells(record["preview"]):
         print(f"  {name} = {value}")
     if record["status"] in OPEN:
-        print("When the model or the data is mended, try again all of this cause, or this key alone:")
+        what = "When the model or the data is mended, try again all of this cause, or this key alone:"
+        print("Its table has to be copied again:" if record["reason"] in UNDECODABLE else what)
         for command in record["redrive"]:
             print(f"  {command}")
 
@@ -176,16 +196,21 @@ def redrive(
     settings = load_project(project)
     result = {"keys": 0, "resolved": 0, "still_quarantined": 0, "rebuilding": 0, "failed": 0}
     records: list[dict[str, Any]] = []
+    keyless = _keyless(settings, chosen.condition)
     for counts in _redrive(settings, chosen, dry_run=dry_run):
         records += counts.pop("records", ())
         for name, count in counts.items():
             result[name] += count
-    if not result["keys"]:
+    if not result["keys"] and not keyless:
         refuse_unknown(settings, chosen)
+    result["still_quarantined"] += len(keyless)
+    records += keyless
     if dry_run:
         _print_outcomes(records, json=json)
     if not (dry_run and json):
         print(json_text.dumps({**result, "dry_run": dry_run}) if json else _outcome(result, dry_run=dry_run))
+    if keyless and not json:
+        print(f"{len(keyless)} of them do not decode: `headrace tables resync TABLE` copies the table again.")
     return 1 if result["failed"] else 0
 
 
@@ -226,6 +251,42 @@ def _batches(project: Project, wanted: str) -> list[Batch]:
     for (source, model), group in groupby(rows, key=lambda row: row[:2]):
         batches += [Batch(source, model, keys) for keys in _bounded([row[2] for row in group])]
     return batches
+
+
+def _keyless(project: Project, wanted: str) -> list[dict[str, Any]]:
+    """Return the outcomes of records without a key, which no redrive can help."""
+    (found,) = read(
+        project,
+        [
+            "SELECT id::VARCHAR AS id, model, key, 'fails' AS outcome, superseded_by, reason, columns, "
+            f"message FROM headrace.quarantine WHERE {wanted} AND key IS NULL ORDER BY epoch, commit, ordinal"
+        ],
+    )
+    outcomes: list[dict[str, Any]] = found.to_pylist()
+    return outcomes
+
+
+def _bytes_of(project: Project, record: dict[str, Any]) -> bytes:
+    """Return the bytes of a record's change from staging, which has them for as long as there are records.
+    Raises UserError for a change that was decoded."""
+    from contextlib import closing
+
+    from headrace.log.sqlite import SQLiteLog
+    from headrace.staging.delta import DeltaStaging
+
+    source, offset = record["source"], record["offset"]
+    if record["reason"] in UNDECODABLE:
+        with closing(SQLiteLog(project.log_path(source), read_only=True)) as log:
+            staging = DeltaStaging(project.staging_path(source), source, log.id, read_only=True)
+        schema, _, name = record["table_name"].partition(".")
+        rows = staging.undecodable(TableId(schema, name), offset - 1, offset, whole=True)
+        for row in rows.to_pylist():
+            if (row["_commit"], row["_ordinal"]) == (record["commit"], record["ordinal"]):
+                found: bytes = row["message"]
+                return found
+    raise UserError(
+        f"Record {record['id']} is of a change that decodes.", f"headrace log show {offset} shows it."
+    )
 
 
 def _bounded(keys: Sequence[str]) -> Iterator[list[str]]:
@@ -270,7 +331,7 @@ def _cells(preview: str | None) -> list[tuple[str, str]]:
 
 
 def _outcome(result: dict[str, int], *, dry_run: bool) -> str:
-    if not result["keys"]:
+    if not result["keys"] and not result["still_quarantined"]:
         return "No open record: nothing to redrive."
     if dry_run:
         return (

@@ -17,6 +17,7 @@ from headrace.config import Project, load_project
 from headrace.errors import UserError
 from headrace.keys import literal
 from headrace.server import ask, is_running, read_rows
+from headrace.transform.header import file_version
 from headrace.transform.mart import version_in
 
 _POLL = 0.3
@@ -167,7 +168,7 @@ def _former(settings: Project, model: str, path: Path) -> str:
         f"SELECT model_version FROM headrace.ledger WHERE model = {literal(model)} "
         "GROUP BY model_version ORDER BY max(recorded_at) DESC",
     )
-    made = [str(version) for (version,) in rows]
+    made = list(dict.fromkeys(file_version(str(version)) for (version,) in rows))
     made = made[made.index(now) + 1 :] if now in made else made
     former = next(
         (v for v in made if v != now and (settings.versions / model / f"{v}{path.suffix}").is_file()), None

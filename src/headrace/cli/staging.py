@@ -22,9 +22,10 @@ from headrace.server import ask
 from headrace.sources.postgres.health import size_text
 from headrace.sources.postgres.lsn import format_lsn
 from headrace.sources.postgres.tables import read_states
-from headrace.staging.delta import DeltaStaging, find_tables
+from headrace.staging.delta import DeltaStaging
 from headrace.staging.maintenance import Maintenance, compact_tables
-from headrace.staging.rows import HISTORY
+from headrace.staging.named import find_tables
+from headrace.staging.rows import INTERNAL
 from headrace.staging.table import RawTable
 from headrace.staging.timeline import Event, timeline
 
@@ -48,7 +49,7 @@ def ls(
         _described(config.name, table, raw, end)
         for config, staging, end in _stagings(settings)
         for table, raw in sorted(staging.tables().items())
-        if table != HISTORY
+        if table not in INTERNAL
     ]
     if json:
         for row in rows:

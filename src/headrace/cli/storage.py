@@ -12,7 +12,7 @@ from headrace.config import Project
 from headrace.log.sqlite import SQLiteLog
 from headrace.sources.postgres.health import size_text
 from headrace.staging.delta import DeltaStaging
-from headrace.staging.rows import HISTORY
+from headrace.staging.rows import INTERNAL
 from headrace.staging.table import RawTable
 
 _DAY = 86_400.0
@@ -30,7 +30,7 @@ def storage(log: SQLiteLog, staging: DeltaStaging) -> dict[str, Any]:
     after = log.appended_before(int((now - _DAY) * 1e6))
     first = log.entry(after + 1)
     span = max(now - first.appended_at / 1e6, 0.0) if first else 0.0
-    tables = {str(table): raw for table, raw in staging.tables().items() if table != HISTORY}
+    tables = {str(table): raw for table, raw in staging.tables().items() if table not in INTERNAL}
     sizes = {name: sum(file.bytes for file in raw.files) for name, raw in sorted(tables.items())}
     report: dict[str, Any] = {"log": log.size(), "raw": sum(sizes.values()), "tables": sizes}
     report |= {"log_per_day": None, "raw_per_day": None}

@@ -98,14 +98,16 @@ class Books:
         moved = heal(self._db, name, part.prepared, commit) if written else Counts()
         moved += overtaken(take_off(self._db, self._work.source, name, target, part.prepared, commit))
         account.moved += moved
-        account.open_records -= moved.superseded
+        account.open_records += moved.quarantined + moved.waiting
 
     def take(self, part: Part) -> None:
         """Enter a part whose rows were applied; its records are written together with those of others."""
         account = self._accounts[part.model.name]
+        if part.prepared.steps is not None:
+            return  # see `settle`
         account.counts += part.prepared.counts
         records = part.prepared.records
-        if not records.num_rows or part.prepared.steps is not None:
+        if not records.num_rows:
             return
         account.open_records += records.num_rows
         account.unwritten.append(records)
@@ -124,7 +126,7 @@ class Books:
     def settle(self, settled: Settled) -> None:
         """Enter what came of a model's steps."""
         account = self._accounts[settled.model.name]
-        account.counts = settled.counts
+        account.counts += settled.counts
         account.open_records += settled.records
         self.new_issues += settled.issues
 
@@ -192,9 +194,12 @@ def _state(part: Part) -> str:
     return "in_sync" if part.in_sync else "joining"
 
 
-def overtaken(records: int, waiting: int = 0) -> Counts:
-    """Return what the ledger says of open records that became superseded, some of which waited."""
-    return Counts(superseded=records, quarantined=waiting - records, waiting=-waiting)
+def overtaken(records: int, waiting: int = 0, blocked: int = 0) -> Counts:
+    """Return what the ledger says of open records that became superseded, some of which waited, with the
+    changes that were `blocked` behind them."""
+    return Counts(
+        superseded=records + blocked, quarantined=waiting - records, waiting=-waiting, blocked=-blocked
+    )
 
 
 def heal(db: Session, model: str, prepared: Prepared, commit: int, records: str = QUARANTINE) -> Counts:
@@ -206,15 +211,16 @@ def heal(db: Session, model: str, prepared: Prepared, commit: int, records: str 
     given = None if prepared.reset else pa.table({"key": pa.chunked_array(keys, pa.string())})
     mine = f"model = {literal(model)} AND {OPEN}"
     where = "" if prepared.reset else "AND key IN (SELECT key FROM _hr_given)"
-    db.keep("_hr_healed", f"SELECT id, status FROM {records} WHERE {mine} {where}", given)
-    ((waiting, healed),) = db.execute(
-        "SELECT count(*) FILTER (WHERE status = 'waiting'), count(*) FROM _hr_healed"
+    db.keep("_hr_healed", f"SELECT id, status, blocked FROM {records} WHERE {mine} {where}", given)
+    ((waiting, healed, blocked),) = db.execute(
+        "SELECT count(*) FILTER (WHERE status = 'waiting'), count(*), coalesce(sum(blocked), 0)::BIGINT "
+        "FROM _hr_healed"
     )
     if healed:
         close_records(
             db, "id IN (SELECT id FROM _hr_healed)", f"'superseded', superseded_by = {commit}", records
         )
-    return overtaken(healed, waiting)
+    return overtaken(healed, waiting, int(blocked))
 
 
 def close_records(

@@ -77,7 +77,8 @@ class Joins:
         """See `headrace.join.Joins.bad_keys`."""
         with self._destination.open() as db:
             rows = db.execute(
-                f"SELECT DISTINCT key FROM {JOINING} WHERE model = $1 LIMIT {limit + 1}", [join.model]
+                f"SELECT DISTINCT key FROM {JOINING} WHERE model = $1 AND key IS NOT NULL LIMIT {limit + 1}",
+                [join.model],
             )
         return None if len(rows) > limit else pa.array([key for (key,) in rows], pa.string())
 

@@ -85,6 +85,18 @@ def judge_anew(db: Session, model: str, commit: int) -> None:
     )
 
 
+def lapsed(db: Session, source: str, constraints: Mapping[str, Collection[str]]) -> list[tuple[str, str]]:
+    """Return the foreign keys (model, name) that are known of models, and not among the names of what these
+    have."""
+    return [(model, name) for model, name in _known(db, source) if name not in constraints.get(model, [name])]
+
+
+def forget(db: Session, foreign_keys: Collection[tuple[str, str]]) -> None:
+    """Forget what is known of foreign keys (model, name)."""
+    for key in foreign_keys:
+        db.execute("DELETE FROM headrace.foreign_keys WHERE model = $1 AND name = $2", list(key))
+
+
 def _known(db: Session, source: str) -> Mapping[tuple[str, str], tuple[str, int | None]]:
     rows = db.execute(
         "SELECT model, name, definition, unchecked_since FROM headrace.foreign_keys WHERE source = $1",
@@ -106,7 +118,7 @@ def _commit_of(db: Session, model: str) -> int:
 
 def _record(db: Session, source: str, reference: Reference, since: int | None) -> None:
     model, name = reference.model, reference.name
-    db.execute("DELETE FROM headrace.foreign_keys WHERE model = $1 AND name = $2", [model, name])
+    forget(db, [(model, name)])
     insert(db, "foreign_keys", [(model, source, name, reference.parent, _definition(reference), since)])
 
 

@@ -38,8 +38,13 @@ def refold(
     """Let the outcome of the whole histories of some keys (`prepared.removed`) be what they are: write their
     rows, close the open records that it does not have, write those that it has, and account for all."""
     name = literal(model.name)
-    mine = f"q.model = {name} AND q.{OPEN} AND q.key IN (SELECT r.key FROM _hr_redriven r)"
+    of_keys = "q.key IN (SELECT r.key FROM _hr_redriven r)"
     db.keep("_hr_redriven", "SELECT key FROM _hr_given", pa.table({"key": prepared.removed}))
+    if decided and decided.discarded.num_rows:
+        # What does not decode has no key.
+        db.keep("_hr_keyless", "SELECT * FROM _hr_given", decided.discarded.select(_PLACE))
+        of_keys += f" OR q.key IS NULL AND EXISTS (SELECT 1 FROM _hr_keyless k WHERE {_at('q', 'k')})"
+    mine = f"q.model = {name} AND q.{OPEN} AND ({of_keys})"
     before = _opened(db, mine)
     destination.make_table(db, model)
     destination.change_rows(db, model.source, model, prepared)

@@ -1,5 +1,5 @@
-"""Keys that no two rows of a model's table may have, where the source's key does not see to it; and which
-rows a transaction makes and takes away, for these and for what refers to them.
+"""Keys that no two rows of a model's table may have, where the source's primary key does not see to it; and
+which rows a transaction makes and takes away, for these and for what refers to them.
 
 It is judged when a transaction ends, over what it leaves, as sets: within it rows may swap their keys. Of
 rows with one key the one stays that was not touched, or else had the key before, or else came of the earliest
@@ -11,7 +11,7 @@ contested.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from headrace.destinations.session import Session
 from headrace.keys import quoted
-from headrace.prepared import Contested, Prepared, Reference
+from headrace.prepared import Contested, Prepared, Reference, UniqueKey
 
 Place = tuple[int, int, int]
 """Epoch, commit and ordinal of a change."""
@@ -33,7 +33,7 @@ class Claimed:
 
     model: str
     source: str
-    key: tuple[str, ...]
+    keys: tuple[UniqueKey, ...]
     references: tuple[Reference, ...]
     places: str
     former: str
@@ -47,7 +47,7 @@ def note_claims(db: Session, source: str, target: str, name: str, prepared: Prep
     claims = prepared.claims
     if claims is not None and name != claims.model:
         claims = replace(claims, references=())
-    if claims is None or not (claims.key or claims.references):
+    if claims is None or not (claims.keys or claims.references):
         return
     columns = ("_source_key", *map(quoted, claims.columns))
     claimed = db.claimed.get(target)
@@ -55,7 +55,7 @@ def note_claims(db: Session, source: str, target: str, name: str, prepared: Prep
         number = len(db.claimed)
         relations = (f"_hr_places_{number}", f"_hr_former_{number}")
         claimed = db.claimed[target] = Claimed(
-            claims.model, source, claims.key, claims.references, *relations
+            claims.model, source, claims.keys, claims.references, *relations
         )
         db.keep(claimed.places, "SELECT *, 0 AS _outcome FROM _hr_given", claims.places.slice(0, 0))
         db.keep(claimed.former, f"SELECT {', '.join(columns)}, 0 AS _outcome FROM {target} t WHERE false")
@@ -82,15 +82,38 @@ def note_claims(db: Session, source: str, target: str, name: str, prepared: Prep
 
 def refuse_contested(db: Session) -> None:
     """Raise Contested if rows that the transaction has made have the keys of others."""
-    keyed = {target: claimed for target, claimed in db.claimed.items() if claimed.key}
+    keyed = {target: claimed for target, claimed in db.claimed.items() if claimed.keys}
     found = {claimed.model: _contested(db, target, claimed) for target, claimed in keyed.items()}
     if refused := {model: places for model, places in found.items() if places}:
-        raise Contested({model: [(*place, None) for place in places] for model, places in refused.items()})
+        raise Contested(
+            {
+                model: [(*place, name or None) for place, name in places.items()]
+                for model, places in refused.items()
+            }
+        )
 
 
-def _contested(db: Session, target: str, claimed: Claimed) -> frozenset[Place]:
-    """Return the changes to refuse, and those that have to go as the rows of these stand where they were."""
-    key, made = claimed.key, f"{claimed.places} p ON {db.same_key('t._source_key', 'p._source_key')}"
+def _contested(db: Session, target: str, claimed: Claimed) -> Mapping[Place, str]:
+    """Return the changes to refuse, and those that have to go as the rows of these stand where they were,
+    each with the name of a key for which it has to."""
+    refused, follows = dict[Place, str](), defaultdict[Place, list[tuple[Place, str]]](list)
+    for key in claimed.keys:
+        for place in _twins(db, target, claimed, key.columns):
+            refused.setdefault(place, key.name)
+    for key in claimed.keys if refused else ():
+        for first, second in _in_the_way(db, target, claimed, key.columns):
+            follows[first].append((second, key.name))
+    due = list(refused)
+    while due:
+        new = {place: name for place, name in follows[due.pop()] if place not in refused}
+        refused |= new
+        due += new
+    return refused
+
+
+def _twins(db: Session, target: str, claimed: Claimed, key: Sequence[str]) -> list[Place]:
+    """Return the changes that made rows of which others have the key first."""
+    made = f"{claimed.places} p ON {db.same_key('t._source_key', 'p._source_key')}"
     rows = db.execute(
         f"""SELECT epoch, commit, ordinal FROM (
           SELECT p.epoch, p.commit, p.ordinal, row_number() OVER (
@@ -106,10 +129,16 @@ def _contested(db: Session, target: str, claimed: Claimed) -> frozenset[Place]:
         WHERE place > 1 AND epoch IS NOT NULL""",
         [claimed.source],
     )
-    if not rows:
-        return frozenset()
-    # A row that is what it was before has its key again, which no row that was touched can have then.
-    follows = db.execute(
+    return [_place(row) for row in rows]
+
+
+def _in_the_way(
+    db: Session, target: str, claimed: Claimed, key: Sequence[str]
+) -> Iterator[tuple[Place, Place]]:
+    """Yield pairs of changes: where the row of the first is what it was before, it has its key again, which
+    the row of the second cannot have then."""
+    made = f"{claimed.places} p ON {db.same_key('t._source_key', 'p._source_key')}"
+    rows = db.execute(
         f"""SELECT b.epoch, b.commit, b.ordinal, p.epoch, p.commit, p.ordinal
         FROM {claimed.places} b
         JOIN {claimed.former} f ON f._source_key = b._source_key AND f._outcome = b._outcome
@@ -117,20 +146,8 @@ def _contested(db: Session, target: str, claimed: Claimed) -> frozenset[Place]:
         WHERE b.sole AND t._source = $1 AND p._source_key <> b._source_key""",
         [claimed.source],
     )
-    return _closed([_place(row) for row in rows], [(_place(row[:3]), _place(row[3:])) for row in follows])
-
-
-def _closed(refused: list[Place], follows: list[tuple[Place, Place]]) -> frozenset[Place]:
-    """Return what is refused with all that follows from it: of each pair the second from the first."""
-    following = defaultdict[Place, list[Place]](list)
-    for first, second in follows:
-        following[first].append(second)
-    found, due = set(refused), list(refused)
-    while due:
-        new = [place for place in following[due.pop()] if place not in found]
-        found.update(new)
-        due += new
-    return frozenset(found)
+    for row in rows:
+        yield _place(row[:3]), _place(row[3:])
 
 
 def _place(cells: Sequence[Any]) -> Place:
@@ -138,9 +155,9 @@ def _place(cells: Sequence[Any]) -> Place:
     return int(epoch), int(commit), int(ordinal)
 
 
-def _columns(relation: str, key: tuple[str, ...]) -> str:
+def _columns(relation: str, key: Sequence[str]) -> str:
     return ", ".join(f"{relation}.{quoted(name)}" for name in key)
 
 
-def _same(left: str, right: str, key: tuple[str, ...]) -> str:
+def _same(left: str, right: str, key: Sequence[str]) -> str:
     return " AND ".join(f"{left}.{quoted(name)} = {right}.{quoted(name)}" for name in key)

@@ -12,7 +12,7 @@ from headrace.change import Counts
 from headrace.decisions import Outcome
 from headrace.destinations.books import count_open, fingerprint, insert, numbers
 from headrace.destinations.issues import count_opening
-from headrace.destinations.references import can_be_judged, put_off
+from headrace.destinations.references import can_be_judged, forget, lapsed, put_off
 from headrace.destinations.refolding import refold
 from headrace.destinations.session import Session
 from headrace.destinations.tables import OPEN, QUARANTINE
@@ -20,7 +20,7 @@ from headrace.failpoints import failpoint
 from headrace.keys import literal, quoted
 from headrace.prepared import FOREIGN_KEY, UNIQUE, Prepared, Reference
 from headrace.protocols import Model
-from headrace.reference import NO_FOREIGN_KEYS, NOTHING_DECIDED, Due, Key
+from headrace.reference import NO_CONSTRAINTS, NOTHING_DECIDED, Due, Key
 
 if TYPE_CHECKING:
     from headrace.destinations.database import Database
@@ -65,7 +65,7 @@ class Waits:
         references: Collection[Reference],
         keys: Collection[Key],
         limit: int,
-        foreign_keys: Mapping[str, Collection[str]] = NO_FOREIGN_KEYS,
+        constraints: Mapping[str, Collection[str]] = NO_CONSTRAINTS,
     ) -> Due:
         """See `headrace.reference.Waits.due`."""
         with self._looking(source) as db:
@@ -76,9 +76,10 @@ class Waits:
             )
             asked = [self._asking(db, each) for each in judged]
             asked += [self._contesting(db, each) for each in keys]
-            asked += [_gone(db, source, foreign_keys)] if foreign_keys else []
+            asked += [_gone(db, source, constraints)] if constraints else []
             ready = self._ready(db, asked, limit) if waiting and asked else {}
-            return Due(put_off(db, source, judged), ready, int(waiting))
+            late, gone = put_off(db, source, judged), lapsed(db, source, constraints)
+            return Due(late, ready, int(waiting), gone)
 
     def _ready(self, db: Session, asked: Sequence[str], limit: int) -> Mapping[str, pa.Array]:
         """Return the source keys of records that might pass, of those that some queries choose.
@@ -97,6 +98,11 @@ class Waits:
         for model, key, _ in rows[: max(limit, connected)]:
             chosen.setdefault(str(model), []).append(str(key))
         return {model: pa.array(each, pa.string()) for model, each in chosen.items()}
+
+    def forget(self, source: str, foreign_keys: Sequence[tuple[str, str]]) -> None:
+        """See `headrace.reference.Waits.forget`."""
+        with self._destination.writing(source) as db:
+            forget(db, foreign_keys)
 
     def expire(
         self, source: str, references: Collection[Reference], after: Mapping[str, float]
@@ -140,6 +146,7 @@ class Waits:
             "SELECT q.model, q.key, q.epoch, q.commit, q.ordinal, 'there' AS state, '' AS to_model, "
             f"'' AS to_key FROM {QUARANTINE} q WHERE q.model = {literal(key.model)} "
             f"AND q.reason = '{UNIQUE}' AND q.{OPEN} AND q.waiting_on IS NOT NULL "
+            f"AND {db.json_text('q.waiting_on', 'constraint')} = {literal(key.name)} "
             f"AND NOT EXISTS (SELECT 1 FROM {table} r WHERE r._source = q.source "
             f"AND {_has(db, key.columns, key.types)})"
         )
@@ -182,17 +189,18 @@ def _has(db: Session, columns: Sequence[str], types: Sequence[str]) -> str:
     )
 
 
-def _gone(db: Session, source: str, foreign_keys: Mapping[str, Collection[str]]) -> str:
-    """Return the query of records for a foreign key that their model has no more."""
+def _gone(db: Session, source: str, constraints: Mapping[str, Collection[str]]) -> str:
+    """Return the query of records for a foreign or unique key that their model has no more."""
     named = db.json_text("q.waiting_on", "constraint")
     others = []
-    for model, names in foreign_keys.items():
+    for model, names in constraints.items():
         other = f"AND {named} NOT IN ({', '.join(map(literal, names))})" if names else ""
         others.append(f"(q.model = {literal(model)} {other})")
     return (
         "SELECT q.model, q.key, q.epoch, q.commit, q.ordinal, 'there' AS state, '' AS to_model, "
         f"'' AS to_key FROM {QUARANTINE} q WHERE q.source = {literal(source)} "
-        f"AND q.reason = '{FOREIGN_KEY}' AND q.{OPEN} AND ({' OR '.join(others)})"
+        f"AND q.reason IN ('{FOREIGN_KEY}', '{UNIQUE}') AND q.waiting_on IS NOT NULL AND q.{OPEN} "
+        f"AND ({' OR '.join(others)})"
     )
 
 

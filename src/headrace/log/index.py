@@ -7,6 +7,7 @@ to stop.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -256,11 +257,14 @@ class Index(ABC):
         )
         return {TableId(str(s), str(n)): int(o) for s, n, o in rows}
 
-    def before_unstaged(self, table: TableId, rows_through: Offset, schemas_through: Offset) -> Offset:
+    def before_unstaged(
+        self, table: TableId, rows_through: Offset, schemas_through: Offset, aside: Sequence[Offset] = ()
+    ) -> Offset:
         """See `Log.before_unstaged`."""
         row = self._db.row(
             f'SELECT min("offset") FROM entries WHERE {_MINE} '
-            "AND \"offset\" > CASE WHEN kind IN ('schema', 'marker', 'decision') THEN ? ELSE ? END",
-            (*table, schemas_through, rows_through),
+            "AND \"offset\" > CASE WHEN kind IN ('schema', 'marker', 'decision') THEN ? ELSE ? END "
+            'AND "offset" NOT IN (SELECT value FROM json_each(?))',
+            (*table, schemas_through, rows_through, json.dumps(list(aside))),
         )
         return self.end().offset if row is None or row[0] is None else self.group_end(int(row[0]) - 1)

@@ -5,7 +5,8 @@ those that failed is the model's `max_error_rate` or more, it trips: nothing of 
 is suspended and its changes wait in staging. Tried again, under a mended file or by `headrace resume`, the
 next part with a change in it decides alone: it closes the breaker, or trips it once more.
 
-What waits for a parent, or has lost it, is no fault of the model and is not counted.
+What waits for a parent, or has lost it, is no fault of the model and is not counted, and neither is what does
+not decode.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 
 from headrace.config import QuarantineConfig
 from headrace.errors import BreakerTripped
-from headrace.prepared import FOREIGN_KEY
+from headrace.prepared import FOREIGN_KEY, MESSAGE, PAYLOAD
 from headrace.quarantine.limit import SizeLimit
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ LEAST = 1_000
 """Changes without which nothing is judged."""
 WINDOW = 10_000
 """So many of the newest changes count, and what else came in the same part."""
+
+
+_OF_OTHERS = pa.array([FOREIGN_KEY, MESSAGE, PAYLOAD])
+"""Reasons for which the model can do nothing."""
 
 
 class Guarded(Protocol):
@@ -169,13 +174,13 @@ class Breakers:
 def tally_of(prepared: Prepared) -> Tally:
     """Count the changes of a part that were judged: those that a later one overtakes are not."""
     records = prepared.records
-    orphans = pc.sum(pc.equal(records["reason"], FOREIGN_KEY)).as_py() or 0 if records.num_rows else 0
-    failed = records.num_rows - orphans
+    others = pc.sum(pc.is_in(records["reason"], value_set=_OF_OTHERS)).as_py() or 0 if records.num_rows else 0
+    failed = records.num_rows - others
     if prepared.steps is not None:
         # Of each key the first bad change alone has a record, and all were judged.
         failed = pc.sum(pc.equal(prepared.steps.table["_what"], "bad")).as_py() or 0
         return Tally(prepared.counts.read, failed, prepared.counts.warned, prepared.counts.nulled)
-    settled = prepared.counts.read - prepared.counts.superseded - orphans
+    settled = prepared.counts.read - prepared.counts.superseded - prepared.counts.blocked - others
     # A share of whole histories counts no changes of its own.
     judged = max(settled, prepared.rows.num_rows + failed)
     return Tally(judged, failed, prepared.counts.warned, prepared.counts.nulled)

@@ -18,7 +18,7 @@ from headrace.log.places import Cut, cut_at_commit, cut_at_time, group_of
 from headrace.log.sqlite import SQLiteLog
 from headrace.sources.postgres.lsn import parse_lsn
 from headrace.staging.delta import DeltaStaging
-from headrace.staging.rows import HISTORY
+from headrace.staging.rows import HISTORY, INTERNAL
 
 AsOf = str | int | datetime
 """An offset (an integer or its digits), an LSN (`0/16B3748`) or a time of commit (ISO, in UTC unless it says
@@ -147,7 +147,7 @@ def _first_commit(
     columns = ("_op", "_epoch", "_commit", "_committed_at", "_offset")
     found: set[tuple[int, int]] = set()
     for table, raw in staging.tables().items():
-        for part in raw.chunks(after, through, columns) if table != HISTORY else ():
+        for part in raw.chunks(after, through, columns) if table not in INTERNAL else ():
             late = pc.and_(pc.not_equal(part["_op"], "r"), pc.greater_equal(part["_committed_at"], moment))
             pairs = part.filter(late).select(["_epoch", "_commit"]).group_by(["_epoch", "_commit"])
             found.update((row["_epoch"], row["_commit"]) for row in pairs.aggregate([]).to_pylist())

@@ -16,7 +16,7 @@ from headrace.errors import UserError
 from headrace.keys import quoted
 from headrace.raw.place import AsOf
 from headrace.raw.query import Session, names_in, read_query
-from headrace.staging.delta import find_tables
+from headrace.staging.named import find_tables
 
 if TYPE_CHECKING:
     import pyarrow as pa

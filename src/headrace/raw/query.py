@@ -29,7 +29,8 @@ from headrace.raw import CATALOGS
 from headrace.raw.place import AsOf, place_of
 from headrace.raw.views import Wanted, relation
 from headrace.server import scan
-from headrace.staging.delta import DeltaStaging, find_tables
+from headrace.staging.delta import DeltaStaging
+from headrace.staging.named import find_tables
 
 _BATCH = 10_000
 _PART = re.compile(r'"(?:[^"]|"")*"')

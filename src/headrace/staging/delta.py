@@ -7,14 +7,16 @@ changes nothing. How a load becomes durable: see `headrace.staging.table`.
 
 from __future__ import annotations
 
+import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.change import (
     EVENTS,
@@ -28,14 +30,31 @@ from headrace.change import (
     shape_in,
 )
 from headrace.decisions import Decision, Decisions
-from headrace.errors import LogError, UserError
+from headrace.errors import LogError
 from headrace.protocols import LogIndex
+from headrace.staging.aside import Aside, BeforeUnstaged
 from headrace.staging.copies import CopyHistory, beyond, copied, in_source_order, streamed
 from headrace.staging.folders import decode, encode
 from headrace.staging.naming import logical_name, physical_names
 from headrace.staging.recent import Recent
-from headrace.staging.rows import HISTORY, META, as_the_source_says, event_row, no_rows, staged, with_columns
+from headrace.staging.rows import (
+    HISTORY,
+    INTERNAL,
+    META,
+    UNDECODABLE,
+    as_the_source_says,
+    event_row,
+    no_rows,
+    staged,
+    undecodable,
+    with_columns,
+)
 from headrace.staging.table import RawTable
+
+logger = logging.getLogger("headrace.lane")
+
+_NO_ROWS = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, StopIteration)
+"""What Arrow raises for bytes that hold no rows as they should."""
 
 PIECE_BYTES = 16 << 20
 """How much is decoded at once: of one write, and of what `pieces` yields. An entry is never cut."""
@@ -95,19 +114,20 @@ class DeltaStaging:
             schema, name = path.parent.parent.name, path.parent.name
             self._open(TableId(decode(schema), decode(name)))
         self._remember_events(0)
+        self._aside = Aside()
+        self._aside.learn(self._tables.get(UNDECODABLE))
 
     def recover(
         self,
         last_offsets: dict[TableId, Offset],
         end: Offset,
-        before_unstaged: Callable[[TableId, Offset, Offset], Offset] = lambda _, staged, __: staged,
+        before_unstaged: BeforeUnstaged = lambda _, staged, __, ___: staged,
     ) -> None:
         """Work out how far every table is staged, from where the log last wrote to each.
 
         A table that lags pulls `through` back to the group before its first entry that is not staged
-        (`before_unstaged`, from the table, the last staged offset of its rows and of schemas); without
-        that look-up, to what it holds. Groups after that are read from the log again and skipped where
-        they are staged already.
+        (`before_unstaged`, see `LogIndex`); without that look-up, to what it holds. Groups after that are
+        read from the log again and skipped where they are staged already.
         """
         self._reach(last_offsets, end, before_unstaged)
         self._check_not_ahead(end)
@@ -116,11 +136,13 @@ class DeltaStaging:
         self,
         last_offsets: dict[TableId, Offset],
         end: Offset,
-        before_unstaged: Callable[[TableId, Offset, Offset], Offset],
+        before_unstaged: BeforeUnstaged,
     ) -> None:
-        schemas = self._version(HISTORY)
+        schemas, aside = self._version(HISTORY), self._aside.of
         lagging = [
-            before_unstaged(table, self._version(table), schemas if table in self._tables else 0)
+            before_unstaged(
+                table, self._version(table), schemas if table in self._tables else 0, aside(table)
+            )
             for table, last in last_offsets.items()
             if self._version(table) < last
         ]
@@ -146,8 +168,10 @@ class DeltaStaging:
         # Shapes after rows, so that no row is seen without its shape.
         for table in [table for table, last in last_offsets.items() if self._version(table) < last]:
             self._open(table)
-        self._open(HISTORY)
+        for table in INTERNAL:
+            self._open(table)
         self._remember_events(known)
+        self._aside.learn(self._tables.get(UNDECODABLE))
         self._reach(last_offsets, end, log.before_unstaged)
         self._check_not_ahead(log.end().offset)
         return self._through > before
@@ -171,21 +195,43 @@ class DeltaStaging:
                 pending.add(HISTORY, event_row(item))
             if shape := shape_in(entry.kind, entry.payload):
                 pending.add(shape.table, no_rows(shape))
-        elif entry.table is not None and item.offset > self._version(entry.table):
-            pending.add(entry.table, staged(item))
+        elif entry.table is not None:
+            self._take_changes(item, entry.table, pending)
         pending.through = item.offset
         if item.ends_group:
             pending.group_end = item.offset
 
+    def _take_changes(self, item: LoggedEntry, table: TableId, pending: _Pending) -> None:
+        """Add what an entry brings of a table; as bytes what does not decode."""
+        if item.entry.kind != "undecodable":
+            if item.offset <= self._version(table) or self._aside.any(table, item.offset - 1, item.offset):
+                return
+            try:
+                pending.add(table, staged(item))
+            except MemoryError:
+                raise
+            except _NO_ROWS as error:
+                logger.warning(
+                    "offset %d of %s does not decode: %s", item.offset, table, type(error).__name__
+                )
+            else:
+                return
+        if item.offset > self._version(UNDECODABLE):
+            pending.add(UNDECODABLE, undecodable(item))
+
     def _flush(self, pending: _Pending) -> None:
         """Make what is pending durable, table by table, then say so. The end of what apply may use moves
-        only where a group ends: a transaction is never applied in part."""
+        only where a group ends: a transaction is never applied in part.
+
+        What does not decode comes first: a table that is staged beyond it would be taken for whole."""
         try:
-            for table, parts in pending.parts.items():
-                self._append(table, parts, pending.through)
+            for table in sorted(pending.parts, key=UNDECODABLE.__ne__):
+                self._append(table, pending.parts[table], pending.through)
         except BaseException:
             self._look_again(pending.parts)
             raise
+        if UNDECODABLE in pending.parts:
+            self._aside.learn(self._tables.get(UNDECODABLE))
         for item in pending.events:
             entry = item.entry
             assert entry.table is not None
@@ -289,17 +335,23 @@ class DeltaStaging:
 
     def count(self, table: TableId, after: Offset, through: Offset) -> int:
         """See `Staging.count`."""
+        total = pc.sum(self.undecodable(table, after, through)["changes"]).as_py() or 0
         staged = self._tables.get(table)
         if staged is None:
-            return 0
-        total = 0
+            return int(total)
         for file in staged.overlapping(after, through):
             if file.first > after and file.last <= through:
                 total += file.rows
             else:
                 begin, end = max(after, file.first - 1), min(through, file.last)
                 total += sum(part.num_rows for part in staged.chunks(begin, end, ["_offset"]))
-        return total
+        return int(total)
+
+    def undecodable(self, table: TableId, after: Offset, through: Offset, *, whole: bool = False) -> pa.Table:
+        """See `Staging.undecodable`."""
+        if not self._aside.any(table, after, through):
+            return self._aside.nothing
+        return self._aside.read(self._tables[UNDECODABLE], table, after, through, whole=whole)
 
     def forget(self, through: Offset) -> None:
         """Let go of what is kept in memory of changes up to an offset: everything has used them."""
@@ -311,7 +363,7 @@ class DeltaStaging:
         return self._used
 
     def tables(self) -> dict[TableId, RawTable]:
-        """Return the raw tables, among them the internal one of shapes and markers."""
+        """Return the raw tables, among them the internal ones."""
         return dict(self._tables)
 
     def schemas(self, through: Offset) -> dict[TableId, TableSchema]:
@@ -438,29 +490,3 @@ class DeltaStaging:
 
     def _table(self, table: TableId) -> RawTable:
         return RawTable(self._folder(table), self._log_id, self._recent, read_only=self._read_only)
-
-
-def find_tables(stagings: Mapping[str, DeltaStaging], source: str, name: str) -> list[tuple[str, TableId]]:
-    """Return the raw tables of a name (`orders`, `public.orders`; '' means all) with their sources.
-
-    `stagings` are known by their source; `source` names one of them, or is ''.
-
-    Raises UserError if there is none.
-    """
-    if source and source not in stagings:
-        raise UserError(f"Nothing of a source {source} is staged.", f"There are: {', '.join(stagings)}.")
-    known = [
-        (of, table)
-        for of, staging in stagings.items()
-        if source in ("", of)
-        for table in sorted(staging.tables())
-        if table != HISTORY
-    ]
-    found = [(of, table) for of, table in known if name in ("", str(table), table.label)]
-    if not found:
-        there = ", ".join(table.label for _, table in known[:20])
-        raise UserError(
-            f"There is no raw table {name}." if name else "Nothing is staged yet.",
-            f"There are: {there}." if known else "Start the pipeline: headrace run",
-        )
-    return found

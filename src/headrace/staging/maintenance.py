@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.change import Offset, TableId
-from headrace.staging.delta import DeltaStaging, find_tables
+from headrace.staging.delta import DeltaStaging
+from headrace.staging.named import find_tables
 from headrace.staging.table import DataFile, RawTable
 
 logger = logging.getLogger("headrace.staging")

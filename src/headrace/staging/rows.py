@@ -6,10 +6,17 @@ import pyarrow as pa
 
 from headrace.change import LoggedEntry, TableId, TableSchema
 from headrace.payload import BEFORE, HEAD, UNCHANGED, decode_rows
+from headrace.payload import UNDECODABLE as MESSAGES
 from headrace.staging.naming import logical_name
 
 HISTORY = TableId("", "_history")
 """The internal table that holds the entries which are not rows: shapes, markers of copies, decisions."""
+
+UNDECODABLE = TableId("", "_undecodable")
+"""The internal table of what could not be decoded, as bytes, of all tables: see `undecodable`."""
+
+INTERNAL = (HISTORY, UNDECODABLE)
+"""Tables that the source does not have."""
 
 META = {
     "_op": pa.string(),
@@ -40,6 +47,33 @@ def staged(item: LoggedEntry) -> pa.Table:
     for name, value in zip(("_epoch", "_offset"), constant, strict=True):
         batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
     return batch
+
+
+def undecodable(item: LoggedEntry) -> pa.Table:
+    """Turn an entry that cannot be decoded into rows of the internal table: the source's messages, each
+    a row, or the payload of changes, all of them one row, whose columns are as in `headrace.payload`, and:
+
+        table_schema, table_name   string
+        changes                    int64    how many changes of the log's count it stands for
+    """
+    entry = item.entry
+    assert entry.table is not None
+    if entry.kind == "undecodable":
+        messages = pa.Table.from_batches([decode_rows(entry.payload)])
+        changes = pa.repeat(pa.scalar(1, pa.int64()), messages.num_rows)
+    else:
+        place = {"_commit": entry.first.commit, "_ordinal": entry.first.ordinal}
+        what = {"kind": entry.kind, "why": "an entry of the log does not decode", "message": entry.payload}
+        row = {"_op": "r" if entry.kind == "copy" else None, **place, **what, "_lsn": 0}
+        row |= {"_committed_at": entry.committed_at, "_txid": entry.txids[1]}
+        messages = pa.Table.from_pylist([row], MESSAGES)
+        changes = pa.array([entry.rows], pa.int64())
+    count = messages.num_rows
+    table = {"table_schema": entry.table.schema, "table_name": entry.table.name}
+    place = {"_epoch": entry.first.epoch, "_offset": item.offset}
+    for name, value in {**table, **place}.items():
+        messages = messages.append_column(name, pa.repeat(value, count))
+    return messages.append_column("changes", changes)
 
 
 def with_columns(part: pa.Table, columns: dict[str, pa.DataType]) -> pa.Table:

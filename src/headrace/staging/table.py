@@ -47,6 +47,9 @@ from headrace.staging.folders import commit_name, fsync, mend_tail
 from headrace.staging.recent import Recent
 from headrace.staging.rows import META, with_columns
 
+_PLAIN = {"long": pa.int64(), "binary": pa.binary()}
+"""The Arrow types of the types in Delta that internal tables have beside text."""
+
 _NO_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 _PROPERTIES = {
     "delta.logRetentionDuration": "interval 36500 days",
@@ -391,4 +394,7 @@ def _files(actions: pa.Table) -> Sequence[DataFile]:
 
 def _arrow_columns(delta: DeltaTable) -> dict[str, pa.DataType]:
     known: dict[str, Any] = dict(META)
-    return {f.name: known.get(f.name, pa.string()) for f in delta.schema().fields}
+    return {
+        field.name: known.get(field.name) or _PLAIN.get(getattr(field.type, "type", ""), pa.string())
+        for field in delta.schema().fields
+    }

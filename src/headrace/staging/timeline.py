@@ -15,9 +15,9 @@ from headrace.staging.rows import HISTORY
 class Event:
     """One change of a shape or a step of a copy.
 
-    `kind` is `shape` (the first one), a kind of `headrace.schema_policy.ChangeKind`, `reordered`, `copy` or
-    `copied`; `committed_at` is in microseconds since 1970; `what` says what is new, in words; `version` is
-    that of the shape, 0 for a copy.
+    `kind` is `shape` (the first one), a kind of `headrace.schema_policy.ChangeKind`, `reordered`,
+    `constraints`, `copy` or `copied`; `committed_at` is in microseconds since 1970; `what` says what is new,
+    in words; `version` is that of the shape, 0 for a copy.
     """
 
     offset: Offset
@@ -42,7 +42,7 @@ def timeline(staging: DeltaStaging, table: TableId, through: Offset) -> Iterator
             continue
         at = Position(row["_epoch"], row["_commit"], row["_ordinal"])
         shape = shape_in(row["kind"], row["content"])
-        if shape and not (before and shape.same_shape(before)):
+        if shape and not (before and shape.agrees(before)):
             for kind, what in _differences(before, shape):
                 yield Event(row["_offset"], at, row["_committed_at"], kind, what, shape.version)
             before = shape
@@ -62,4 +62,16 @@ def _differences(before: TableSchema | None, after: TableSchema) -> Iterator[tup
         yield "shape", f"{len(after.columns)} columns, {key}"
         return
     changes: list[tuple[str, str]] = [(change.kind, change.what) for change in changes_between(before, after)]
-    yield from changes or [("reordered", ", ".join(column.name for column in after.columns))]
+    if not changes and not before.same_shape(after):
+        changes = [("reordered", ", ".join(column.name for column in after.columns))]
+    yield from changes
+    if words := "; ".join(_of_constraints(before, after)):
+        yield "constraints", words
+
+
+def _of_constraints(before: TableSchema, after: TableSchema) -> Iterator[str]:
+    """Yield in words which constraints came, went or became others."""
+    was, now = ({each.name: each for each in shape.constraints} for shape in (before, after))
+    for name in sorted(was.keys() | now.keys()):
+        if was.get(name) != now.get(name):
+            yield f"{name} {'added' if name not in was else 'dropped' if name not in now else 'changed'}"

@@ -2,7 +2,8 @@
 
 Resolved from raw only, never from the destination, whose value may be older because a change was
 quarantined. A cell's value is that of the newest earlier change of the row that carries the cell;
-where the row's key changed on the way, the search goes on under its old key.
+where the row's key changed on the way, the search goes on under its old key. Where a change of the table that
+could not be decoded stands between, it may have been of this row and this cell: then nobody can tell.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class _History(Protocol):
         self, table: TableId, before: Offset, columns: Sequence[str], rows: int
     ) -> tuple[pa.Table, Offset]: ...
 
+    def undecodable(self, table: TableId, after: Offset, through: Offset) -> pa.Table: ...
+
 
 def fill_unchanged(
     history: _History, table: TableId, key: Sequence[str], changes: pa.Table, *, newest: Offset = 0
@@ -43,12 +46,15 @@ def fill_unchanged(
     if lists.null_count == changes.num_rows or not key:
         return changes
     names = pc.unique(pc.list_flatten(lists)).to_pylist()
+    through = max(newest, pc.max(changes["_offset"]).as_py())
+    aside = history.undecodable(table, 0, through)
     with duckdb.connect() as db:
         db.register("changes", changes)
+        db.register("aside", aside.select(["_epoch", "_commit", "_ordinal"]))
         db.execute("CREATE TABLE numbered AS SELECT row_number() OVER () - 1 AS _hr_i, * FROM changes")
         found = np.zeros(changes.num_rows, dtype=np.int64)
         for name in names:
-            cells = _find(db, history, table, key, name, max(newest, pc.max(changes["_offset"]).as_py()))
+            cells = _find(db, history, table, key, name, through)
             changes = _fill(changes, name, cells)
             found[cells["i"].to_numpy()] += 1
     return _without_found(changes, found)
@@ -63,11 +69,13 @@ def _find(
     before: Offset,
 ) -> pa.Table:
     """Return the columns `i`, `value` of every cell of column `name` that was found, ordered by i."""
-    db.execute("CREATE OR REPLACE TEMP TABLE found (i BIGINT, value VARCHAR)")
     db.execute(
         f"""CREATE OR REPLACE TEMP TABLE pending AS
         SELECT _hr_i AS i, {key_before(key)} AS k, (_epoch, _commit, _ordinal) AS place FROM numbered
         WHERE list_contains(_unchanged, {literal(name)})"""
+    )
+    db.execute(
+        "CREATE OR REPLACE TEMP TABLE found AS SELECT i, NULL::VARCHAR AS value, place FROM pending LIMIT 0"
     )
     columns = list(dict.fromkeys([*key, name, *_HISTORY]))
     rows = _FIRST_LOOK
@@ -84,7 +92,11 @@ def _find(
         )
         while _step(db):
             pass
-    return db.sql("SELECT i, value FROM found ORDER BY i").to_arrow_table()
+    return db.sql(
+        """SELECT i, value FROM found JOIN numbered n ON n._hr_i = i WHERE NOT EXISTS (
+          SELECT 1 FROM aside a WHERE (a._epoch, a._commit, a._ordinal) > place
+          AND (a._epoch, a._commit, a._ordinal) < (n._epoch, n._commit, n._ordinal)) ORDER BY i"""
+    ).to_arrow_table()
 
 
 def _step(db: duckdb.DuckDBPyConnection) -> bool:
@@ -96,7 +108,7 @@ def _step(db: duckdb.DuckDBPyConnection) -> bool:
         FROM pending JOIN past ON past.k = pending.k AND past.place < pending.place
         WHERE known OR old_k IS DISTINCT FROM past.k GROUP BY i"""
     )
-    db.execute("INSERT INTO found SELECT i, hit.value FROM hits WHERE hit.known")
+    db.execute("INSERT INTO found SELECT i, hit.value, hit.place FROM hits WHERE hit.known")
     db.execute("DELETE FROM pending WHERE i IN (SELECT i FROM hits WHERE hit.known)")
     db.execute(
         """UPDATE pending SET k = hit.k, place = hit.place FROM hits

@@ -14,7 +14,8 @@ from headrace.join import Join
 from headrace.prepared import Contested
 from headrace.protocols import Destination
 from headrace.testing.destinations import Cells, model_of, row, shape, slice_of, staged, table
-from headrace.transform.model import RowModel, uncontested
+from headrace.transform.contested import uncontested
+from headrace.transform.model import RowModel
 
 KEYED = replace(
     model_of(

@@ -281,11 +281,13 @@ class MemoryLog:
         """See `Log.last_offsets`."""
         return {i.entry.table: i.offset for i in self.headers(0, len(self._items)) if i.entry.table}
 
-    def before_unstaged(self, table: TableId, rows_through: Offset, schemas_through: Offset) -> Offset:
+    def before_unstaged(
+        self, table: TableId, rows_through: Offset, schemas_through: Offset, aside: Sequence[Offset] = ()
+    ) -> Offset:
         """See `Log.before_unstaged`."""
         for item in self.headers(0, len(self._items)):
-            is_event = item.entry.kind in EVENTS
-            if item.entry.table == table and item.offset > (schemas_through if is_event else rows_through):
+            through = schemas_through if item.entry.kind in EVENTS else rows_through
+            if item.entry.table == table and item.offset > through and item.offset not in aside:
                 return self.group_end(item.offset - 1)
         return self.end().offset
 

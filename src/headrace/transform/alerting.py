@@ -1,32 +1,17 @@
-"""What a model's header says of its alerts."""
+"""What the header of a model or a mart says of its alerts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from headrace.alarms import SEVERITIES, Severity
+from headrace.alarms import SEVERITIES
+from headrace.channels import AlertSettings
 from headrace.document import Invalid
 from headrace.errors import ModelError
 from headrace.values import duration
 
 KEYS = ("freshness", "severity", "owner", "route")
-
-
-@dataclass(frozen=True, slots=True)
-class AlertSettings:
-    """How fresh a model is to be (seconds from commit to visible, None: no target), how grave its alerts are
-    (None: as their kind says), who answers for it, and the channels they go to (none: those that take them).
-    """
-
-    freshness: float | None = None
-    severity: Severity | None = None
-    owner: str = ""
-    route: tuple[str, ...] = ()
-
-
-DEFAULT = AlertSettings()
 
 
 def alert_settings_of(file: str, settings: Mapping[str, Any]) -> AlertSettings:

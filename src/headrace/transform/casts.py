@@ -18,7 +18,9 @@ import sqlglot
 from sqlglot.errors import SqlglotError
 from sqlglot.tokenizer_core import Token, TokenType
 
+from headrace.change import Column
 from headrace.keys import quoted
+from headrace.pgtypes import cast_keeps_apart
 from headrace.transform.engine import engine
 
 _PLAIN = re.compile(
@@ -27,6 +29,8 @@ _PLAIN = re.compile(
     r"|TIMESTAMP|TIMESTAMPTZ|DATETIME|TIMESTAMP WITH TIME ZONE|VARCHAR|TEXT|STRING)(\(\d+\s*(,\s*\d+)?\))?",
     re.IGNORECASE,
 )
+_CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
+_SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
 
@@ -72,6 +76,24 @@ def cast_of(expression: str, columns: tuple[str, ...], alias: str) -> Cast | Non
             return None
         is_column = _node_of(db, operand) == "COLUMN_REF"
     return Cast(operand, tuple(reversed(types)), is_column) if found[0][1] == "VARCHAR" else None
+
+
+def reads_column(expression: str, column: Column, alias: str) -> bool:
+    """Whether an expression is a column, perhaps cast; casts on the way must keep its values apart."""
+    casts = casts_of_column(expression, column, alias)
+    # The outermost is the output's type.
+    return casts is not None and all(cast_keeps_apart(column.type, to) for to in casts[1:])
+
+
+def casts_of_column(expression: str, column: Column, alias: str) -> list[str] | None:
+    """Return the types that an expression casts a column to, the last one first; None where it is not that
+    column."""
+    bare, casts = expression.strip(), list[str]()
+    while match := _CAST.fullmatch(bare) or _SHORT_CAST.fullmatch(bare):
+        bare = match[1].strip().removeprefix("(").removesuffix(")").strip()
+        casts.append(match[2].strip().upper())
+    names = {column.name.lower(), f"{alias}.{column.name}".lower()}
+    return casts if bare.replace('"', "").lower() in names else None
 
 
 def _outermost(db: duckdb.DuckDBPyConnection, expression: str) -> tuple[str, str] | None:

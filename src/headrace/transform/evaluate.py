@@ -71,7 +71,7 @@ class Evaluation:
 
     def refuse(self, events: pa.Table) -> None:
         """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
-        if not self._model.refused:
+        if not (self._model.refused and self._model.claims):
             return
         names = ("_epoch", "_commit", "_ordinal", "reference")
         cells = zip(*self._model.refused, strict=True)
@@ -238,16 +238,22 @@ class Evaluation:
         """Say of rows which check they violate first; those that violate none are refused: they lack what
         they refer to, or would have the key of another."""
         checks = [(i, c) for i, c in enumerate(self._model.checks) if c.on_violation == "quarantine"]
-        key = ", ".join(self._model.unique)
         causes = [("constraint", c.reason, c.column, f"{c.column}: {c.text} is violated") for _, c in checks]
-        causes.append(("constraint", UNIQUE, key, f"{key}: another row of the table has this key"))
+        limits = list[str]()
+        for key in self._model.unique:
+            columns = ", ".join(key.columns)
+            causes.append(
+                ("constraint", UNIQUE, columns, f"{columns}: another row of the table has this key")
+            )
+            limits.append(key.name)
         for reference in self._model.own_references:
             columns = ", ".join(reference.columns)
             what = f"{columns}: {reference.parent} has no such row"
             causes.append(("constraint", FOREIGN_KEY, columns, what))
+            limits.append(reference.name)
         which = np.full(bad.num_rows, len(checks))
-        for place, reference in enumerate(self._model.own_references, len(checks) + 1):
-            lacking = self._refused.filter(pc.equal(self._refused["reference"], reference.name))["n"]
+        for place, name in enumerate(limits, len(checks)):
+            lacking = self._refused.filter(pc.equal(self._refused["reference"], name))["n"]
             which[pc.is_in(bad["_hr_n"], value_set=lacking.combine_chunks()).to_numpy()] = place
         for place, (i, _) in reversed(list(enumerate(checks))):
             which[pc.fill_null(bad[f"_hr_v{i}"], False).to_numpy()] = place
@@ -260,9 +266,9 @@ class Evaluation:
         model = self._model
         if not self._refused.num_rows or not model.claims:
             return pa.chunked_array([pa.nulls(len(numbers), pa.string())])
-        waits = list(model.own_references)
-        if model.unique:
-            waits.append(Reference(model.name, "", model.unique, model.name, model.unique))
+        keys = ((key.name, key.columns) for key in model.unique)
+        waits = [*model.own_references]
+        waits += (Reference(model.name, name, columns, model.name, columns) for name, columns in keys)
         cases = " ".join(f"WHEN {literal(each.name)} THEN {_waited(each)}" for each in waits)
         self._db.register("judged", self._judged)
         self._db.register("lacks", self._refused)

@@ -1,4 +1,4 @@
-"""Foreign keys of models, as their headers have them."""
+"""Foreign keys of models as their headers have them, and what these say of constraints as a whole."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.defaults import Constraints, ModelDefaults
 from headrace.document import Invalid
 from headrace.errors import ModelError
-from headrace.values import duration
+from headrace.values import duration, only
 
-ORPHAN_AFTER = 900.0
-"""Seconds for which a row waits for what it refers to, unless its model says otherwise."""
+KEYS = ("foreign_key", "orphan_after", "constraints")
+"""The header's keys that are read here."""
 
 _EXAMPLE = '[[foreign_key]], then columns = ["customer_id"] and references = "customers"'
 
@@ -25,6 +26,24 @@ class ForeignKey:
     columns: tuple[str, ...]
     references: str
     to: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a model says of its constraints as a whole, see `ModelDefaults`; None is what these say."""
+
+    constraints: Constraints | None = None
+    orphan_after: float | None = None
+
+    def over(self, defaults: ModelDefaults) -> ModelDefaults:
+        """Return what holds of the model."""
+        return ModelDefaults(
+            self.constraints or defaults.constraints,
+            defaults.orphan_after if self.orphan_after is None else self.orphan_after,
+        )
+
+
+NOTHING_SAID = Said()
 
 
 def foreign_keys_of(
@@ -50,9 +69,7 @@ def foreign_keys_of(
             raise ModelError(f"{file}: a foreign_key needs columns and the model they refer to: {_EXAMPLE}.")
         for column in columns:
             if column not in outputs:
-                raise ModelError(
-                    f"{file}: foreign_key {name} names {column!r}, which the SELECT does not put out."
-                )
+                raise ModelError(f"{file}: foreign_key {name} names {column!r}, which is no output column.")
         if name in found:
             raise ModelError(f"{file}: two foreign keys are called {name}.", "Give one another `name`.")
         if to and len(to) != len(columns):
@@ -63,14 +80,16 @@ def foreign_keys_of(
     return tuple(found.values())
 
 
-def orphan_after_of(file: str, settings: Mapping[str, Any]) -> float:
-    """Return the seconds that a header's `orphan_after` says. Raises ModelError, naming the file."""
-    if "orphan_after" not in settings:
-        return ORPHAN_AFTER
-    try:
-        return float(duration("0s", "365d")(settings["orphan_after"]))
-    except Invalid as error:
-        raise ModelError(f"{file}: orphan_after: {error}.") from error
+def said_of(file: str, settings: Mapping[str, Any]) -> Said:
+    """Return what a header says of `orphan_after` and `constraints`. Raises ModelError, naming the file."""
+    found = dict[str, Any]()
+    for key, parser in (("orphan_after", duration("0s", "365d")), ("constraints", only("own", "source"))):
+        if key in settings:
+            try:
+                found[key] = parser(settings[key])
+            except Invalid as error:
+                raise ModelError(f"{file}: {key}: {error}.") from error
+    return Said(**found)
 
 
 def _names(file: str, given: Mapping[str, Any], name: str) -> tuple[str, ...]:

@@ -26,6 +26,11 @@ def version_of(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def file_version(version: str) -> str:
+    """Return the version of the file in that of a model, which beside it tells of constraints taken over."""
+    return version.partition("+")[0]
+
+
 def settings_of(file: str, text: str, keys: Sequence[str]) -> dict[str, Any]:
     """Return the settings in a file's header, none if it has no header.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from headrace.errors import HeadraceError, ModelError
@@ -11,6 +11,8 @@ from headrace.prepared import Reference
 from headrace.transform.foreign import ForeignKey
 from headrace.transform.kind import LATEST
 from headrace.transform.model import RowModel
+from headrace.transform.source_checks import Unlike
+from headrace.transform.source_constraints import SourceKey, held_apart
 from headrace.transform.sql import ModelText
 
 _WHOLE = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UINTEGER"}
@@ -35,23 +37,33 @@ class Linked:
 
 
 def link(models: Sequence[RowModel], texts: Mapping[str, ModelText], away: Collection[str] = ()) -> Linked:
-    """Link bound models of one source by the foreign keys in their files.
+    """Link bound models of one source by the foreign keys in their files, and those that they take over.
 
     `texts` are the files by model, `away` models that are there and do not bind now: what refers to them is
-    not looked at. A model with a fault is left out.
+    not looked at. A model with a fault is left out; a foreign key of the source that cannot be kept is told
+    of in `RowModel.left_out`.
     """
-    if not any(text.foreign_keys for text in texts.values()):
+    if not any(text.foreign_keys for text in texts.values()) and not any(each.source_keys for each in models):
         return Linked(models, {})
     bound = {model.name: model for model in models}
     faults: dict[str, HeadraceError] = {}
     found: list[Reference] = []
-    for model in models:
+    models = list(models)
+    for i, model in enumerate(models):
         text = texts.get(model.name)
         try:
             keys = text.foreign_keys if text else ()
             found += [_reference(model, each, bound, texts) for each in keys if each.references not in away]
         except ModelError as error:
             faults[model.name] = error
+            continue
+        taken = _taken_over(model, bound, texts, away)
+        found += taken.references
+        models[i] = replace(
+            model,
+            foreign_keys=(*model.foreign_keys, *taken.names),
+            left_out=(*model.left_out, *taken.left_out),
+        )
     parents: dict[str, set[str]] = {}
     for each in found:
         parents.setdefault(each.model, set()).add(each.parent)
@@ -64,6 +76,57 @@ def link(models: Sequence[RowModel], texts: Mapping[str, ModelText], away: Colle
             )
             kept.append(replace(model, references=mine) if mine else model)
     return Linked(kept, faults)
+
+
+@dataclass(slots=True)
+class _TakenOver:
+    """What becomes of a model's foreign keys of the source. `names` are of those that it has, also where they
+    are not looked at now."""
+
+    references: list[Reference] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+def _taken_over(
+    model: RowModel, models: Mapping[str, RowModel], texts: Mapping[str, ModelText], away: Collection[str]
+) -> _TakenOver:
+    """Choose for each foreign key of the source the model whose rows it refers to."""
+    found = _TakenOver()
+    for each in model.source_keys:
+        is_away = any(texts[name].table == each.table.label for name in away if name in texts)
+        try:
+            parent, to = _parent(model, each, models)
+            reference = _reference(model, ForeignKey(each.name, each.columns, parent, to), models, texts)
+            found.references.append(reference)
+        except (Unlike, ModelError) as why:
+            if not is_away:
+                found.left_out.append(f"{each.name}: {why}")
+                continue
+        found.names.append(each.name)
+    return found
+
+
+def _parent(model: RowModel, key: SourceKey, models: Mapping[str, RowModel]) -> tuple[str, tuple[str, ...]]:
+    """Return the model that a foreign key of the source refers to, and its outputs. Raises Unlike where it is
+    none, or one of several."""
+    of_table = [each for each in models.values() if each.table == key.table]
+    if not of_table:
+        raise Unlike(f"{key.table} is not captured")
+    whole, reasons = dict[str, tuple[str, ...]](), list[str]()
+    for each in of_table:
+        try:
+            whole[each.name] = held_apart(each, key.to)
+        except Unlike as why:
+            reasons.append(str(why))
+    if not whole:
+        raise Unlike("; ".join(reasons))
+    # A table's own rows are meant where it refers to itself, and then those that keep constraints alike.
+    alike = [name for name in whole if models[name].constraints == "source"]
+    for chosen in ([model.name] if model.name in whole else [], alike, list(whole)):
+        if len(chosen) == 1:
+            return chosen[0], whole[chosen[0]]
+    raise Unlike(f"it may refer to any of {', '.join(sorted(whole))}")
 
 
 def _reached(model: str, parents: Mapping[str, Collection[str]]) -> set[str]:

@@ -12,6 +12,7 @@ from sqlglot import exp
 from headrace.document import Invalid
 from headrace.errors import ModelError
 from headrace.mart import Mart
+from headrace.transform import alerting
 from headrace.transform.header import settings_of, version_of
 from headrace.transform.python.text import SUFFIX, python_version, read_python
 from headrace.transform.sql import ModelText, read_model
@@ -22,7 +23,8 @@ OFF = ".off"
 
 SUFFIXES = (".sql", SUFFIX)
 
-_KEYS = ("materialize", "refresh_every")
+_ALERTS = tuple(key for key in alerting.KEYS if key != "freshness")  # its own is `refresh_every`
+_KEYS = ("materialize", "refresh_every", *_ALERTS)
 _REFRESH_EVERY = "10s"
 
 
@@ -88,8 +90,8 @@ def read_mart(name: str, text: str, dialect: str) -> Mart:
         every = duration("0s", "30d")(settings.get("refresh_every", _REFRESH_EVERY))
     except Invalid as error:
         raise ModelError(f"{file}: refresh_every: {error}.") from error
-    version = version_of(text)
-    return Mart(name, text.rstrip().rstrip(";"), tuple(reads), kind, every, version)
+    version, alerts = version_of(text), alerting.alert_settings_of(file, settings)
+    return Mart(name, text.rstrip().rstrip(";"), tuple(reads), kind, every, version, alerts)
 
 
 def in_order(marts: Iterable[Mart], main: str) -> tuple[list[Mart], list[str]]:

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Column, Counts, TableId, TableSchema
+from headrace.change import Counts, TableId, TableSchema
 from headrace.decisions import Decisions
+from headrace.defaults import NO_DEFAULTS, Constraints, ModelDefaults
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.masking import NOTHING, Masked
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
-from headrace.prepared import Contested, Prepared, Reference, Refused
+from headrace.prepared import Contested, Prepared, Reference, Refused, UniqueKey
 from headrace.scrub import scrub
 from headrace.transform.attempts import Attempts
+from headrace.transform.casts import reads_column
+from headrace.transform.contested import alone, uncontested
 from headrace.transform.engine import engine
 from headrace.transform.evaluate import Evaluation
 from headrace.transform.fold import fold
-from headrace.transform.foreign import ORPHAN_AFTER
 from headrace.transform.handling import NO_SAY, Handling
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
@@ -35,13 +35,11 @@ from headrace.transform.python.inputs import META
 from headrace.transform.python.process import Worker
 from headrace.transform.python.text import PythonText
 from headrace.transform.soft import fold_soft
+from headrace.transform.source_constraints import SourceKey, take_over
 from headrace.transform.sql import Check, ModelText
 from headrace.transform.stepping import settle, step
 
 _WHOLE = {"SMALLINT", "INTEGER", "BIGINT", "HUGEINT"}
-_Outcome = TypeVar("_Outcome")
-_CAST = re.compile(r"CAST\s*\((.*)\s+AS\s+([\w\s(),]+)\)", re.DOTALL | re.IGNORECASE)
-_SHORT_CAST = re.compile(r"(.*)::([\w\s(),]+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,16 +59,22 @@ class RowModel:
     kind: Kind = LATEST
     python: PythonRows | None = None
     """What makes the rows that the expressions are over, where that is Python and not the raw table."""
-    unique: tuple[str, ...] = ()
-    """The key's columns, where the source's key does not keep its values apart: see `Claims`."""
+    unique: tuple[UniqueKey, ...] = ()
+    """Its key, where the source's does not keep its values apart, and those taken over: see `Claims`."""
     handling: Handling = NO_SAY
     masked: Masked = NOTHING
     """What of it is not shown, see `headrace.transform.pii`."""
+    constraints: Constraints = "own"
+    """Whether it keeps those of its table at the source, too."""
+    source_keys: tuple[SourceKey, ...] = ()
+    """The foreign keys of its table at the source that are over outputs of it."""
+    left_out: tuple[str, ...] = ()
+    """Constraints of its table that it does not keep, each with the reason in words."""
     foreign_keys: tuple[str, ...] = ()
-    """The names of those in its file, also of one whose parent does not bind now."""
+    """The names of those that it has, also of one whose parent does not bind now."""
     references: tuple[Reference, ...] = ()
     """The foreign keys of its rows, and those that refer to its rows."""
-    orphan_after: float = ORPHAN_AFTER
+    orphan_after: float = NO_DEFAULTS.orphan_after
     """Seconds for which a row waits for what it refers to, before that is an error."""
     refused: frozenset[Refused] = field(default=frozenset(), compare=False)
     """Changes that are bad since their rows would have the key of another, or refer to none."""
@@ -126,9 +130,10 @@ class RowModel:
         """Return the model that takes what was contested for bad; its version is the same. Raises ModelBroken
         where that is to suspend it."""
         refused = contested.refused.get(self.name)
-        taken = [place for *place, foreign_key in refused or () if foreign_key is None]
+        keys = {key.name: key for key in self.unique}
+        taken = [keys[name or ""] for *_, name in refused or () if (name or "") in keys]
         if taken and self.handling.on_key_violation == "suspend":
-            key = ", ".join(self.unique)
+            key = ", ".join(taken[0].columns)
             raise ModelBroken(
                 self.name,
                 f"{len(taken):,} changes would give their rows the key ({key}) of others, which suspends "
@@ -136,6 +141,11 @@ class RowModel:
                 f"Mend the data or the model, then run `headrace resume {self.name}`.",
             )
         return replace(self, refused=self.refused.union(refused)) if refused else self
+
+    @property
+    def claimed_names(self) -> tuple[str, ...]:
+        """The names of its foreign keys and of its unique keys."""
+        return (*self.foreign_keys, *(key.name for key in self.unique))
 
     @property
     def claims(self) -> bool:
@@ -156,7 +166,8 @@ class RowModel:
     @property
     def key_is_masked(self) -> bool:
         """Whether a record's source key, or what it waits for, holds values that are not to be shown."""
-        awaited = {*self.unique, *(column for each in self.own_references for column in each.columns)}
+        awaited = {name for key in self.unique for name in key.columns}
+        awaited.update(name for each in self.own_references for name in each.columns)
         return self.masked.key or not awaited.isdisjoint(self.masked.outputs)
 
     @property
@@ -187,16 +198,20 @@ class RowModel:
         if not plain or self.python is not None or len(key) != 1 or not is_whole(key[0].type):
             return None
         outputs = (output for output in self.outputs if output[2] in _WHOLE)
-        reading = (name for name, text, _ in outputs if _reads(text, key[0], self.alias))
+        reading = (name for name, text, _ in outputs if reads_column(text, key[0], self.alias))
         return next(reading, None)
 
     def holding(self, column: str) -> list[str]:
-        """Return the outputs that hold a column of the raw table, its values told apart as they are there."""
+        """Return the outputs that hold a column of the raw table, its values told apart as they are there;
+        of a Python model those of its key are known to."""
+        if self.python:
+            pairs = zip(self.schema.key, self.python.key, strict=False)
+            return [name for of, name in pairs if of == column]
         (known,) = (each for each in self.schema.columns if each.name == column)
         return [
             name
             for name, text, type_ in self.outputs
-            if _reads(text, known, self.alias) and cast_keeps_apart(known.type, type_)
+            if reads_column(text, known, self.alias) and cast_keeps_apart(known.type, type_)
         ]
 
     def types(self) -> dict[str, str]:
@@ -219,43 +234,12 @@ def preparing(model: str) -> Iterator[None]:
         raise ModelBroken(model, f"Model {model} cannot run: {what}", remedy) from error
 
 
-def uncontested(model: RowModel, attempt: Callable[[RowModel], _Outcome]) -> _Outcome:
-    """Return what an attempt returns, made again with what it found contested refused, until nothing is.
-
-    It comes to an end: of the same changes each attempt refuses more.
-    """
-    while True:
-        try:
-            return attempt(model)
-        except Contested as contested:
-            model = model.refusing(contested)
-
-
-def alone(prepared: Prepared) -> Prepared:
-    """Return an outcome that is all there is. Raises Contested where rows of it would have one key: the row
-    of the earliest change has it."""
-    claims = prepared.claims
-    if claims is None or not claims.key:
-        return prepared
-    key = ", ".join(f"m.{quoted(name)}" for name in claims.key)
-    with engine() as db:
-        db.register("made", prepared.rows)
-        db.register("places", claims.places)
-        refused = db.execute(
-            f"SELECT p.epoch, p.commit, p.ordinal FROM made m JOIN places p USING (_source_key) "
-            f"QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY p.epoch, p.commit, p.ordinal) > 1"
-        ).fetchall()
-    if refused:
-        raise Contested({claims.model: [(*place, None) for place in refused]})
-    return prepared
-
-
-def mirror(source: str, schema: TableSchema) -> RowModel:
+def mirror(source: str, schema: TableSchema, defaults: ModelDefaults = NO_DEFAULTS) -> RowModel:
     """Return the model of a table that has none: every column with its source type."""
     outputs = tuple(
         (column.name, mirror_expression(column), canonical(duckdb_type(column))) for column in schema.columns
     )
-    return RowModel(
+    model = RowModel(
         name=f"{source}.{schema.table.label}",
         source=source,
         table=schema.table,
@@ -265,7 +249,9 @@ def mirror(source: str, schema: TableSchema) -> RowModel:
         where="",
         checks=(),
         version="mirror:" + hashlib.blake2b(repr(outputs).encode(), digest_size=8).hexdigest(),
+        orphan_after=defaults.orphan_after,
     )
+    return take_over(model) if defaults.constraints == "source" else model
 
 
 def refuse_twins(name: str, schema: TableSchema, tables: Iterable[TableId]) -> None:
@@ -301,16 +287,26 @@ def as_text(source: str, schema: TableSchema) -> RowModel:
     return replace(mirror(source, schema), outputs=outputs, version="text")
 
 
-def bind(text: ModelText, schema: TableSchema) -> RowModel:
-    """Bind a model file to the shape of its table.
+def bind(text: ModelText, schema: TableSchema, defaults: ModelDefaults = NO_DEFAULTS) -> RowModel:
+    """Bind a model file to the shape of its table; `defaults` hold for what the file leaves open.
 
     Raises ModelBroken with the engine's own words when an expression names a missing column or
     does not type-check, and ModelError when its key is not the source's and cannot be kept unique.
     """
     if not schema.key:
         refuse_without_key(text.file, text.kind)
-    if isinstance(text, PythonText):
-        return _bind_python(text, schema)
+    said = text.said.over(defaults)
+    bound = _bind_python(text, schema) if isinstance(text, PythonText) else _bind_sql(text, schema)
+    model = replace(
+        bound,
+        foreign_keys=tuple(each.name for each in text.foreign_keys),
+        orphan_after=said.orphan_after,
+    )
+    return take_over(model, text.key, text.foreign_keys) if said.constraints == "source" else model
+
+
+def _bind_sql(text: ModelText, schema: TableSchema) -> RowModel:
+    """Bind a model of SQL: its outputs are expressions over the raw table."""
     types = dict(text.types)
     with engine() as db:
         _empty_events(db, schema)
@@ -330,8 +326,6 @@ def bind(text: ModelText, schema: TableSchema) -> RowModel:
             version=text.version,
             kind=text.kind,
             handling=text.handling,
-            foreign_keys=tuple(each.name for each in text.foreign_keys),
-            orphan_after=text.orphan_after,
         )
         _try(db, text, Evaluation(db, model).query("events"))
         outputs = tuple(
@@ -370,7 +364,7 @@ def _bind_python(text: PythonText, schema: TableSchema) -> RowModel:
             version=text.version,
             kind=text.kind,
             handling=text.handling,
-            python=PythonRows(text.name, worker, seen if text.reads is None else text.reads),
+            python=PythonRows(text.name, worker, seen if text.reads is None else text.reads, text.key),
         )
         made = ", ".join(f"NULL::{type_} AS {quoted(name)}" for name, type_ in types.items())
         db.execute(
@@ -440,8 +434,10 @@ def _try(db: duckdb.DuckDBPyConnection, text: ModelText, query: str) -> list[tup
         ) from error
 
 
-def _unique(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, str, str]]) -> tuple[str, ...]:
-    """Return the key's columns, none if there is no key, or one that is unique because the source's key is.
+def _unique(
+    text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, str, str]]
+) -> tuple[UniqueKey, ...]:
+    """Return the key; none if there is no key, or one that is unique because the source's key is.
 
     Raises ModelError for a key that cannot be kept unique.
     """
@@ -457,7 +453,7 @@ def _unique(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, s
     for name in text.key:
         expression, type_ = expressions[name]
         for column in schema.columns:
-            reads = column.name in schema.key and _reads(expression, column, text.alias)
+            reads = column.name in schema.key and reads_column(expression, column, text.alias)
             if reads and cast_keeps_apart(column.type, type_):
                 covered.add(column.name)
     if covered == set(schema.key):
@@ -479,15 +475,4 @@ def _unique(text: ModelText, schema: TableSchema, outputs: Sequence[tuple[str, s
                 f"{lacks}, and {name} is {type_}, which cannot be held to be unique.",
                 f"Cast {name} to a plain type, or {hold}.",
             )
-    return text.key
-
-
-def _reads(expression: str, column: Column, alias: str) -> bool:
-    """Whether an expression is a column, perhaps cast; casts on the way must keep its values apart."""
-    bare, casts = expression.strip(), list[str]()
-    while match := _CAST.fullmatch(bare) or _SHORT_CAST.fullmatch(bare):
-        bare = match[1].strip().removeprefix("(").removesuffix(")").strip()
-        casts.append(match[2].strip().upper())
-    names = {column.name.lower(), f"{alias}.{column.name}".lower()}
-    inner = casts[1:]  # the outermost is the output's type
-    return bare.replace('"', "").lower() in names and all(cast_keeps_apart(column.type, to) for to in inner)
+    return (UniqueKey("", text.key),)

@@ -18,17 +18,17 @@ import duckdb
 import sqlglot
 from sqlglot.tokenizer_core import Token, TokenType
 
+from headrace.channels import DEFAULT, AlertSettings
 from headrace.errors import ModelError
 from headrace.transform import alerting
-from headrace.transform.foreign import ORPHAN_AFTER, ForeignKey, foreign_keys_of, orphan_after_of
+from headrace.transform.foreign import KEYS as FOREIGN
+from headrace.transform.foreign import NOTHING_SAID, ForeignKey, Said, foreign_keys_of, said_of
 from headrace.transform.handling import KEYS as HANDLING
 from headrace.transform.handling import NO_SAY, Action, Handling, action_of, handling_of
 from headrace.transform.header import settings_of, version_of
 from headrace.transform.kind import LATEST, Kind, kind_of
 
-_KEYS = (
-    "key", "contract", "materialize", "delete", "foreign_key", "orphan_after", *HANDLING, *alerting.KEYS
-)  # fmt: skip
+_KEYS = ("key", "contract", "materialize", "delete", *FOREIGN, *HANDLING, *alerting.KEYS)
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _OPENING = {TokenType.L_PAREN, TokenType.L_BRACE, TokenType.L_BRACKET}
 _CLOSING = {TokenType.R_PAREN, TokenType.R_BRACE, TokenType.R_BRACKET}
@@ -65,7 +65,7 @@ class ModelText:
 
     `outputs` are (name, expression) pairs and `where` is '' or an expression, both verbatim;
     `types` are the contract's types by output column, `kind` what becomes of a row's earlier states, `alerts`
-    who is told of what goes wrong; `orphan_after` are seconds.
+    who is told of what goes wrong, `said` what it says of its constraints as a whole.
     """
 
     name: str
@@ -80,9 +80,9 @@ class ModelText:
     version: str
     kind: Kind = LATEST
     handling: Handling = NO_SAY
-    alerts: alerting.AlertSettings = alerting.DEFAULT
+    alerts: AlertSettings = DEFAULT
     foreign_keys: tuple[ForeignKey, ...] = ()
-    orphan_after: float = ORPHAN_AFTER
+    said: Said = NOTHING_SAID
 
     @property
     def file(self) -> str:
@@ -114,8 +114,7 @@ def read_model(path: Path, name: str = "") -> ModelText:
     foreign_keys = foreign_keys_of(path.name, settings, names)
     return ModelText(
         name or path.stem, source, table, alias, outputs, where, key, types, checks, version_of(text), kind,
-        handling, alerting.alert_settings_of(path.name, settings), foreign_keys,
-        orphan_after_of(path.name, settings),
+        handling, alerting.alert_settings_of(path.name, settings), foreign_keys, said_of(path.name, settings),
     )  # fmt: skip
 
 

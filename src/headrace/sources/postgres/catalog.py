@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import psycopg
 
-from headrace.change import Column, TableId, TableSchema
+from headrace.change import Column, Constraint, TableId, TableSchema
+from headrace.sources.postgres.undecodable import text_of
 
 Connection = psycopg.Connection[tuple[Any, ...]]
+
+_NAMES = """
+(SELECT array_agg(a.attname::text ORDER BY u.i) FROM unnest({numbers}) WITH ORDINALITY u(number, i)
+  JOIN pg_attribute a ON a.attrelid = {of} AND a.attnum = u.number)
+"""
+_CONSTRAINTS = f"""
+SELECT n.nspname, t.relname, kind, name, columns, definition, m.nspname, p.relname, parents, beyond FROM (
+  SELECT conrelid AS of, CASE contype WHEN 'f' THEN 'foreign_key' ELSE 'check' END AS kind,
+    conname::text AS name, {_NAMES.format(numbers="conkey", of="conrelid")} AS columns,
+    CASE WHEN contype = 'c' THEN pg_get_constraintdef(oid) ELSE '' END AS definition,
+    confrelid AS parent, coalesce({_NAMES.format(numbers="confkey", of="confrelid")}, '{{}}') AS parents,
+    concat_ws(', ', CASE WHEN NOT convalidated THEN 'not validated' END,
+      CASE WHEN (to_jsonb(pg_constraint) ->> 'conperiod')::boolean THEN 'of periods' END) AS beyond
+  FROM pg_constraint WHERE contype IN ('f', 'c') AND conparentid = 0 AND conkey IS NOT NULL
+  UNION ALL
+  SELECT i.indrelid, 'unique', r.relname::text,
+    {_NAMES.format(numbers="(i.indkey::int2[])[0:i.indnkeyatts - 1]", of="i.indrelid")}, '', 0::oid, '{{}}',
+    concat_ws(', ', CASE WHEN i.indpred IS NOT NULL THEN 'of a part of the rows' END,
+      CASE WHEN (to_jsonb(i) ->> 'indnullsnotdistinct')::boolean THEN 'also of nulls' END)
+  FROM pg_index i JOIN pg_class r ON r.oid = i.indexrelid
+  WHERE i.indisunique AND i.indisvalid AND NOT i.indisprimary AND NOT i.indisexclusion AND i.indexprs IS NULL
+  UNION ALL
+  SELECT a.attrelid, 'not_null', a.attname || ' not null', ARRAY[a.attname::text], '', 0::oid, '{{}}', ''
+  FROM pg_attribute a WHERE a.attnum > 0 AND a.attnotnull AND NOT a.attisdropped AND NOT EXISTS (
+    SELECT FROM pg_constraint k WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND NOT k.convalidated
+    AND a.attnum = ANY (k.conkey))
+) k JOIN pg_class t ON t.oid = k.of JOIN pg_namespace n ON n.oid = t.relnamespace
+LEFT JOIN pg_class p ON p.oid = k.parent LEFT JOIN pg_namespace m ON m.oid = p.relnamespace
+WHERE k.of = ANY (%s::oid[]) ORDER BY 1, 2, k.kind, k.name
+"""
+_CHECK = re.compile(r"CHECK \((.*)\)( NO INHERIT)?( NOT VALID)?( NOT ENFORCED)?", re.DOTALL)
 
 _TYPE = """
 format_type(t.oid, {modifier}), CASE WHEN t.typoutput = 'pg_catalog.array_out'::regproc THEN 'array'
@@ -17,8 +50,14 @@ format_type(t.oid, {modifier}), CASE WHEN t.typoutput = 'pg_catalog.array_out'::
   WHEN t.typtype IN ('r', 'm') THEN 'range' ELSE '' END
 """
 
+NAME = """
+CASE current_setting('server_encoding') WHEN 'SQL_ASCII' THEN convert_to(a.attname::text, 'SQL_ASCII')
+  ELSE convert_to(a.attname::text, 'UTF8') END
+"""
+"""The bytes of the name of a column `a`, which need not be UTF-8 in a database of encoding SQL_ASCII."""
+
 _SHAPES = f"""
-SELECT n.nspname, c.relname, c.relreplident::text, a.attname, {_TYPE.format(modifier="a.atttypmod")},
+SELECT n.nspname, c.relname, c.relreplident::text, {NAME}, {_TYPE.format(modifier="a.atttypmod")},
   coalesce(a.attnum = ANY ((p.indkey::int2[])[0:p.indnkeyatts - 1]), false),
   coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
 FROM pg_class c
@@ -54,24 +93,53 @@ def read_shapes(
     generated ones, unless it publishes them (Postgres 18). For a table outside of it, and on Postgres 14,
     all that are not generated.
 
-    The key is the replica identity's index where one is set, else the primary key; empty if none.
+    The key is the replica identity's index where one is set, else the primary key; empty if none. A name that
+    is no UTF-8 is escaped as cells are, see `undecodable`: no statement can have it, and no other table is
+    held up by it.
     """
     names = [_regclass(table) for table in tables]
     oids = [row[0] for row in db.execute("SELECT to_regclass(n)::oid FROM unnest(%s::text[]) n", [names])]
+    oids = [oid for oid in oids if oid is not None]
+    constraints = read_constraints(db, oids)
     shapes: dict[TableId, tuple[list[Column], list[str], list[str]]] = {}
     for schema, name, identity, column, type_, base, in_primary, in_identity in db.execute(
-        _SHAPES, [publication, [oid for oid in oids if oid is not None]]
+        _SHAPES, [publication, oids]
     ):
         columns, primary, index = shapes.setdefault(TableId(schema, name), ([], [], []))
+        column = text_of(column)  # noqa: PLW2901
         columns.append(Column(column, type_, base))
         if in_primary:
             primary.append(column)
         if in_identity and identity == "i":
             index.append(column)
-    return {
-        table: TableSchema(table, tuple(columns), tuple(index or primary))
-        for table, (columns, primary, index) in shapes.items()
-    }
+    found = {}
+    for table, (columns, primary, index) in shapes.items():
+        key = tuple(index or primary)
+        # That a key is never null goes without saying.
+        rules = (
+            each
+            for each in constraints.get(table, ())
+            if each.kind != "not_null" or each.columns[0] not in key
+        )
+        found[table] = TableSchema(table, tuple(columns), key, constraints=tuple(rules))
+    return found
+
+
+def read_constraints(db: Connection, tables: Sequence[int]) -> dict[TableId, tuple[Constraint, ...]]:
+    """Return what the source keeps of the rows of tables, given by their oids, beside their primary key.
+
+    A unique index is one, whether a constraint says so or not, unless it is over expressions.
+    """
+    found: dict[TableId, list[Constraint]] = {}
+    for schema, table, kind, name, columns, definition, *parent, to, beyond in db.execute(
+        _CONSTRAINTS, [list(tables)]
+    ):
+        check = _CHECK.fullmatch(definition)
+        references = TableId(*parent) if parent[1] is not None else None
+        expression = check[1] if check else ""
+        constraint = Constraint(kind, name, tuple(columns), expression, references, tuple(to), beyond)
+        found.setdefault(TableId(schema, table), []).append(constraint)
+    return {table: tuple(constraints) for table, constraints in found.items()}
 
 
 def empty_columns(db: Connection, table: TableId) -> list[str]:

@@ -2,9 +2,10 @@
 
 The stream describes a table before its next row, by the names and types of its columns. So it tells neither
 that a table was dropped, nor that a column was dropped and added again, nor that values at rest were
-computed anew under the same type; and of a table that nobody writes to it tells nothing. The catalogs know:
-the oid of a table, the numbers of its columns, and its file. They stand in the note `catalog`, as they were
-before a table's copy and at every look since. Only catalogs are read, without a lock.
+computed anew under the same type; and of constraints, and of a table that nobody writes to, it tells nothing.
+The catalogs know: the oid of a table, the numbers of its columns, its constraints, and its file. They stand
+in the note `catalog`, as they were before a table's copy and at every look since. Only catalogs are read,
+without a lock.
 
 What a table looks like now must take effect at its right place among the changes. So it is announced in
 the stream itself, by a message of a transaction in which the table could not be altered: see `announce`.
@@ -38,9 +39,23 @@ _TABLES = """
 SELECT c.oid::bigint, n.nspname, c.relname, c.relfilenode::bigint,
   coalesce((SELECT string_agg(i.indkey::text, ',' ORDER BY i.indexrelid) FROM pg_index i
     WHERE i.indrelid = c.oid AND (i.indisprimary OR i.indisreplident)), '') || c.relreplident::text,
-  (SELECT jsonb_agg(jsonb_build_array(a.attnum, a.attname, a.atttypid::bigint, a.atttypmod, a.xmin::text,
+  (SELECT jsonb_agg(jsonb_build_array(a.attnum,
+      -- A name need not be text there, and nobody is to stumble over it who only compares.
+      CASE current_setting('server_encoding') WHEN 'SQL_ASCII'
+        THEN encode(convert_to(a.attname::text, 'SQL_ASCII'), 'escape') ELSE a.attname::text END,
+      a.atttypid::bigint, a.atttypmod, a.xmin::text,
       a.atthasmissing) ORDER BY a.attnum)::text
-   FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)
+   FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped),
+  md5(concat_ws(';',
+    (SELECT string_agg(a.attnum::text, ' ' ORDER BY a.attnum) FROM pg_attribute a
+     WHERE a.attrelid = c.oid AND a.attnotnull AND NOT a.attisdropped),
+    (SELECT string_agg(concat_ws(' ', k.contype::text, k.conname, k.conkey::text, p.relnamespace, p.relname,
+        k.confkey::text, k.convalidated, md5(k.conbin::text)), ',' ORDER BY k.oid)
+     FROM pg_constraint k LEFT JOIN pg_class p ON p.oid = k.confrelid
+     WHERE k.conrelid = c.oid AND k.conparentid = 0),
+    (SELECT string_agg(concat_ws(' ', p.relname, i.indkey::text, i.indisvalid, i.indpred IS NULL), ','
+        ORDER BY p.relname)
+     FROM pg_index i JOIN pg_class p ON p.oid = i.indexrelid WHERE i.indrelid = c.oid AND i.indisunique)))
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid = ANY (%s::oid[])
    OR c.oid IN (SELECT to_regclass(name)::oid FROM unnest(%s::text[]) name)
@@ -63,14 +78,17 @@ class _Table:
     key: str
     described: str
     """Its columns as JSON: read only where it differs from what it was."""
+    constraints: str = ""
+    """A hash of what else the source keeps of its rows, '' where nobody has looked yet."""
 
     @property
     def columns(self) -> list[_Column]:
         return [_Column(*column) for column in json.loads(self.described)]
 
     def looks_like(self, other: _Table) -> bool:
-        """Whether the stream would describe both alike."""
-        return self.key == other.key and [c[1:4] for c in self.columns] == [c[1:4] for c in other.columns]
+        """Whether the stream would describe both alike, and the same is kept of their rows."""
+        alike = (self.key, self.constraints) == (other.key, other.constraints)
+        return alike and [c[1:4] for c in self.columns] == [c[1:4] for c in other.columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +97,7 @@ class CatalogChange:
 
     - `gone`: it was dropped (there may be another of its name);
     - `moved`: it has the name `now`;
-    - `altered`: the stream would describe it otherwise than before;
+    - `altered`: the stream would describe it otherwise than before, or its constraints are others;
     - `rewritten`: `reason` says why rows at rest may be others, though it looks as before.
     """
 
@@ -155,7 +173,13 @@ def announce(db: Connection, config: SourceConfig, log: LogIndex, table: TableId
             db.execute("SELECT pg_logical_emit_message(true, 'headrace', %s)", [_WORD + word])
     except (psycopg.errors.LockNotAvailable, psycopg.errors.InternalError_):
         return False  # or a relation went while the catalog was asked: the next look tries again
-    except (UserError, psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege, KeyError):
+    except (
+        UserError,
+        psycopg.errors.UndefinedTable,
+        psycopg.errors.InsufficientPrivilege,
+        psycopg.errors.CharacterNotInRepertoire,
+        KeyError,
+    ):
         # It cannot be captured so, is gone, or may be read no longer, which a stream can do without: its next
         # change, or the next look, says what is wrong.
         pass
@@ -194,8 +218,8 @@ def _read(db: Connection, oids: list[int], tables: Sequence[TableId]) -> dict[Ta
     names = [qualified(table) for table in tables]
     rows = db.execute(_TABLES, [oids, names]).fetchall()
     return {
-        TableId(schema, name): _Table(oid, file, key, described or "[]")
-        for oid, schema, name, file, key, described in rows
+        TableId(schema, name): _Table(oid, file, key, described or "[]", constraints)
+        for oid, schema, name, file, key, described, constraints in rows
     }
 
 
@@ -204,6 +228,6 @@ def _known(log: LogIndex) -> dict[TableId, _Table]:
 
 
 def _write(log: LogIndex, tables: Mapping[TableId, _Table]) -> None:
-    rows = [(table, t.oid, t.file, t.key, t.described) for table, t in sorted(tables.items())]
+    rows = [(table, t.oid, t.file, t.key, t.described, t.constraints) for table, t in sorted(tables.items())]
     if (note := json.dumps(rows, ensure_ascii=False)) != log.note(_NOTE):
         log.set_note(_NOTE, note)

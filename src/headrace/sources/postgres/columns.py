@@ -15,7 +15,7 @@ from typing import NamedTuple
 import duckdb
 import pyarrow as pa
 
-from headrace.change import Column, TableId, TableSchema
+from headrace.change import Column, Constraint, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import UserError
 from headrace.keys import literal
@@ -73,6 +73,14 @@ class Policy:
         """Whether a table may have columns that are left out."""
         return any(pattern.fits_table(table) for pattern in self._exclude)
 
+    def conceals(self, table: TableId | None) -> bool:
+        """Whether something of a table may be left out or hashed; of one that nobody can tell (None), whether
+        anything of the source may."""
+        if table is None:
+            return bool(self._exclude or self._hash or self._where)
+        patterns = [*self._exclude, *self._hash]
+        return any(pattern.fits_table(table) for pattern in patterns) or bool(self.where(table))
+
     def hashes(self, table: TableId, column: str) -> bool:
         """Whether a column is captured as the hash of its values."""
         return any(pattern.fits(table, column) for pattern in self._hash)
@@ -96,7 +104,20 @@ class Policy:
             for column in schema.columns
             if not self.excludes(schema.table, column.name)
         )
-        return replace(schema, columns=columns)
+        constraints = tuple(each for each in schema.constraints if self._tells(schema.table, each))
+        return replace(schema, columns=columns, constraints=constraints)
+
+    def _tells(self, table: TableId, constraint: Constraint) -> bool:
+        """Whether a constraint still means something of rows as they are captured, and names none of their
+        columns that are left out."""
+        if any(self.excludes(table, name) for name in constraint.columns):
+            return False
+        hashed = [self.hashes(table, name) for name in constraint.columns]
+        if constraint.references is None:
+            return constraint.kind != "check" or not any(hashed)
+        parent = constraint.references
+        hidden = any(self.excludes(parent, name) for name in constraint.to)
+        return not hidden and hashed == [self.hashes(parent, name) for name in constraint.to]
 
     def apply(self, table: TableId, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Return rows as they are captured.

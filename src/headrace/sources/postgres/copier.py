@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import psycopg
@@ -322,8 +322,8 @@ class Copier:
             hashed = any(self._policy.hashes(table.id, name) for name in table.raw.key)
             bounds = () if hashed else cut(db, table.raw, self._config.chunk_bytes)
         known = self._log.schemas().get(table.id)
-        version = 1 if known is None else known.version + (not known.same_shape(shape))
-        table.schema = TableSchema(shape.table, shape.columns, shape.key, version)
+        version = 1 if known is None else known.version + (not known.agrees(shape))
+        table.schema = replace(shape, version=version)
         mark = CopyMark("begin", table.schema, bounds, table.after, table.reason, table.files)
         begin = self._marker(table, 0, mark)
         self._hand_over((table, Group(iter([begin]), partial(self._begun, table, bounds), table.schema)))

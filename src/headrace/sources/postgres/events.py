@@ -117,4 +117,28 @@ class RelationSeen:
     ordinal: int
 
 
-Event = Rows | Truncate | Message | RelationSeen
+MALFORMED = pa.schema(
+    {
+        "_op": pa.string(),
+        "_serial": pa.int64(),
+        "_ordinal": pa.int64(),
+        "_lsn": pa.int64(),
+        "kind": pa.string(),
+        "relation": pa.int64(),
+        "schema": pa.string(),
+        "name": pa.string(),
+        "why": pa.string(),
+        "message": pa.binary(),
+    }
+)
+"""The columns of `Malformed.batch`; `Decoder` describes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Messages that could not be decoded, in order, each a row of `batch`."""
+
+    batch: pa.RecordBatch
+
+
+Event = Rows | Truncate | Message | RelationSeen | Malformed

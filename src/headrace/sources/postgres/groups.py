@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.change import Entry, Position, TableId, TableSchema
 from headrace.keyfilter import key_filter
-from headrace.payload import HEAD, encode_rows, read_batch, write_batch
+from headrace.payload import HEAD, UNDECODABLE, encode_rows, read_batch, write_batch
 from headrace.sources.postgres.columns import Policy
 from headrace.sources.postgres.events import (
     Dated,
     Event,
+    Malformed,
     Message,
     Relation,
     RelationSeen,
@@ -30,6 +34,8 @@ from headrace.sources.postgres.shapes import Shapes
 from headrace.sources.postgres.spool import Spool, SpoolSpace
 from headrace.sources.postgres.undecodable import Undecodable, text_of
 
+_Numbers = npt.NDArray[np.int64]
+_PLACED = ("_commit", "_committed_at", "_txid")
 _HEAD = 4  # the decoder's own columns before the source's: _op, _serial, _ordinal, _lsn
 
 
@@ -38,14 +44,15 @@ class _OpenTransaction:
 
     def __init__(self, space: SpoolSpace) -> None:
         self._spool = Spool(space)
-        self._pieces: list[list[Event | Relation]] = []  # a relation stands for rows that are spooled
+        # A relation stands for rows that are spooled, None for what could not be decoded and is spooled.
+        self._pieces: list[list[Event | Relation | None]] = []
 
     def add(self, events: Sequence[Event]) -> None:
         """Keep one piece. Raises SourceUnavailable where there is no room."""
         for event in events:
-            if isinstance(event, Rows):
+            if isinstance(event, Rows | Malformed):
                 self._spool.append(write_batch(event.batch))
-        self._pieces.append([event.relation if isinstance(event, Rows) else event for event in events])
+        self._pieces.append(list(map(_stand_in, events)))
 
     def pieces(self) -> Iterator[Sequence[Event]]:
         """Yield piece by piece, and give the room back at the end.
@@ -56,10 +63,7 @@ class _OpenTransaction:
         for piece in self._pieces:
             step = 1 if all(event == piece[0] for event in piece) else len(piece)
             for at in range(0, len(piece), step):
-                yield [
-                    Rows(event, read_batch(next(payloads))) if isinstance(event, Relation) else event
-                    for event in piece[at : at + step]
-                ]
+                yield [_spooled(event, payloads) for event in piece[at : at + step]]
         self._spool.close()
 
     def __bool__(self) -> bool:
@@ -73,6 +77,7 @@ class GroupBuilder:
         self, shapes: Shapes, roster: Roster, policy: Policy, space: SpoolSpace, epoch: int = 0
     ) -> None:
         self._shapes = shapes
+        self._versions: dict[TableId, list[tuple[Position, int]]] = {}
         self._roster = roster
         self._policy = policy
         self._space = space
@@ -142,6 +147,7 @@ class GroupBuilder:
 
     def _piece(self, events: Sequence[Event], times: _Times) -> list[Entry]:
         entries: list[Entry] = []
+        self._versions.clear()
         for event in events:
             self._add(event, times, entries)
         return sorted(entries, key=lambda entry: entry.last)
@@ -158,9 +164,11 @@ class GroupBuilder:
             payload = json.dumps({"lsn": event.lsn, "txid": txid}).encode()
             for relation in filter(self._roster.admits, event.relations):
                 table = _table(relation)
-                version = self._version(relation, serial, event.ordinal, times, entries)
+                version = self._version(relation, serial, at, times, entries)
                 moment = times.at(serial)
                 entries.append(Entry("truncate", table, at, at, moment, 1, version, payload, (txid, txid)))
+        elif isinstance(event, Malformed):
+            entries += self._malformed(event.batch, times)
         elif isinstance(event, Message):
             at, committed_at = times.of_message(event)
             if at.commit > times.after:
@@ -185,12 +193,46 @@ class GroupBuilder:
         last = Position(self._epoch, commits[-1].as_py(), ordinals[-1].as_py())
         whole = self._undecodable.escape(table, pa.RecordBatch.from_arrays(columns, names=names))
         payload = encode_rows(whole)
-        version = self._version(rows.relation, int(serials[0]), first.ordinal, times, entries)
+        version = self._version(rows.relation, int(serials[0]), first, times, entries)
         txids = int(pc.min(xids).as_py()), int(pc.max(xids).as_py())
         held = key_filter(whole, self._shapes[table].key)
         at, count, latest = moments[-1].as_py(), batch.num_rows, pc.max(moments).as_py()
         latest = latest if latest > at else 0
         entries.append(Entry("rows", table, first, last, at, count, version, payload, txids, latest, held))
+
+    def _malformed(self, batch: pa.RecordBatch, times: _Times) -> Iterator[Entry]:
+        """Yield the entries of messages that could not be decoded, one for each table, and one for those of
+        which nobody can tell the table. What is of a table that is not captured is dropped."""
+        commits, moments, xids = times.of_malformed(batch)
+        of = list(zip(*(batch[name].to_pylist() for name in ("relation", "schema", "name")), strict=True))
+        numbers: dict[TableId | None, list[int]] = {}
+        for relation in dict.fromkeys(of):
+            with suppress(LookupError):
+                oid, schema, name = relation
+                table = self._roster.table_of(oid, TableId(schema, name) if name else None)
+                mine = [row for row, each in enumerate(of) if each == relation and commits[row] > times.after]
+                numbers.setdefault(table, []).extend(mine)
+        for table, rows in numbers.items():
+            chosen = np.sort(np.array(rows, dtype=np.int64))
+            if not len(chosen):
+                continue
+            messages = batch.take(pa.array(chosen))
+            if self._policy.conceals(table):
+                messages = _without_bytes(messages)
+            places = dict(zip(_PLACED, (commits[chosen], moments[chosen], xids[chosen]), strict=True))
+            columns = [
+                pa.array(places[name]) if name in places else messages[name] for name in UNDECODABLE.names
+            ]
+            ordinals, ids, at = messages["_ordinal"], xids[chosen], moments[chosen]
+            first, last = (
+                Position(self._epoch, int(commits[chosen[row]]), ordinals[row].as_py()) for row in (0, -1)
+            )
+            version = self._shapes[table].version if table is not None and table in self._shapes else 0
+            payload = encode_rows(pa.RecordBatch.from_arrays(columns, schema=UNDECODABLE))
+            latest = int(at.max()) if at.max() > at[-1] else 0
+            txids = (int(ids.min()), int(ids.max()))
+            count, moment = len(chosen), int(at[-1])
+            yield Entry("undecodable", table, first, last, moment, count, version, payload, txids, latest)
 
     def _seen(self, event: RelationSeen, times: _Times) -> list[Entry]:
         """Compare a relation with the shape that the log knows; log it only if it differs.
@@ -206,17 +248,22 @@ class GroupBuilder:
         shape = self._shapes.announced(message.prefix, text_of(message.content))
         if shape is None or not message.transactional:
             return []
+        self._versions.setdefault(shape.table, []).append((at, shape.version - 1))
         payload = shape.to_json().encode()
         return [Entry("schema", shape.table, at, at, committed_at, 0, shape.version, payload)]
 
     def _version(
-        self, relation: Relation, serial: int, ordinal: int, times: _Times, entries: list[Entry]
+        self, relation: Relation, serial: int, at: Position, times: _Times, entries: list[Entry]
     ) -> int:
-        """Return the version of the shape that a row has; a table's first row logs its shape before it."""
+        """Return the version of the shape that a row has; a table's first row logs its shape before it.
+
+        Rows come at the end of what was read at once, behind an announcement that they may stand before.
+        """
         table = _table(relation)
         if table not in self._shapes:
-            entries += self._log_shape(RelationSeen(relation, serial, ordinal - 1), times)
-        return self._shapes[table].version
+            entries += self._log_shape(RelationSeen(relation, serial, at.ordinal - 1), times)
+        before = (version for announced, version in self._versions.get(table, ()) if at < announced)
+        return next(before, self._shapes[table].version)
 
     def _log_shape(self, event: RelationSeen, times: _Times) -> list[Entry]:
         shape = self._shapes.learn(event.relation)
@@ -227,19 +274,44 @@ class GroupBuilder:
         return [Entry("schema", shape.table, at, at, times.at(event.serial), 0, shape.version, payload)]
 
 
+def _without_bytes(messages: pa.RecordBatch) -> pa.RecordBatch:
+    """Return messages that could not be decoded without what nobody has looked through."""
+    why = pc.binary_join_element_wise(
+        messages["why"], "its bytes are not kept, since exclude, hash or where concerns its table", "; "
+    )
+    nothing = pa.repeat(pa.scalar(b"", pa.binary()), messages.num_rows)
+    names = messages.schema.names
+    columns = [{"why": why, "message": nothing}.get(name, messages[name]) for name in names]
+    return pa.RecordBatch.from_arrays(columns, names=names)
+
+
+def _stand_in(event: Event) -> Event | Relation | None:
+    """Return what stands for an event whose batch is spooled, or the event."""
+    if isinstance(event, Malformed):
+        return None
+    return event.relation if isinstance(event, Rows) else event
+
+
+def _spooled(event: Event | Relation | None, batches: Iterator[bytes]) -> Event:
+    """Return the event that another stands for, with the next batch."""
+    if event is None:
+        return Malformed(read_batch(next(batches)))
+    return Rows(event, read_batch(next(batches))) if isinstance(event, Relation) else event
+
+
 def _split(events: Sequence[Event], done: int) -> tuple[list[Event], list[Event]]:
     """Part events of complete transactions, through serial `done`, from those of the one still open."""
     complete: list[Event] = []
     rest: list[Event] = []
     for event in events:
-        if not isinstance(event, Rows):
+        if not isinstance(event, Rows | Malformed):
             (complete if event.serial <= done else rest).append(event)
             continue
         rows = int(np.searchsorted(event.batch.column(1).to_numpy(), done, side="right"))
         if rows:
-            complete.append(Rows(event.relation, event.batch.slice(0, rows)))
+            complete.append(replace(event, batch=event.batch.slice(0, rows)))
         if rows < event.batch.num_rows:
-            rest.append(Rows(event.relation, event.batch.slice(rows)))
+            rest.append(replace(event, batch=event.batch.slice(rows)))
     return complete, rest
 
 
@@ -284,6 +356,18 @@ class _Times:
         at = Position(self._epoch, message.lsn + 1, 0)
         earlier = int(np.searchsorted(self._commits, message.lsn, side="right"))
         return at, int(self._moments[earlier - 1]) if earlier else self._before
+
+    def of_malformed(self, batch: pa.RecordBatch) -> tuple[_Numbers, _Numbers, _Numbers]:
+        """Return commits, commit times and ids of messages that could not be decoded; of those outside of a
+        transaction as `of_message` does."""
+        serials, lsns = batch["_serial"].to_numpy(), batch["_lsn"].to_numpy()
+        outside = serials < 0
+        at = np.where(outside, len(self._commits), serials - self._base)
+        of_transactions = (np.append(each, 0)[at] for each in (self._commits, self._moments, self._xids))
+        commits, moments, xids = of_transactions
+        earlier = np.searchsorted(self._commits, lsns, side="right")
+        before = np.append(self._before, self._moments)[earlier]
+        return np.where(outside, lsns + 1, commits), np.where(outside, before, moments), xids
 
     def fresh(self, serial: int) -> bool:
         """Whether the log does not hold this transaction yet."""

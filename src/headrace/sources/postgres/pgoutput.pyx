@@ -33,7 +33,8 @@ stream it stands in what wraps the message, XLogData:
     w XLogData  start:8 end:8 sent_at:8 message
 
 A message is read to its last byte before anything of it is kept, and every read is checked against
-its end. No Python object is made for a row: its text goes from the message into the memory that
+its end. So one that is malformed can be put aside as it came, and what follows it be decoded: see
+`Decoder`. No Python object is made for a row: its text goes from the message into the memory that
 Arrow later adopts.
 """
 
@@ -47,7 +48,8 @@ from copy import copy
 
 from headrace.errors import MalformedMessage
 from headrace.sources.postgres.events import (
-    Event, Message, Relation, RelationColumn, RelationSeen, Rows, Transaction, Truncate,
+    MALFORMED, Event, Malformed, Message, Relation, RelationColumn, RelationSeen, Rows, Transaction,
+    Truncate,
 )
 
 include "columns.pxi"
@@ -55,6 +57,7 @@ include "columns.pxi"
 cdef extern from "Python.h":
     const Py_ssize_t PY_SSIZE_T_MAX
 
+OP_OF = {"I": "c", "U": "u", "D": "d", "T": "t"}
 POSTGRES_EPOCH = 946_684_800_000_000  # 2000-01-01 in microseconds since 1970
 REMEDY = "Restart the source; if it happens again, check what stands between Headrace and the server."
 
@@ -64,6 +67,7 @@ cdef enum:
     EVENT_BYTES = 128  # what an event without rows, or a transaction, weighs; so that all is counted
     FRAME_HEAD = 16  # bytes before a kept message: its LSN, its xid, its length
     WRAPPED = 25  # bytes before the message in an XLogData
+    NOWHERE = -1  # the LSN of a message before its XLogData is read
     TAIL_BYTES = 1 << 20  # what is kept of one streamed transaction before the spool takes it over
 
 
@@ -77,7 +81,7 @@ cdef int fault(Wire* wire, str what) except -1:
     """Raise MalformedMessage: names the message's kind and the byte that reading had reached."""
     kind = ascii(chr(wire.start[0])) if wire.end > wire.start else "of no length"
     raise MalformedMessage(
-        f"pgoutput message {kind} is malformed at byte {wire.at - wire.start}: {what}.", REMEDY
+        f"pgoutput message {kind} is malformed at byte {wire.at - wire.start}: {what}.", REMEDY, what
     )
 
 
@@ -169,6 +173,14 @@ cdef int append_frame(
     return 0
 
 
+cdef object batch_of(list aside):
+    """Return what was put aside as Arrow."""
+    columns = zip(MALFORMED, zip(*aside))
+    return pa.RecordBatch.from_arrays(
+        [pa.array(cells, field.type) for field, cells in columns], schema=MALFORMED
+    )
+
+
 @cython.final
 cdef class Decoder:
     """Turns pgoutput messages into transactions and events.
@@ -204,8 +216,26 @@ cdef class Decoder:
     `pending_rows` and `pending_bytes` count all that `take` would hand over: text, offsets and names,
     and 128 bytes for a transaction or an event without rows.
 
-    Bytes that the protocol does not allow raise MalformedMessage, without their content. After any
-    failure to decode each further `push` raises it again; `take` still gives what came before.
+    A message of a transaction (R, Y, O, I, U, D, T, M) that the protocol does not allow is put aside: it
+    takes an ordinal, and `take` gives it with others in `Malformed.batch`:
+
+        _op         string   what it would have been: 'c', 'u', 'd' or 't'; null for what is no change
+        _serial     int64
+        _ordinal    int64
+        _lsn        int64
+        kind        string   its first byte
+        relation    int64    the id of the relation that it names, 0 if none can be told
+        schema      string   that of the relation, where its name is known from before or can be read
+        name        string
+        why         string   what is wrong with it, without its content
+        message     binary   the message, in a stream block without its xid
+
+    A relation whose description is malformed is known no longer: until it is described well, what it
+    changes is put aside, too, and is wrong for the same reason.
+
+    Any other bytes that the protocol does not allow raise MalformedMessage, without their content: where
+    in the source what follows them stands would not be known. After any failure to decode each further
+    `push` raises it again; `take` still gives what came before.
     """
 
     cdef readonly Py_ssize_t pending_rows
@@ -231,6 +261,10 @@ cdef class Decoder:
     cdef list building  # tables with an open batch, in the order of their first rows
     cdef list transactions
     cdef list events
+    cdef list aside  # the rows of `Malformed.batch`
+    cdef dict unreadable  # by relation id: schema and name (None if not known), and why
+    cdef uint32_t block_xid  # of the streamed transaction whose block is open
+    cdef bint repeated  # what is replayed now was decoded outside of the transaction, too
 
     def __cinit__(self, Py_ssize_t max_batch_rows=65536, Py_ssize_t max_batch_bytes=16 << 20, spool=None):
         if max_batch_rows < 1 or max_batch_bytes < 1:
@@ -242,6 +276,8 @@ cdef class Decoder:
         self.waiting = self.replaying = self.aborted = False
         self.tables, self.named, self.recent = {}, {}, [None] * RECENT_TABLES
         self.building, self.transactions, self.events = [], [], []
+        self.aside, self.unreadable = [], {}
+        self.block_xid, self.repeated = 0, False
 
     @property
     def in_transaction(self):
@@ -258,7 +294,7 @@ cdef class Decoder:
 
     def push_data(self, data):
         """Decode the message in one XLogData, see `push`."""
-        return self.receive(data, 0, True)
+        return self.receive(data, NOWHERE, True)
 
     cdef bint receive(self, message, int64_t lsn, bint wrapped) except *:
         cdef Py_buffer view
@@ -289,7 +325,7 @@ cdef class Decoder:
         cdef Wire wire
         if self.failure is not None:
             raise copy(self.failure)
-        self.replaying = True
+        self.replaying = self.repeated = True
         try:
             while start < size and self.pending_bytes < max_bytes:
                 memcpy(&self.lsn, data + start, 8)
@@ -299,12 +335,12 @@ cdef class Decoder:
                 wire.end = wire.start + length
                 start += FRAME_HEAD + length
                 if xid != last:
-                    last, self.aborted = xid, xid in aborted
+                    last, self.aborted, self.repeated = xid, xid in aborted, xid == 0
                 # Later changes of the transaction rely on what an aborted part of it described.
                 if not self.aborted or wire.start[0] == c"R":
                     self.decode(&wire)
         finally:
-            self.replaying = self.aborted = False
+            self.replaying = self.aborted = self.repeated = False
         return start
 
     def push_many(self, messages, lsns, Py_ssize_t start=0, Py_ssize_t max_pending_bytes=PY_SSIZE_T_MAX):
@@ -359,8 +395,10 @@ cdef class Decoder:
         """
         for table in list(self.building):
             self.close(<Table> table)
+        if self.aside:
+            self.events.append(Malformed(batch_of(self.aside)))
         taken = self.transactions, self.events
-        self.transactions, self.events = [], []
+        self.transactions, self.events, self.aside = [], [], []
         self.pending_rows = self.pending_bytes = 0
         return taken
 
@@ -403,8 +441,81 @@ cdef class Decoder:
             else:
                 fault(wire, "there is no such kind")
         except Exception as error:
+            if isinstance(error, MalformedMessage) and self.put_aside(wire, error.what):
+                return 0
             self.failure = copy(error)  # without its traceback, which would keep the caller's frames
             raise
+        return 0
+
+    cdef bint put_aside(self, Wire* wire, str why) except *:
+        """Keep a malformed message as it came; False where what follows it would have no known place."""
+        cdef const uint8_t* start = wire.start
+        cdef char kind = start[0] if wire.end > start else 0
+        cdef uint32_t id = 0
+        if self.lsn == NOWHERE or wire.end - start > INT32_MAX:
+            return False
+        if self.block is not None or kind not in (c"I", c"U", c"D", c"R", c"T", c"M", c"O", c"Y"):
+            return False
+        if self.serial < 0 and (kind != c"M" or wire.end - start < 2 or start[1] & 1):
+            return False
+        if kind in (c"I", c"U", c"D", c"R"):
+            wire.at = start + 1
+            if wire.end - wire.at >= 4:
+                id = <uint32_t> integer(wire, 4)
+            elif kind == c"R":
+                return False  # any relation may be another now
+        if kind == c"R":
+            self.forget(wire, id, why)
+            if self.aborted or self.repeated:
+                return True
+        names, why = self.unreadable.get(id, (None, why))
+        if id in self.tables:
+            relation = (<Table> self.tables[id]).relation
+            names = (relation.schema, relation.name)
+        self.keep_aside(kind, id, names, why, start[:wire.end - start])
+        return True
+
+    cdef int keep_aside(self, char kind, uint32_t id, names, why, bytes message) except -1:
+        schema, name = names or (None, None)
+        if self.serial >= 0:
+            self.ordinal += 1
+        letter = chr(<uint8_t> kind)
+        place = (OP_OF.get(letter), self.serial, self.ordinal, self.lsn)
+        self.aside.append((*place, letter, id, schema, name, why, message))
+        self.pending_bytes += EVENT_BYTES + len(message)
+        return 0
+
+    cdef int forget(self, Wire* wire, uint32_t id, why) except -1:
+        """Take a relation for unknown, since what it is now cannot be read; `wire` is behind its id.
+
+        It keeps the name that it had, which is sure; else the one that the message says counts.
+        """
+        names = None
+        known = self.tables.pop(id, None)
+        if known is not None:
+            relation = (<Table> known).relation
+            names = (relation.schema, relation.name)
+            self.close(<Table> known)
+            self.recent[id % RECENT_TABLES] = None
+            if self.named.get(names) is known:
+                del self.named[names]
+        elif id in self.unreadable:
+            names = self.unreadable[id][0]
+        else:
+            try:
+                names = (string(wire) or "pg_catalog", string(wire))
+            except MalformedMessage:
+                pass
+        self.unreadable[id] = (names, why)
+        self.repeat_in_blocks(wire.start + 1, wire.end)
+        return 0
+
+    cdef int repeat_in_blocks(self, const uint8_t* body, const uint8_t* end) except -1:
+        """Have the replay of each open streamed transaction end with a description that is newer than what it
+        has said so far."""
+        if self.spool is not None and not self.replaying:
+            for tail in self.spool.tails():
+                append_frame(tail, self.lsn, 0, c"R", body, end - body)
         return 0
 
     cdef int keep_streamed(self, Wire* wire) except -1:
@@ -417,7 +528,8 @@ cdef class Decoder:
             self.spool.stop()
             return 0
         if kind in (c"I", c"U", c"D", c"R", c"Y", c"T", c"M"):
-            xid = <uint32_t> integer(wire, 4)
+            # One that ends before is kept all the same: its replay puts it aside.
+            xid = <uint32_t> integer(wire, 4) if wire.end - wire.at >= 4 else self.block_xid
         elif kind != c"O":  # comes without an xid: it is the transaction's
             fault(wire, "it has no place in a stream block")
         append_frame(self.block, self.lsn, xid, kind, wire.at, wire.end - wire.at)
@@ -439,7 +551,7 @@ cdef class Decoder:
             finish(wire)
             if first == self.spool.holds(xid):
                 fault(wire, "a first block of a transaction known, or a later one of a transaction unknown")
-            self.block = self.spool.start(xid)
+            self.block, self.block_xid = self.spool.start(xid), xid
             return 0
         if kind == c"A":
             subxid = <uint32_t> integer(wire, 4)
@@ -596,10 +708,8 @@ cdef class Decoder:
             type_oid = <uint32_t> integer(wire, 4)
             columns.append(RelationColumn(column, type_oid, <int32_t> integer(wire, 4), is_key))
         finish(wire)
-        if self.spool is not None and not self.replaying:
-            # It is newer than what streamed transactions have said so far: their replay ends with it.
-            for tail in self.spool.tails():
-                append_frame(tail, self.lsn, 0, c"R", body, wire.end - body)
+        self.unreadable.pop(id, None)
+        self.repeat_in_blocks(body, wire.end)
         return self.learn(Relation(id, schema, name, replica_identity, tuple(columns)))
 
     cdef int learn(self, relation) except -1:
@@ -630,8 +740,18 @@ cdef class Decoder:
             fault(wire, "a truncate outside of a transaction")
         if count < 0:
             fault(wire, "a number of relations is negative")
-        tables = [self.table(wire) for _ in range(count)]
+        tables = []
+        unknown = []
+        for _ in range(count):
+            id = <uint32_t> integer(wire, 4)
+            table = self.tables.get(id)
+            (unknown if table is None else tables).append(id if table is None else table)
         finish(wire)
+        for id in unknown:
+            names, why = self.unreadable.get(id, (None, f"relation {id} was never described"))
+            self.keep_aside(c"T", id, names, why, wire.start[:wire.end - wire.start])
+        if not tables:
+            return 0
         for table in tables:
             self.close(<Table> table)
             if not (<Table> table).told:

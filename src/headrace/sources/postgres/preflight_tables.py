@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple
 from headrace.change import RESERVED, Column, TableId, TableSchema
 from headrace.config import SourceConfig, select_tables
 from headrace.errors import UserError
-from headrace.sources.postgres.catalog import Connection, qualified, quoted
+from headrace.sources.postgres.catalog import NAME, Connection, qualified, quoted
 from headrace.sources.postgres.clauses import wanted_clauses
 from headrace.sources.postgres.columns import Policy
+from headrace.sources.postgres.undecodable import text_of
 
 SHOWN = 5
 """How many names a message lists before it counts the rest."""
@@ -129,34 +130,34 @@ class Table:
             )
 
 
-_TABLES = """
+_TABLES = rf"""
 SELECT n.nspname::text, c.relname::text, c.relkind::text, c.relispartition, c.relpersistence::text,
   c.relreplident::text, i.indrelid IS NOT NULL,
-  (SELECT coalesce(array_agg(a.attname::text ORDER BY u.place), '{}')
+  (SELECT coalesce(array_agg({NAME} ORDER BY u.place), '{{}}')
    FROM unnest(coalesce(i.indkey, p.indkey)::int2[]) WITH ORDINALITY u(attnum, place)
    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = u.attnum
    WHERE u.place <= coalesce(i.indnkeyatts, p.indnkeyatts)),
   coalesce(NOT p.indimmediate, false), greatest(c.reltuples, 0)::bigint, c.relpages,
   has_table_privilege(c.oid, 'SELECT'), has_schema_privilege(n.oid, 'USAGE'), row_security_active(c.oid),
   pg_has_role(c.relowner, 'USAGE'),
-  (SELECT coalesce(array_agg(a.attname::text ORDER BY a.attnum), '{}') FROM pg_attribute a
+  (SELECT coalesce(array_agg({NAME} ORDER BY a.attnum), '{{}}') FROM pg_attribute a
    WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''),
-  (SELECT coalesce(array_agg(a.attname::text ORDER BY a.attnum), '{}') FROM pg_attribute a
+  (SELECT coalesce(array_agg({NAME} ORDER BY a.attnum), '{{}}') FROM pg_attribute a
    WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated <> ''),
-  CASE WHEN c.relkind <> 'p' THEN '{}' ELSE (
-    SELECT coalesce(array_agg(l.oid::regclass::text ORDER BY l.oid), '{}')
+  CASE WHEN c.relkind <> 'p' THEN '{{}}' ELSE (
+    SELECT coalesce(array_agg(l.oid::regclass::text ORDER BY l.oid), '{{}}')
     FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid
     WHERE t.isleaf AND l.relkind = 'r' AND (l.relreplident = 'n' OR l.relreplident = 'd' AND NOT EXISTS (
       SELECT FROM pg_index x WHERE x.indrelid = l.oid AND x.indisprimary AND x.indimmediate))) END,
-  CASE WHEN c.relkind <> 'p' THEN '{}' ELSE (
-    SELECT coalesce(array_agg(l.oid::regclass::text ORDER BY l.oid), '{}')
+  CASE WHEN c.relkind <> 'p' THEN '{{}}' ELSE (
+    SELECT coalesce(array_agg(l.oid::regclass::text ORDER BY l.oid), '{{}}')
     FROM pg_partition_tree(c.oid) t JOIN pg_class l ON l.oid = t.relid
     WHERE t.isleaf AND l.relkind = 'r' AND l.relreplident <> 'f') END
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_index p ON p.indrelid = c.oid AND p.indisprimary
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisreplident AND c.relreplident = 'i'
 WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND n.nspname NOT IN ('pg_catalog', 'information_schema')
-  AND n.nspname NOT LIKE 'pg\\_%'
+  AND n.nspname NOT LIKE 'pg\_%'
 ORDER BY 1, 2
 """
 
@@ -170,7 +171,9 @@ def read_tables(db: Connection) -> list[Table]:
 
 
 def _settled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return tuple(text_of(each) if isinstance(each, bytes) else each for each in value)
 
 
 def table_findings(db: Connection, config: SourceConfig, role: Role) -> Iterator[Finding]:

@@ -52,6 +52,16 @@ class Roster:
             newest = self._newest[relation.id] = (table, self._judge(relation.id, table))
         return newest[1]
 
+    def table_of(self, oid: int, named: TableId | None) -> TableId | None:
+        """Return of which captured table a relation is that cannot be read; None if nobody can tell.
+
+        `named` is what is known of its name. Raises LookupError if it is of a table that is not captured.
+        """
+        table = self._oids().get(oid, named)
+        if table is not None and table not in self._tables:
+            raise LookupError(table)
+        return table
+
     def _judge(self, oid: int, table: TableId) -> bool:
         owner = self._oids().get(oid, table)
         if owner != table:

@@ -88,7 +88,7 @@ class Shapes:
         return self._replace(known, replace(shape, version=known.version + 1))
 
     def _replace(self, known: TableSchema | None, shape: TableSchema) -> TableSchema | None:
-        if known is not None and known.same_shape(shape):
+        if known is not None and known.agrees(shape):
             return None
         if known is not None and shape.table not in self._waiting:
             self._compare(known, shape)
@@ -116,8 +116,9 @@ class Shapes:
                 f"Table {table} has a column called {taken[0]}, a name that Headrace uses itself.",
                 f"Rename the column at the source, or `headrace tables remove {table}`.",
             )
-        shape = TableSchema(table, columns, key, known.version + 1 if known else 1)
-        return self._policy.shape(shape)
+        # The stream does not tell of constraints: those stand until others are announced.
+        version, constraints = (known.version + 1, known.constraints) if known else (1, ())
+        return self._policy.shape(TableSchema(table, columns, key, version, constraints))
 
     def _key_of_full(
         self, table: TableId, columns: tuple[str, ...], known: TableSchema | None

@@ -43,8 +43,9 @@ class Fault:
 class PythonRows:
     """The part of a bound model that runs outside: from raw changes to rows that are not typed yet."""
 
-    def __init__(self, model: str, worker: Worker, columns: Sequence[str]) -> None:
-        """`columns` of the changes are what the function is given."""
+    def __init__(self, model: str, worker: Worker, columns: Sequence[str], key: tuple[str, ...]) -> None:
+        """`columns` of the changes are what the function is given; `key` see `Definition`."""
+        self.key = key
         self._model = model
         self._worker = worker
         self._columns = list(columns)

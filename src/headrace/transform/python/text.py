@@ -17,6 +17,7 @@ from typing import Any
 from headrace.document import Invalid
 from headrace.errors import ModelBroken, ModelError
 from headrace.transform.alerting import alert_settings_of
+from headrace.transform.foreign import foreign_keys_of, said_of
 from headrace.transform.handling import handling_of
 from headrace.transform.header import version_of
 from headrace.transform.kind import kind_of
@@ -197,6 +198,8 @@ def _filled(text: PythonText, said: Mapping[str, Any]) -> PythonText:
         kind=kind_of(file, definition["settings"], names),
         handling=handling,
         alerts=alert_settings_of(file, definition["settings"]),
+        foreign_keys=foreign_keys_of(file, definition["settings"], [name for name, _ in types]),
+        said=said_of(file, definition["settings"]),
         types=tuple(types),
         checks=checked(file, key, checks, handling),
         takes=said["kind"],
