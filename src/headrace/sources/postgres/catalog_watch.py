@@ -97,14 +97,16 @@ class CatalogChange:
 
     - `gone`: it was dropped (there may be another of its name);
     - `moved`: it has the name `now`;
-    - `altered`: the stream would describe it otherwise than before, or its constraints are others;
-    - `rewritten`: `reason` says why rows at rest may be others, though it looks as before.
+    - `altered`: the stream would describe it otherwise than before, or its constraints are others; or
+      `reason` says why rows at rest may be others, though it looks as before.
     """
 
-    kind: Literal["gone", "moved", "altered", "rewritten"]
+    kind: Literal["gone", "moved", "altered"]
     table: TableId
     now: TableId | None = None
     reason: str = ""
+    found: _Table | None = None
+    """What an altered one is now."""
 
 
 def remember_catalog(db: Connection, log: LogIndex, tables: Sequence[TableId]) -> None:
@@ -115,9 +117,10 @@ def remember_catalog(db: Connection, log: LogIndex, tables: Sequence[TableId]) -
 
 
 def catalog_changes(db: Connection, log: LogIndex, tables: Iterable[TableId]) -> list[CatalogChange]:
-    """Return what became of captured tables since the last look, and take note of it.
+    """Return what became of captured tables since they were taken note of.
 
-    One that is gone or moved is told at each look, as long as it is captured under its former name.
+    One that is gone or moved is told at each look, as long as it is captured under its former name; one that
+    is altered until `take_note`.
     """
     changes = list[CatalogChange]()
     captured = list(tables)
@@ -134,12 +137,19 @@ def catalog_changes(db: Connection, log: LogIndex, tables: Iterable[TableId]) ->
             noted |= {table: was, called: found[called]}
             changes.append(CatalogChange("moved", table, now=called))
         elif (now := found[table]) != was:
-            if not was.looks_like(now):
-                changes.append(CatalogChange("altered", table))
-            if reason := _rewritten(was, now):
-                changes.append(CatalogChange("rewritten", table, reason=reason))
+            reason = _rewritten(was, now)
+            if reason or not was.looks_like(now):
+                noted[table] = was
+                changes.append(CatalogChange("altered", table, reason=reason, found=now))
     _write(log, noted)
     return changes
+
+
+def take_note(log: LogIndex, changes: Iterable[CatalogChange]) -> None:
+    """Take note of what altered tables are now: from here on only what becomes of that is told."""
+    found = {change.table: change.found for change in changes if change.found is not None}
+    if found:
+        _write(log, _known(log) | found)
 
 
 def is_known(db: Connection, log: LogIndex, table: TableId, captured: Iterable[TableId]) -> bool:

@@ -27,7 +27,14 @@ from headrace.evolution import accept
 from headrace.protocols import LogIndex
 from headrace.schema_policy import action
 from headrace.sources.postgres.catalog import Connection, list_tables
-from headrace.sources.postgres.catalog_watch import announce, catalog_changes, is_known, remember_catalog
+from headrace.sources.postgres.catalog_watch import (
+    CatalogChange,
+    announce,
+    catalog_changes,
+    is_known,
+    remember_catalog,
+    take_note,
+)
 from headrace.sources.postgres.connection import broke_off, connect, connect_replication, place
 from headrace.sources.postgres.copier import Copier
 from headrace.sources.postgres.failover import keep_failover, wants_failover
@@ -87,7 +94,6 @@ class PostgresSource:
         self._takeover = Takeover(config)
         self._requests: deque[TableId] = deque()
         self._resync = threading.Event()
-        self._unannounced: set[TableId] = set()
         self._left_out: dict[TableId, str] = {}
         self._gone: dict[TableId, int] = {}
         self._plain: Connection | None = None
@@ -259,17 +265,12 @@ class PostgresSource:
         db = self._catalog()
         awaited = set[TableId]()
         changes = catalog_changes(db, log, captured_tables(log))
+        self._take_up_altered(log, [change for change in changes if change.kind == "altered"])
+        away = {change.table: change for change in changes if change.kind != "altered"}
         # One that has its name back may go once more, and then what it held in between is still to come.
-        away = {change.table for change in changes if change.kind not in ("altered", "rewritten")}
         self._gone = {table: at for table, at in self._gone.items() if table in away}
-        for change in changes:
-            table = change.table
-            if change.kind == "altered":
-                if not in_recovery(db) and not announce(db, self._config, log, table):
-                    self._unannounced.add(table)
-            elif change.kind == "rewritten":
-                self._copy_again(log, table, change.reason, False)
-            elif not self._has_passed(table):  # what it held before is still to come
+        for table, change in away.items():
+            if not self._has_passed(table):  # what it held before is still to come
                 awaited |= {change.now or table}
             elif change.now is None:
                 self._let_go(log, table, DROPPED)
@@ -280,8 +281,22 @@ class PostgresSource:
                 )
             else:
                 self._follow(log, table, change.now)
-        self._unannounced = {t for t in self._unannounced if not announce(db, self._config, log, t)}
         return awaited
+
+    def _take_up_altered(self, log: LogIndex, changes: Iterable[CatalogChange]) -> None:
+        """Announce what tables look like, and have copied again what is to be; one that is locked, and all of
+        which a failure keeps us, again with the next look."""
+        db = self._catalog()
+        done = list[CatalogChange]()
+        try:
+            for change in changes:
+                if not in_recovery(db) and not announce(db, self._config, log, change.table):
+                    continue
+                if change.reason:
+                    self._copy_again(log, change.table, change.reason, False)
+                done.append(change)
+        finally:
+            take_note(log, done)
 
     def _has_passed(self, table: TableId) -> bool:
         """Whether the log holds all that the source committed until a table was first found to be gone."""
