@@ -78,6 +78,7 @@ FLOORS = [
         "raw",
         "alerts",
         "outages",
+        "isolation",
     },
     {"cli", "console", "testing"},
 ]

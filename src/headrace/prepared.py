@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.change import Counts
 
@@ -19,9 +19,22 @@ UNIQUE = "constraint.unique"
 FOREIGN_KEY = "constraint.foreign_key"
 """The reason of a change that would have its row refer to one that is not there."""
 
+UNWRITABLE = "crash.destination"
+"""The reason of a change on which the destination fails each time, though it is well."""
+
 Refused = tuple[int, int, int, str | None]
 """Epoch, commit and ordinal of a change that is refused, and the foreign key that it is for; None for the
 model's own key."""
+
+
+class Unwritable(NamedTuple):
+    """A change on which the destination fails each time: its place, its source key, and why."""
+
+    epoch: int
+    commit: int
+    ordinal: int
+    key: str | None
+    message: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
 from headrace.keys import literal, quoted, source_key
-from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
+from headrace.prepared import FOREIGN_KEY, UNIQUE, UNWRITABLE, Claims, Reference
 from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
 from headrace.transform.trial import killers, refuse_too_many, show_events, time_for
@@ -70,7 +70,10 @@ class Evaluation:
         return self._model
 
     def refuse(self, events: pa.Table) -> None:
-        """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
+        """Count those of these events as bad that the model refuses, see `RowModel.refusing`, and those that
+        no destination takes."""
+        if self._model.unwritable:
+            self._refuse_unwritable(events)
         if not self._model.refused:
             return
         names = ("_epoch", "_commit", "_ordinal", "reference")
@@ -82,6 +85,16 @@ class Evaluation:
         self._refused = self._db.sql(
             "SELECT _hr_n AS n, reference FROM placed JOIN refused USING (_epoch, _commit, _ordinal)"
         ).to_arrow_table()
+
+    def _refuse_unwritable(self, events: pa.Table) -> None:
+        words = {each[:3]: each.message for each in self._model.unwritable}
+        commits = pa.array({commit for _, commit, _ in words}, pa.int64())
+        near = events.select(["_hr_n", "_epoch", "_commit", "_ordinal"])
+        for n, *place in zip(
+            *near.filter(pc.is_in(near["_commit"], value_set=commits)).to_pydict().values(), strict=True
+        ):
+            if tuple(place) in words:
+                self._fatal[n] = ("crash", UNWRITABLE, "", words[tuple(place)])
 
     def _refuse_alike(self, judged: pa.Table) -> None:
         """Refuse with a change the earlier ones of its key that refer to the same: the row would fall back to
