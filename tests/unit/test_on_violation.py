@@ -27,8 +27,10 @@ def test_warn_applies_and_counts_null_takes_the_cell_alone_and_quarantine_has_th
         "y = \"NOT NULL on violation WARN CHECK (y <> '666')\""
     )
     made = prepare(tmp_path, text(contract), ["1", "-2", "300", "666", None, "x"])
-    rows = {row["_source_key"]: (row["x"], row["y"]) for row in made.rows.to_pylist()}
-    assert rows == {"1": (1, "1"), "2": (-2, "-2"), "3": (None, "300"), "5": (None, None)}
+    rows = {row["_source_key"]: (row["x"], row["y"], row["_nulled"]) for row in made.rows.to_pylist()}
+    assert rows == {
+        "1": (1, "1", None), "2": (-2, "-2", None), "3": (None, "300", "x"), "5": (None, None, None),
+    }  # fmt: skip
     # 666 violates two checks; the one that quarantines decides, and names itself.
     assert {r["key"]: r["message"] for r in made.records.to_pylist()} == {
         "4": "y: CHECK (y <> '666') is violated",
@@ -36,6 +38,21 @@ def test_warn_applies_and_counts_null_takes_the_cell_alone_and_quarantine_has_th
     }
     assert (made.counts.applied, made.counts.quarantined, made.counts.closes()) == (4, 2, True)
     assert (made.counts.warned, made.counts.nulled) == (2, 1)
+
+
+def test_a_row_names_each_of_its_nulled_columns_once(tmp_path: Path) -> None:
+    contract = (
+        'x = "CHECK (x < 5) ON VIOLATION null CHECK (x < 7) ON VIOLATION null"\n'
+        'y = "CHECK (length(y) = 1) ON VIOLATION null"'
+    )
+    made = prepare(tmp_path, text(contract), ["1", "6", "10"])
+    assert made.rows.select(["x", "y", "_nulled"]).to_pylist() == [
+        {"x": 1, "y": "1", "_nulled": None},
+        {"x": None, "y": "6", "_nulled": "x"},
+        {"x": None, "y": None, "_nulled": "x, y"},
+    ]
+    assert made.counts.nulled == 2
+    assert "_nulled" not in bound(tmp_path, text('x = "CHECK (x < 5)"')).types()
 
 
 @pytest.mark.parametrize("kind", ['delete = "soft"', 'materialize = "history"', 'materialize = "append"'])

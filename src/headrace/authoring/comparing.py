@@ -13,11 +13,12 @@ from headrace.cells import json_of, rows_of
 from headrace.errors import UserError
 from headrace.keys import quoted
 from headrace.transform.kind import PLACE
+from headrace.transform.nulling import NULLED
 
 
 def compared(case: Case, types: Mapping[str, str]) -> tuple[str, ...]:
     """Return which output columns a test compares. Raises UserError for one that is not among `types`."""
-    names = case.columns or tuple(name for name in types if name not in PLACE)
+    names = case.columns or tuple(name for name in types if name not in PLACE | NULLED)
     for name in {*names, *(name for row in case.expect for name in row)} - set(types):
         raise UserError(f"The model has no output column {name}.", f"It has: {', '.join(types)}.")
     return names

@@ -28,11 +28,13 @@ _HEADERS = {
     "append": 'materialize = "append"',
     "soft append": 'materialize = "append"\ndelete = "soft"',
 }
+_CONTRACT = 'v = "CHECK (v <> 3) ON VIOLATION null"'
 _BODY = "id::BIGINT AS id, v::INTEGER AS v, json_object('v', v) AS j, [v::INTEGER] AS l FROM raw.shop.t"
 
 
 def _model(kind: str, name: str = "kept") -> RowModel:
-    return model_of(name, f"/* headrace\n{_HEADERS[kind]}\n*/ SELECT {_BODY}", shape(("v", "text")))
+    header = f"{_HEADERS[kind]}\n[contract]\n{_CONTRACT}"
+    return model_of(name, f"/* headrace\n{header}\n*/ SELECT {_BODY}", shape(("v", "text")))
 
 
 def _changes(chance: random.Random, count: int, *, keys: int) -> list[Cells]:

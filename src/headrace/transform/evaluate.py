@@ -22,6 +22,7 @@ from headrace.prepared import FOREIGN_KEY, UNIQUE, UNWRITABLE, Claims, Reference
 from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
 from headrace.transform.engine import within
+from headrace.transform.nulling import NULLED, null_cells
 from headrace.transform.trial import killers, refuse_too_many, show_events, time_for
 
 if TYPE_CHECKING:
@@ -211,17 +212,20 @@ class Evaluation:
         return good if settled is None else good.filter(pc.is_in(good["_hr_n"], value_set=settled))
 
     def good(self) -> pa.Table:
-        """Return the good rows: `_hr_n`, `_source_key` and the outputs."""
+        """Return the good rows: `_hr_n`, `_source_key`, the outputs, and `_nulled` where a check nulls."""
         judged = self._judged
         assert judged is not None
         apart = pc.or_(self._bad(judged), judged["_hr_filtered"])
         good = judged.filter(pc.invert(apart)) if pc.any(apart).as_py() else judged
         names = [name for name, _, _ in self._model.outputs]
-        for i, check in enumerate(self._model.checks):
-            if check.on_violation == "null":
-                at, cells = good.schema.get_field_index(check.column), good[check.column]
-                nulled = pc.if_else(good[f"_hr_v{i}"], pa.scalar(None, cells.type), cells)
-                good = good.set_column(at, check.column, nulled)
+        violations = [
+            (check.column, good[f"_hr_v{i}"])
+            for i, check in enumerate(self._model.checks)
+            if check.on_violation == "null"
+        ]
+        if violations:
+            good = null_cells(good, violations)
+            names += NULLED
         return good.select(["_hr_n", "_hr_k", *names]).rename_columns(["_hr_n", "_source_key", *names])
 
     def faults(self, events: pa.Table) -> pa.Table:

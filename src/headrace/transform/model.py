@@ -29,6 +29,7 @@ from headrace.transform.fold import fold
 from headrace.transform.handling import NO_SAY, Handling
 from headrace.transform.kind import LATEST, Kind, refuse_without_key
 from headrace.transform.multiset import fold_multiset
+from headrace.transform.nulling import NULLED
 from headrace.transform.python.evaluate import PythonEvaluation, PythonRows
 from headrace.transform.python.function import KEPT
 from headrace.transform.python.inputs import META
@@ -173,6 +174,11 @@ class RowModel:
         return self.masked.key or not awaited.isdisjoint(self.masked.outputs)
 
     @property
+    def nulls(self) -> bool:
+        """Whether a check of it nulls cells, so that its rows say which."""
+        return any(check.on_violation == "null" for check in self.checks)
+
+    @property
     def max_error_rate(self) -> float:
         """Which share of its newest changes may fail before it is taken for broken; 1 for any."""
         return self.handling.max_error_rate
@@ -218,7 +224,8 @@ class RowModel:
 
     def types(self) -> dict[str, str]:
         """See `Model.types`."""
-        return {name: type_ for name, _, type_ in self.outputs} | dict(self.kind.columns)
+        outputs = {name: type_ for name, _, type_ in self.outputs}
+        return outputs | (NULLED if self.nulls else {}) | dict(self.kind.columns)
 
 
 @contextmanager

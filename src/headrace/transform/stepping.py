@@ -126,7 +126,8 @@ def _tell_deletes(db: duckdb.DuckDBPyConnection, model: RowModel, events: pa.Tab
 
 
 def _steps(db: duckdb.DuckDBPyConnection, model: RowModel) -> pa.Table:
-    outputs = "".join(f", m.{quoted(name)}" for name, _, _ in model.outputs)
+    names = [name for name in model.types() if name not in model.kind.columns]
+    outputs = "".join(f", m.{quoted(name)}" for name in names)
     place = "_epoch, _commit, _ordinal, make_timestamptz(_committed_at) AS _moment"
     return db.sql(
         f"""SELECT s.k AS _source_key, {place}, s.what AS _what, s.own AS _own{outputs}
