@@ -27,9 +27,22 @@ PAYLOAD = "decode.payload"
 UNWRITABLE = "crash.destination"
 """The reason of a change on which the destination fails each time, though it is well."""
 
-Refused = tuple[int, int, int, str | None]
-"""Epoch, commit and ordinal of a change that is refused, and the name of the foreign or unique key that it is
-for; None for the model's own key."""
+Place = tuple[int, int, int]
+"""Epoch, commit and ordinal of a change."""
+
+BEFORE_ALL: Place = (-1, 0, 0)
+
+
+class Refused(NamedTuple):
+    """A change that is refused, and the name of the foreign or unique key for which it is, None for the
+    model's own. With it earlier changes of its row are that say the same of that key, as far as they are
+    behind the place `since`."""
+
+    epoch: int
+    commit: int
+    ordinal: int
+    name: str | None
+    since: Place | None = None
 
 
 class UniqueKey(NamedTuple):

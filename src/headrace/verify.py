@@ -33,7 +33,7 @@ from headrace.lane import Lane
 from headrace.log.proof import verify as verify_log
 from headrace.masking import MASK, marked_in, masks_key
 from headrace.pipeline import open_lanes
-from headrace.prepared import FOREIGN_KEY, UNIQUE, UNWRITABLE, Contested, Reference, Unwritable
+from headrace.prepared import FOREIGN_KEY, UNIQUE, UNWRITABLE, Contested, Reference, Refused, Unwritable
 from headrace.server import is_running, read
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.snapshot import SourceSnapshot, pending_changes, take_snapshot
@@ -327,7 +327,7 @@ def _refused(model: RowModel, records: pa.Table) -> Contested:
         pc.equal(records["model_version"], model.version),
     )
     places = records.filter(is_of_others).select(["epoch", "commit", "ordinal"]).to_pylist()
-    return Contested({model.name: [(row["epoch"], row["commit"], row["ordinal"], None) for row in places]})
+    return Contested({model.name: [Refused(**place, name=None) for place in places]})
 
 
 def _unwritable(records: pa.Table) -> frozenset[Unwritable]:

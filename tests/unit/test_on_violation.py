@@ -8,7 +8,7 @@ import pytest
 from test_evaluate import bound, prepare, staged
 
 from headrace.errors import ModelBroken, ModelError
-from headrace.prepared import Contested
+from headrace.prepared import Contested, Refused
 from headrace.transform.model import RowModel
 from headrace.transform.sql import read_model
 
@@ -82,7 +82,7 @@ def test_the_header_says_it_for_all_checks_and_for_the_key_where_that_can_be(tmp
     assert actions("suspend") == [("y", "suspend"), ("x", "suspend"), ("x", "quarantine")]
     # So a contested key suspends as well.
     model: RowModel = bound(tmp_path, text(checks, header.format("suspend")))
-    places = [(0, 1, 1, None)]
+    places = [Refused(0, 1, 1, None)]
     with pytest.raises(ModelBroken, match=r"1 changes would give their rows the key \(y\) of others"):
         model.refusing(Contested({"m": places}))
     quarantining = bound(tmp_path, text(checks, header.format("warn")))

@@ -18,7 +18,7 @@ from test_rebuild import Shop
 from headrace.change import Mark, Position
 from headrace.config import load_project
 from headrace.destinations.duckdb import DuckDBDestination
-from headrace.prepared import UNIQUE
+from headrace.prepared import UNIQUE, Refused
 from headrace.protocols import Part, Slice
 from headrace.rebuilding import folded
 from headrace.transform.contested import uncontested
@@ -98,7 +98,8 @@ class Table:
         rows, opened = self.rows(), self.opened()
         assert len(set(rows.values())) == len(rows), "a key twice"
         applied = self.destination.models(self.model.source)[self.model.name].offset
-        refused = frozenset((0, commit, 1, None) for commit, reason in opened.items() if reason == UNIQUE)
+        contested = (commit for commit, reason in opened.items() if reason == UNIQUE)
+        refused = frozenset(Refused(0, commit, 1, None) for commit in contested)
         expected = replace(self.model, refused=refused).prepare(changes(self.events[:applied]))
         assert rows == {row["_source_key"]: row["name"] for row in expected.rows.to_pylist()}
         assert set(opened) == set(expected.records["commit"].to_pylist())
@@ -209,6 +210,20 @@ def test_what_a_refused_row_falls_back_to_is_contested_in_turn(
     events = [put("1", "1"), put("2", "3"), put("2", "1"), put("3", "3")]
     made = table(destination, model, events).apply([1])
     assert (made.rows(), set(made.opened())) == ({"1": 1, "2": 3}, {3, 4})
+
+
+def test_a_row_that_says_the_same_again_and_again_takes_no_attempt_for_each(
+    destination: DuckDBDestination, model: RowModel
+) -> None:
+    again = [put("2", "1")] * 40
+    made = table(destination, model, [put("1", "1"), put("2", "2"), *again]).apply([2])
+    assert (made.rows(), made.attempts) == ({"1": 1, "2": 2}, 3)
+    # What is before the change that has the key now has it, then.
+    made = table(destination, model, [put("2", "1"), put("1", "1"), *again]).apply([])
+    assert (made.rows(), made.attempts) == ({"2": 1}, 3)
+    assert set(made.opened()) == set(range(2, 43))
+    made.redrive()
+    assert (made.rows(), set(made.opened())) == ({"2": 1}, {2})
 
 
 def test_who_had_the_key_keeps_it_though_another_came_first(

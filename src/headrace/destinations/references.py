@@ -22,7 +22,7 @@ from headrace.destinations.books import insert
 from headrace.destinations.session import Session
 from headrace.destinations.unique import Claimed
 from headrace.keys import literal, quoted
-from headrace.prepared import Contested, Reference, Refused
+from headrace.prepared import BEFORE_ALL, Contested, Reference, Refused
 
 
 def judge_references(
@@ -240,10 +240,10 @@ class _Judgement:
 
     def _raise(self) -> None:
         refused: dict[str, list[Refused]] = {}
-        for model, *place, name in self.db.execute(
+        for model, epoch, commit, ordinal, name in self.db.execute(
             "SELECT model, epoch, commit, ordinal, name FROM _hr_refused"
         ):
-            refused.setdefault(model, []).append((*place, name))
+            refused.setdefault(model, []).append(Refused(epoch, commit, ordinal, name, BEFORE_ALL))
         keys: dict[str, list[str]] = {}
         for model, key in self.db.execute("SELECT model, k FROM _hr_dangling"):
             keys.setdefault(model, []).append(key)

@@ -11,7 +11,7 @@ contested.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,7 @@ import pyarrow as pa
 
 from headrace.destinations.session import Session
 from headrace.keys import quoted
-from headrace.prepared import Contested, Prepared, Reference, UniqueKey
-
-Place = tuple[int, int, int]
-"""Epoch, commit and ordinal of a change."""
+from headrace.prepared import BEFORE_ALL, Contested, Place, Prepared, Reference, Refused, UniqueKey
 
 
 @dataclass(slots=True)
@@ -84,52 +81,52 @@ def refuse_contested(db: Session) -> None:
     """Raise Contested if rows that the transaction has made have the keys of others."""
     keyed = {target: claimed for target, claimed in db.claimed.items() if claimed.keys}
     found = {claimed.model: _contested(db, target, claimed) for target, claimed in keyed.items()}
-    if refused := {model: places for model, places in found.items() if places}:
-        raise Contested(
-            {
-                model: [(*place, name or None) for place, name in places.items()]
-                for model, places in refused.items()
-            }
-        )
+    if refused := {model: changes for model, changes in found.items() if changes}:
+        raise Contested(refused)
 
 
-def _contested(db: Session, target: str, claimed: Claimed) -> Mapping[Place, str]:
+def _contested(db: Session, target: str, claimed: Claimed) -> list[Refused]:
     """Return the changes to refuse, and those that have to go as the rows of these stand where they were,
     each with the name of a key for which it has to."""
-    refused, follows = dict[Place, str](), defaultdict[Place, list[tuple[Place, str]]](list)
+    refused, follows = dict[Place, Refused](), defaultdict[Place, list[Refused]](list)
     for key in claimed.keys:
-        for place in _twins(db, target, claimed, key.columns):
-            refused.setdefault(place, key.name)
+        for place, winner in _twins(db, target, claimed, key.columns):
+            refused.setdefault(place, Refused(*place, key.name or None, winner))
     for key in claimed.keys if refused else ():
         for first, second in _in_the_way(db, target, claimed, key.columns):
-            follows[first].append((second, key.name))
+            follows[first].append(Refused(*second, key.name or None))
     due = list(refused)
     while due:
-        new = {place: name for place, name in follows[due.pop()] if place not in refused}
+        new = {change[:3]: change for change in follows[due.pop()] if change[:3] not in refused}
         refused |= new
         due += new
-    return refused
+    return list(refused.values())
 
 
-def _twins(db: Session, target: str, claimed: Claimed, key: Sequence[str]) -> list[Place]:
-    """Return the changes that made rows of which others have the key first."""
+def _twins(db: Session, target: str, claimed: Claimed, key: Sequence[str]) -> Iterator[tuple[Place, Place]]:
+    """Yield the changes that made rows of which others have the key first, each with the place of the change
+    that made that other one, before all where it has the key whatever the transaction does."""
     made = f"{claimed.places} p ON {db.same_key('t._source_key', 'p._source_key')}"
     rows = db.execute(
-        f"""SELECT epoch, commit, ordinal FROM (
-          SELECT p.epoch, p.commit, p.ordinal, row_number() OVER (
-            PARTITION BY {_columns("t", key)}
-            ORDER BY p.epoch IS NOT NULL, f._source_key IS NULL, p.epoch, p.commit, p.ordinal) AS place
+        f"""SELECT epoch, commit, ordinal, has_it, first_epoch, first_commit, first_ordinal FROM (
+          SELECT p.epoch, p.commit, p.ordinal, row_number() OVER w AS place,
+            first_value(p.epoch IS NULL OR f._source_key IS NOT NULL) OVER w AS has_it,
+            first_value(p.epoch) OVER w AS first_epoch, first_value(p.commit) OVER w AS first_commit,
+            first_value(p.ordinal) OVER w AS first_ordinal
           FROM {target} t LEFT JOIN {made}
           LEFT JOIN {claimed.former} f ON {db.same_key("t._source_key", "f._source_key")}
             AND {_same("f", "t", key)}
           WHERE t._source = $1 AND EXISTS (
             SELECT 1 FROM {target} o JOIN {claimed.places} c
             ON {db.same_key("o._source_key", "c._source_key")}
-            WHERE o._source = $1 AND {_same("o", "t", key)})) r
+            WHERE o._source = $1 AND {_same("o", "t", key)})
+          WINDOW w AS (PARTITION BY {_columns("t", key)}
+            ORDER BY p.epoch IS NOT NULL, f._source_key IS NULL, p.epoch, p.commit, p.ordinal)) r
         WHERE place > 1 AND epoch IS NOT NULL""",
         [claimed.source],
     )
-    return [_place(row) for row in rows]
+    for *place, has_it, epoch, commit, ordinal in rows:
+        yield _place(place), BEFORE_ALL if has_it else _place((epoch, commit, ordinal))
 
 
 def _in_the_way(

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 
-from headrace.prepared import Contested, Prepared, Reference
+from headrace.prepared import BEFORE_ALL, Contested, Prepared, Reference, Refused
 from headrace.protocols import Destination, Part
 from headrace.rebuilding import folded
 from headrace.testing.destinations import Cells, model_of, row, shape, slice_of, staged, table
@@ -124,7 +124,7 @@ class ReferenceSuite:
         tables.apply([_cells(1, "a")], [_cells(1, "a")])
         with pytest.raises(Contested) as caught:
             destination.apply(slice_of(2, (PARENT, [_cells(1, "", _op="d")]), (CHILD, [_cells(2, "b")])))
-        assert caught.value.refused == {CHILD.name: [(0, 3, 3, "pair")]}
+        assert caught.value.refused == {CHILD.name: [Refused(0, 3, 3, "pair", BEFORE_ALL)]}
         assert {name: keys.to_pylist() for name, keys in caught.value.dangling.items()} == {CHILD.name: ["1"]}
         assert (tables.children(), tables.waiting()) == ([1], [])
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.join import Join
-from headrace.prepared import Contested
+from headrace.prepared import BEFORE_ALL, Contested, Refused
 from headrace.protocols import Destination
 from headrace.testing.destinations import Cells, model_of, row, shape, slice_of, staged, table
 from headrace.transform.contested import uncontested
@@ -67,7 +67,7 @@ class UniqueSuite:
         again = replace(KEYED.prepare(history.slice(1)), removed=pa.array(["2"]))
         with pytest.raises(Contested) as caught:
             destination.redrive(KEYED, again)
-        assert caught.value.refused == {KEYED.name: [(0, 2, 2, None)]}
+        assert caught.value.refused == {KEYED.name: [Refused(0, 2, 2, None, BEFORE_ALL)]}
         assert [key for key, _ in table(destination, OPEN)] == ["2"]
         _apply(destination, at, [_cells(1, "", _op="d")])
         assert destination.redrive(KEYED, again) == {"resolved": 1, "still_quarantined": 0}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from headrace.keys import quoted
-from headrace.prepared import Contested, Prepared
+from headrace.prepared import Contested, Place, Prepared, Refused
 from headrace.transform.engine import engine
 
 if TYPE_CHECKING:
@@ -33,19 +33,24 @@ def alone(prepared: Prepared) -> Prepared:
     claims = prepared.claims
     if claims is None or not claims.keys:
         return prepared
-    refused = dict[tuple[int, int, int], str | None]()
+    refused = dict[Place, Refused]()
     with engine() as db:
         db.register("made", prepared.rows)
         db.register("places", claims.places)
         for key in claims.keys:
+            place = "{'epoch': epoch, 'commit': commit, 'ordinal': ordinal}"
             columns = [f"m.{quoted(name)}" for name in key.columns]
             twins = db.execute(
-                f"SELECT p.epoch, p.commit, p.ordinal FROM made m JOIN places p USING (_source_key) "
-                f"WHERE {' AND '.join(f'{column} IS NOT NULL' for column in columns)} QUALIFY row_number() "
-                f"OVER (PARTITION BY {', '.join(columns)} ORDER BY p.epoch, p.commit, p.ordinal) > 1"
+                f"SELECT epoch, commit, ordinal, first({place}) OVER w "
+                "FROM made m JOIN places p USING (_source_key) "
+                f"WHERE {' AND '.join(f'{column} IS NOT NULL' for column in columns)} "
+                f"WINDOW w AS (PARTITION BY {', '.join(columns)} ORDER BY epoch, commit, ordinal) "
+                "QUALIFY row_number() OVER w > 1"
             ).fetchall()
-            for epoch, commit, ordinal in twins:
-                refused.setdefault((epoch, commit, ordinal), key.name or None)
+            for epoch, commit, ordinal, winner in twins:
+                first = (winner["epoch"], winner["commit"], winner["ordinal"])
+                change = Refused(epoch, commit, ordinal, key.name or None, first)
+                refused.setdefault(change[:3], change)
     if refused:
-        raise Contested({claims.model: [(*place, name) for place, name in refused.items()]})
+        raise Contested({claims.model: list(refused.values())})
     return prepared

@@ -23,6 +23,7 @@ from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
 from headrace.transform.engine import within
 from headrace.transform.nulling import NULLED, null_cells
+from headrace.transform.refusing import NONE_REFUSED, refused_of, with_alike
 from headrace.transform.trial import killers, refuse_too_many, show_events, time_for
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Evaluation:
         self._model = model
         self._fatal: dict[int, _Cause] = {}
         self._judged: pa.Table | None = None
-        self._refused = pa.table({"n": pa.array([], pa.int64()), "reference": pa.array([], pa.string())})
+        self._refused = NONE_REFUSED
 
     @property
     def model(self) -> RowModel:
@@ -74,17 +75,8 @@ class Evaluation:
         no destination takes."""
         if self._model.unwritable:
             self._refuse_unwritable(events)
-        if not (self._model.refused and self._model.claims):
-            return
-        names = ("_epoch", "_commit", "_ordinal", "reference")
-        cells = zip(*self._model.refused, strict=True)
-        types = (pa.int64(), pa.int64(), pa.int64(), pa.string())
-        refused = {name: pa.array(each, type_) for name, each, type_ in zip(names, cells, types, strict=True)}
-        self._db.register("placed", events.select(["_hr_n", *names[:3]]))
-        self._db.register("refused", pa.table(refused))
-        self._refused = self._db.sql(
-            "SELECT _hr_n AS n, reference FROM placed JOIN refused USING (_epoch, _commit, _ordinal)"
-        ).to_arrow_table()
+        if self._model.refused and self._model.claims:
+            self._refused = refused_of(self._db, self._model.refused, events)
 
     def _refuse_unwritable(self, events: pa.Table) -> None:
         words = {each[:3]: each.message for each in self._model.unwritable}
@@ -95,22 +87,6 @@ class Evaluation:
         ):
             if tuple(place) in words:
                 self._fatal[n] = ("crash", UNWRITABLE, "", words[tuple(place)])
-
-    def _refuse_alike(self, judged: pa.Table) -> None:
-        """Refuse with a change the earlier ones of its key that refer to the same: the row would fall back to
-        each of them in turn, and with each all would be prepared once more."""
-        if not self._refused.num_rows:
-            return
-        self._db.register("judged", judged)
-        for reference in self._model.own_references:
-            same = " AND ".join(f"e.{quoted(name)} = j.{quoted(name)}" for name in reference.columns)
-            self._db.register("lacks", self._refused)
-            alike = self._db.sql(
-                f"""SELECT DISTINCT e._hr_n AS n, l.reference FROM lacks l JOIN judged j ON j._hr_n = l.n
-                JOIN judged e ON e._hr_k = j._hr_k AND e._hr_n < j._hr_n AND {same}
-                WHERE l.reference = {literal(reference.name)} AND e._hr_n NOT IN (SELECT n FROM lacks)"""
-            ).to_arrow_table()
-            self._refused = pa.concat_tables([self._refused, alike])
 
     def claims(self, events: pa.Table, effects: pa.ChunkedArray, settled: pa.Array | None) -> Claims | None:
         """Return what `rows` claim; None if the source's key keeps them apart and nothing refers to another.
@@ -195,10 +171,13 @@ class Evaluation:
 
     def verdicts(self) -> pa.Table:
         """Return `n`, `k` and `verdict` (good, filtered or bad) of each event that was judged."""
-        judged = self._judged
+        judged, model = self._judged, self._model
         assert judged is not None
         self._refuse_suspending(judged)
-        self._refuse_alike(judged)
+        if self._refused.num_rows:
+            keys = [(each.name or None, each.columns) for each in model.unique]
+            keys += ((each.name, each.columns) for each in model.own_references)
+            self._refused = with_alike(self._db, self._refused, judged, keys)
         filtered = pc.if_else(judged["_hr_filtered"], "filtered", "good")
         verdicts = pc.if_else(self._bad(judged), "bad", filtered)
         return pa.table({"n": judged["_hr_n"], "k": judged["_hr_k"], "verdict": verdicts})
@@ -269,7 +248,7 @@ class Evaluation:
             limits.append(reference.name)
         which = np.full(bad.num_rows, len(checks))
         for place, name in enumerate(limits, len(checks)):
-            lacking = self._refused.filter(pc.equal(self._refused["reference"], name))["n"]
+            lacking = self._refused.filter(pc.equal(self._refused["name"], name))["n"]
             which[pc.is_in(bad["_hr_n"], value_set=lacking.combine_chunks()).to_numpy()] = place
         for place, (i, _) in reversed(list(enumerate(checks))):
             which[pc.fill_null(bad[f"_hr_v{i}"], False).to_numpy()] = place
@@ -292,7 +271,7 @@ class Evaluation:
         checks = self._violations("quarantine")
         fails = " OR ".join(["j._hr_failed", "j._hr_cast IS NOT NULL", *(f"j.{name}" for name in checks)])
         return self._db.sql(
-            f"SELECT CASE WHEN NOT ({fails}) THEN CASE coalesce(l.reference, '') {cases} END END AS awaited "
+            f"SELECT CASE WHEN NOT ({fails}) THEN CASE coalesce(l.name, '') {cases} END END AS awaited "
             "FROM numbers w LEFT JOIN lacks l USING (n) LEFT JOIN judged j ON j._hr_n = l.n ORDER BY w.i"
         ).to_arrow_table()["awaited"]
 
@@ -482,7 +461,7 @@ def _faults(numbers: pa.Array, which: Sequence[int] | np.ndarray, causes: Sequen
 
 def _waited(reference: Reference) -> str:
     """Return the expression of `Evaluation.awaited` over the outputs of a row."""
-    cells = [f"{quoted(name)}::VARCHAR" for name in reference.columns]
+    cells = [f"j.{quoted(name)}::VARCHAR" for name in reference.columns]
     key = source_key([cells[i] for i in reference.by_key]) if reference.by_key else "NULL"
     members = {
         "constraint": literal(reference.name),

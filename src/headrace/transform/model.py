@@ -134,7 +134,7 @@ class RowModel:
         where that is to suspend it."""
         refused = contested.refused.get(self.name)
         keys = {key.name: key for key in self.unique}
-        taken = [keys[name or ""] for *_, name in refused or () if (name or "") in keys]
+        taken = [keys[name or ""] for *_, name, _ in refused or () if (name or "") in keys]
         if taken and self.handling.on_key_violation == "suspend":
             key = ", ".join(taken[0].columns)
             raise ModelBroken(
