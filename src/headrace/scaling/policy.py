@@ -38,6 +38,10 @@ _AFFORDED_SECONDS = 300.0
 _PARTS_AHEAD = 2
 """Prepared parts per worker that may wait for apply; at so many, apply is the limit."""
 _RAISES_IN_VAIN = 2
+_MOST_CAUTION = 3.0
+"""Workers that take longer to start than one and a half targets cannot be waited for, whatever is foreseen."""
+_APART = 270.0
+"""Seconds by which the two moving averages lag differently: their difference over it is the arrivals' slope."""
 _EPSILON = 1e-9
 """So that 3.0000000001 workers of arithmetic are three."""
 
@@ -79,7 +83,8 @@ class _Demand(NamedTuple):
     peak: float  # the greatest of the last 300 s
     backlog: float
     workers: float  # that bring every model back into the band
-    urgency: float  # of the worst model: the age that it will have, over its target
+    age: float  # of the worst model, as it will be
+    urgency: float  # that age over the target that is worked with
     load: Load  # the worst one
     is_low: bool  # the backlog is below the band for every target
 
@@ -94,6 +99,9 @@ class SloBand:
 
     Several targets: work goes by deadline, so the models of a target compete with those of stricter ones only,
     and the demand is the greatest over all targets (the demand bound of earliest-deadline-first scheduling).
+
+    Where workers take longer to start than the band is wide, it foresees more and waits less: the target that it
+    works with is smaller, and a rise of the arrivals counts for more, by the same factor.
     """
 
     high: float = 0.5
@@ -119,7 +127,7 @@ class SloBand:
         if not loads:
             return _limited(0, _without_workers(snapshot), snapshot)
         own = min((load.own_rate or 0.0) / (load.service_rate or 1.0) for load in loads)
-        demand = self._demand(loads, snapshot, snapshot.ready or own)
+        demand = self._demand(loads, snapshot, own)
         if demand.urgency > self.high:
             return self._raised(demand, snapshot)
         wanted = self._lowered(demand, current, own, loads)
@@ -141,40 +149,45 @@ class SloBand:
         if not service or not load.is_worth_a_worker or limits.worker_hours_left is not None:
             return None
         own = (load.own_rate or 0.0) / service
-        age = self.high * load.slo
+        caution = self._caution(load.slo, start)
+        age = self.high * load.slo / caution
         peak = fast = -1.0
         if workers > limits.min_workers:
             least = workers - max(1, math.ceil(self.deadband * workers))
             peak = max(least * self.rho, self.own_share * own) * service
             fast = 1 / load.slo
         limit = (workers or own) * start * service
-        return Bounds(limit, start - age, (start / 2 - age) * start / 270.0, age, peak, fast)
+        return Bounds(limit, start - age, (start / 2 - age) * start * caution / _APART, age, peak, fast)
 
-    def _demand(self, loads: Sequence[Load], snapshot: Snapshot, capacity: float) -> _Demand:
+    def _demand(self, loads: Sequence[Load], snapshot: Snapshot, own: float) -> _Demand:
         """Add up the loads, strictest target first, as they will be when a worker ordered now is ready."""
         start = snapshot.start_p95
-        rate = peak = rise = backlog = workers = 0.0
+        # What will have been done by then: workers on their way count for what is left of the time.
+        coming_work = (snapshot.ready or own) * start
+        coming_work += min(snapshot.starting_seconds, snapshot.starting * start)
+        rate = peak = rise = backlog = workers = age = 0.0
         urgency, worst, is_low = -1.0, loads[0], True
         for load in sorted(loads, key=attrgetter("slo")) if len(loads) > 1 else loads:
             service = load.service_rate or 1.0
             fast, slow = load.ewma_30s / service, load.ewma_300s / service
+            caution = self._caution(load.slo, start)
+            target = load.slo / caution
             rate += max(fast, slow)
             peak += load.max_300s / service
-            # Half of what the averages' centres lie apart, in seconds, is (300 - 30) / 2; the whole is cautious.
-            rise += max(0.0, fast - slow) / 270.0 * start
+            rise += max(0.0, fast - slow) / _APART * start * caution
             backlog += load.backlog_rows / service
             coming = rate + rise
-            left = max(0.0, backlog + (rate + rise / 2 - capacity) * start)
-            if left > 0:
-                excess = max(0.0, left - self.low * load.slo * coming)
-                workers = max(workers, coming + excess / (self.high * load.slo))
-            else:
-                workers = max(workers, coming)
-            age = max(load.oldest_age, left / coming if coming > 0 else load.slo if left else 0.0)
-            if age / load.slo > urgency:
-                urgency, worst = age / load.slo, load
-            is_low = is_low and backlog <= self.low * load.slo * rate
-        return _Demand(rate, peak, backlog, workers, urgency, worst, is_low)
+            left = max(0.0, backlog + (rate + rise / 2) * start - coming_work)
+            excess = max(0.0, left - self.low * target * coming)
+            workers = max(workers, coming + excess / (self.high * target))
+            will_be = max(load.oldest_age, left / coming if coming > 0 else load.slo if left else 0.0)
+            if will_be / target > urgency:
+                age, urgency, worst = will_be, will_be / target, load
+            is_low = is_low and backlog <= self.low * target * rate
+        return _Demand(rate, peak, backlog, workers, age, urgency, worst, is_low)
+
+    def _caution(self, slo: float, start: float) -> float:
+        return min(_MOST_CAUTION, max(1.0, start / (self.high * slo)))
 
     def _raised(self, demand: _Demand, snapshot: Snapshot) -> Decision:
         current = snapshot.desired
@@ -291,7 +304,7 @@ def _reason(code: Code, demand: _Demand, **figures: float) -> Reason:
         code,
         {
             "model": load.model,
-            "age": demand.urgency * load.slo,
+            "age": demand.age,
             "slo": load.slo,
             "rate": demand.rate,
             "backlog": demand.backlog,

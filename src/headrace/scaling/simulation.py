@@ -214,6 +214,7 @@ class _Simulation:
             starting=len(self._starting),
             desired=desired,
             start_p95=plant.start,
+            starting_seconds=sum(plant.start - (ready_at - (tick + 1) * TICK) for ready_at in self._starting),
             limits=plant.limits,
             parts=self._ready + math.ceil(backlog / (mu * _PART_SECONDS)),
             apply_rate=plant.apply_rate,

@@ -86,6 +86,8 @@ class Snapshot:
     start_p95: float
     """Seconds from the start of a worker to its first result."""
     limits: Limits
+    starting_seconds: float = 0.0
+    """Seconds since their start, of all workers that are starting together."""
     parts: int | None = None
     """Parts that wait for a worker or are in the hands of one; None where they are not counted."""
     figures_age: float | None = 0.0
