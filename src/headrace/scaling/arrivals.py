@@ -87,9 +87,9 @@ def read_csv(path: Path, *, noise: float = 0.2, seed: int = 1) -> Arrivals:
     """Read arrivals from a file with the columns `timestamp,value`.
 
     A value is the number of rows in the interval that starts at its timestamp; in between, the rate goes in
-    straight lines. `noise` is the standard deviation of the rate from one 5 s to the next, over its mean: what
-    a file of five or thirty minutes does not tell. Timestamps are ISO 8601, UTC unless they say otherwise.
-    Raises UserError where the file cannot be read or a line is not what it should be.
+    straight lines. `noise` is the standard deviation of the rate from one 5 s to the next, over its mean:
+    what a file of five or thirty minutes does not tell. Timestamps are ISO 8601, UTC unless they say
+    otherwise. Raises UserError where the file cannot be read or a line is not what it should be.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -105,10 +105,12 @@ def read_csv(path: Path, *, noise: float = 0.2, seed: int = 1) -> Arrivals:
     if not values.any():
         raise UserError(f"{path}: all values are 0, so that there is nothing to scale for.", _HOW)
     lengths = np.diff(times)
-    lengths = np.append(lengths, np.median(lengths))
+    # A line that is missing leaves a gap, over which the rate goes in a straight line, too.
+    lengths = np.minimum(np.append(lengths, np.inf), np.median(lengths))
     if (ticks := int((times[-1] + lengths[-1] - times[0]) / TICK)) > _MAX_TICKS:
         raise UserError(
-            f"{path} covers {ticks * TICK / 86400:,.0f} days; a simulation takes {_MAX_TICKS * TICK / 86400:,.0f} at most.",
+            f"{path} covers {ticks * TICK / 86400:,.0f} days, more than the {_MAX_TICKS * TICK / 86400:,.0f} "
+            "that are simulated.",
             "Look for a wrong timestamp, or cut the file.",
         )
     grid = times[0] + np.arange(max(1, ticks)) * TICK
@@ -162,5 +164,3 @@ def _value(where: str, text: str) -> float:
     if not 0 <= value < math.inf:
         raise UserError(f"{where}: {text!r} is no number of rows.", "Write 0 where nothing arrived.")
     return value
-
-

@@ -1,7 +1,7 @@
 """How many workers there should be: policies, pure functions from a snapshot to a decision.
 
-No clock, no state, no effects: the same snapshot always gives the same decision, so that every decision can be
-explained and replayed. What a policy needs to know of the past is in the snapshot.
+No clock, no state, no effects: the same snapshot always gives the same decision, so that every decision can
+be explained and replayed. What a policy needs to know of the past is in the snapshot.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ HOURS = 168
 """Of a week."""
 
 _AFFORDED_SECONDS = 300.0
-"""What is left of a budget must pay all workers for so long, or they are fewer: it is never overdrawn by much."""
+"""What is left of a budget must pay all workers for so long, or they are fewer: it is never overdrawn by
+much."""
 _PARTS_AHEAD = 2
 """Prepared parts per worker that may wait for apply; at so many, apply is the limit."""
 _RAISES_IN_VAIN = 2
 _MOST_CAUTION = 3.0
-"""Workers that take longer to start than one and a half targets cannot be waited for, whatever is foreseen."""
+"""Workers that take longer to start than one and a half targets cannot be waited for, whatever is
+foreseen."""
 _APART = 270.0
-"""Seconds by which the two moving averages lag differently: their difference over it is the arrivals' slope."""
+"""Seconds by which the two moving averages lag differently: their difference over it is the arrivals'
+slope."""
 _EPSILON = 1e-9
 """So that 3.0000000001 workers of arithmetic are three."""
 
@@ -49,9 +52,9 @@ _EPSILON = 1e-9
 class Bounds(NamedTuple):
     """Within these, and within the same hour, a policy decides the same again: nothing need be asked of it.
 
-    `backlog + rate_weight * max(ewma_30s, ewma_300s) + rise_weight * max(0, ewma_30s - ewma_300s) <= limit`, the
-    oldest age is at most `age`, `max_300s` is above `peak`, and `ewma_30s` is at least `fast`. Rows and seconds;
-    for one load, all workers ready, and limits that stay.
+    `backlog + rate_weight * max(ewma_30s, ewma_300s) + rise_weight * max(0, ewma_30s - ewma_300s) <= limit`,
+    the oldest age is at most `age`, `max_300s` is above `peak`, and `ewma_30s` is at least `fast`. Rows and
+    seconds; for one load, all workers ready, and limits that stay.
     """
 
     limit: float = math.inf
@@ -73,7 +76,8 @@ class Policy(Protocol):
         """Return how many workers there should be; pure, and never beyond `snapshot.limits`."""
 
     def bounds(self, snapshot: Snapshot) -> Bounds | None:
-        """Return within which bounds it stays at `snapshot.desired`; None where it has to be asked each time."""
+        """Return within which bounds it stays at `snapshot.desired`; None where it has to be asked each
+        time."""
 
 
 class _Demand(NamedTuple):
@@ -94,14 +98,15 @@ class SloBand:
     """Keeps freshness inside a band below its target: waiting is free until half of the target is used up.
 
     More workers are ordered when the age of the oldest change, as it will be once they are ready, leaves the
-    band: as many as the arrivals need, and as bring the backlog back in half a target. Fewer when the arrivals of
-    the last 300 s need fewer by a tenth. In between nothing changes, which makes for few changes.
+    band: as many as the arrivals need, and as bring the backlog back in half a target. Fewer when the
+    arrivals of the last 300 s need fewer by a tenth. In between nothing changes, which makes for few changes.
 
-    Several targets: work goes by deadline, so the models of a target compete with those of stricter ones only,
-    and the demand is the greatest over all targets (the demand bound of earliest-deadline-first scheduling).
+    Several targets: work goes by deadline, so the models of a target compete with those of stricter ones
+    only, and the demand is the greatest over all targets (the demand bound of earliest-deadline-first
+    scheduling).
 
-    Where workers take longer to start than the band is wide, it foresees more and waits less: the target that it
-    works with is smaller, and a rise of the arrivals counts for more, by the same factor.
+    Where workers take longer to start than the band is wide, it foresees more and waits less: the target
+    that it works with is smaller, and a rise of the arrivals counts for more, by the same factor.
     """
 
     high: float = 0.5
@@ -131,16 +136,17 @@ class SloBand:
         if demand.urgency > self.high:
             return self._raised(demand, snapshot)
         wanted = self._lowered(demand, current, own, loads)
+        if wanted == 0 and own and demand.rate:
+            return _limited(0, _reason(Code.OWN_PROCESS, demand, rate=demand.rate / own), snapshot)
+        if wanted == 0:
+            return _limited(0, _reason(Code.IDLE, demand), snapshot)
         if wanted < current:
-            code = Code.QUIETER if wanted else Code.OWN_PROCESS if demand.backlog or demand.rate else Code.IDLE
-            return _limited(wanted, _reason(code, demand, rate=demand.peak), snapshot)
-        if current == 0:
-            code = Code.OWN_PROCESS if demand.rate else Code.IDLE
-            return _limited(0, _reason(code, demand, rate=demand.rate / own if own else 0.0), snapshot)
+            return _limited(wanted, _reason(Code.QUIETER, demand, rate=demand.peak), snapshot)
         return _limited(current, _reason(Code.KEEPS_UP, demand), snapshot)
 
     def bounds(self, snapshot: Snapshot) -> Bounds | None:
-        """Return where neither side of the band is reached: the condition of a raise is linear in the figures."""
+        """Return where neither side of the band is reached: the condition of a raise is linear in the
+        figures."""
         workers = snapshot.ready
         if len(snapshot.loads) != 1 or workers != snapshot.desired or snapshot.starting:
             return None
@@ -219,11 +225,12 @@ class SloBand:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """KEDA's rule through a Horizontal Pod Autoscaler: a worker for each `threshold` seconds of work that wait.
+    """KEDA's rule through a Horizontal Pod Autoscaler: a worker for each `threshold` seconds of work that
+    wait.
 
-    The HPA's defaults: no change within a tenth of what is there, at most twice as many (or four more) at a time,
-    and fewer only when the greatest backlog of the last 300 s asks for fewer. For comparison: it has no target,
-    and somebody has to find the threshold.
+    The HPA's defaults: no change within a tenth of what is there, at most twice as many (or four more) at a
+    time, and fewer only when the greatest backlog of the last 300 s asks for fewer. For comparison: it has
+    no target, and somebody has to find the threshold.
     """
 
     threshold: float = 60.0
@@ -265,7 +272,7 @@ class Static:
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Return the fixed number."""
-        return _limited(self.workers, Reason(Code.FIXED), snapshot)
+        return _limited(self.workers, Reason(Code.FIXED), snapshot, needs_parts=False)
 
     def bounds(self, snapshot: Snapshot) -> Bounds | None:
         """Return no bounds: no figure matters."""
@@ -290,7 +297,7 @@ class Schedule:
             reason = Reason(Code.FIGURES_MISSING, {"what": "the hour"})
             return _limited(snapshot.desired, reason, snapshot, may_rise=False)
         reason = Reason(Code.SCHEDULED, {"hour": snapshot.hour})
-        return _limited(self.workers[snapshot.hour % HOURS], reason, snapshot)
+        return _limited(self.workers[snapshot.hour % HOURS], reason, snapshot, needs_parts=False)
 
     def bounds(self, snapshot: Snapshot) -> Bounds | None:
         """Return no bounds: no figure matters."""
@@ -330,8 +337,10 @@ def _without_workers(snapshot: Snapshot) -> Reason:
     if not snapshot.loads:
         return Reason(Code.IDLE)
     load = max(snapshot.loads, key=attrgetter("backlog_rows"))
-    figures = {"handover": load.handover_rate or 0.0, "own": load.own_rate or 0.0, "model": load.model}
-    return Reason(Code.NOT_WORTH_IT, figures)
+    return Reason(
+        Code.NOT_WORTH_IT,
+        {"handover": load.handover_rate or 0.0, "own": load.own_rate or 0.0, "model": load.model},
+    )
 
 
 def _apply_limit(snapshot: Snapshot, wanted: int) -> tuple[int, Reason] | None:
@@ -347,8 +356,14 @@ def _apply_limit(snapshot: Snapshot, wanted: int) -> tuple[int, Reason] | None:
     return useful, Reason(Code.APPLY_IS_THE_LIMIT, figures)
 
 
-def _limited(wanted: int, reason: Reason, snapshot: Snapshot, *, may_rise: bool = True) -> Decision:
-    """Return a decision within the limits; its reason tells which one bound it, and what that costs."""
+def _limited(
+    wanted: int, reason: Reason, snapshot: Snapshot, *, may_rise: bool = True, needs_parts: bool = True
+) -> Decision:
+    """Return a decision within the limits; its reason tells which one bound it, and what that costs.
+
+    Unless it `may_rise`, not even `min_workers` adds any; where workers are wanted for what waits, and not
+    beforehand, they `needs_parts` to take.
+    """
     limits, current = snapshot.limits, snapshot.desired
     figures = reason.figures
     if may_rise:
@@ -359,16 +374,28 @@ def _limited(wanted: int, reason: Reason, snapshot: Snapshot, *, may_rise: bool 
         if reason.code is Code.BEHIND:
             more = wanted - workers
             price = f", {more * limits.price:.2f} in money" if limits.price else ""
-            more_figures = {**figures, "cap": workers, "wanted": wanted, "more": more, "price": price}
+            more_figures: dict[str, float | int | str] = {
+                **figures,
+                "cap": workers,
+                "wanted": wanted,
+                "more": more,
+                "price": price,
+            }
             reason = Reason(Code.SLO_INFEASIBLE, more_figures)
         else:
             reason = Reason(Code.OVER_A_LIMIT, {"desired": wanted, "cap": workers})
     left = limits.worker_hours_left
     if left is not None and workers > (afforded := int(max(0.0, left) * 3600 / _AFFORDED_SECONDS)):
         workers = afforded
-        told = {"age": 0.0, "slo": 0.0, **figures, "wanted": wanted, "left": left}
+        told: dict[str, float | int | str] = {
+            "age": 0.0,
+            "slo": 0.0,
+            **figures,
+            "wanted": wanted,
+            "left": left,
+        }
         reason = Reason(Code.BUDGET_SPENT, told)
-    parts = snapshot.parts
+    parts = snapshot.parts if needs_parts else None
     if parts is not None and workers > current and workers > max(parts, limits.min_workers):
         workers = max(current, parts, min(limits.min_workers, workers))
         reason = Reason(Code.FEW_PARTS, {**figures, "wanted": wanted, "parts": parts})

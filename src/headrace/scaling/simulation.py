@@ -1,9 +1,9 @@
 """What a policy would have done: arrivals against workers, and what it costs.
 
-The plant is a fluid queue, first in first out, in steps of `TICK`: workers are ordered, cost from then on, take
-parts after the start time, and everyone pauses for a moment when one joins or leaves. Arrivals and their averages
-are columns; only the queue goes step by step, and a policy is asked only where its bounds are left, so that months
-take seconds.
+The plant is a fluid queue, first in first out, in steps of `TICK`: workers are ordered, cost from then on,
+take parts after the start time, and everyone pauses for a moment when one joins or leaves. Arrivals and
+their averages are columns; only the queue goes step by step, and a policy is asked only where its bounds are
+left, so that months take seconds.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ class _Simulation:
     def __init__(self, arrivals: Arrivals, policy: Policy, plant: Plant) -> None:
         averages = Averages.of(arrivals)
         self._arrivals, self._policy, self._plant = arrivals, policy, plant
-        self._fast, self._slow = averages.ewma_30s, averages.ewma_300s
-        self._peak = averages.max_300s
+        self._fast: list[float] = averages.ewma_30s.tolist()
+        self._slow: list[float] = averages.ewma_300s.tolist()
+        self._peak: list[float] = averages.max_300s.tolist()
         self._hours = arrivals.hours().tolist()
         self._arrived = np.cumsum(arrivals.rows).tolist()
         limits = plant.limits
@@ -101,7 +102,7 @@ class _Simulation:
         served: list[float] = []
         paid: list[int] = []
         backlogs, serve = self._backlogs, self._serve
-        fast, peak = self._fast.tolist(), self._peak.tolist()
+        fast, peak = self._fast, self._peak
         bounds: Bounds | None = None
         pressed = fast  # the part of a raise's condition that the arrivals alone make
         weights = None
@@ -130,8 +131,8 @@ class _Simulation:
         return self._outcome(np.array(ages), np.array(served), np.array(paid, dtype=np.int32))
 
     def _pressed(self, bounds: Bounds) -> list[float]:
-        rate = np.maximum(self._fast, self._slow)
-        rise = np.maximum(0.0, self._fast - self._slow)
+        fast, slow = np.array(self._fast), np.array(self._slow)
+        rate, rise = np.maximum(fast, slow), np.maximum(0.0, fast - slow)
         pressed: list[float] = (bounds.rate_weight * rate + bounds.rise_weight * rise).tolist()
         return pressed
 
@@ -169,12 +170,13 @@ class _Simulation:
             late += max(0.0, self._starting.pop(0) - (now - TICK))
             self._ready += 1
         self._paused = plant.pause
-        return plant.mu * max(0.0, self._ready * (TICK - self._paused) - late)
+        worked: float = self._ready * (TICK - self._paused) - late
+        return plant.mu * max(0.0, worked)
 
     def _decide(self, tick: int, backlog: float, age: float, served: float) -> Bounds | None:
         plant = self._plant
         self._raises = self._gain.note(tick * TICK, self._ready, served / TICK, is_behind=backlog > 0)
-        snapshot = self._snapshot(tick, backlog, age, self._desired)
+        snapshot = self._snapshot(tick, backlog, age, served)
         workers = self._policy.decide(snapshot).workers
         change = workers - self._desired
         if change == 0:
@@ -192,7 +194,7 @@ class _Simulation:
             self._paused = plant.pause
         return None
 
-    def _snapshot(self, tick: int, backlog: float, age: float, desired: int) -> Snapshot:
+    def _snapshot(self, tick: int, backlog: float, age: float, served: float) -> Snapshot:
         plant = self._plant
         mu = plant.mu * plant.believed
         load = Load(
@@ -200,9 +202,9 @@ class _Simulation:
             slo=plant.slo,
             backlog_rows=backlog,
             oldest_age=age,
-            ewma_30s=float(self._fast[tick]),
-            ewma_300s=float(self._slow[tick]),
-            max_300s=float(self._peak[tick]),
+            ewma_30s=self._fast[tick],
+            ewma_300s=self._slow[tick],
+            max_300s=self._peak[tick],
             mu=mu,
             own_rate=plant.own_rate * plant.believed or None,
             max_backlog_300s=max(self._backlogs[-_WINDOW:]),
@@ -212,14 +214,15 @@ class _Simulation:
             loads=(load,),
             ready=self._ready,
             starting=len(self._starting),
-            desired=desired,
+            desired=self._desired,
             start_p95=plant.start,
-            starting_seconds=sum(plant.start - (ready_at - (tick + 1) * TICK) for ready_at in self._starting),
+            starting_seconds=len(self._starting) * (plant.start + (tick + 1) * TICK) - sum(self._starting),
             limits=plant.limits,
             parts=self._ready + math.ceil(backlog / (mu * _PART_SECONDS)),
             apply_rate=plant.apply_rate,
             prepared_parts=2 * self._ready if is_full else 0,
             raises_without_gain=self._raises,
+            busy=served / (self._ready * plant.mu * TICK) if self._ready else 1.0,
             hour=self._hours[tick],
         )
 

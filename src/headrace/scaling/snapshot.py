@@ -98,6 +98,8 @@ class Snapshot:
     """Parts that are prepared and wait for apply."""
     raises_without_gain: int = 0
     """How many raises, one after another, have brought no more throughput (`headrace.scaling.gain`)."""
+    busy: float | None = None
+    """Share of their time that the ready workers were busy since the figures before."""
     hour: int | None = None
     """The hour of the week, UTC, from 0 (Monday 00:00) to 167."""
 
@@ -127,24 +129,25 @@ class Code(enum.StrEnum):
 
 _SENTENCES: Mapping[Code, str] = {
     Code.KEEPS_UP: "Freshness {age:.0f} s of {slo:.0f} s, and the arrivals keep {rate:.2f} workers busy.",
-    Code.CATCHING_UP: "{workers} workers are ordered; that is enough to bring freshness from {age:.0f} s back "
-    "under {slo:.0f} s.",
-    Code.BEHIND: "Freshness is going to be {age:.0f} s of {slo:.0f} s when workers ordered now are ready: "
-    "arrivals need {rate:.2f} workers, and {backlog:.0f} s of work will wait.",
-    Code.QUIETER: "The arrivals of the last 300 s need {rate:.2f} workers at most, and {backlog:.0f} s of work wait.",
+    Code.CATCHING_UP: "{workers} workers are enough to bring freshness from {age:.0f} s back under "
+    "{slo:.0f} s.",
+    Code.BEHIND: "Freshness will be {age:.0f} s of {slo:.0f} s when workers ordered now are ready: "
+    "arrivals need {rate:.2f} workers, and {backlog:.0f} s of work wait.",
+    Code.QUIETER: "The arrivals of the last 300 s need {rate:.2f} workers at most; {backlog:.0f} s of work "
+    "wait.",
     Code.IDLE: "Nothing is queued and nothing arrives.",
     Code.OWN_PROCESS: "The main process does it by itself: arrivals take {rate:.0%} of its time.",
     Code.FIGURES_MISSING: "Not measured yet: {what}. Nothing is changed without it.",
-    Code.FIGURES_STALE: "The figures are {age:.0f} s old, more than {limit:.0f} s. Nothing is changed until there "
-    "are new ones.",
+    Code.FIGURES_STALE: "The figures are {age:.0f} s old, more than {limit:.0f} s. Nothing is changed until "
+    "there are new ones.",
     Code.NOT_WORTH_IT: "Handing over takes the main process longer ({handover:.0f} rows/s) than preparing "
     "({own:.0f} rows/s): workers would not help.",
     Code.FEW_PARTS: "{wanted} workers would be needed, but there are {parts} parts for them to take.",
-    Code.APPLY_IS_THE_LIMIT: "Apply is the limit: {prepared} prepared parts wait for it, and it takes what "
-    "{useful} workers do. More of them would not help.",
-    Code.NO_GAIN: "{raises} raises have brought no more throughput: the source or the destination is the limit. "
-    "Freshness is {age:.0f} s of {slo:.0f} s.",
-    Code.BUDGET_SPENT: "{wanted} workers are needed, and {left:.2f} worker-hours are left of today's budget "
+    Code.APPLY_IS_THE_LIMIT: "Apply is the limit: {prepared} prepared parts wait for it, and it takes "
+    "what {useful} workers do. More of them would not help.",
+    Code.NO_GAIN: "{raises} raises have brought no more throughput: the source or the destination is the "
+    "limit. Freshness is {age:.0f} s of {slo:.0f} s.",
+    Code.BUDGET_SPENT: "{wanted} workers are needed; {left:.2f} worker-hours are left of today's budget "
     "(max_worker_hours_per_day). Freshness is {age:.0f} s of {slo:.0f} s.",
     Code.SLO_INFEASIBLE: "SLO_INFEASIBLE(cap={cap}): the target of {slo:.0f} s needs {wanted} workers, "
     "max_workers is {cap}. Meeting it costs {more} worker-hours more an hour{price}.",
