@@ -45,7 +45,8 @@ class Cpu:
     """The Horizontal Pod Autoscaler on CPU: so many workers that they are busy for 70 % of their time.
 
     Its defaults: a tolerance of a tenth, at most twice as many or four more at a time, and fewer only as the
-    greatest wish of the last 300 s. Unlike a policy of ours it remembers: one object for one simulation.
+    greatest wish of the last 300 s. It never goes to zero. Unlike a policy of ours it remembers: one object
+    for one simulation.
     """
 
     name = "cpu 70 %"
@@ -64,7 +65,8 @@ class Cpu:
         wanted = current if abs(ratio - 1) <= 0.1 else math.ceil(ratio * snapshot.ready)
         self._wishes.append(wanted)
         wanted = min(max(wanted, min(current, max(self._wishes))), current + max(4, current))
-        wanted = max(snapshot.limits.min_workers, min(snapshot.limits.max_workers, wanted))
+        # Without a worker there is no use of CPU to scale by.
+        wanted = max(1, snapshot.limits.min_workers, min(snapshot.limits.max_workers, wanted))
         return Decision(wanted, Reason(Code.THRESHOLD, {"backlog": 0.0, "threshold": 0.0}))
 
     def bounds(self, snapshot: Snapshot) -> Bounds | None:  # noqa: ARG002 - the protocol's

@@ -136,10 +136,11 @@ class SloBand:
         if demand.urgency > self.high:
             return self._raised(demand, snapshot)
         wanted = self._lowered(demand, current, own, loads)
-        if wanted == 0 and own and demand.rate:
-            return _limited(0, _reason(Code.OWN_PROCESS, demand, rate=demand.rate / own), snapshot)
         if wanted == 0:
-            return _limited(0, _reason(Code.IDLE, demand), snapshot)
+            does_itself = own > 0 and demand.rate > 0
+            share = demand.rate / own if does_itself else 0.0
+            code = Code.OWN_PROCESS if does_itself else Code.IDLE
+            return _limited(0, _reason(code, demand, rate=share), snapshot)
         if wanted < current:
             return _limited(wanted, _reason(Code.QUIETER, demand, rate=demand.peak), snapshot)
         return _limited(current, _reason(Code.KEEPS_UP, demand), snapshot)

@@ -6,7 +6,8 @@ Each is the same whenever it is made, and has a mean rate of 1 row a second; `Ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +22,8 @@ _MINUTE = round(60 / TICK)
 
 
 def flash_crowd() -> Arrivals:
-    """Return even days on which, once a day, fifteen times as much comes within two minutes and ebbs in an hour."""
+    """Return even days on which, once a day, fifteen times as much comes within two minutes and ebbs in an
+    hour."""
     rates = _day_and_night(0.3)
     for day in range(DAYS):
         at = day * _DAY + (9 + day * 5 % 11) * _HOUR
@@ -32,7 +34,8 @@ def flash_crowd() -> Arrivals:
 
 
 def nightly_batch() -> Arrivals:
-    """Return quiet days, and from two to three at night a batch of twenty times the rate, at once and at once over."""
+    """Return quiet days, and from two to three at night a batch of twenty times the rate, at once and at
+    once over."""
     rates = _day_and_night(0.2)
     for day in range(DAYS):
         at = day * _DAY + 2 * _HOUR
@@ -49,10 +52,11 @@ def huge_transaction() -> Arrivals:
 
 
 def mostly_idle() -> Arrivals:
-    """Return arrivals of a small shop: nothing at all in 96 of 100 minutes, a few minutes of work in the others."""
+    """Return arrivals of a small shop: nothing at all in 96 of 100 minutes, a few minutes of work in the
+    others."""
     random = np.random.default_rng(14)
     minutes = random.random(DAYS * 1440) < 0.04
-    sizes = minutes * random.pareto(1.8, len(minutes))
+    sizes = minutes * random.exponential(size=len(minutes))
     return _scaled(np.repeat(sizes, _MINUTE))
 
 
@@ -82,3 +86,15 @@ def _made(rates: Floats, *, seed: int) -> Arrivals:
 
 def _scaled(rates: Floats) -> Arrivals:
     return Arrivals(START, rates / rates.mean() * TICK)
+
+
+def read_compact(path: Path) -> str:
+    """Return a trace as CSV that is kept more compactly: one line of start and seconds, then values, - for
+    none."""
+    lines = path.read_text().splitlines()
+    start, step = lines[0].split()
+    begin = datetime.fromisoformat(start)
+    values = " ".join(lines[1:]).split()
+    moments = ((begin + timedelta(seconds=i * float(step)), value) for i, value in enumerate(values))
+    rows = [f"{moment},{value}" for moment, value in moments if value != "-"]
+    return "\n".join(["timestamp,value", *rows, ""])
