@@ -58,8 +58,8 @@ def simulate(
     *,
     workers: Workers = Workers(),  # noqa: B008 - its fields are options, each with its own default
     learn: Annotated[
-        str, Parameter(help="For how long the first arrivals only teach the schedule: 7d.")
-    ] = "",
+        str | None, Parameter(help="For how long the first arrivals only teach the schedule: 7d.")
+    ] = None,
     threshold: Annotated[str, Parameter(help="The backlog policy's seconds of work a worker.")] = "60s",
     svg: Annotated[Path | None, Parameter(help="Write the pictures of all to a file.")] = None,
     json: Annotated[bool, Parameter(help="Print one JSON object.", negative="")] = False,
@@ -115,7 +115,7 @@ def _journalled(project: Path) -> Arrivals:
     return arrivals_of(Journal(settings.state / FILE).read())
 
 
-def _split(every: Arrivals, learn: str) -> tuple[Arrivals, Arrivals]:
+def _split(every: Arrivals, learn: str | None) -> tuple[Arrivals, Arrivals]:
     """Return what teaches the schedule, and what is judged: half of it each, and a week of teaching at
     most."""
     taught = seconds_of("--learn", learn) if learn else min(_WEEK, every.seconds / 2)
@@ -137,7 +137,7 @@ def _plant(workers: Workers, judged: Arrivals, *, is_replay: bool) -> Plant:
         _positive("--mean-workers", workers.mean_workers)
         rate = judged.rate / workers.mean_workers
     else:
-        rate = workers.worker_rate or 1.0
+        rate = 1.0 if workers.worker_rate is None else workers.worker_rate
     _positive("--worker-rate", rate)
     if not 0 <= workers.min_workers <= workers.max_workers or workers.max_workers < 1:
         raise UserError("--min-workers and --max-workers do not fit.", "0 <= min <= max, and max at least 1.")

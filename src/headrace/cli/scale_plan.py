@@ -46,7 +46,7 @@ class Known:
     capture_rate: float | None = None
     load_rate: float | None = None
     apply_rate: float | None = None
-    start: Annotated[str, Parameter(help="From ordering a worker to its first result.")] = ""
+    start: Annotated[str | None, Parameter(help="From ordering a worker to its first result.")] = None
     wal_factor: Annotated[float | None, Parameter(help="Bytes of WAL for each byte of a row.")] = None
     log_factor: Annotated[float | None, Parameter(help="Bytes of the log, likewise.")] = None
     raw_factor: Annotated[float | None, Parameter(help="Bytes of raw tables, likewise.")] = None
