@@ -107,7 +107,7 @@ def test_a_plan_is_arithmetic() -> None:
     assert made["worker-hours"].value == 24
     assert made["price of workers"].value == 12
     assert made["WAL at the source, 1 h away"].value == 20_000 * 6 * 100 * 3600 * 3
-    assert made["disk: log"].value == 20_000 * 100 * 10 * 86_400
+    assert made["disk: log"].value == 20_000 * 100 * 10 * 86_400 * KNOWN.log.value
     assert made["disk: log"].basis == "assumed"
     assert made["WAL at the source, 1 h away"].basis == "given"
     # 72 M rows behind; apply does 150,000 a second, of which 20,000 are new; the workers take 10 s to start,

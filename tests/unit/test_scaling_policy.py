@@ -188,6 +188,8 @@ def test_where_workers_do_not_help_none_is_added() -> None:
     assert code_of(band.decide(burst(prepared_parts=6))) == (3, Code.APPLY_IS_THE_LIMIT)
     assert code_of(band.decide(burst(apply_rate=2.5 * MU))) == (3, Code.APPLY_IS_THE_LIMIT)
     assert code_of(band.decide(burst(apply_rate=1.5 * MU, prepared_parts=6))) == (2, Code.APPLY_IS_THE_LIMIT)
+    assert code_of(band.decide(burst(apply_rate=5 * MU))) == (5, Code.APPLY_IS_THE_LIMIT)
+    assert code_of(band.decide(quiet(5, apply_rate=2 * MU))) == (2, Code.APPLY_IS_THE_LIMIT)
     assert band.decide(burst(apply_rate=40 * MU)).workers == 16
     assert code_of(band.decide(burst(parts=5))) == (5, Code.FEW_PARTS)
     assert code_of(band.decide(burst(limits=Limits(0, 16, worker_hours_left=0.4)))) == (4, Code.BUDGET_SPENT)

@@ -60,7 +60,7 @@ def as_svg(arrivals: Arrivals, mu: float, outcomes: Sequence[Outcome]) -> str:
 
 
 def _panel(arrivals: Arrivals, mu: float, outcome: Outcome, down: int, colour: str) -> str:
-    load, workers = _columns(arrivals, mu, outcome, _WIDTH)
+    load, workers = _columns(arrivals, mu, outcome, _WIDTH // 2)
     top = max(float(workers.max()), float(load.max()), 1.0)
 
     def place(values: Floats | NDArray[np.int32]) -> list[str]:

@@ -54,7 +54,7 @@ class Bounds(NamedTuple):
 
     `backlog + rate_weight * max(ewma_30s, ewma_300s) + rise_weight * max(0, ewma_30s - ewma_300s) <= limit`,
     the oldest age is at most `age`, `max_300s` is above `peak`, and `ewma_30s` is at least `fast`. Rows and
-    seconds; for one load, all workers ready, and limits that stay.
+    seconds; for one load, all workers ready, and limits and apply's rate that stay.
     """
 
     limit: float = math.inf
@@ -134,16 +134,13 @@ class SloBand:
         own = min((load.own_rate or 0.0) / (load.service_rate or 1.0) for load in loads)
         demand = self._demand(loads, snapshot, own)
         if demand.urgency > self.high:
-            return self._raised(demand, snapshot)
-        wanted = self._lowered(demand, current, own, loads)
-        if wanted == 0:
-            does_itself = own > 0 and demand.rate > 0
-            share = demand.rate / own if does_itself else 0.0
-            code = Code.OWN_PROCESS if does_itself else Code.IDLE
-            return _limited(0, _reason(code, demand, rate=share), snapshot)
-        if wanted < current:
-            return _limited(wanted, _reason(Code.QUIETER, demand, rate=demand.peak), snapshot)
-        return _limited(current, _reason(Code.KEEPS_UP, demand), snapshot)
+            wanted, reason = self._raised(demand, snapshot)
+        else:
+            wanted, reason = self._lowered(demand, current, own, loads)
+        useful = _useful_workers(loads, snapshot.apply_rate)
+        if useful is not None and wanted - useful >= max(1, self.deadband * current):
+            wanted, reason = useful, _apply_is_the_limit(snapshot, useful)
+        return _limited(wanted, reason, snapshot)
 
     def bounds(self, snapshot: Snapshot) -> Bounds | None:
         """Return where neither side of the band is reached: the condition of a raise is linear in the
@@ -196,23 +193,32 @@ class SloBand:
     def _caution(self, slo: float, start: float) -> float:
         return min(_MOST_CAUTION, max(1.0, start / (self.high * slo)))
 
-    def _raised(self, demand: _Demand, snapshot: Snapshot) -> Decision:
+    def _raised(self, demand: _Demand, snapshot: Snapshot) -> tuple[int, Reason]:
+        """Return more workers, unless there are enough already or others would not help."""
         current = snapshot.desired
         wanted = math.ceil(demand.workers - _EPSILON)
-        if (apply := _apply_limit(snapshot, wanted)) is not None:
-            useful, reason = apply
-            # Fewer where apply cannot even take what these do, by so much that it is not chance.
-            is_too_many = current - useful >= max(1.0, self.deadband * current)
-            return _limited(useful if is_too_many else current, reason, snapshot)
-        if wanted > current and snapshot.raises_without_gain >= _RAISES_IN_VAIN:
-            reason = _reason(Code.NO_GAIN, demand, raises=snapshot.raises_without_gain)
-            return _limited(current, reason, snapshot)
         if wanted <= current:
-            return _limited(current, _reason(Code.CATCHING_UP, demand, workers=current), snapshot)
-        return _limited(wanted, _reason(Code.BEHIND, demand), snapshot)
+            return current, _reason(Code.CATCHING_UP, demand, workers=current)
+        if snapshot.prepared_parts >= _PARTS_AHEAD * max(1, snapshot.ready):
+            return current, _apply_is_the_limit(snapshot, current)
+        if snapshot.raises_without_gain >= _RAISES_IN_VAIN:
+            return current, _reason(Code.NO_GAIN, demand, raises=snapshot.raises_without_gain)
+        return wanted, _reason(Code.BEHIND, demand)
 
-    def _lowered(self, demand: _Demand, current: int, own: float, loads: Sequence[Load]) -> int:
-        """Return fewer workers where these are enough for what has been lately, else `current`."""
+    def _lowered(
+        self, demand: _Demand, current: int, own: float, loads: Sequence[Load]
+    ) -> tuple[int, Reason]:
+        """Return fewer workers where these are enough for what has been lately, else as many as there are."""
+        wanted = self._enough(demand, current, own, loads)
+        if wanted == 0:
+            does_itself = own > 0 and demand.rate > 0
+            share = demand.rate / own if does_itself else 0.0
+            return 0, _reason(Code.OWN_PROCESS if does_itself else Code.IDLE, demand, rate=share)
+        if wanted < current:
+            return wanted, _reason(Code.QUIETER, demand, rate=demand.peak)
+        return current, _reason(Code.KEEPS_UP, demand)
+
+    def _enough(self, demand: _Demand, current: int, own: float, loads: Sequence[Load]) -> int:
         if not demand.is_low:
             return current
         if own and demand.peak <= self.own_share * own:
@@ -344,17 +350,15 @@ def _without_workers(snapshot: Snapshot) -> Reason:
     )
 
 
-def _apply_limit(snapshot: Snapshot, wanted: int) -> tuple[int, Reason] | None:
-    """Return how many workers apply keeps up with, and words for it, where that is fewer than wanted."""
-    waits = snapshot.prepared_parts >= _PARTS_AHEAD * max(1, snapshot.ready)
-    useful = snapshot.desired
-    if snapshot.apply_rate:
-        slowest = min(load.service_rate or 1.0 for load in snapshot.loads if load.is_worth_a_worker)
-        useful = math.ceil(snapshot.apply_rate / slowest - _EPSILON)
-    if not waits and (not snapshot.apply_rate or wanted <= useful or snapshot.desired < useful):
+def _useful_workers(loads: Sequence[Load], apply_rate: float | None) -> int | None:
+    """Return how many workers apply keeps up with, if it is known: of those on the slowest model."""
+    if not apply_rate:
         return None
-    figures = {"prepared": snapshot.prepared_parts, "useful": useful}
-    return useful, Reason(Code.APPLY_IS_THE_LIMIT, figures)
+    return math.ceil(apply_rate / min(load.service_rate or 1.0 for load in loads) - _EPSILON)
+
+
+def _apply_is_the_limit(snapshot: Snapshot, useful: int) -> Reason:
+    return Reason(Code.APPLY_IS_THE_LIMIT, {"prepared": snapshot.prepared_parts, "useful": useful})
 
 
 def _limited(

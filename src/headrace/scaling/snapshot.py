@@ -93,7 +93,7 @@ class Snapshot:
     figures_age: float | None = 0.0
     """Seconds since the figures were taken; None where there are none."""
     apply_rate: float | None = None
-    """Rows per second that apply takes while it is busy."""
+    """Rows per second that apply takes while it is busy with whole slices; None until it has been."""
     prepared_parts: int = 0
     """Parts that are prepared and wait for apply."""
     raises_without_gain: int = 0
