@@ -213,6 +213,17 @@ def test_the_main_process_does_the_trickle_and_takes_over_again() -> None:
     assert code_of(band.decide(replace(stopped, loads=()))) == (0, Code.IDLE)
 
 
+@pytest.mark.parametrize(
+    ("backlog", "highest", "workers"),
+    [(185, 185, 3), (240, 240, 4), (1000, 1000, 7), (20, 170, 3), (20, 110, 2), (0, 0, 0)],
+    ids=["tolerated", "more", "four at a time", "not yet fewer", "fewer", "none"],
+)
+def test_the_rule_of_the_backlog_is_that_of_keda(backlog: float, highest: float, workers: int) -> None:
+    """60 s of work for each of three workers; the highest backlog of the last 300 s keeps them."""
+    one = load(backlog_rows=backlog * MU, max_backlog_300s=highest * MU)
+    assert Backlog().decide(quiet(3, loads=(one,))).workers == workers
+
+
 def test_each_model_has_its_own_target() -> None:
     """A lenient model's backlog waits; the same backlog of a strict one does not."""
     lenient = load(model="history", slo=3600.0, backlog_rows=600_000.0, ewma_30s=10.0, ewma_300s=10.0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from headrace.errors import UserError
 from headrace.scaling.arrivals import TICK, Arrivals, read_csv
 from headrace.scaling.baselines import compare, schedule_of
-from headrace.scaling.policy import Backlog, Bounds, Code, Decision, Limits, SloBand, Snapshot
+from headrace.scaling.policy import Backlog, Bounds, Code, Decision, Limits, Schedule, SloBand, Snapshot
 from headrace.scaling.simulation import Plant, simulate
 from headrace.testing.arrivals import GENERATED, START, even, read_compact
 
@@ -98,11 +98,15 @@ class Asked:
         return None
 
 
-@pytest.mark.parametrize("own", [0.0, 700.0])
-def test_what_the_bounds_leave_out_changes_nothing(trace: Callable[[str], Arrivals], own: float) -> None:
-    judged = trace("mentions").split(2 * 86_400)[0]
+@pytest.mark.parametrize(("name", "own"), [("mentions", 0.0), ("mentions", 700.0), ("96 % idle", 0.0)])
+def test_what_the_bounds_leave_out_changes_nothing(
+    trace: Callable[[str], Arrivals], name: str, own: float
+) -> None:
+    judged = trace(name) if name == "mentions" else GENERATED[name]().scaled(PLANT.mu / 5)
     plant = replace(PLANT, own_rate=own, limits=Limits(0, 64))
-    quick, thorough = (simulate(judged, policy, plant) for policy in (SloBand(), Asked()))
+    quick, thorough = (
+        simulate(judged.split(3 * 86_400)[0], policy, plant) for policy in (SloBand(), Asked())
+    )
     assert (quick.workers == thorough.workers).all()
     assert quick.worker_hours == thorough.worker_hours
 
@@ -165,6 +169,20 @@ def test_where_more_workers_bring_nothing_it_stops_raising() -> None:
     assert simulate(Arrivals(START, rates * TICK), SloBand(), bound).workers[-1] <= 4
 
 
+def test_the_plant() -> None:
+    """A second worker for an hour: paid from its ordering, working a minute later, and everyone pauses for
+    it."""
+    hours = [1 + (hour == 1) for hour in range(168)]
+    rates = np.full(round(3 * 3600 / TICK), 0.9 * PLANT.mu * TICK)
+    found = simulate(Arrivals(START, rates), Schedule(tuple(hours)), replace(PLANT, pause=10.0))
+    assert found.actions_per_day == 2 * 8
+    assert found.worker_hours == pytest.approx(4 + PLANT.drain / 3600, abs=1e-9)
+    hour = round(3600 / TICK)
+    # In the 5 s that a pause leaves of a tick two workers do 10 s of the 13.5 s of work that arrive, one does 5.
+    joined, left = hour + round(PLANT.start / TICK) + 1, 2 * hour + 1
+    assert found.ages[[joined - 1, joined, left - 1, left]] * 0.9 == pytest.approx([0, 3.5, 0, 8.5])
+
+
 def test_the_lower_bound_and_the_price() -> None:
     found = simulate(even().scaled(2000.0), SloBand(), replace(PLANT, limits=Limits(1, 64, price=2.0)))
     assert found.bound_hours == pytest.approx(2 * 48)
@@ -217,3 +235,6 @@ def test_files_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert arrivals.rows[0] / TICK == 1.0
     assert arrivals.rows[-1] / TICK == 2.0
     assert set(arrivals.hours()) == {8}
+    rows = ["2026-01-05 08:00,600", "2026-01-05 08:10,600", "2026-01-05 08:30,600", "2026-01-05 08:40,600"]
+    file.write_text("\n".join(["timestamp,value", *rows, ""]))
+    assert (read_csv(file, noise=0.0).rows == TICK).all()  # a line that is missing is no lull
