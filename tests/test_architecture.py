@@ -80,6 +80,7 @@ FLOORS = [
         "raw",
         "alerts",
         "outages",
+        "isolation",
     },
     {"cli", "console", "testing"},
 ]

@@ -24,6 +24,8 @@ MESSAGE = "decode.message"
 
 PAYLOAD = "decode.payload"
 """The reason of an entry of the log whose changes do not decode."""
+UNWRITABLE = "crash.destination"
+"""The reason of a change on which the destination fails each time, though it is well."""
 
 Refused = tuple[int, int, int, str | None]
 """Epoch, commit and ordinal of a change that is refused, and the name of the foreign or unique key that it is
@@ -36,6 +38,16 @@ class UniqueKey(NamedTuple):
 
     name: str
     columns: tuple[str, ...]
+
+
+class Unwritable(NamedTuple):
+    """A change on which the destination fails each time: its place, its source key, and why."""
+
+    epoch: int
+    commit: int
+    ordinal: int
+    key: str | None
+    message: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from headrace.change import Offset
 from headrace.decisions import Outcome
+from headrace.isolation import Isolation
 from headrace.joining import Joiner
 from headrace.prepared import Contested, Prepared, Reference, UniqueKey
 from headrace.protocols import Destination
@@ -69,12 +70,18 @@ class Waiting:
     """What waits in a destination, for the models of one source."""
 
     def __init__(
-        self, source: str, joiner: Joiner, destination: Destination, recount: Callable[[], None]
+        self,
+        source: str,
+        joiner: Joiner,
+        destination: Destination,
+        isolation: Isolation,
+        recount: Callable[[], None],
     ) -> None:
         """`recount` is called when records have changed that no slice brought."""
         self._source = source
         self._joiner = joiner
         self._destination = destination
+        self._isolation = isolation
         self._recount = recount
         self._stand: object = None
         self._is_due = True
@@ -122,8 +129,10 @@ class Waiting:
         *,
         dry_run: bool = False,
         decided: Mapping[str, Outcome] = NOTHING_DECIDED,
+        anew: bool = False,
     ) -> Refolding:
-        """Fold keys of models again, and what their rows leave dangling; see `Waits.refold`."""
+        """Fold keys of models again, and what their rows leave dangling; see `Waits.refold`. If `anew`, also
+        changes are tried once more on which the destination has failed."""
 
         def attempt(models: Sequence[RowModel], again: Again) -> Refolding:
             through = {name: stands[name].offset for name in again}
@@ -138,7 +147,16 @@ class Waiting:
                 counts.pop("discarded", None)
             return Refolding(counts, {model.name: prepared for model, prepared in outcomes})
 
-        refolding = settled(models, attempt, again)
+        def changes(model: RowModel) -> Iterator[pa.Table]:
+            if model.name in again:
+                yield self._joiner.history(model, stands[model.name].offset, again[model.name])
+
+        if anew:
+            models = [
+                self._isolation.lifted(model, again[model.name]) if model.name in again else model
+                for model in models
+            ]
+        refolding = self._isolation.isolated(models, lambda models: settled(models, attempt, again), changes)
         if not dry_run:
             self._recount()
         return refolding

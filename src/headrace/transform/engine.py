@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import duckdb
 
@@ -28,3 +30,16 @@ def engine() -> duckdb.DuckDBPyConnection:
     cursor = connection.cursor()
     cursor.execute("SET TimeZone = 'UTC'")  # a setting of the session: a cursor is one of its own
     return cursor
+
+
+@contextmanager
+def within(db: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
+    """Interrupt a query that takes longer."""
+    timer = threading.Timer(seconds, db.interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # else it might meet the next query

@@ -8,9 +8,7 @@ guard in WHERE protects its casts. What TRY cannot hold is found by bisection.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -20,9 +18,10 @@ import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
 from headrace.keys import literal, quoted, source_key
-from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
+from headrace.prepared import FOREIGN_KEY, UNIQUE, UNWRITABLE, Claims, Reference
 from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
+from headrace.transform.engine import within
 from headrace.transform.trial import killers, refuse_too_many, show_events, time_for
 
 if TYPE_CHECKING:
@@ -70,7 +69,10 @@ class Evaluation:
         return self._model
 
     def refuse(self, events: pa.Table) -> None:
-        """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
+        """Count those of these events as bad that the model refuses, see `RowModel.refusing`, and those that
+        no destination takes."""
+        if self._model.unwritable:
+            self._refuse_unwritable(events)
         if not (self._model.refused and self._model.claims):
             return
         names = ("_epoch", "_commit", "_ordinal", "reference")
@@ -82,6 +84,16 @@ class Evaluation:
         self._refused = self._db.sql(
             "SELECT _hr_n AS n, reference FROM placed JOIN refused USING (_epoch, _commit, _ordinal)"
         ).to_arrow_table()
+
+    def _refuse_unwritable(self, events: pa.Table) -> None:
+        words = {each[:3]: each.message for each in self._model.unwritable}
+        commits = pa.array({commit for _, commit, _ in words}, pa.int64())
+        near = events.select(["_hr_n", "_epoch", "_commit", "_ordinal"])
+        for n, *place in zip(
+            *near.filter(pc.is_in(near["_commit"], value_set=commits)).to_pydict().values(), strict=True
+        ):
+            if tuple(place) in words:
+                self._fatal[n] = ("crash", UNWRITABLE, "", words[tuple(place)])
 
     def _refuse_alike(self, judged: pa.Table) -> None:
         """Refuse with a change the earlier ones of its key that refer to the same: the row would fall back to
@@ -351,7 +363,7 @@ class Evaluation:
             return
         show_events(self._db, events)
         try:
-            with _within(self._db, time_for(events.num_rows)):
+            with within(self._db, time_for(events.num_rows)):
                 judged = self._db.sql(self.query("events")).to_arrow_table()
         except duckdb.Error as error:
             if type(error) not in _EXHAUSTED and _is_the_engines(error):
@@ -462,19 +474,6 @@ def _faults(numbers: pa.Array, which: Sequence[int] | np.ndarray, causes: Sequen
     cells = zip(*causes, strict=True) if causes else [()] * (len(FAULTS) - 1)
     columns = [pa.array(column, pa.string()).take(places) for column in cells]
     return pa.table([numbers, *columns], schema=FAULTS)
-
-
-@contextmanager
-def _within(db: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
-    """Interrupt a query that takes longer."""
-    timer = threading.Timer(seconds, db.interrupt)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()  # else it might meet the next query
 
 
 def _waited(reference: Reference) -> str:
