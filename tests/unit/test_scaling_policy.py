@@ -195,6 +195,13 @@ def test_where_workers_do_not_help_none_is_added() -> None:
     assert code_of(band.decide(burst(limits=Limits(0, 16, worker_hours_left=0.4)))) == (4, Code.BUDGET_SPENT)
 
 
+def test_what_waits_for_apply_alone_needs_no_worker() -> None:
+    """The destination is away: changes grow old, and none of them waits to be prepared."""
+    old = load(oldest_age=5000.0, ewma_30s=1.0, ewma_300s=1.0, own_rate=MU)
+    assert code_of(SloBand().decide(quiet(0, loads=(old,)))) == (0, Code.OWN_PROCESS)
+    assert SloBand().decide(quiet(0, loads=(replace(old, backlog_rows=9.0),))).workers == 1
+
+
 def test_what_is_cheaper_than_its_handing_over_stays_in_the_process() -> None:
     cheap = load(backlog_rows=1e9, oldest_age=1e4, ewma_30s=5e4, own_rate=60_000.0, handover_rate=50_000.0)
     idle = replace(quiet(0), loads=(cheap,))

@@ -126,10 +126,9 @@ def test_a_step_up_and_down_is_followed(before: float, after: float) -> None:
     rates = np.concatenate([np.full(hour, before), np.full(hour, after), np.full(2 * hour, before)])
     found = simulate(Arrivals(START, rates * PLANT.mu * TICK), SloBand(), PLANT)
     assert found.minutes_over == 0
-    assert found.workers[2 * hour - 1] >= math.floor(
-        after
-    )  # a little less than needed is for the band to bear
-    assert found.workers[-1] <= before + 1
+    # A worker too few by a little is for the band to bear; the averages come down to a rate, but never quite.
+    assert found.workers[2 * hour - 1] >= math.floor(after)
+    assert found.workers[-1] <= before + 1.01
     assert found.ages[-1] < PLANT.slo / 2
 
 
@@ -178,7 +177,7 @@ def test_the_plant() -> None:
     assert found.actions_per_day == 2 * 8
     assert found.worker_hours == pytest.approx(4 + PLANT.drain / 3600, abs=1e-9)
     hour = round(3600 / TICK)
-    # In the 5 s that a pause leaves of a tick two workers do 10 s of the 13.5 s of work that arrive, one does 5.
+    # In the 5 s that a pause leaves of a tick two workers do 10 s of the 13.5 s of work, one does 5.
     joined, left = hour + round(PLANT.start / TICK) + 1, 2 * hour + 1
     assert found.ages[[joined - 1, joined, left - 1, left]] * 0.9 == pytest.approx([0, 3.5, 0, 8.5])
 

@@ -184,7 +184,9 @@ class SloBand:
             left = max(0.0, backlog + (rate + rise / 2) * start - coming_work)
             excess = max(0.0, left - self.low * target * coming)
             workers = max(workers, coming + excess / (self.high * target))
-            will_be = max(load.oldest_age, left / coming if coming > 0 else load.slo if left else 0.0)
+            # What is old although nothing waits to be prepared is none of a worker's business.
+            is_old = load.oldest_age if load.backlog_rows else 0.0
+            will_be = max(is_old, left / coming if coming > 0 else load.slo if left else 0.0)
             if will_be / target > urgency:
                 age, urgency, worst = will_be, will_be / target, load
             is_low = is_low and backlog <= self.low * target * rate
