@@ -182,6 +182,17 @@ def test_the_plant() -> None:
     assert found.ages[[joined - 1, joined, left - 1, left]] * 0.9 == pytest.approx([0, 3.5, 0, 8.5])
 
 
+def test_a_budget_is_kept_and_what_it_costs_in_freshness_is_seen() -> None:
+    judged = even().scaled(3 * PLANT.mu)
+    found = simulate(judged, SloBand(), replace(PLANT, limits=Limits(0, 64), hours_per_day=48.0))
+    day = round(86_400 / TICK)
+    for spent in (found.workers[:day], found.workers[day:]):
+        assert 47 < spent.sum() * TICK / 3600 <= 48
+    assert found.workers[day - 1] == 0
+    assert found.workers[day + round(900 / TICK)] >= 3  # a new day
+    assert found.minutes_over > 7 * 60
+
+
 def test_the_lower_bound_and_the_price() -> None:
     found = simulate(even().scaled(2000.0), SloBand(), replace(PLANT, limits=Limits(1, 64, price=2.0)))
     assert found.bound_hours == pytest.approx(2 * 48)

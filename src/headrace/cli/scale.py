@@ -50,6 +50,7 @@ class Workers:
     wrong_by: Annotated[
         float, Parameter(help="How much the policy takes a worker for too fast (0.3) or too slow (-0.3).")
     ] = 0.0
+    daily_hours: Annotated[float | None, Parameter(help="Worker-hours that a day may cost.")] = None
     price: Annotated[float, Parameter(help="Of a worker-hour.")] = 0.0
 
 
@@ -151,6 +152,7 @@ def _plant(workers: Workers, judged: Arrivals, *, is_replay: bool) -> Plant:
         own_rate=workers.own_rate,
         apply_rate=workers.apply_rate,
         believed=1 + workers.wrong_by,
+        hours_per_day=workers.daily_hours,
         limits=Limits(workers.min_workers, workers.max_workers, price=workers.price),
     )
 

@@ -21,7 +21,7 @@ from headrace.scaling.plan import plan as make_plan
 
 @Parameter(name="*")
 @dataclass
-class Load:
+class Workload:
     """The load that is planned for."""
 
     rows_per_second: Annotated[float, Parameter(help="The mean.")]
@@ -55,7 +55,7 @@ class Known:
 
 def plan(
     *,
-    load: Load,
+    load: Workload,
     known: Known = Known(),  # noqa: B008 - its fields are options, each with its own default
     json: Annotated[bool, Parameter(help="Print one JSON object.", negative="")] = False,
     project: Annotated[Path, Parameter(help="The project's folder.")] = Path(),

@@ -9,7 +9,7 @@ left, so that months take seconds.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,8 @@ class Plant:
     believed: float = 1.0
     """What the policy takes `mu` for, over what it is."""
     limits: Limits = field(default_factory=lambda: Limits(1, 64))
+    hours_per_day: float | None = None
+    """Worker-hours that may be spent from midnight to midnight, UTC; None for no budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class _Simulation:
         self._oldest = 0  # the tick in which the oldest row that waits arrived
         self._actions = 0
         self._extra = 0.0  # worker-seconds of those that leave
+        self._spent = 0.0  # worker-hours, today
         self._gain = GainWatch()
         self._raises = 0
         self._backlogs: list[float] = []
@@ -106,9 +109,11 @@ class _Simulation:
         bounds: Bounds | None = None
         pressed = fast  # the part of a raise's condition that the arrivals alone make
         weights = None
-        hours, hour = self._hours, -1
+        hours, hour, day = self._hours, -1, -1
         for tick in range(len(fast)):
             paid.append(self._ready + len(self._starting))
+            self._spent = paid[-1] * TICK / 3600 + (self._spent if hours[tick] // 24 == day else 0.0)
+            day = hours[tick] // 24
             before = self._done
             backlog, age = serve(tick)
             served.append(self._done - before)
@@ -197,6 +202,9 @@ class _Simulation:
     def _snapshot(self, tick: int, backlog: float, age: float, served: float) -> Snapshot:
         plant = self._plant
         mu = plant.mu * plant.believed
+        limits = plant.limits
+        if plant.hours_per_day is not None:
+            limits = replace(limits, worker_hours_left=plant.hours_per_day - self._spent)
         load = Load(
             model="all",
             slo=plant.slo,
@@ -217,7 +225,7 @@ class _Simulation:
             desired=self._desired,
             start_p95=plant.start,
             starting_seconds=len(self._starting) * (plant.start + (tick + 1) * TICK) - sum(self._starting),
-            limits=plant.limits,
+            limits=limits,
             parts=self._ready + math.ceil(backlog / (mu * _PART_SECONDS)),
             apply_rate=plant.apply_rate,
             prepared_parts=2 * self._ready if is_full else 0,
