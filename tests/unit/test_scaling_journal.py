@@ -118,7 +118,10 @@ def test_a_plan_is_arithmetic() -> None:
 
 
 def test_a_trickle_needs_no_worker() -> None:
-    made = plan(replace(ASKED, rows_per_second=5000.0), KNOWN)
+    made = plan(replace(ASKED, rows_per_second=5000.0, burst=200_000), KNOWN)
+    small = answers(made)["recovery after 200,000 rows at once"]
+    assert small.value == 8  # less than a worker's start
+    assert small.note.endswith("by the main process itself")
     assert answers(made)["workers at the peak"].value == 0
     assert answers(made)["worker-hours"].value == 0
     assert made.warnings == ()

@@ -220,22 +220,25 @@ class _Planner:
             )
 
     def _catch_up(self, what: str, backlog: float) -> Answer:
-        """Return how long a backlog takes with all workers, who have to start first."""
+        """Return how long a backlog takes: with workers, who have to start first, or without."""
         asked, figures = self._asked, self._figures
         rate = asked.rows_per_second
-        own = figures.own.value if figures.own else 0.0
         useful = math.ceil((rate + backlog / (asked.freshness / 2)) / self._worker.value)
         workers = max(1, min(asked.max_workers, useful))
         hops = [hop for hop in (figures.capture, figures.load, figures.apply) if hop]
-        speed = min([workers * self._worker.value, *(hop.value for hop in hops)])
-        used = [self._worker, figures.start, *hops]
+        most = min([hop.value for hop in hops], default=math.inf)
+        speed = min(workers * self._worker.value, most)
+        own = min(figures.own.value, most) if figures.own else 0.0
+        used = [self._worker, figures.start, *hops, *([figures.own] if figures.own else [])]
+        if own > rate and (own >= speed or backlog / (own - rate) <= figures.start.value):
+            note = f"at {own:,.0f} rows/s, by the main process itself"
+            return self._answer(what, backlog / (own - rate), "seconds", *used, note=note, workers=0)
         if speed <= rate:
-            return self._answer(what, None, "seconds", *used, note=f"never: {speed:,.0f} rows/s at most")
-        # While workers start, the main process goes on by itself, if it is the faster way at all.
+            note = f"never: {speed:,.0f} rows/s with {workers} workers"
+            return self._answer(what, None, "seconds", *used, note=note, workers=workers)
+        # While workers start, the main process goes on by itself.
         start = figures.start.value
-        alone = backlog / (own - rate) if own > rate else math.inf
-        left = backlog - (own - rate) * start
-        seconds = min(alone, start + left / (speed - rate))
+        seconds = start + (backlog - (own - rate) * start) / (speed - rate)
         note = f"at {speed:,.0f} rows/s with {workers} workers"
         return self._answer(what, seconds, "seconds", *used, note=note, workers=workers)
 
