@@ -62,6 +62,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "ledger": ("", "Check that every change that was read is accounted for."),
     "quarantine": ("", "List, show, redrive, patch and discard what could not be applied."),
     "alerts": ("", "List alerts and their delivery, test the channels, silence."),
+    "scale": ("", "Simulate workers against arrivals; plan what a load will need."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
 }
@@ -141,12 +142,24 @@ STAGING: Mapping[str, tuple[str, str]] = {
     "compact": ("headrace.cli.staging:compact", "Merge small files into large ones now."),
 }
 
+SCALE: Mapping[str, tuple[str, str]] = {
+    "simulate": (
+        "headrace.cli.scale:simulate",
+        "Show what policies would have done with arrivals, and what that costs.",
+    ),
+    "plan": (
+        "headrace.cli.scale_plan:plan",
+        "Say what a load will need: workers, disk, WAL, time to recover, price.",
+    ),
+}
+
 _GROUPS = {
     "ledger": LEDGER,
     "alerts": ALERTS,
     "log": LOG,
     "models": MODELS,
     "quarantine": QUARANTINE,
+    "scale": SCALE,
     "staging": STAGING,
     "tables": TABLES,
 }

@@ -1,0 +1,118 @@
+"""`headrace scale`, as a user meets it; none of it needs a database."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from test_scaling_journal import entry
+
+from headrace.cli import main
+from headrace.scaling.journal import Journal
+
+PROJECT = """[source.shop]
+type = "postgres"
+url = "postgresql://nobody@127.0.0.1:1/none"
+tables = ["public.*"]
+[destination]
+type = "duckdb"
+path = "w.duckdb"
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "headrace.toml").write_text(PROJECT)
+    return tmp_path
+
+
+@pytest.fixture
+def arrivals(tmp_path: Path) -> Path:
+    """Two days: quiet, and busy in the middle of the day."""
+    file = tmp_path / "arrivals.csv"
+    hours = [(day, hour) for day in (1, 2) for hour in range(24)]
+    lines = [f"2026-06-0{day} {hour:02}:00,{36_000 if 9 <= hour < 15 else 3_600}" for day, hour in hours]
+    file.write_text("\n".join(["timestamp,value", *lines, ""]))
+    return file
+
+
+def test_a_file_of_arrivals_is_simulated(
+    arrivals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "picture.svg"
+    common = ["scale", "simulate", str(arrivals), "--worker-rate", "2", "--min-workers", "1"]
+    assert main([*common, "--price", "0.1", "--svg", str(picture)]) == 0
+    out = capsys.readouterr().out
+    head, *rows = out.splitlines()[:6]
+    assert head.split()[:2] == ["policy", "worker-hours"]
+    assert [row.split("  ")[0] for row in rows] == [
+        *("slo_band", "backlog 60 s", "cpu 70 %", "schedule", "static peak")
+    ]
+    assert "Lower bound" in out
+    assert "█" in out
+    assert "2026-06-02 00:00" in out  # the first day teaches the schedule
+    panels = ElementTree.parse(picture).getroot().iter("{http://www.w3.org/2000/svg}title")
+    titles = [str(panel.text).split(":")[0] for panel in panels]
+    assert titles == [row.split("  ")[0] for row in rows]
+    assert main([*common, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ours, *others = found["policies"]
+    assert ours["minutes_over"] == 0
+    assert ours["worker_hours"] < others[-1]["worker_hours"] / 2  # static peak
+    assert ours["actions_per_day"] < others[0]["actions_per_day"] / 3  # backlog
+    assert found["bound_hours"] == pytest.approx(24 * found["mean_rate"] / 2, rel=1e-6)
+
+
+def test_the_journal_is_replayed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["scale", "simulate", "--project", str(project), "--json"]
+    assert main(arguments) == 2
+    assert "Let the pipeline run" in capsys.readouterr().err
+    journal = Journal(project / ".headrace" / "scaling.jsonl")
+    for tick in range(0, 240, 2):
+        journal.append(entry(tick))
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["mean_rate"] == pytest.approx(4.0)
+    assert found["policies"][0]["policy"] == "slo_band"
+
+
+def test_a_plan_is_made_of_the_journal_and_of_options(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = ["scale", "plan", "--rows-per-second", "1000", "--row-bytes", "100", "--project", str(project)]
+    assert main(load) == 2
+    assert "--worker-rate" in capsys.readouterr().err
+    Journal(project / ".headrace" / "scaling.jsonl").append(entry(0))
+    assert main([*load, "--burst", "3000000", "--apply-rate", "5000", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    found = {answer["what"]: answer for answer in made["answers"]}
+    assert found["workers at the mean"]["value"] == 2  # 550 rows a second each, as measured
+    assert found["workers at the mean"]["basis"] == "measured"
+    assert found["recovery after 3,000,000 rows at once"]["basis"].startswith("given")
+    assert main(load) == 0
+    out = capsys.readouterr().out
+    assert "WAL at the source, 4 h away" in out
+    assert "! The rate of capture is not known" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--worker-rate"),
+        (["--worker-rate", "0"], "--worker-rate must be more than 0"),
+        (["--worker-rate", "1", "--mean-workers", "2"], "Give one of"),
+        (["--worker-rate", "1", "--start", "soon"], '--start "soon" is not a duration'),
+        (["--worker-rate", "1", "--freshness", "0s"], "--freshness must be more than 0"),
+        (["--worker-rate", "1", "--min-workers", "9", "--max-workers", "3"], "do not fit"),
+        (["--worker-rate", "1", "--wrong-by", "-2"], "--wrong-by"),
+        (["--worker-rate", "1", "--learn", "9d"], "--learn 9d leaves nothing"),
+        (["--worker-rate", "1", "--svg", "/nowhere/x.svg"], "/nowhere/x.svg cannot be written"),
+    ],
+)
+def test_mistakes(
+    arrivals: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scale", "simulate", str(arrivals), *arguments]) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""The journal of decisions, what is made of it, and the plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from headrace.errors import UserError
+from headrace.scaling.arrivals import TICK
+from headrace.scaling.journal import Entry, Journal, arrivals_of
+from headrace.scaling.plan import Answer, Figure, Figures, Plan, Question, figures_of, plan
+from headrace.scaling.policy import Limits, Load, SloBand, Snapshot
+
+BEGIN = datetime(2026, 11, 29, 14, 5, tzinfo=UTC)
+
+
+def entry(tick: int, rate: float = 2000.0) -> Entry:
+    load = Load("orders", 60.0, 1e5, 30.0, rate, rate, rate, 1000.0, own_rate=800.0, backlog_bytes=1e7)
+    dear = Load("scored", 600.0, 0.0, 0.0, rate / 10, rate / 10, rate / 10, 100.0, own_rate=80.0)
+    snapshot = Snapshot((load, dear), 2, 1, 3, 8.0, Limits(0, 8, 20.5, 0.1), apply_rate=9000.0, parts=12)
+    return Entry(BEGIN + timedelta(seconds=tick * TICK), "slo_band", snapshot, SloBand().decide(snapshot))
+
+
+def test_what_is_written_is_read_and_decides_the_same_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "state" / "scaling.jsonl")
+    assert list(journal.read()) == []
+    written = [entry(tick) for tick in range(3)]
+    for one in written:
+        journal.append(one)
+    read = list(journal.read())
+    assert read == written
+    assert [SloBand().decide(one.snapshot) for one in read] == [one.decision for one in read]
+    assert list(journal.read(since=BEGIN + timedelta(seconds=TICK))) == written[1:]
+    line = json.loads((tmp_path / "state" / "scaling.jsonl").read_text().splitlines()[0])
+    assert line["decision"]["sentence"] == written[0].decision.reason.sentence
+    assert line["decision"]["code"] == "behind"
+
+
+def test_the_journal_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "scaling.jsonl"
+    journal = Journal(path, max_bytes=20_000)
+    for tick in range(200):
+        journal.append(entry(tick))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 42_000
+    assert len(list(tmp_path.iterdir())) <= 2
+    times = [one.at for one in journal.read()]
+    assert len(times) > 15
+    assert times == sorted(times)
+    assert times[-1] == entry(199).at
+
+
+def test_a_torn_line_is_left_out_and_a_foreign_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "scaling.jsonl"
+    journal = Journal(path)
+    journal.append(entry(0))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:100])
+    assert list(journal.read()) == [entry(0)]
+    later = json.loads(whole)
+    later["snapshot"]["of_a_later_version"] = 1
+    path.write_text(json.dumps(later) + "\n")
+    assert list(journal.read()) == [entry(0)]
+    path.write_bytes(whole + b'{"at": 1}\n')
+    with pytest.raises(UserError, match=r"scaling\.jsonl line 2 is no decision of Headrace"):
+        list(journal.read())
+
+
+def test_arrivals_are_read_from_decisions_in_worker_seconds() -> None:
+    entries = [entry(tick, rate=2000.0) for tick in (0, 1, 2, 3)] + [entry(100, rate=4000.0)]
+    arrivals = arrivals_of(entries)
+    assert arrivals.start == BEGIN
+    assert arrivals.rows[0] / TICK == pytest.approx(4.0)  # two workers for each model
+    assert arrivals.rows[50] == 0  # the pipeline stood still
+    assert len(arrivals.rows) == 100
+    with pytest.raises(UserError, match="has 1 decisions"):
+        arrivals_of([entry(0)])
+    with pytest.raises(UserError, match="Nothing arrived"):
+        arrivals_of([entry(0, rate=0.0), entry(5, rate=0.0)])
+
+
+ASKED = Question(
+    rows_per_second=20_000, row_bytes=100, freshness=60.0, retention=10 * 86_400.0, outage=3600.0
+)
+KNOWN = Figures(
+    worker=Figure(50_000, "given"),
+    own=Figure(30_000, "measured"),
+    capture=Figure(200_000, "given"),
+    load=Figure(300_000, "given"),
+    apply=Figure(150_000, "measured"),
+    start=Figure(10, "given"),
+    wal=Figure(3.0, "given"),
+)
+
+
+def answers(made: Plan) -> dict[str, Answer]:
+    return {answer.what: answer for answer in made.answers}
+
+
+def test_a_plan_is_arithmetic() -> None:
+    made = answers(plan(replace(ASKED, peak=6.0, burst=3e6, price=0.5), KNOWN))
+    assert made["workers at the mean"].value == 1  # 20,000 of 50,000
+    assert made["workers at the peak"].value == 3  # 120,000
+    assert made["worker-hours"].value == 24
+    assert made["price of workers"].value == 12
+    assert made["WAL at the source, 1 h away"].value == 20_000 * 6 * 100 * 3600 * 3
+    assert made["disk: log"].value == 20_000 * 100 * 10 * 86_400 * KNOWN.log.value
+    assert made["disk: log"].basis == "assumed"
+    assert made["WAL at the source, 1 h away"].basis == "given"
+    # 72 M rows behind; apply does 150,000 a second, of which 20,000 are new; the workers take 10 s to start,
+    # in which the main process does 100,000 rows more than come.
+    expected = 10 + (72e6 - 100_000) / 130_000
+    assert made["recovery after 1 h away"].value == pytest.approx(expected)
+    assert made["recovery after 3,000,000 rows at once"].value == pytest.approx(10 + 2.9e6 / 130_000)
+
+
+def test_a_trickle_needs_no_worker() -> None:
+    made = plan(replace(ASKED, rows_per_second=5000.0, burst=200_000), KNOWN)
+    small = answers(made)["recovery after 200,000 rows at once"]
+    assert small.value == 8  # less than a worker's start
+    assert small.note.endswith("by the main process itself")
+    assert answers(made)["workers at the peak"].value == 0
+    assert answers(made)["worker-hours"].value == 0
+    assert made.warnings == ()
+
+
+def test_a_plan_says_what_will_not_work() -> None:
+    made = plan(replace(ASKED, rows_per_second=180_000, max_workers=3, freshness=15.0), KNOWN)
+    words = " ".join(made.warnings)
+    assert "SLO_INFEASIBLE(cap=3): the peak needs 4 workers" in words
+    assert "Apply does 150,000 rows/s, the peak is 180,000" in words
+    assert "Keep min_workers = 4" in words
+    never = answers(made)["recovery after 1 h away"]
+    assert never.value is None
+    assert never.note.startswith("never")
+    assert "rate of capture is not known" in " ".join(plan(ASKED, replace(KNOWN, capture=None)).warnings)
+    with pytest.raises(UserError, match="not known"):
+        plan(ASKED, Figures())
+
+
+def test_figures_come_from_the_journal_and_what_goes_beyond_them_is_said() -> None:
+    figures = figures_of([entry(tick) for tick in range(5)])
+    assert figures.worker == Figure(pytest.approx(2200 / 4), "measured")
+    assert figures.own == Figure(pytest.approx(2200 / 5), "measured")
+    assert figures.apply == Figure(9000.0, "measured")
+    assert figures.start == Figure(8.0, "measured")
+    made = answers(plan(replace(ASKED, rows_per_second=3000.0), figures))
+    assert made["workers at the peak"].basis == (
+        "measured; extrapolated (6 workers, 2 measured; 3,000 rows/s, 2,200 measured)"
+    )
+    assert answers(plan(replace(ASKED, rows_per_second=1000.0), figures))["worker-hours"].basis == "measured"
