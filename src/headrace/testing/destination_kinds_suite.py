@@ -28,7 +28,7 @@ _HEADERS = {
     "append": 'materialize = "append"',
     "soft append": 'materialize = "append"\ndelete = "soft"',
 }
-_CONTRACT = 'v = "CHECK (v <> 3) ON VIOLATION null"'
+_CONTRACT = 'v = "CHECK (v <> 7) ON VIOLATION null"'
 _BODY = "id::BIGINT AS id, v::INTEGER AS v, json_object('v', v) AS j, [v::INTEGER] AS l FROM raw.shop.t"
 
 
@@ -42,7 +42,7 @@ def _changes(chance: random.Random, count: int, *, keys: int) -> list[Cells]:
         op = chance.choice("cuuuuddt" if chance.random() < 0.2 else "cuuuuddd")
         if op == "t":
             return {"id": None, "v": None, "_op": op}
-        value = chance.choice(["1", "2", "3", "x"]) if op != "d" else None
+        value = chance.choice(["1", "2", "3", "7", "x"]) if op != "d" else None
         return row(chance.randrange(keys), value, _op=op)
 
     return [one() for _ in range(count)]
