@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,6 +21,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("headrace")
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """A command that runs in this process logs to the stderr of its time, which is closed afterwards."""
+    own = logging.getLogger("headrace")
+    before = own.handlers[:], own.level, own.propagate
+    yield
+    own.handlers[:], own.level, own.propagate = before
 
 
 @pytest.fixture

@@ -162,15 +162,15 @@ class Counter(threading.Thread):
 
 
 def is_to_be_read(kind: str, where: str) -> bool:
-    """Return whether readers find both models: the first copy may be of a moment before they were there."""
+    """Return whether readers find both models whole: the first copies may be of moments before they were."""
     if kind == "postgres":
         return True
     try:
         with duckdb.connect(where, read_only=True) as db:
-            db.execute("FROM accounts, holdings LIMIT 0")
+            in_sync = db.execute("SELECT count(*) FROM headrace.models WHERE state = 'in_sync'").fetchall()
     except (duckdb.IOException, duckdb.CatalogException):
         return False
-    return True
+    return in_sync == [(2,)]
 
 
 @contextmanager

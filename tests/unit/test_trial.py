@@ -120,7 +120,7 @@ def test_a_row_that_another_process_can_judge_is_not_blamed_for_an_engine_that_c
         raise duckdb.OutOfMemoryException("Out of Memory Error: failed to allocate")
         yield
 
-    monkeypatch.setattr(evaluate, "_within", exhausted)
+    monkeypatch.setattr(evaluate, "within", exhausted)
     with pytest.raises(duckdb.OutOfMemoryException):
         model_of(tmp_path, "v::INT").prepare(changes([1, 2]))
 

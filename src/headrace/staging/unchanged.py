@@ -93,9 +93,9 @@ def _find(
         while _step(db):
             pass
     return db.sql(
-        """SELECT i, value FROM found JOIN numbered n ON n._hr_i = i WHERE NOT EXISTS (
-          SELECT 1 FROM aside a WHERE (a._epoch, a._commit, a._ordinal) > place
-          AND (a._epoch, a._commit, a._ordinal) < (n._epoch, n._commit, n._ordinal)) ORDER BY i"""
+        """SELECT f.i, f.value FROM found f JOIN numbered n ON n._hr_i = f.i WHERE NOT EXISTS (
+          SELECT 1 FROM aside a WHERE (a._epoch, a._commit, a._ordinal) > f.place
+          AND (a._epoch, a._commit, a._ordinal) < (n._epoch, n._commit, n._ordinal)) ORDER BY f.i"""
     ).to_arrow_table()
 
 
