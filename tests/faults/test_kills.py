@@ -160,7 +160,8 @@ POINTS = {
     "publish.renamed": "publish",
 }
 """Every failpoint of the code, and what passes it: `suite` is passed in the conformance suites of logs and
-destinations, `maintain` in the unit tests of staging's maintenance, `publish` in those of publishing, `isolation` in test_isolation.py."""
+destinations, `maintain` in the unit tests of staging's maintenance, `publish` in those of publishing,
+`isolation` in test_isolation.py."""
 
 ONCE = [name for name, kind in POINTS.items() if kind == "once"]
 COPY = [name for name, kind in POINTS.items() if kind in ("copy", "once")]
