@@ -80,7 +80,6 @@ FLOORS = [
         "raw",
         "alerts",
         "outages",
-        "isolation",
     },
     {"cli", "console", "testing"},
 ]

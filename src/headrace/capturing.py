@@ -1,4 +1,4 @@
-"""Capture: from a source to its log, group by group, of which the source is told; then to staging."""
+"""Capture: from a source to its log, group by group; only then is the source told."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 
-from headrace.alarms import trigger_undecodable
 from headrace.change import START, SourceMark, source_marker
-from headrace.errors import LogTrimmed, SourceGap, StagingBehind
+from headrace.errors import SourceGap
 from headrace.log.sqlite import SQLiteLog
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.source import PostgresSource
-from headrace.sources.postgres.tables import UNFINISHED, copied_since, read_states
-from headrace.staging.delta import DeltaStaging
+from headrace.sources.postgres.tables import UNFINISHED, read_states
 
 Works = Callable[[bool], None]
-
-_LOAD_BYTES = 32 << 20
 
 
 def capture(
@@ -45,31 +41,6 @@ def capture(
     except SourceGap as gap:
         _mark_gap(log, str(gap))
         raise
-
-
-def load(source: str, log: SQLiteLog, staging: DeltaStaging) -> bool:
-    """Stage what comes next of a source; False when there is nothing.
-
-    Raises StagingBehind where retention has deleted it, and no copies tell what it was.
-    """
-    try:
-        entries = log.read(staging.written(), _LOAD_BYTES)
-    except LogTrimmed as error:
-        if not copied_since(log, begin := log.begin().offset):
-            raise StagingBehind(
-                f"Staging lacks what follows offset {staging.written()}, and retention has deleted "
-                f"it from the log of {source}.",
-                f"Restore the state folder from a backup, or run `headrace resync {source}`.",
-            ) from error
-        staging.skip(begin)
-        return True
-    if not entries:
-        return False
-    for item in entries:
-        if item.entry.kind == "undecodable" and item.entry.table is None:
-            trigger_undecodable(source, item.offset)
-    staging.write(entries)
-    return True
 
 
 def _mark_gap(log: SQLiteLog, reason: str) -> None:

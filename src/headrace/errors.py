@@ -17,7 +17,7 @@
     │   └── CursorLost         a consumer was too far behind, and the log was trimmed beyond it
     ├── DestinationError
     │   ├── DestinationUnavailable it cannot be reached, or does not answer in time: RETRY
-    │   │   ├── DestinationBusy    another process holds it, or something in it
+    │   │   ├── DestinationBusy    another process holds it
     │   │   └── CommitUnknown      the connection broke in a commit: its progress tells
     │   └── ForeignDestination its progress belongs to another log: refused before anything is read
     ├── StateInUse             another process runs on this state folder
@@ -157,7 +157,7 @@ class DestinationUnavailable(DestinationError):
 
 
 class DestinationBusy(DestinationUnavailable):
-    """Another process holds the destination, or something in it."""
+    """Another process holds the destination."""
 
 
 class CommitUnknown(DestinationUnavailable):
@@ -217,10 +217,9 @@ _BY_NAME = {
     "InterfaceError": Verdict.RETRY,
 }
 """Verdicts of other libraries' errors by class name, so that judging one imports none of them."""
-RETRY_SQLSTATES = ("08", "40", "53", "57", "58", "XX", "25006", "25P03", "25P04", "55006", "55P03")
-"""Classes of faults that pass: connection, serialization, resources, operator, system, the engine's own; and
-by themselves a server that only reads now, a transaction that took too long, what is in use, a lock waited
-for too long."""
+RETRY_SQLSTATES = ("08", "40", "53", "57", "58", "25006", "25P03", "25P04", "55006", "55P03")
+"""Classes of faults that pass: connection, serialization, resources, operator, system; and by themselves a
+server that only reads now, a transaction that took too long, what is in use, a lock waited for too long."""
 _QUARANTINE_SQLSTATES = ("22", "23")
 
 

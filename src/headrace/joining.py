@@ -26,7 +26,6 @@ import pyarrow.compute as pc
 from headrace.change import Copy, Kind, Offset
 from headrace.errors import UserError
 from headrace.history import History
-from headrace.isolation import Isolation
 from headrace.join import Join, Joins, Phase, Why
 from headrace.keys import identity
 from headrace.prepared import Prepared
@@ -76,11 +75,9 @@ class Joiner:
         joins: Joins,
         spill: Path | None = None,
         breakers: Breakers | None = None,
-        isolation: Isolation | None = None,
     ) -> None:
         """What does not fit in memory while history is read goes to the folder `spill`."""
         self._breakers = breakers or Breakers()
-        self._isolation = isolation
         self._source = source
         self._log = log
         self._staging = staging
@@ -275,21 +272,14 @@ class Joiner:
         if self._may_be_prepared(join, following, model, copy):
             self._submit(following, model, copy, following.target)
 
-        ready = [pieces]
-
         def attempt(model: RowModel) -> Sequence[str]:
-            made = ready.pop() if ready else self._prepare(join, model, copy, target)[1]
+            made = self._prepare(join, model, copy, target)[1] if model.refused else pieces
             self._breakers.begin()
             if join.why != "dry run":
                 made = self._breakers.admitted(model, made)
             return self._destination.step(join, following, model, made, accounts)
 
-        def settled(models: Sequence[RowModel]) -> Sequence[str]:
-            return uncontested(models[0], attempt)
-
-        changes = partial(self._written, join, copy, target)
-        isolation = self._isolation
-        issues = isolation.isolated([model], settled, changes) if isolation else settled([model])
+        issues = uncontested(model, attempt)
         self._breakers.keep()
         self._keep(following)
         alert(issues)
@@ -350,17 +340,6 @@ class Joiner:
                 return through, chain(self._pieces(model, copy, join.offset, through), aside)
             read = self._staging.read(model.table, join.offset, through)
             return through, [self._missing(model, copy, read), *aside]
-
-    def _written(self, join: Join, copy: Copy, target: Offset, model: RowModel) -> Iterator[pa.Table]:
-        """Yield the changes that a slice of a join writes to the model's own table, one by one."""
-        if join.beside or join.phase not in ("copy", "stream"):
-            return
-        through = self._slice_end(join, model, copy, target)
-        if join.phase == "copy":
-            yield self._staging.read_copied(model.table, copy, join.offset, through)
-            return
-        for read in self._staging.pieces(model.table, join.offset, through):
-            yield self._not_copied(model, copy, read, copy.end)
 
     def _rebuilt(self, join: Join, model: RowModel, copy: Copy) -> Rebuilding:
         """Return what reads a model's history through a join's target; it stays from slice to slice."""

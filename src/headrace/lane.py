@@ -19,17 +19,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-
 from headrace.ahead import ahead
-from headrace.alarms import trigger_issue, trigger_suspended
+from headrace.alarms import trigger_issue, trigger_suspended, trigger_undecodable
 from headrace.binding import Binder
-from headrace.capturing import Works, capture, load
+from headrace.capturing import Works, capture
 from headrace.change import Mark, Offset, Position
 from headrace.config import Project, SourceConfig
 from headrace.decisions import Decision
-from headrace.errors import BreakerTripped, HeadraceError, ModelBroken, UserError
-from headrace.isolation import Isolation
+from headrace.errors import (
+    BreakerTripped,
+    HeadraceError,
+    LogTrimmed,
+    ModelBroken,
+    StagingBehind,
+    UserError,
+)
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
@@ -38,7 +42,7 @@ from headrace.quarantine.breaker import Breakers
 from headrace.quarantine.limit import SizeLimit
 from headrace.redriving import Redriver, Running
 from headrace.sources.postgres.source import PostgresSource
-from headrace.sources.postgres.tables import held_by_copies, read_states
+from headrace.sources.postgres.tables import copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
 from headrace.standing import ModelState
 from headrace.transform.fold import NOTHING
@@ -49,6 +53,7 @@ from headrace.waiting import Again, Waiting, settled
 
 logger = logging.getLogger("headrace.lane")
 
+_LOAD_BYTES = 32 << 20
 _SLICE_BYTES, _SLICE_ROWS = 64 << 20, 300_000
 """What one transaction of the destination takes; it is in memory piece by piece only."""
 _RUNNING = ("in_sync", "joining")
@@ -81,12 +86,10 @@ class Lane:
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
         self._breakers = Breakers(SizeLimit(project.quarantine, destination.read))
-        self.isolation = Isolation(config.name, destination)
         self.joiner = Joiner(
-            config.name, self.log, self.staging, destination.joins,
-            project.state / "spill", self._breakers, self.isolation,
-        )  # fmt: skip
-        self.waiting = Waiting(config.name, self.joiner, destination, self.isolation, self._breakers.recount)
+            config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
+        )
+        self.waiting = Waiting(config.name, self.joiner, destination, self._breakers.recount)
         self.redriver = Redriver(config.name, self.log, self.staging, destination, self.joiner, self.waiting)
         self.folder = folder
         self._current = folder.current()
@@ -110,7 +113,24 @@ class Lane:
         """Stage what comes next, or see what another project has; False when nothing was to be done."""
         if self.config.upstream:
             return self.staging.follow(self.log)
-        return load(self.config.name, self.log, self.staging)
+        try:
+            entries = self.log.read(self.staging.written(), _LOAD_BYTES)
+        except LogTrimmed as error:
+            if not copied_since(self.log, begin := self.log.begin().offset):
+                raise StagingBehind(
+                    f"Staging lacks what follows offset {self.staging.written()}, and retention has deleted "
+                    f"it from the log of {self.config.name}.",
+                    f"Restore the state folder from a backup, or run `headrace resync {self.config.name}`.",
+                ) from error
+            self.staging.skip(begin)
+            return True
+        if not entries:
+            return False
+        for item in entries:
+            if item.entry.kind == "undecodable" and item.entry.table is None:
+                trigger_undecodable(self.config.name, item.offset)
+        self.staging.write(entries)
+        return True
 
     def apply(self) -> bool:
         """Apply the next slice, to the models that stand furthest behind; False when all is applied."""
@@ -350,7 +370,6 @@ class Lane:
         self.joiner.know(None)
         self.redriver.forget()
         stands = self.destination.models(self.config.name)
-        self.isolation.know()
         self._breakers.know(name for name, state in stands.items() if state.suspended_by == "breaker")
         progress = self.destination.progress(self.config.name)
         self._reached = progress.offset if progress else 0
@@ -386,12 +405,8 @@ class Lane:
             with closing(parts):
                 return self.destination.apply(Slice(self.config.name, *place, parts))
 
-        def changes(model: RowModel) -> Iterator[pa.Table]:
-            pieces = self.staging.pieces(model.table, after, through)
-            return (self.joiner.filled(model, each, through) for each in pieces)
-
         try:
-            issues = self.isolation.isolated(models, lambda models: settled(models, attempt), changes)
+            issues = settled(models, attempt)
         except ModelBroken as error:
             self._suspend({each.name: each.version for each in models}[error.model], error.model, error)
             return
@@ -463,7 +478,7 @@ class Lane:
     def _models(self, through: Offset) -> Iterator[RowModel]:
         """Yield the models that bind to their tables' shapes; one that does not is suspended, once."""
         removed = {table for table, state in self._tables.items() if state.stage == "removed"}
-        return map(self.isolation.marked, self._binder.models(self._texts, removed, through))
+        return self._binder.models(self._texts, removed, through)
 
     def _suspend(self, version: str, name: str, error: HeadraceError) -> None:
         if self._read_only:

@@ -24,8 +24,6 @@ MESSAGE = "decode.message"
 
 PAYLOAD = "decode.payload"
 """The reason of an entry of the log whose changes do not decode."""
-UNWRITABLE = "crash.destination"
-"""The reason of a change on which the destination fails each time, though it is well."""
 
 Place = tuple[int, int, int]
 """Epoch, commit and ordinal of a change."""
@@ -51,16 +49,6 @@ class UniqueKey(NamedTuple):
 
     name: str
     columns: tuple[str, ...]
-
-
-class Unwritable(NamedTuple):
-    """A change on which the destination fails each time: its place, its source key, and why."""
-
-    epoch: int
-    commit: int
-    ordinal: int
-    key: str | None
-    message: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -461,11 +461,6 @@ class Destination(Records, Protocol):
         """
         ...
 
-    def rehearse(self, model: Model, prepared: Prepared | int) -> None:
-        """Write an outcome to a model's table and take it back; or as many bytes of no meaning, and some row
-        that is there. Raises what writing raises, but for what the table or other rows have against it."""
-        ...
-
     def suspend(self, model: str, source: str, version: str, reason: str, *, tripped: bool = False) -> bool:
         """Mark a version of a model suspended, by its breaker if `tripped`; True if it was not already so."""
         ...

@@ -93,7 +93,7 @@ class Redriver:
         """
         again = {model.name: pa.array(keys, pa.string())}
         before = self._open_records(model, keys) if each else None
-        refolding = self._waiting.refold(*running.with_(model), again, dry_run=dry_run, anew=True)
+        refolding = self._waiting.refold(*running.with_(model), again, dry_run=dry_run)
         if before is None:
             return refolding.counts
         records = _outcomes(model, before, refolding.outcomes[model.name].records)
@@ -177,7 +177,7 @@ class Redriver:
             whole = folded(replace(model, decisions=None), history, wanted).records
         unseen = whole.join(discarded.select(PLACE), list(PLACE), join_type="left semi")
         decided = {model.name: Outcome(through, discarded, patched, unseen)}
-        self._waiting.refold(*running.with_(model), {model.name: wanted}, decided=decided, anew=True)
+        self._waiting.refold(*running.with_(model), {model.name: wanted}, decided=decided)
 
     # -- new versions
 

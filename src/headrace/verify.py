@@ -33,7 +33,7 @@ from headrace.lane import Lane
 from headrace.log.proof import verify as verify_log
 from headrace.masking import MASK, marked_in, masks_key
 from headrace.pipeline import open_lanes
-from headrace.prepared import FOREIGN_KEY, UNIQUE, UNWRITABLE, Contested, Reference, Refused, Unwritable
+from headrace.prepared import FOREIGN_KEY, UNIQUE, Contested, Reference, Refused
 from headrace.server import is_running, read
 from headrace.sources.postgres.slot import durable_commit
 from headrace.sources.postgres.snapshot import SourceSnapshot, pending_changes, take_snapshot
@@ -278,11 +278,9 @@ def _compare_model(
 ) -> list[Finding]:
     """Compare rows and open records; keys that wait for a redrive under a mended model are left out.
 
-    Which row had a contested key first, and on which the destination fails, the records tell: what they
-    refuse is refused here.
+    Which row had a contested key first, the records tell: what they refuse is refused here.
     """
     history = lane.joiner.history(model, state["offset"])
-    model = replace(model, unwritable=_unwritable(records))
     prepared = model.refusing(_refused(model, records)).whole(history)
     is_current = pc.equal(records["model_version"], model.version)
     outdated = records.filter(pc.invert(is_current))["key"].combine_chunks().drop_null().cast(pa.string())
@@ -328,13 +326,6 @@ def _refused(model: RowModel, records: pa.Table) -> Contested:
     )
     places = records.filter(is_of_others).select(["epoch", "commit", "ordinal"]).to_pylist()
     return Contested({model.name: [Refused(**place, name=None) for place in places]})
-
-
-def _unwritable(records: pa.Table) -> frozenset[Unwritable]:
-    """Return the changes on which the destination fails, as the open records say."""
-    mine = records.filter(pc.equal(records["reason"], UNWRITABLE))
-    places = mine.select(["epoch", "commit", "ordinal"]).to_pylist()
-    return frozenset(Unwritable(**place, key=None, message="") for place in places)
 
 
 def _keys_apart(

@@ -16,7 +16,6 @@ import pyarrow as pa
 
 from headrace.change import Offset
 from headrace.decisions import Outcome
-from headrace.isolation import Isolation
 from headrace.joining import Joiner
 from headrace.prepared import Contested, Prepared, Reference, UniqueKey
 from headrace.protocols import Destination
@@ -70,18 +69,12 @@ class Waiting:
     """What waits in a destination, for the models of one source."""
 
     def __init__(
-        self,
-        source: str,
-        joiner: Joiner,
-        destination: Destination,
-        isolation: Isolation,
-        recount: Callable[[], None],
+        self, source: str, joiner: Joiner, destination: Destination, recount: Callable[[], None]
     ) -> None:
         """`recount` is called when records have changed that no slice brought."""
         self._source = source
         self._joiner = joiner
         self._destination = destination
-        self._isolation = isolation
         self._recount = recount
         self._stand: object = None
         self._is_due = True
@@ -129,10 +122,8 @@ class Waiting:
         *,
         dry_run: bool = False,
         decided: Mapping[str, Outcome] = NOTHING_DECIDED,
-        anew: bool = False,
     ) -> Refolding:
-        """Fold keys of models again, and what their rows leave dangling; see `Waits.refold`. If `anew`, also
-        changes are tried once more on which the destination has failed."""
+        """Fold keys of models again, and what their rows leave dangling; see `Waits.refold`."""
 
         def attempt(models: Sequence[RowModel], again: Again) -> Refolding:
             through = {name: stands[name].offset for name in again}
@@ -147,16 +138,7 @@ class Waiting:
                 counts.pop("discarded", None)
             return Refolding(counts, {model.name: prepared for model, prepared in outcomes})
 
-        def changes(model: RowModel) -> Iterator[pa.Table]:
-            if model.name in again:
-                yield self._joiner.history(model, stands[model.name].offset, again[model.name])
-
-        if anew:
-            models = [
-                self._isolation.lifted(model, again[model.name]) if model.name in again else model
-                for model in models
-            ]
-        refolding = self._isolation.isolated(models, lambda models: settled(models, attempt, again), changes)
+        refolding = settled(models, attempt, again)
         if not dry_run:
             self._recount()
         return refolding

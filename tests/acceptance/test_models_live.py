@@ -8,7 +8,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from headrace import capturing
+from headrace import lane
 from headrace.cli import main
 from headrace.config import Project, load_project
 from headrace.errors import HeadraceError
@@ -203,7 +203,7 @@ def test_a_model_whose_table_is_not_staged_yet_waits(shop: Shop, monkeypatch: py
     shop.sql("CREATE TABLE u (id int PRIMARY KEY)")
     shop.model("SELECT id::INT AS id FROM raw.shop.u", name="late")
     shop.model("SELECT id::INT AS id FROM raw.shop.t", name="early")
-    monkeypatch.setattr(capturing, "_LOAD_BYTES", 1)
+    monkeypatch.setattr(lane, "_LOAD_BYTES", 1)
     pipeline = Pipeline(shop.project)
     try:
         (shops,) = pipeline.lanes

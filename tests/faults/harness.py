@@ -39,13 +39,13 @@ RUN = """
 import signal, sys
 from dataclasses import replace
 from pathlib import Path
-from headrace import capturing, lane
+from headrace import lane
 from headrace.config import load_project
 from headrace.log import index
 from headrace.pipeline import Pipeline
 pipeline = Pipeline(load_project(Path(sys.argv[1])))
 if {bytes}:
-    capturing._LOAD_BYTES = lane._SLICE_BYTES = index._MAX_SLICE_BYTES = {bytes}
+    lane._LOAD_BYTES = lane._SLICE_BYTES = index._MAX_SLICE_BYTES = {bytes}
     source = pipeline.lanes[0].source
     source._limits = replace(source._limits, max_bytes={bytes})
 signal.signal(signal.SIGTERM, lambda *_: pipeline.stop.set())

@@ -143,7 +143,6 @@ POINTS = {
     "destination.apply.commit": "once",
     "destination.apply.committed": "once",
     "destination.redrive.commit": "redrive",
-    "destination.rehearse": "isolation",
     "destination.mart.commit": "suite",
     "destination.postgres.commit": "suite",
     "log.trim.committed": "suite",
@@ -160,8 +159,7 @@ POINTS = {
     "publish.renamed": "publish",
 }
 """Every failpoint of the code, and what passes it: `suite` is passed in the conformance suites of logs and
-destinations, `maintain` in the unit tests of staging's maintenance, `publish` in those of publishing,
-`isolation` in test_isolation.py."""
+destinations, `maintain` in the unit tests of staging's maintenance, `publish` in those of publishing."""
 
 ONCE = [name for name, kind in POINTS.items() if kind == "once"]
 COPY = [name for name, kind in POINTS.items() if kind in ("copy", "once")]

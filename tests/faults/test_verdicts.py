@@ -76,7 +76,6 @@ def raised(act: Callable[[], object]) -> BaseException:
         ("SET temp_file_limit = '64kB'; SET work_mem = '64kB'; "
          "SELECT count(*) FROM (SELECT FROM generate_series(1, 99999) ORDER BY random()) s", "53400", RETRY),
         ("SELECT pg_terminate_backend(pg_backend_pid())", "57P01", RETRY),
-        ("DO $$ BEGIN RAISE 'a defect' USING ERRCODE = 'XX000';END $$", "XX000", RETRY),
     ],
 )  # fmt: skip
 def test_what_postgres_says(server: PostgresServer, statement: str, state: str, verdict: Verdict) -> None:

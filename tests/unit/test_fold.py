@@ -339,6 +339,16 @@ def test_a_bad_change_leaves_the_earlier_value_of_its_key(models: dict[int, RowM
     assert made.removed.to_pylist() == ["1"]
 
 
+def test_a_change_that_settles_its_key_is_counted_once_whatever_was_before(
+    models: dict[int, RowModel],
+) -> None:
+    events = [Event("c", K1, value=PARTIAL), Event("u", K1, value="2"), Event("c", K2, value="x")]
+    made = prepare_one(models[1], *events)
+    counts = made.counts
+    assert (counts.read, counts.applied, counts.superseded, counts.quarantined) == (3, 1, 1, 1)
+    assert made.rows["_source_key"].to_pylist() == ["1"]
+
+
 def test_a_key_of_which_nothing_settled_is_left_alone(models: dict[int, RowModel]) -> None:
     made = prepare_one(models[1], Event("u", K1, value="x"))
     assert made.removed.to_pylist() == []

@@ -18,7 +18,7 @@ from test_rebuild import Shop
 from headrace.change import Mark, Position
 from headrace.config import load_project
 from headrace.destinations.duckdb import DuckDBDestination
-from headrace.prepared import UNIQUE, Refused
+from headrace.prepared import UNIQUE, Contested, Refused
 from headrace.protocols import Part, Slice
 from headrace.rebuilding import folded
 from headrace.transform.contested import uncontested
@@ -224,6 +224,14 @@ def test_a_row_that_says_the_same_again_and_again_takes_no_attempt_for_each(
     assert set(made.opened()) == set(range(2, 43))
     made.redrive()
     assert (made.rows(), set(made.opened())) == ({"2": 1}, {2})
+
+
+def test_what_is_refused_in_vain_is_no_endless_loop(model: RowModel) -> None:
+    def attempt(model: RowModel) -> object:
+        raise Contested({model.name: [Refused(0, 1, 1, None)]})
+
+    with pytest.raises(Contested):
+        uncontested(model, attempt)
 
 
 def test_who_had_the_key_keeps_it_though_another_came_first(

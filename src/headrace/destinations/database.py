@@ -23,7 +23,6 @@ from headrace.destinations.joins import Joins
 from headrace.destinations.marts import Marts
 from headrace.destinations.references import judge_references
 from headrace.destinations.refolding import refold
-from headrace.destinations.rehearsing import rehearse
 from headrace.destinations.session import Session, Unfit
 from headrace.destinations.shapes import Shape, record_shape, recorded, refuse_drift
 from headrace.destinations.steps import StepBook
@@ -246,10 +245,6 @@ class Database(ABC):
     def _settled(self, source: str) -> Mark | None:
         with self.writing(source) as db:
             return read_progress(db, source)
-
-    def rehearse(self, model: Model, prepared: Prepared | int) -> None:
-        """See `Destination.rehearse`."""
-        rehearse(self, model, prepared)
 
     def redrive(
         self, model: Model, prepared: Prepared, *, dry_run: bool = False, decided: Outcome | None = None

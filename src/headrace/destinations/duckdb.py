@@ -311,9 +311,6 @@ class _DuckDBSession:
     def commit(self) -> None:
         self._db.execute("COMMIT")
 
-    def check_constraints(self) -> None:
-        pass  # tables have none
-
     def rollback(self) -> None:
         self._db.execute("ROLLBACK")
 

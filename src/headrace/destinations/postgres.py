@@ -33,7 +33,6 @@ from headrace.destinations.shapes import drifts
 from headrace.destinations.tables import CREATE, OPEN
 from headrace.errors import (
     RETRY_SQLSTATES,
-    DestinationBusy,
     DestinationError,
     DestinationUnavailable,
     HeadraceError,
@@ -63,9 +62,6 @@ _IDLE = 3
 _OLDEST = 140_000
 _OF_A_TABLE = ("0A", "22", "23", "2B", "42", "54", "P0")
 """Classes of what is wrong with a table or with its rows."""
-
-_OF_OTHERS = ("25006", "25P03", "40", "55006", "55P03")
-"""What others hold, or have changed meanwhile."""
 
 _SHOWN = re.compile(r"\s*(EXPLAIN|SHOW)\b", re.IGNORECASE)
 """What has rows and is no query."""
@@ -197,8 +193,6 @@ class PostgresDestination(Database):
         if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             words = without_passwords(str(error)).strip().splitlines()[0]
             return DestinationUnavailable(f"{self.name} broke off: {words}", "Headrace keeps trying.")
-        if state.startswith(_OF_OTHERS):
-            return DestinationBusy(f"{self.name}: {words_of(error)}.", "Headrace keeps trying.")
         if state.startswith(RETRY_SQLSTATES):
             return DestinationUnavailable(f"{self.name}: {words_of(error)}.", "Headrace keeps trying.")
         remedy = "Give the role the rights that docs/destinations.md lists." if state == "42501" else ""

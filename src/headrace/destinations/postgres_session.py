@@ -87,7 +87,10 @@ class PostgresSession:
 
     def commit(self) -> None:
         """See `Session.commit`."""
-        self.check_constraints()
+        try:
+            run(self._db, "SET CONSTRAINTS ALL IMMEDIATE")
+        except psycopg.IntegrityError as error:
+            raise self._unfit(error) from error
         failpoint("destination.postgres.commit")
         self._held = None
         try:
@@ -96,13 +99,6 @@ class PostgresSession:
             raise CommitUnknown(
                 f"{self._name} broke off while a transaction was committed.", "Headrace asks it again."
             ) from error
-
-    def check_constraints(self) -> None:
-        """See `Session.check_constraints`."""
-        try:
-            run(self._db, "SET CONSTRAINTS ALL IMMEDIATE")
-        except psycopg.IntegrityError as error:
-            raise self._unfit(error) from error
 
     @staticmethod
     def _unfit(error: psycopg.Error) -> Unfit:

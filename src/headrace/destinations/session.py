@@ -51,10 +51,6 @@ class Session(Protocol):
         a constraint that waited until now."""
         ...
 
-    def check_constraints(self) -> None:
-        """Have the constraints judged that wait for the end. Raises Unfit."""
-        ...
-
     def rollback(self) -> None:
         """Undo the transaction."""
         ...

@@ -91,16 +91,6 @@ class OwnerSuite:
         with pytest.raises(ForeignDestination, match="another pipeline"):
             destination.apply(turned)
 
-    def test_a_rehearsal_leaves_nothing(self, destination: Destination) -> None:
-        destination.apply(slice_of(0, (NUMBERS, [row(1, "1")])))
-        asked = [f"SELECT * FROM {destination.table_of(NUMBERS.name)}", "SELECT * FROM headrace.quarantine"]
-        before = destination.read(asked)
-        prepared = NUMBERS.prepare(staged(NUMBERS, [row(1, "5"), row(2, "2"), row(3, "bad")], 1))
-        for _ in range(2):
-            destination.rehearse(NUMBERS, prepared)
-            destination.rehearse(NUMBERS, 100_000)
-        assert destination.read(asked) == before
-
     def test_a_stale_second_owner_is_refused(
         self, destination: Destination, destinations: Destinations
     ) -> None:

@@ -18,13 +18,16 @@ _Outcome = TypeVar("_Outcome")
 def uncontested(model: RowModel, attempt: Callable[[RowModel], _Outcome]) -> _Outcome:
     """Return what an attempt returns, made again with what it found contested refused, until nothing is.
 
-    It comes to an end: of the same changes each attempt refuses more.
+    It comes to an end: of the same changes each attempt refuses more. Raises Contested where one does not.
     """
     while True:
         try:
             return attempt(model)
         except Contested as contested:
-            model = model.refusing(contested)
+            refusing = model.refusing(contested)
+            if {each[:3] for each in refusing.refused} == {each[:3] for each in model.refused}:
+                raise
+            model = refusing
 
 
 def alone(prepared: Prepared) -> Prepared:

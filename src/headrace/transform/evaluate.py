@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from headrace.errors import ModelBroken, Verdict, verdict_of
 from headrace.keys import literal, quoted, source_key
-from headrace.prepared import FOREIGN_KEY, UNIQUE, UNWRITABLE, Claims, Reference
+from headrace.prepared import FOREIGN_KEY, UNIQUE, Claims, Reference
 from headrace.scrub import scrub
 from headrace.transform.casts import Cast, cast_of
 from headrace.transform.engine import within
@@ -71,22 +71,9 @@ class Evaluation:
         return self._model
 
     def refuse(self, events: pa.Table) -> None:
-        """Count those of these events as bad that the model refuses, see `RowModel.refusing`, and those that
-        no destination takes."""
-        if self._model.unwritable:
-            self._refuse_unwritable(events)
+        """Count those of these events as bad that the model refuses, see `RowModel.refusing`."""
         if self._model.refused and self._model.claims:
             self._refused = refused_of(self._db, self._model.refused, events)
-
-    def _refuse_unwritable(self, events: pa.Table) -> None:
-        words = {each[:3]: each.message for each in self._model.unwritable}
-        commits = pa.array({commit for _, commit, _ in words}, pa.int64())
-        near = events.select(["_hr_n", "_epoch", "_commit", "_ordinal"])
-        for n, *place in zip(
-            *near.filter(pc.is_in(near["_commit"], value_set=commits)).to_pydict().values(), strict=True
-        ):
-            if tuple(place) in words:
-                self._fatal[n] = ("crash", UNWRITABLE, "", words[tuple(place)])
 
     def claims(self, events: pa.Table, effects: pa.ChunkedArray, settled: pa.Array | None) -> Claims | None:
         """Return what `rows` claim; None if the source's key keeps them apart and nothing refers to another.

@@ -79,12 +79,12 @@ def fold(
     settled, removed = _lasts(points)
     bad, chosen = _NONE, None
     evaluation.refuse(events)
-    verdicts = evaluation.run(undecided(evaluation, events, settled))
+    verdicts = evaluation.run(undecided(events, settled))
     verdicts = with_fatal(evaluation, verdicts, events)
     if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
         again = earlier_of_bad(points, verdicts) if points.num_rows > len(removed) else _NONE
         if len(again):
-            verdicts = evaluation.run(undecided(evaluation, events, again))
+            verdicts = evaluation.run(undecided(events, again))
             verdicts = with_fatal(evaluation, verdicts, events)
         settled, removed, bad = _settle(db, points, verdicts, settled, removed)
         chosen = settled if len(again) else None  # of more rows that were converted
@@ -167,13 +167,10 @@ def _as_integers(keys: pa.Array) -> npt.NDArray[np.int64] | None:
     return numbers.to_numpy() if numbers.cast(pa.string()).equals(keys) else None
 
 
-def undecided(evaluation: Evaluation, events: pa.Table, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """Return the events of these numbers, without those that need no conversion, those that cannot be
-    converted for want of a cell, and those that are known to be bad."""
+def undecided(events: pa.Table, numbers: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Return the events of these numbers, without those that need no conversion, and those that cannot be
+    converted for want of a cell."""
     keep = pc.not_equal(events["_op"], "d")
-    if known := evaluation.fatal():
-        known_bad = pc.is_in(events["_hr_n"], value_set=pa.array(known, pa.int64()))
-        keep = pc.and_(keep, pc.invert(known_bad))
     if events["_unchanged"].null_count < events.num_rows:
         keep = pc.and_(keep, pc.is_null(events["_unchanged"]))
     if len(numbers) < events.num_rows:
@@ -184,8 +181,7 @@ def undecided(evaluation: Evaluation, events: pa.Table, numbers: pa.Array | pa.C
 def with_fatal(evaluation: Evaluation, verdicts: pa.Table, events: pa.Table) -> pa.Table:
     """Add the rows that no query could judge, and those with a cell that raw does not know."""
     fatal = pa.array(evaluation.fatal(), pa.int64())
-    lacking = pc.and_(pc.is_valid(events["_unchanged"]), pc.not_equal(events["_op"], "d"))
-    partial = events.filter(lacking)["_hr_n"].combine_chunks()
+    partial = events.filter(pc.is_valid(events["_unchanged"]))["_hr_n"].combine_chunks()
     bad = pa.concat_arrays([fatal, partial.cast(pa.int64())]) if len(partial) else fatal
     if not len(bad):
         return verdicts
@@ -211,14 +207,16 @@ def _settle(
     """
     bad = verdicts.filter(pc.equal(verdicts["verdict"], "bad"))
     if points.num_rows == len(removed):  # each key has one effect, and they are in the same order
-        fails = pc.and_(points["own"], pc.is_in(points["n"], value_set=pc.unique(bad["n"])))
+        comes = pc.invert(points["gone"])
+        fails = pc.and_(comes, pc.is_in(points["n"], value_set=pc.unique(bad["n"])))
         numbers = points["n"].filter(fails).combine_chunks()
         good = settled.filter(pc.invert(pc.is_in(settled, value_set=numbers)))
         return good, removed.filter(pc.invert(fails).combine_chunks()), numbers
     keys = pc.unique(bad["k"])
-    good = settled.filter(pc.invert(pc.is_in(settled, value_set=bad["n"].combine_chunks())))
     others = removed.filter(pc.invert(pc.is_in(removed, value_set=keys)))
     points = points.filter(pc.is_in(points["k"], value_set=keys))
+    theirs = points.filter(points["own"])["n"].combine_chunks()
+    good = settled.filter(pc.invert(pc.is_in(settled, value_set=theirs)))
     numbers = pc.unique(bad["n"])
     if points.num_rows == len(numbers) and not pc.any(points["gone"]).as_py():
         return good, others, numbers.sort()  # nothing else has happened to these keys
@@ -228,8 +226,7 @@ def _settle(
         """CREATE OR REPLACE TEMP TABLE outcomes AS
         SELECT p.k, max(p.n) AS n, arg_max(p.own, p.n) AS own
         FROM points p LEFT JOIN verdicts v ON v.n = p.n AND p.own
-        WHERE (p.gone AND v.verdict IS DISTINCT FROM 'bad') OR v.verdict IN ('good', 'filtered')
-        GROUP BY p.k"""
+        WHERE p.gone OR v.verdict IN ('good', 'filtered') GROUP BY p.k"""
     )
     own = db.sql("SELECT n FROM outcomes WHERE own").to_arrow_table()["n"].combine_chunks()
     settling = db.sql("SELECT k FROM outcomes").to_arrow_table()["k"].combine_chunks()

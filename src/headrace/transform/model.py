@@ -18,7 +18,7 @@ from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, ver
 from headrace.keys import quoted
 from headrace.masking import NOTHING, Masked
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
-from headrace.prepared import Contested, Prepared, Reference, Refused, UniqueKey, Unwritable
+from headrace.prepared import Contested, Prepared, Reference, Refused, UniqueKey
 from headrace.scrub import scrub
 from headrace.transform.attempts import Attempts
 from headrace.transform.casts import reads_column
@@ -79,8 +79,6 @@ class RowModel:
     """Seconds for which a row waits for what it refers to, before that is an error."""
     refused: frozenset[Refused] = field(default=frozenset(), compare=False)
     """Changes that are bad since their rows would have the key of another, or refer to none."""
-    unwritable: frozenset[Unwritable] = frozenset()
-    """Changes that are bad since the destination fails on them, see `headrace.isolation`."""
     decisions: Decisions | None = field(default=None, compare=False)
     """What people decided about changes, None if nothing."""
 

@@ -36,8 +36,7 @@ def fold_multiset(
     resets = np.flatnonzero(pc.equal(changes["_op"], "t").to_numpy(zero_copy_only=False))
     live = changes.slice(int(resets[-1]) + 1) if len(resets) else changes
     events, left, fewer = _stack(db, schema, live)
-    evaluation.refuse(events)
-    verdicts = evaluation.run(undecided(evaluation, events, left))
+    verdicts = evaluation.run(undecided(events, left))
     verdicts = with_fatal(evaluation, verdicts, events)
     verdicts = verdicts.filter(pc.is_in(verdicts["n"], value_set=left))
     bad = verdicts.filter(pc.equal(verdicts["verdict"], "bad"))["n"].combine_chunks().sort()

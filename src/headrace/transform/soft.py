@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 # A change has an even place, a truncate the odd one before the change that follows it.
 _EFFECTS = """CREATE OR REPLACE TEMP TABLE effects AS
-SELECT p.k, 2 * p.n AS place, p.own, t.moment,
-  CASE WHEN p.gone AND v.verdict IS DISTINCT FROM 'bad' THEN 'gone' ELSE v.verdict END AS what
+SELECT p.k, 2 * p.n AS place, p.own, t.moment, CASE WHEN p.gone THEN 'gone' ELSE v.verdict END AS what
 FROM points p JOIN times t ON t.n = p.n LEFT JOIN verdicts v ON v.n = p.n AND p.own"""
 
 _OF_TRUNCATES = """INSERT INTO effects
@@ -74,12 +73,11 @@ def fold_soft(
     points = points_of(db, key, events)
     cleared = _cleared(changes, is_truncate)
     db.register("points", points)
-    evaluation.refuse(events)
     lasts = db.sql("SELECT max(n) AS n FROM points WHERE own AND NOT gone GROUP BY k ORDER BY n")
-    verdicts = evaluation.run(undecided(evaluation, events, lasts.to_arrow_table()["n"]))
+    verdicts = evaluation.run(undecided(events, lasts.to_arrow_table()["n"]))
     verdicts = with_fatal(evaluation, verdicts, events)
     if pc.any(pc.equal(verdicts["verdict"], "bad")).as_py():
-        verdicts = evaluation.run(undecided(evaluation, events, earlier_of_bad(points, verdicts)))
+        verdicts = evaluation.run(undecided(events, earlier_of_bad(points, verdicts)))
         verdicts = with_fatal(evaluation, verdicts, events)
     _decide(db, events, points, verdicts, cleared)
     bad = db.sql(_BAD).to_arrow_table()["n"].combine_chunks()

@@ -51,13 +51,12 @@ def step(db: duckdb.DuckDBPyConnection, model: RowModel, changes: pa.Table) -> P
     db.register("truncates", changes.filter(is_truncate))
     _say(db, model)
     evaluation = model.evaluation(db)
-    evaluation.refuse(events)
     asked = db.sql("SELECT n FROM said WHERE own AND what IS NULL ORDER BY n").to_arrow_table()["n"]
-    verdicts = evaluation.run(undecided(evaluation, events, asked))
+    verdicts = evaluation.run(undecided(events, asked))
     db.register("verdicts", with_fatal(evaluation, verdicts, events))
     db.execute(
         "UPDATE said SET what = CASE v.verdict WHEN 'good' THEN 'row' ELSE v.verdict END FROM verdicts v "
-        "WHERE v.n = said.n AND said.own AND (said.what IS NULL OR said.what = 'gone')"
+        "WHERE v.n = said.n AND said.own AND said.what IS NULL"
     )
     db.register("good", evaluation.good())
     db.execute("CREATE OR REPLACE TEMP TABLE made AS SELECT *, true AS _own FROM good")

@@ -160,8 +160,8 @@ def is_known(db: Connection, log: LogIndex, table: TableId, captured: Iterable[T
 
 
 def announce(db: Connection, config: SourceConfig, log: LogIndex, table: TableId) -> bool:
-    """Have the stream say what a table looks like, though none of its rows changed; False where the
-    application has it locked just now.
+    """Have the stream say what a table looks like, though none of its rows changed; False where that
+    cannot be now: the application has it locked, or it cannot be captured so, is gone, or may not be read.
 
     Whoever alters a table waits for all who have read it in an open transaction, and for all who wrote its
     rows. So between the changes of the former shape and those of the next there is exactly one place where
@@ -181,18 +181,17 @@ def announce(db: Connection, config: SourceConfig, log: LogIndex, table: TableId
             announced = json.dumps(known | {str(table): [word, shape.to_json()]}, ensure_ascii=False)
             log.set_note(_ANNOUNCED, announced)
             db.execute("SELECT pg_logical_emit_message(true, 'headrace', %s)", [_WORD + word])
-    except (psycopg.errors.LockNotAvailable, psycopg.errors.InternalError_):
-        return False  # or a relation went while the catalog was asked: the next look tries again
     except (
         UserError,
+        psycopg.errors.LockNotAvailable,
+        psycopg.errors.InternalError_,  # a relation went while the catalog was asked
         psycopg.errors.UndefinedTable,
         psycopg.errors.InsufficientPrivilege,
-        psycopg.errors.CharacterNotInRepertoire,
         KeyError,
     ):
-        # It cannot be captured so, is gone, or may be read no longer, which a stream can do without: its next
-        # change, or the next look, says what is wrong.
-        pass
+        return False  # which a stream can do without: its next change, or the next look, says what is wrong
+    except psycopg.errors.CharacterNotInRepertoire:
+        pass  # no shape can have such a name, whenever it is tried
     return True
 
 

@@ -109,12 +109,6 @@ class PythonEvaluation(Evaluation):
         self._faults = dict[int, Fault]()
         self._doubtful = list[pa.Table]()
 
-    def refuse(self, events: pa.Table) -> None:
-        """See `Evaluation.refuse`. Of what is known to be bad no row is made."""
-        super().refuse(events)
-        self._faults |= {n: Fault(*cause) for n, cause in self._fatal.items()}
-        self._fatal.clear()
-
     def run(self, events: pa.Table) -> pa.Table:
         """See `Evaluation.run`."""
         tables = list[pa.Table]()
