@@ -222,6 +222,23 @@ def test_a_check_that_a_row_violates_breaks_its_model(
     )
 
 
+@pytest.mark.parametrize("state", ["P0001", "53100", "XX000", "42501"])
+def test_what_a_trigger_says_of_a_row_is_told_by_its_state(
+    destination: PostgresDestination, db: psycopg.Connection, state: str
+) -> None:
+    destination.apply(slice_of(0, (MODEL, [row(1)])))
+    target = destination.table_of(MODEL.name)
+    db.execute(
+        f"""CREATE FUNCTION deny() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN RAISE 'no room for %', NEW USING ERRCODE = '{state}'; END $$;
+        CREATE TRIGGER deny BEFORE INSERT ON {target} FOR EACH ROW EXECUTE FUNCTION deny()""".encode()
+    )
+    with pytest.raises((DestinationError, ModelBroken)) as caught:
+        destination.apply(slice_of(1, (MODEL, [row(4711)])))
+    assert f"SQLSTATE {state}" in caught.value.paragraph()
+    assert "no room" not in caught.value.paragraph()
+
+
 def test_foreign_keys_of_others_hold_where_they_can_wait(
     destination: PostgresDestination, db: psycopg.Connection
 ) -> None:

@@ -46,7 +46,8 @@ def words_of(error: psycopg.Error) -> str:
     state, diag = error.sqlstate or "", error.diag
     if isinstance(error, psycopg.DataError) and not state:
         return "a text holds a NUL character, which Postgres does not take"
-    if state[:2] not in ("22", "23", "P0"):
+    # What a function says, a trigger's for instance, its author words, under any state.
+    if state[:2] not in ("22", "23", "P0") and "function" not in (diag.context or ""):
         return (diag.message_primary or str(error)).splitlines()[0]
     kind = type(error).__name__
     parts = [("constraint", diag.constraint_name), ("column", diag.column_name), ("of", diag.table_name)]
