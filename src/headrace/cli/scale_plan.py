@@ -97,19 +97,13 @@ def _figures(project: Path, known: Known) -> Figures:
     if (project / FILE_NAME).exists():
         settings = load_project(project, secrets=False)
         figures = figures_of(Journal(settings.state / FILE).read())
-    given: dict[str, float | None] = {
-        **{name: getattr(known, f"{name}_rate") for name in ("worker", "own", "capture", "load", "apply")},
-        **{name: getattr(known, f"{name}_factor") for name in ("wal", "log", "raw", "destination")},
-        "start": seconds_of("--start", known.start) if known.start else None,
-    }
-    for name, value in given.items():
+    rates = ((name, "rate") for name in ("worker", "own", "capture", "load", "apply"))
+    factors = ((name, "factor") for name in ("wal", "log", "raw", "destination"))
+    given = [(n, f"--{n}-{kind}", getattr(known, f"{n}_{kind}")) for n, kind in (*rates, *factors)]
+    given.append(("start", "--start", seconds_of("--start", known.start) if known.start else None))
+    for name, option, value in given:
         if value is not None:
-            option = (
-                name
-                if name == "start"
-                else f"{name}-{'rate' if hasattr(known, f'{name}_rate') else 'factor'}"
-            )
-            figures = replace(figures, **{name: Figure(_positive(f"--{option}", value), "given")})  # type: ignore[arg-type]
+            figures = replace(figures, **{name: Figure(_positive(option, value), "given")})  # type: ignore[arg-type]
     return figures
 
 
