@@ -1,4 +1,4 @@
-"""A pool of worker processes: whatever becomes of them, each part has one outcome or goes back to who asked."""
+"""A pool of worker processes: whatever becomes of them, a part has one outcome or goes back to who asked."""
 
 from __future__ import annotations
 
