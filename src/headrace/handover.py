@@ -85,7 +85,7 @@ class Handover:
         self._expected: dict[str, Iterator[PartSpec]] = {}
         self._cuts: dict[tuple[str, PartKind, Offset, Offset], list[PartSpec]] = {}
         self._own: dict[str, _Rate] = {}
-        self._handing: dict[str, _Rate] = {}
+        self._giving: dict[str, _Rate] = {}
 
     def takes(self, model: RowModel, after: Offset, through: Offset) -> bool:
         """Whether workers prepare a model's changes in a span now: not those that processes have died of."""
@@ -171,8 +171,10 @@ class Handover:
     def figures(self, model: str) -> Figures:
         """Return what was measured of a model."""
         done = self._pool.service().get(model)
-        mu = done.rows / done.seconds if done and done.rows and done.seconds else None
-        return Figures(mu, self._rate(self._own, model).value, self._rate(self._handing, model).value)
+        own, giving = self._rate(self._own, model).value, self._rate(self._giving, model).value
+        if done is None or not done.rows or not giving:
+            return Figures(None, own, None)
+        return Figures(done.rows / done.seconds, own, 1 / (1 / giving + done.taking / done.rows))
 
     def _rate(self, rates: dict[str, _Rate], model: str) -> _Rate:
         with self._lock:
@@ -211,7 +213,7 @@ class Handover:
             if part.id in self._given:
                 return
             self._given[part.id] = _Given(part, self._pool.submit(part), time.monotonic())
-        self._rate(self._handing, part.model.name).add(part.rows, time.perf_counter() - began)
+        self._rate(self._giving, part.model.name).add(part.rows, time.perf_counter() - began)
 
     def _outcome(self, part: PartSpec, model: RowModel, here: Here) -> Prepared:
         with self._lock:

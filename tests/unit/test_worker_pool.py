@@ -139,8 +139,12 @@ def test_a_worker_that_wakes_after_its_part_was_given_away_is_refused(opened: Op
         pool.submit(replace(asked, epoch="another run")).result(1)
 
 
-def test_drained_workers_finish_what_they_have_and_at_rest_there_are_none(opened: Open) -> None:
+def test_drained_workers_finish_what_they_have_and_at_rest_there_are_none(
+    opened: Open, tmp_path: Path
+) -> None:
+    (left := tmp_path / "workers" / "another run").mkdir(parents=True)
     pool = opened(0)
+    assert not left.exists()
     assert (pool.pids(), pool.state().starting) == ([], 0)
     waiting = pool.submit(part(pool, "sleep 0.5"))
     pool.resize(2)

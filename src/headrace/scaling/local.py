@@ -282,7 +282,7 @@ class LocalPool:
         if message["say"] == "failed":
             _fail(task, message["what"])
         else:
-            path = self._path(lease)
+            path, began = self._path(lease), time.perf_counter()
             try:
                 prepared = read_prepared(path, lease)
             except (NotTheOutcome, OSError) as error:
@@ -290,20 +290,19 @@ class LocalPool:
                 return
             finally:
                 path.unlink(missing_ok=True)
-            self._note(worker, task, message, now)
+            taking = time.perf_counter() - began
+            known = self._service.get(task.part.model.name, Service())
+            self._service[task.part.model.name] = Service(
+                known.rows + message["rows"], known.seconds + message["seconds"], known.taking + taking
+            )
+            if not worker.has_results:
+                worker.has_results = True
+                self._start_times.append(worker.ready_at - worker.started_at + now - worker.began_at)
             task.future.set_result(prepared)
         del self._held[worker]
         worker.lease = None
         if worker.leaving:
             worker.leave()
-
-    def _note(self, worker: WorkerProcess, task: _Task, message: Mapping[str, Any], now: float) -> None:
-        known = self._service.get(task.part.model.name, Service())
-        rows, seconds = known.rows + message["rows"], known.seconds + message["seconds"]
-        self._service[task.part.model.name] = Service(rows, seconds)
-        if not worker.has_results:
-            worker.has_results = True
-            self._start_times.append(worker.ready_at - worker.started_at + now - worker.began_at)
 
     def _watch(self) -> None:
         """End workers that take too much memory, or get no further."""

@@ -47,6 +47,8 @@ class Service:
     rows: int = 0
     seconds: float = 0.0
     """Of their time in which they had a part in hand that they finished."""
+    taking: float = 0.0
+    """Seconds of the pool's own process for taking the outcomes."""
 
 
 class Pool(Protocol):

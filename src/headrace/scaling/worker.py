@@ -93,9 +93,9 @@ def serve(connection: int, life: int, opened: Callable[[Answers], Callable[[Part
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
     pool = Connection(connection)
     answers = Answers(pool)
-    root = logging.getLogger()
-    root.addHandler(_Passing(answers))
-    root.setLevel(logging.INFO)
+    own = logging.getLogger("headrace")
+    own.addHandler(_Passing(answers))
+    own.setLevel(logging.INFO)
     prepare = opened(answers)
     with suppress(OSError, EOFError):  # the pool has let go of this worker
         answers.say("ready")

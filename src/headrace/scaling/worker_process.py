@@ -35,7 +35,8 @@ class WorkerProcess:
         try:
             self._popen = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, *map(str, passed)],
-                stdin=subprocess.DEVNULL, pass_fds=passed, start_new_session=True, env=dict(environment),
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=passed,
+                start_new_session=True, env=dict(environment),
             )  # fmt: skip
         except BaseException:
             self.connection.close()
