@@ -73,17 +73,16 @@ class _Given(NamedTuple):
 
 
 class Handover:
-    """What one pipeline has in the hands of its pool. For one thread of each source at a time."""
+    """What one pipeline has in the hands of its pool. For one thread of each source and kind at a time."""
 
     def __init__(self, pool: Pool, worth: Callable[[str], bool] = lambda _: True) -> None:
         """`worth` says whether a model's parts are worth a worker."""
         self._pool = pool
         self._worth = worth
         self._lock = threading.RLock()
-        self._expecting = threading.Lock()
         self._given: dict[str, _Given] = {}
-        self._expected: dict[str, Iterator[PartSpec]] = {}
-        self._cuts: dict[tuple[str, PartKind, Offset, Offset], list[PartSpec]] = {}
+        self._expected: dict[tuple[str, PartKind], Iterator[PartSpec]] = {}
+        self._cuts: dict[tuple[str, PartKind, Copy | None, Offset, Offset], list[PartSpec]] = {}
         self._own: dict[str, _Rate] = {}
         self._giving: dict[str, _Rate] = {}
 
@@ -94,10 +93,12 @@ class Handover:
         attempts = model.attempts
         return attempts is None or not attempts.suspects(model.name, model.version, after, through)
 
-    def rows_for(self, model: RowModel) -> int:
-        """Return how many rows one part of a model should have."""
+    def rows_for(self, model: RowModel, of: int | None = None) -> int:
+        """Return how many rows one part of a model should have, where no more than `of` are known at once:
+        then every worker is to have two of them."""
         figures = self.figures(model.name)
-        return rows_for(figures.mu or figures.own_rate)
+        wanted = rows_for(figures.mu or figures.own_rate)
+        return wanted if of is None else min(wanted, of // max(2 * self._pool.state().desired, 1) + 1)
 
     def parts(
         self,
@@ -105,18 +106,18 @@ class Handover:
         staged: Staged,
         model: RowModel,
         span: tuple[Offset, Offset],
-        pieces: Callable[[int], Iterable[tuple[Piece, bytes | None]]],
+        pieces: Callable[[], Iterable[tuple[Piece, bytes | None]]],
         copy: Copy | None = None,
     ) -> Sequence[PartSpec]:
         """Return the parts of a span, the same when it is asked for again before they are taken.
 
-        `pieces` cuts it into pieces of about so many rows, with bits for what is chosen of each, if it is.
-        Raw is read back from the copy's end for a copy, else from that of the span.
+        `pieces` cuts it, with bits for what is chosen of each piece, if it is. Raw is read back from where
+        both the span and the copy, where one counts, have ended.
         """
         sent = replace(model, attempts=None) if model.attempts is not None else model
         model_id = fingerprint(sent)
         newest = max(copy.end, span[1]) if copy else span[1]
-        key = (model_id, kind, *span)
+        key = (model_id, kind, copy, *span)
         with self._lock:
             if key not in self._cuts:
                 self._cuts[key] = [
@@ -124,7 +125,7 @@ class Handover:
                         kind, staged, sent, model_id, piece.after, piece.through, newest, self._pool.epoch,
                         piece.rows, copy, chosen,
                     )
-                    for piece, chosen in pieces(self.rows_for(model))
+                    for piece, chosen in pieces()
                 ]  # fmt: skip
             return self._cuts[key]
 
@@ -135,10 +136,10 @@ class Handover:
             begun = any(part.id in self._given for part in parts)
         return not begun and len(parts) < 2 and rows < (rate or rows_for(None) / 10) * _TRICKLE
 
-    def expect(self, source: str, parts: Iterator[PartSpec]) -> None:
-        """Have workers that would have nothing to do begin with what will follow in a source."""
+    def expect(self, source: str, kind: PartKind, parts: Iterator[PartSpec]) -> None:
+        """Have workers that would have nothing to do begin with what will follow of a kind in a source."""
         with self._lock:
-            self._expected[source] = parts
+            self._expected[source, kind] = parts
 
     def begin(self, parts: Iterable[PartSpec]) -> None:
         """Have workers begin with parts that will be taken later, as far as there is room."""
@@ -192,20 +193,13 @@ class Handover:
     def _hand_out(self, todo: Sequence[PartSpec]) -> None:
         """Give what is next, then what will follow."""
         self.begin(todo)
-        source = todo[0].staged.source
-        while self._has_room() and (part := self._next_expected(source)) is not None:
-            self._give(part)
-
-    def _next_expected(self, source: str) -> PartSpec | None:
-        if not self._expecting.acquire(blocking=False):
-            return None  # a model of the same source that joins is just asking
+        with self._lock:
+            following = self._expected.get((todo[0].staged.source, todo[0].kind), iter(()))
         try:
-            return next(self._expected.get(source, iter(())), None)
+            while self._has_room() and (part := next(following, None)) is not None:
+                self._give(part)
         except Exception as error:  # what is wrong is met when it is its turn
-            logger.info("what follows in %s is not handed over: %s", source, type(error).__name__)
-            return None
-        finally:
-            self._expecting.release()
+            logger.info("what follows is not handed over: %s", type(error).__name__)
 
     def _give(self, part: PartSpec) -> None:
         began = time.perf_counter()

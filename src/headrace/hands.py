@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from headrace.change import Copy, Offset
 from headrace.cutting import MOST_BYTES, Piece, cut
+from headrace.history import PIECE_ROWS, Selection
 from headrace.parts import PartKind, PartSpec, Staged
 from headrace.prepared import Prepared
 from headrace.preparing import prepare_part
 
 if TYPE_CHECKING:
     from headrace.handover import Handover
-    from headrace.history import Selection
     from headrace.protocols import LogIndex
     from headrace.staging.delta import DeltaStaging
     from headrace.transform.model import RowModel
@@ -51,8 +51,9 @@ class Hands:
         handover = self._handover
         if handover is None or not handover.takes(model, after, through):
             return None
-        parts = self._parts(kind, model, (after, through), copy)
-        if len(parts) < 2:  # a join has to have an outcome for each of its slices
+        of = self._staging.count(model.table, after, through)
+        parts = self._parts(kind, model, (after, through), copy, of)
+        if not parts or handover.is_trickle(model, parts):  # of nothing there is an outcome, too
             return None
         handover.begin(parts)
         return handover.take(model, parts, self._here)
@@ -65,17 +66,30 @@ class Hands:
         handover = self._handover
         if handover is None or not handover.takes(model, after, through):
             return None
-        widest = next(iter(self._staging.row_groups(model.table, after, through)), None)
-        rows = handover.rows_for(model)
-        if widest is not None:
-            rows = min(rows, MOST_BYTES * widest.rows // max(widest.bytes, 1))
-        pieces, reached = selection.cut(after, through, max(rows, 1))
-        if len(pieces) < 2:
+        parts, reached = self._newest_parts(model, copy, selection, after, through)
+        if not parts or handover.is_trickle(model, parts):
             return None
-        span = (after, reached)
-        parts = handover.parts("newest", self._staged, model, span, lambda _: pieces, copy)
+
+        def following(after: Offset) -> Iterator[PartSpec]:
+            while after < through:
+                parts, after = self._newest_parts(model, copy, selection, after, through)
+                yield from parts
+
+        handover.expect(self._staged.source, "newest", following(reached))
         handover.begin(parts)
         return reached, handover.take(model, parts, self._here)
+
+    def _newest_parts(
+        self, model: RowModel, copy: Copy, selection: Selection, after: Offset, through: Offset
+    ) -> tuple[Sequence[PartSpec], Offset]:
+        assert self._handover is not None
+        rows = self._handover.rows_for(model, PIECE_ROWS)
+        first = next(iter(self._staging.row_groups(model.table, after, through)), None)
+        if first is not None:
+            rows = min(rows, MOST_BYTES * first.rows // max(first.bytes, 1))
+        pieces, reached = selection.cut(after, through, max(rows, 1))
+        span = (after, reached)
+        return self._handover.parts("newest", self._staged, model, span, lambda: pieces, copy), reached
 
     def expect(
         self, models: Sequence[RowModel], after: Offset, staged: Offset, max_bytes: int, max_rows: int
@@ -84,7 +98,7 @@ class Hands:
         are cut for so many bytes and rows at most."""
         if self._handover is not None:
             following = self._following(models, after, staged, max_bytes, max_rows)
-            self._handover.expect(self._staged.source, following)
+            self._handover.expect(self._staged.source, "slice", following)
 
     def _following(
         self, models: Sequence[RowModel], after: Offset, staged: Offset, max_bytes: int, max_rows: int
@@ -99,11 +113,17 @@ class Hands:
             after = through
 
     def _parts(
-        self, kind: PartKind, model: RowModel, span: tuple[Offset, Offset], copy: Copy | None = None
+        self,
+        kind: PartKind,
+        model: RowModel,
+        span: tuple[Offset, Offset],
+        copy: Copy | None = None,
+        of: int | None = None,
     ) -> Sequence[PartSpec]:
         assert self._handover is not None
+        rows = self._handover.rows_for(model, of)
 
-        def pieces(rows: int) -> Iterable[tuple[Piece, None]]:
+        def pieces() -> Iterable[tuple[Piece, None]]:
             groups = self._staging.row_groups(model.table, *span)
             return ((piece, None) for piece in cut(groups, *span, rows))
 

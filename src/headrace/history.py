@@ -47,6 +47,10 @@ class Span(NamedTuple):
     rows: int
 
 
+Cut = tuple[list[tuple[Piece, bytes]], Offset]
+"""Pieces with their bits, and the offset through which they come."""
+
+
 class Selection:
     """Some of a table's changes, by a bit for each change there is."""
 
@@ -57,6 +61,7 @@ class Selection:
         self._table = table
         self._spans = spans
         self._bits = pa.py_buffer(bits)
+        self._cuts: dict[Offset, Cut] = {}
 
     def pieces(self, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:
         """Yield the chosen changes in `(after, through]` whole, in the log's order and in pieces of a bounded
@@ -84,9 +89,17 @@ class Selection:
         held = held or [self._staging.empty(self._table)]
         yield _joined(held), through
 
-    def cut(self, after: Offset, through: Offset, rows: int) -> tuple[list[tuple[Piece, bytes]], Offset]:
+    def cut(self, after: Offset, through: Offset, rows: int) -> Cut:
         """Cut the next chosen changes behind `after`, as many as `pieces` yields at once, into pieces of so
-        many rows, about, each with a bit for every change in it; and return the offset that they come to."""
+        many rows, about, each with a bit for every change in it; and return the offset that they come to.
+
+        What was cut once is cut like that whenever it is asked for.
+        """
+        if after not in self._cuts:
+            self._cuts[after] = self._cut(after, through, rows)
+        return self._cuts[after]
+
+    def _cut(self, after: Offset, through: Offset, rows: int) -> Cut:
         pieces, held, taken, bits = list[tuple[Piece, bytes]](), list[Span](), 0, list[int]()
         for span in self._spans:
             mask = pa.Array.from_buffers(pa.bool_(), span.rows, [None, self._bits], offset=span.first)

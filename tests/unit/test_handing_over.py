@@ -236,14 +236,14 @@ def outcome(part: PartSpec, by: int = 0) -> Prepared:
 
 def cut(handover: Handover, begin: int, count: int, model: RowModel = MODEL) -> Sequence[PartSpec]:
     pieces = [(Piece(i, i + 1, 1), None) for i in range(begin, begin + count)]
-    return handover.parts("slice", Staged("shop", "l", ""), model, (begin, begin + count), lambda _: pieces)
+    return handover.parts("slice", Staged("shop", "l", ""), model, (begin, begin + count), lambda: pieces)
 
 
 def test_outcomes_come_in_order_and_no_more_are_asked_for_than_workers_can_have() -> None:
     pool = Idle(desired=2)
     handover = Handover(pool)
     following = iter([*cut(handover, 4, 3), *cut(handover, 7, 3)])
-    handover.expect("shop", following)
+    handover.expect("shop", "slice", following)
     here: list[int] = []
 
     def prepare(part: PartSpec, model: RowModel) -> Prepared:
