@@ -95,10 +95,10 @@ class Handover:
 
     def rows_for(self, model: RowModel, of: int | None = None) -> int:
         """Return how many rows one part of a model should have, where no more than `of` are known at once:
-        then every worker is to have two of them."""
+        then every worker is to have one of them."""
         figures = self.figures(model.name)
         wanted = rows_for(figures.mu or figures.own_rate)
-        return wanted if of is None else min(wanted, of // max(2 * self._pool.state().desired, 1) + 1)
+        return wanted if of is None else min(wanted, of // max(self._pool.state().desired, 1) + 1)
 
     def parts(
         self,

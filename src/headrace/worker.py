@@ -13,6 +13,7 @@ from headrace.prepared import Prepared
 from headrace.preparing import prepare_part
 from headrace.scaling.worker import Answers, serve
 from headrace.staging.delta import DeltaStaging
+from headrace.transform.engine import engine
 from headrace.transform.model import RowModel
 from headrace.transform.python.process import on_progress
 
@@ -65,6 +66,7 @@ def main(socket: int, life: int) -> None:
 
     def opened(answers: Answers) -> Callable[[PartSpec], Prepared]:
         on_progress(answers.progress)
+        engine().execute("SET threads = 1")  # it is workers that there are several of
         return Preparer(answers.progress).prepare
 
     serve(socket, life, opened)
