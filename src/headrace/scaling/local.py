@@ -313,9 +313,11 @@ class LocalPool:
                 self._lose(worker, f"it takes more than {self._memory >> 20} MiB of memory")
             elif has_work and now - worker.progressed_at > self._patience:
                 self._lose(worker, f"it has got no further for {self._patience:g} s")
-        for task in [task for task in self._queue if task.deaths]:
-            # Who asked has been told that it is begun, and takes it back no more.
-            if not self._desired or now - task.lost_at > self._patience:
+        for task in list(self._queue):
+            if task.future.cancelled():
+                self._queue.remove(task)
+            elif task.deaths and (not self._desired or now - task.lost_at > self._patience):
+                # Who asked has been told that it is begun, and takes it back no more.
                 self._queue.remove(task)
                 _fail(task, "no other worker is there to take it")
 
