@@ -26,9 +26,11 @@ class _Refusing:
             raise psycopg.errors.InsufficientPrivilege("permission denied for table t")
 
 
-def test_a_table_that_may_be_read_no_longer_does_not_stop_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_may_be_read_no_longer_is_announced_with_a_later_look_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(catalog_watch, "amend_own", lambda *_: None)
     db: Any = _Refusing()
     log: Any = MemoryLog("shop")
     config: Any = None
-    assert catalog_watch.announce(db, config, log, TableId("public", "t"))
+    assert not catalog_watch.announce(db, config, log, TableId("public", "t"))
