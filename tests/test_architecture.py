@@ -37,6 +37,8 @@ FLOORS = [
     {
         "protocols",
         "prepared",
+        "prepared_file",
+        "parts",
         "steps",
         "join",
         "reference",
@@ -56,6 +58,11 @@ FLOORS = [
     {"sources", "log", "staging", "transform", "destinations", "quarantine", "scaling"},
     {
         "joining",
+        "cutting",
+        "hands",
+        "handover",
+        "preparing",
+        "worker",
         "history",
         "rebuilding",
         "redriving",

@@ -108,6 +108,11 @@ class Decisions:
         )
         self._at = pa.array({change.offset for change in self._changes}, pa.int64())
 
+    @property
+    def identity(self) -> object:
+        """All that was decided."""
+        return self.all
+
     def last(self, through: Offset) -> Offset:
         """Return the offset of the last decision through an offset, 0 if there is none."""
         return max((offset for offset, _ in self.all if offset <= through), default=0)

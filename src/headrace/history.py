@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.change import Copy, Offset, TableId
+from headrace.cutting import Piece
 from headrace.keys import literal
 from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, copied, streamed
@@ -46,6 +47,10 @@ class Span(NamedTuple):
     rows: int
 
 
+Cut = tuple[list[tuple[Piece, bytes]], Offset]
+"""Pieces with their bits, and the offset through which they come."""
+
+
 class Selection:
     """Some of a table's changes, by a bit for each change there is."""
 
@@ -56,6 +61,7 @@ class Selection:
         self._table = table
         self._spans = spans
         self._bits = pa.py_buffer(bits)
+        self._cuts: dict[Offset, Cut] = {}
 
     def pieces(self, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:
         """Yield the chosen changes in `(after, through]` whole, in the log's order and in pieces of a bounded
@@ -82,6 +88,44 @@ class Selection:
                 del piece
         held = held or [self._staging.empty(self._table)]
         yield _joined(held), through
+
+    def cut(self, after: Offset, through: Offset, rows: int) -> Cut:
+        """Cut the next chosen changes behind `after`, as many as `pieces` yields at once, into pieces of so
+        many rows, about, each with a bit for every change in it; and return the offset that they come to.
+
+        What was cut once is cut like that whenever it is asked for.
+        """
+        if after not in self._cuts:
+            self._cuts[after] = self._cut(after, through, rows)
+        return self._cuts[after]
+
+    def _cut(self, after: Offset, through: Offset, rows: int) -> Cut:
+        pieces, held, taken, bits = list[tuple[Piece, bytes]](), list[Span](), 0, list[int]()
+        for span in self._spans:
+            mask = pa.Array.from_buffers(pa.bool_(), span.rows, [None, self._bits], offset=span.first)
+            if span.through <= after or not (chosen := mask.true_count):
+                continue
+            if bits and sum(bits) + chosen > rows:
+                pieces.append(self._piece(held, sum(bits)))
+                held, bits = [], []
+            if taken >= PIECE_ROWS:
+                break
+            held.append(span)
+            bits.append(chosen)
+            taken += chosen
+        else:
+            pieces += [self._piece(held, sum(bits))] if held else []
+            return pieces, through
+        if held:
+            pieces.append(self._piece(held, sum(bits)))
+        return pieces, pieces[-1][0].through
+
+    def _piece(self, spans: Sequence[Span], chosen: int) -> tuple[Piece, bytes]:
+        first, end = spans[0].first, spans[-1].first + spans[-1].rows
+        near = np.frombuffer(self._bits, dtype=np.uint8)[first >> 3 : (end + 7) >> 3]
+        bits = np.unpackbits(near, bitorder="little")[first & 7 :][: end - first]
+        chosen_bits = np.packbits(bits, bitorder="little").tobytes()
+        return Piece(spans[0].after, spans[-1].through, chosen), chosen_bits
 
 
 @dataclass(slots=True)

@@ -25,10 +25,13 @@ import pyarrow.compute as pc
 
 from headrace.change import Copy, Kind, Offset
 from headrace.errors import UserError
+from headrace.hands import Hands
 from headrace.history import History
 from headrace.join import Join, Joins, Phase, Why
 from headrace.keys import identity
+from headrace.parts import PartKind
 from headrace.prepared import Prepared
+from headrace.preparing import filled, not_copied, of_missing
 from headrace.protocols import LogIndex
 from headrace.quarantine.breaker import Breakers
 from headrace.rebuilding import PHASES, Rebuilding, newest_decides
@@ -42,10 +45,8 @@ from headrace.recopied import (
     shares,
     told_at_once,
 )
-from headrace.staging.contained import not_contained
-from headrace.staging.copies import beyond, in_source_order
+from headrace.staging.copies import in_source_order
 from headrace.staging.delta import DeltaStaging
-from headrace.staging.unchanged import fill_unchanged
 from headrace.standing import ModelState
 from headrace.transform.contested import uncontested
 from headrace.transform.engine import engine
@@ -77,6 +78,7 @@ class Joiner:
         breakers: Breakers | None = None,
     ) -> None:
         """What does not fit in memory while history is read goes to the folder `spill`."""
+        self.workers = Hands(source, log, staging)
         self._breakers = breakers or Breakers()
         self._source = source
         self._log = log
@@ -136,7 +138,8 @@ class Joiner:
         """
         copy = self.stands_on(model)
         if copy is None:
-            return self.filled(model, _of(keys, model, self._staging.read(model.table, 0, through)), through)
+            changes = _of(keys, model, self._staging.read(model.table, 0, through))
+            return filled(self._staging, model, changes, through)
         copies = copies_of(self._staging, model, copy) if model.kind.remembers else [copy]
         return self._history(model, copies, through, partial(_of, keys, model))
 
@@ -147,7 +150,7 @@ class Joiner:
         deletes of what a later copy has no more."""
         parts = self._staging.pieces(model.table, copies[0].after, through)
         changes = gathered(self._staging.read(model.table, through, through), map(chosen, parts))
-        changes = self._not_copied(model, copies[0], changes, through)
+        changes = not_copied(self._staging, model, copies[0], changes, through)
         rows = [
             gathered(changes.slice(0, 0), map(chosen, self._staging.copied_parts(model.table, copy)))
             for copy in copies
@@ -161,13 +164,17 @@ class Joiner:
 
     def prepared(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
         """Yield what a model makes of its table's changes in a slice, piece by piece."""
+        handed = self.workers.slice(model, after, through)
+        yield from handed if handed is not None else self._prepared_here(model, after, through)
+        yield from of_slice(self._staging, model, after, through)
+
+    def _prepared_here(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
         pieces = self._staging.pieces(model.table, after, through)
         while (changes := next(pieces, None)) is not None:
-            prepared = model.prepare(self.filled(model, changes, through))
+            prepared = model.prepare(filled(self._staging, model, changes, through))
             del changes  # not beside what the destination makes of them
             yield prepared
             del prepared
-        yield from of_slice(self._staging, model, after, through)
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
@@ -324,22 +331,31 @@ class Joiner:
             if join.phase in PHASES:
                 reading = self._rebuilt(join, model, copy)
                 again = model if model.refused else None
-                through, prepared = reading.prepare(join.phase, join.offset, join.target, again)
+                through, parts = reading.prepare(join.phase, join.offset, join.target, again)
                 is_first = join.phase == PHASES[0] and join.offset == _begin_of(copy, join.target)
-                aside = of_history(self._staging, model, copy, join.target) if is_first else ()
-                return through, [prepared, *aside]
+                aside = [*of_history(self._staging, model, copy, join.target)] if is_first else []
+                return through, chain(parts, aside)
             if join.phase == "keys":
-                aside = of_history(self._staging, model, copy, copy.end) if not join.offset else ()
+                aside = [] if join.offset else [*of_history(self._staging, model, copy, copy.end)]
                 return join.offset + 1, [self._share(join, model, copy), *aside]
             through = self._slice_end(join, model, copy, target)
-            if join.phase == "copy":
-                rows = self._staging.read_copied(model.table, copy, join.offset, through)
-                return through, [model.prepare(rows), *of_copy(self._staging, model, join.offset, through)]
-            aside = beyond_copy(self._staging, model, copy, join.offset, through)
-            if self._staging.count(model.table, join.offset, through) > _AT_ONCE:
-                return through, chain(self._pieces(model, copy, join.offset, through), aside)
-            read = self._staging.read(model.table, join.offset, through)
-            return through, [self._missing(model, copy, read), *aside]
+            return through, self._prepared_slice(join, model, copy, through)
+
+    def _prepared_slice(self, join: Join, model: RowModel, copy: Copy, through: Offset) -> Iterable[Prepared]:
+        """Return what becomes of the next slice of a copy, or of the changes behind it."""
+        after, is_copy = join.offset, join.phase == "copy"
+        decoded = of_copy if is_copy else partial(beyond_copy, copy=copy)
+        aside = [*decoded(self._staging, model, after=after, through=through)]
+        kind: PartKind = "copy" if is_copy else "beyond copy"
+        if (handed := self.workers.joining(kind, model, copy, after, through)) is not None:
+            return chain(handed, aside)
+        if is_copy:
+            rows = self._staging.read_copied(model.table, copy, after, through)
+            return [model.prepare(rows), *aside]
+        if self._staging.count(model.table, after, through) > _AT_ONCE:
+            return chain(self._pieces(model, copy, after, through), aside)
+        read = self._staging.read(model.table, after, through)
+        return [of_missing(self._staging, model, copy, read), *aside]
 
     def _rebuilt(self, join: Join, model: RowModel, copy: Copy) -> Rebuilding:
         """Return what reads a model's history through a join's target; it stays from slice to slice."""
@@ -350,7 +366,8 @@ class Joiner:
                 spill=self._spill, stopped=self._stopped,
             )  # fmt: skip
             bad_keys = partial(self._destination.bad_keys, join)
-            self._rebuilding = (same, model, Rebuilding(self._staging, model, copy, history, bad_keys))
+            reading = Rebuilding(self._staging, model, copy, history, bad_keys, self.workers)
+            self._rebuilding = (same, model, reading)
         return self._rebuilding[2]
 
     def _share(self, join: Join, model: RowModel, copy: Copy) -> Prepared:
@@ -363,27 +380,7 @@ class Joiner:
     def _pieces(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Iterator[Prepared]:
         with preparing(model.name):
             for read in self._staging.pieces(model.table, after, through):
-                yield self._missing(model, copy, read)
-
-    def _missing(self, model: RowModel, copy: Copy, read: pa.Table) -> Prepared:
-        """Prepare those of some changes that the copy does not contain."""
-        changes = self._not_copied(model, copy, read, copy.end)
-        prepared = model.prepare(changes)
-        left_out = read.num_rows - changes.num_rows
-        counts = prepared.counts
-        return replace(
-            prepared,
-            counts=replace(counts, read=counts.read + left_out, superseded=counts.superseded + left_out),
-        )
-
-    def _not_copied(self, model: RowModel, copy: Copy, changes: pa.Table, newest: Offset) -> pa.Table:
-        """Return the changes that a copy does not contain, unchanged cells filled from raw up to `newest`."""
-        changes = self.filled(model, beyond(changes, copy.floor), newest)
-        return not_contained(self._staging, model.table, model.schema.key, copy, changes)
-
-    def filled(self, model: RowModel, changes: pa.Table, newest: Offset) -> pa.Table:
-        """Return changes with their unchanged cells filled from raw, which is read back from `newest`."""
-        return fill_unchanged(self._staging, model.table, model.schema.key, changes, newest=newest)
+                yield of_missing(self._staging, model, copy, read)
 
     def _attach(self, join: Join, model: RowModel, copy: Copy, reached: Offset) -> Sequence[str]:
         mark = self._log.mark(join.target)

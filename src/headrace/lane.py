@@ -398,6 +398,7 @@ class Lane:
         position, committed_at = self.log.place(through)
         in_sync = {model.name for model in models if caught_up and self._is_of(model, position)}
         place = (self._mark(after), self._mark(through), position, committed_at)
+        self.joiner.workers.expect(models, through, self.staging.through(), _SLICE_BYTES, _SLICE_ROWS)
 
         def attempt(models: Sequence[RowModel], again: Again) -> Sequence[str]:
             self._breakers.begin()
@@ -441,8 +442,7 @@ class Lane:
 
     def _is_of(self, model: RowModel, position: Position) -> bool:
         """Whether a model's table is made of a copy whose changes the log holds without a gap."""
-        copy = self.joiner.stands_on(model)
-        return copy is not None and copy.floor.epoch == position.epoch
+        return (copy := self.joiner.stands_on(model)) is not None and copy.floor.epoch == position.epoch
 
     def _moved(self, models: Sequence[RowModel], through: Offset, in_sync: Collection[str]) -> None:
         self._reached = max(self._reached, through)
@@ -454,8 +454,8 @@ class Lane:
 
     def _stand(self, model: RowModel, state: str, offset: Offset) -> None:
         """Take over where the destination has just put a model."""
-        stand = ModelState(model.name, self.config.name, model.version, state, "", offset, 0)
         if self._stands is not None:
+            stand = ModelState(model.name, self.config.name, model.version, state, "", offset, 0)
             self._stands[model.name] = stand
 
     def _offset(self, model: RowModel) -> Offset:

@@ -6,16 +6,18 @@ So a change that a later good one of its key has overtaken is never converted, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.change import Copy, Offset
+from headrace.hands import Hands
 from headrace.history import History, Selection
 from headrace.join import Phase
 from headrace.prepared import Claims, Prepared
+from headrace.preparing import of_newest
 from headrace.staging.contained import not_contained
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
@@ -54,6 +56,7 @@ class Rebuilding:
         copy: Copy,
         history: History,
         bad_keys: Callable[[int], pa.Array | None],
+        workers: Hands | None = None,
     ) -> None:
         """`bad_keys` tells the keys with bad changes among what was applied, None if they are more than
         so many; it is asked once all of `newest` is applied."""
@@ -62,6 +65,8 @@ class Rebuilding:
         self._copy = copy
         self._history = history
         self._bad_keys = bad_keys
+        self._workers = workers
+        self._newest: Selection | None = None
         self._keys: pa.Array | None = _NO_KEYS
         self._older: tuple[Selection, Selection] | None = None
         self._pieces: Iterator[tuple[pa.Table, Offset]] = iter(())
@@ -70,28 +75,44 @@ class Rebuilding:
 
     def prepare(
         self, phase: Phase, after: Offset, through: Offset, model: RowModel | None = None
-    ) -> tuple[Offset, Prepared]:
-        """Return what becomes of the next piece of a phase behind `after`, and the offset through which the
-        phase has come; it is at its end with `through`, the history's end.
+    ) -> tuple[Offset, Iterable[Prepared]]:
+        """Return what becomes of the next piece of a phase behind `after`, in parts, and the offset through
+        which the phase has come; it is at its end with `through`, the history's end.
 
         Reading goes on where it stands; where it stands elsewhere, as after a restart, it is found again.
         `model` refuses changes of the piece that was prepared last: that one is prepared again.
         """
         if model is not None and self._last is not None and self._last[:2] == (phase, after):
-            return self._last[2], self._prepared(phase, self._last[3], model)
+            return self._last[2], [self._prepared(phase, self._last[3], model)]
         if self._next != (phase, after):
             self._pieces = self._begin(phase, after, through)
         self._next = None  # whatever fails from here on is read again
+        if model is None and (handed := self._handed(phase, after, through)) is not None:
+            return handed
         changes, reached = next(self._pieces)
         prepared = self._prepared(phase, changes, model or self._model)
         self._next = (phase, reached)
         if self._model.unique:
             self._last = (phase, after, reached, changes)
-        return reached, prepared
+        return reached, [prepared]
+
+    def _handed(
+        self, phase: Phase, after: Offset, through: Offset
+    ) -> tuple[Offset, Iterable[Prepared]] | None:
+        """Return what workers make of the next piece; None where it is made here."""
+        # Where keys may be contested, a piece stays at hand to be prepared again.
+        if phase != "newest" or self._workers is None or self._newest is None or self._model.unique:
+            return None
+        handed = self._workers.newest(self._model, self._copy, self._newest, after, through)
+        if handed is not None:
+            self._next = (phase, handed[0])
+            self._pieces = self._newest.pieces(handed[0], through)
+        return handed
 
     def _begin(self, phase: Phase, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:
         if phase == "newest":
-            return self._history.newest(going_on=after).pieces(after, through)
+            self._newest = self._history.newest(going_on=after)
+            return self._newest.pieces(after, through)
         if self._older is None or after > self._history.begin:
             self._keys = self._with_decided(self._bad_keys(MAX_KEYS))
             if self._keys is not None and not len(self._keys):
@@ -107,13 +128,9 @@ class Rebuilding:
 
     def _prepared(self, phase: Phase, changes: pa.Table, model: RowModel) -> Prepared:
         key, table = self._model.schema.key, self._model.table
-        changes = fill_unchanged(self._staging, table, key, changes, newest=self._copy.end)
         if phase == "newest":
-            # Where a row's key changed, what the old key came to is decided by itself.
-            at = changes.schema.get_field_index("_before")
-            nothing = pa.nulls(changes.num_rows, changes.schema.field(at).type)
-            prepared = model.prepare(changes.set_column(at, "_before", nothing))
-            return replace(prepared, removed=_NO_KEYS)  # nothing is there yet
+            return of_newest(self._staging, model, changes, self._copy.end)
+        changes = fill_unchanged(self._staging, table, key, changes, newest=self._copy.end)
         if phase == "older":
             changes = not_contained(self._staging, table, key, self._copy, changes)
         prepared = model.prepare(changes)

@@ -70,10 +70,11 @@ class Past:
         for phase in PHASES:
             after = history.begin
             while after < self.at.through:
-                after, prepared = rebuilding.prepare(phase, after, self.at.through)
-                if phase == PHASES[0]:
-                    bad.append(prepared.records["key"].combine_chunks())
-                yield prepared
+                after, parts = rebuilding.prepare(phase, after, self.at.through)
+                for prepared in parts:
+                    if phase == PHASES[0]:
+                        bad.append(prepared.records["key"].combine_chunks())
+                    yield prepared
 
     def _in_order(self, history: History) -> Iterator[Prepared]:
         model, copy, staging = self.model, self.copy, self.staging

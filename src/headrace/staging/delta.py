@@ -49,7 +49,7 @@ from headrace.staging.rows import (
     undecodable,
     with_columns,
 )
-from headrace.staging.table import RawTable
+from headrace.staging.table import RawTable, RowGroup
 
 logger = logging.getLogger("headrace.lane")
 
@@ -95,6 +95,7 @@ class DeltaStaging:
         Raises StagingForeign when the folder belongs to another log.
         """
         self.source = source
+        self.root = root
         self._root = root / "raw" / encode(source)
         self._log_id = log_id
         self._read_only = read_only
@@ -103,8 +104,7 @@ class DeltaStaging:
         self._recent = Recent()
         self._used: Offset = 0
         self._moved = threading.Condition()
-        self._through: Offset = 0
-        self._written: Offset = 0
+        self._through = self._written = 0
         self._schemas: list[tuple[Offset, TableSchema]] = []
         self._copies = CopyHistory()
         self._decisions: dict[str, list[tuple[Offset, Decision]]] = {}
@@ -162,19 +162,22 @@ class DeltaStaging:
     def follow(self, log: LogIndex) -> bool:
         """Take over what another process has staged of a log, see `recover`; says whether `through` has
         moved. Both go on meanwhile."""
-        known, before = self._version(HISTORY), self._through
+        before = self._through
         end = log.end().offset  # before it is asked what there is: of all through it that tells
         last_offsets = log.last_offsets()
-        # Shapes after rows, so that no row is seen without its shape.
-        for table in [table for table, last in last_offsets.items() if self._version(table) < last]:
-            self._open(table)
-        for table in INTERNAL:
-            self._open(table)
-        self._remember_events(known)
-        self._aside.learn(self._tables.get(UNDECODABLE))
+        self.refresh([table for table, last in last_offsets.items() if self._version(table) < last])
         self._reach(last_offsets, end, log.before_unstaged)
         self._check_not_ahead(log.end().offset)
         return self._through > before
+
+    def refresh(self, tables: Iterable[TableId]) -> None:
+        """Take over what another process has staged of some tables."""
+        known = self._version(HISTORY)
+        # Shapes after rows, so that no row is seen without its shape.
+        for table in (*tables, *INTERNAL):
+            self._open(table)
+        self._remember_events(known)
+        self._aside.learn(self._tables.get(UNDECODABLE))
 
     def write(self, entries: Sequence[LoggedEntry]) -> None:
         """See `Staging.write`. Commits whenever `piece_bytes` are decoded, and at the end."""
@@ -361,6 +364,11 @@ class DeltaStaging:
     def used(self) -> Offset:
         """Return through which offset everything that runs has used the changes; 0 while unknown."""
         return self._used
+
+    def row_groups(self, table: TableId, after: Offset, through: Offset) -> Iterator[RowGroup]:
+        """Yield what there is of a table in `(after, through]`, see `RawTable.row_groups`."""
+        staged = self._tables.get(table)
+        return staged.row_groups(after, through) if staged else iter(())
 
     def tables(self) -> dict[TableId, RawTable]:
         """Return the raw tables, among them the internal ones."""

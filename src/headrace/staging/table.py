@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -87,6 +87,16 @@ class DataFile:
     rows: int
     bytes: int
     written_at: int
+
+
+class RowGroup(NamedTuple):
+    """Rows that are read at once: the offsets of the first and the last change, how many rows, and how many
+    bytes they take, about."""
+
+    first: Offset
+    last: Offset
+    rows: int
+    bytes: int
 
 
 class RawTable:
@@ -288,6 +298,26 @@ class RawTable:
                 del part
             after, through = (after, file.first - 1) if backwards else (file.last, through)
 
+    def row_groups(self, after: Offset, through: Offset) -> Iterator[RowGroup]:
+        """Yield the row groups with changes in `(after, through]`, without reading them; one at an end of the
+        span may reach beyond it."""
+        waiting = self._waiting(after, through, backwards=False)
+        while waiting:
+            file = waiting.popleft()
+            path = self.path / file.name
+            if (kept := self._recent.get(path)) is not None:
+                yield RowGroup(file.first, file.last, file.rows, kept.nbytes)
+                continue
+            try:
+                metadata = pq.read_metadata(path)
+            except FileNotFoundError:
+                self._look_again(file)
+                waiting = self._waiting(file.first - 1, through, backwards=False)
+                continue
+            yield from (
+                group for group in _groups_in(metadata) if group.last > after and group.first <= through
+            )
+
     def _waiting(self, after: Offset, through: Offset, backwards: bool) -> deque[DataFile]:
         files = self.overlapping(after, through)
         return deque(reversed(files) if backwards else files)
@@ -373,6 +403,14 @@ def _row_groups(
                 chosen.append(i)
         for i in reversed(chosen) if backwards else chosen:
             yield source.read_row_group(i, columns=columns, use_threads=use_threads)
+
+
+def _groups_in(metadata: pq.FileMetaData) -> Iterator[RowGroup]:
+    at = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "_offset")
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        offsets = group.column(at).statistics
+        yield RowGroup(offsets.min, offsets.max, group.num_rows, group.total_byte_size)
 
 
 def _stats(file: DataFile) -> str:

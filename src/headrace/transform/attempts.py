@@ -82,6 +82,11 @@ class Attempts:
             with suppress(OSError):
                 path.unlink()
 
+    def suspects(self, model: str, version: str, after: Offset, through: Offset) -> bool:
+        """Whether two processes have died of some of a model's changes in `(after, through]`."""
+        part = _Part(model, version, after + 1, through)
+        return any(known.deaths >= _SUSPECT and known.meets(part) for known in self._deaths)
+
     def _count(self, part: _Part) -> None:
         known = [other for other in self._deaths if other.meets(part)]
         deaths = 1 + max((other.deaths for other in known), default=0)

@@ -17,6 +17,7 @@ from headrace.defaults import NO_DEFAULTS, Constraints, ModelDefaults
 from headrace.errors import HeadraceError, ModelBroken, ModelError, Verdict, verdict_of
 from headrace.keys import quoted
 from headrace.masking import NOTHING, Masked
+from headrace.parts import BESIDE
 from headrace.pgtypes import canonical, cast_keeps_apart, duckdb_type, is_whole, mirror_expression
 from headrace.prepared import Contested, Prepared, Reference, Refused, UniqueKey
 from headrace.scrub import scrub
@@ -82,7 +83,7 @@ class RowModel:
     decisions: Decisions | None = field(default=None, compare=False)
     """What people decided about changes, None if nothing."""
 
-    attempts: Attempts | None = field(default=None, compare=False)
+    attempts: Attempts | None = field(default=None, compare=False, metadata=BESIDE)
     """Where it is noted what is being prepared, if it is to be."""
     suspect: bool = field(default=False, compare=False)
     """Whether changes may end the process that judges them: they are tried in another one first."""

@@ -50,6 +50,11 @@ class PythonRows:
         self._worker = worker
         self._columns = list(columns)
 
+    @property
+    def identity(self) -> object:
+        """All that determines the rows that are made."""
+        return (self._model, self._worker.identity, self._columns, self.key)
+
     def close(self) -> None:
         """End the worker's process, if there is one."""
         self._worker.close()

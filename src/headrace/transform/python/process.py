@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -49,6 +49,15 @@ _IMPORT = 6.0  # times the limit of a row
 _ENDING = 10.0
 _LONGEST_LINE = 4096
 _MOST_LINES = 100  # a second, that are logged
+
+
+_progressed: Callable[[], None] = lambda: None  # noqa: E731
+
+
+def on_progress(listener: Callable[[], None]) -> None:
+    """Have a function called, often, while models of this process get further with what they have in work."""
+    global _progressed  # noqa: PLW0603
+    _progressed = listener
 
 
 def environment() -> dict[str, str]:
@@ -94,6 +103,15 @@ class Worker:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._process: _Process | None = None
+
+    def __reduce__(self) -> tuple[type[Worker], tuple[object, ...]]:
+        # Another process has a worker of its own.
+        return Worker, self.identity
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What it was made of: all that determines what it does."""
+        return (self._script, self._types, self._memory, self._timeout)
 
     def make(
         self, batch: pa.Table, *, fresh: bool = False
@@ -237,6 +255,7 @@ class _Process:
         while not self._connection.poll(min(_LOOK, timeout)):
             if (now := self._progress.now()) != last:
                 last, since = now, time.monotonic()
+                _progressed()
             elif time.monotonic() - since > timeout:
                 self.close()
                 raise Death("crash.timeout", f"it took more than {timeout:g} s", now[0])

@@ -1,0 +1,268 @@
+"""Handing parts to workers, and taking what comes of them in their order.
+
+Of what follows so much is handed over that every worker has one part in hand and two of its outcomes, at
+most, wait for apply. What no worker has begun when its turn comes is prepared here: while workers start, and
+when there are none any more, nothing waits. So is what a pool has no outcome of, and whatever is wrong
+with it comes up here as it would without workers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from headrace.change import Copy, Offset
+from headrace.cutting import Piece, rows_for
+from headrace.parts import PartKind, PartSpec, Staged, fingerprint
+from headrace.prepared import Prepared
+from headrace.scaling.local import LocalPool
+from headrace.scaling.pool import PartFailed, Pool
+from headrace.transform.model import RowModel
+from headrace.transform.python.process import environment
+
+logger = logging.getLogger("headrace.workers")
+
+_WAITING = 2
+"""Outcomes for each worker that wait for apply."""
+_BEGUN_WITHIN = 0.1  # seconds in which a worker that has nothing to do has taken a part
+_TRICKLE = 0.2  # seconds of work that are not worth the way
+_FORGOTTEN = 600.0  # seconds after which nobody takes a part any more
+_WEIGHT = 0.3
+
+Here = Callable[[PartSpec, RowModel], Prepared]
+"""Prepares a part in this process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was measured of one model, in rows per second; None for what there was none of."""
+
+    mu: float | None
+    """Per useful second of a worker."""
+    own_rate: float | None
+    """Of this process preparing by itself."""
+    handover_rate: float | None
+    """Of this process's time for handing over and taking back."""
+
+
+class _Rate:
+    """A moving average over what was done."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+    def add(self, rows: int, seconds: float) -> None:
+        if rows and seconds > 0:
+            known = self.value
+            self.value = rows / seconds if known is None else known + _WEIGHT * (rows / seconds - known)
+
+
+class _Given(NamedTuple):
+    """A part that the pool has, and since when."""
+
+    part: PartSpec
+    future: Future[Prepared]
+    at: float
+
+
+class Handover:
+    """What one pipeline has in the hands of its pool. For one thread of each source and kind at a time."""
+
+    def __init__(self, pool: Pool, worth: Callable[[str], bool] = lambda _: True) -> None:
+        """`worth` says whether a model's parts are worth a worker."""
+        self._pool = pool
+        self._worth = worth
+        self._lock = threading.RLock()
+        self._given: dict[str, _Given] = {}
+        self._expected: dict[tuple[str, PartKind], Iterator[PartSpec]] = {}
+        self._cuts: dict[tuple[str, PartKind, Copy | None, Offset, Offset], list[PartSpec]] = {}
+        self._own: dict[str, _Rate] = {}
+        self._giving: dict[str, _Rate] = {}
+
+    def takes(self, model: RowModel, after: Offset, through: Offset) -> bool:
+        """Whether workers prepare a model's changes in a span now: not those that processes have died of."""
+        if not self._pool.state().desired or not self._worth(model.name):
+            return False
+        attempts = model.attempts
+        return attempts is None or not attempts.suspects(model.name, model.version, after, through)
+
+    def rows_for(self, model: RowModel, of: int | None = None) -> int:
+        """Return how many rows one part of a model should have, where no more than `of` are known at once:
+        then every worker is to have one of them."""
+        figures = self.figures(model.name)
+        wanted = rows_for(figures.mu or figures.own_rate)
+        return wanted if of is None else min(wanted, of // max(self._pool.state().desired, 1) + 1)
+
+    def parts(
+        self,
+        kind: PartKind,
+        staged: Staged,
+        model: RowModel,
+        span: tuple[Offset, Offset],
+        pieces: Callable[[], Iterable[tuple[Piece, bytes | None]]],
+        copy: Copy | None = None,
+    ) -> Sequence[PartSpec]:
+        """Return the parts of a span, the same when it is asked for again before they are taken.
+
+        `pieces` cuts it, with bits for what is chosen of each piece, if it is. Raw is read back from where
+        both the span and the copy, where one counts, have ended.
+        """
+        sent = replace(model, attempts=None) if model.attempts is not None else model
+        model_id = fingerprint(sent)
+        newest = max(copy.end, span[1]) if copy else span[1]
+        key = (model_id, kind, copy, *span)
+        with self._lock:
+            if key not in self._cuts:
+                self._cuts[key] = [
+                    PartSpec(
+                        kind, staged, sent, model_id, piece.after, piece.through, newest, self._pool.epoch,
+                        piece.rows, copy, chosen,
+                    )
+                    for piece, chosen in pieces()
+                ]  # fmt: skip
+            return self._cuts[key]
+
+    def is_trickle(self, model: RowModel, parts: Sequence[PartSpec]) -> bool:
+        """Whether parts are so little that this process has done them sooner than it has asked for them."""
+        rows, rate = sum(part.rows for part in parts), self._rate(self._own, model.name).value
+        with self._lock:
+            begun = any(part.id in self._given for part in parts)
+        return not begun and len(parts) < 2 and rows < (rate or rows_for(None) / 10) * _TRICKLE
+
+    def expect(self, source: str, kind: PartKind, parts: Iterator[PartSpec]) -> None:
+        """Have workers that would have nothing to do begin with what will follow of a kind in a source."""
+        with self._lock:
+            self._expected[source, kind] = parts
+
+    def begin(self, parts: Iterable[PartSpec]) -> None:
+        """Have workers begin with parts that will be taken later, as far as there is room."""
+        for part in parts:
+            if not self._has_room():
+                return
+            self._give(part)
+
+    def take(self, model: RowModel, parts: Sequence[PartSpec], here: Here) -> Iterator[Prepared]:
+        """Yield the outcomes of a model's parts in their order. What is not taken, when this is closed, is
+        forgotten. Raises what `here` raises."""
+        todo = deque(parts)
+        self._forget_before(model, parts)
+        try:
+            while todo:
+                self._hand_out(todo)
+                prepared = self._outcome(todo[0], model, here)
+                todo.popleft()
+                yield prepared
+                del prepared
+        finally:
+            for part in todo:
+                self._drop(part.id)
+
+    def prepared_parts(self) -> int:
+        """Return how many outcomes wait for apply."""
+        with self._lock:
+            return sum(1 for given in self._given.values() if given.future.done())
+
+    def figures(self, model: str) -> Figures:
+        """Return what was measured of a model."""
+        done = self._pool.service().get(model)
+        own, giving = self._rate(self._own, model).value, self._rate(self._giving, model).value
+        if done is None or not done.rows or not giving:
+            return Figures(None, own, None)
+        return Figures(done.rows / done.seconds, own, 1 / (1 / giving + done.taking / done.rows))
+
+    def _rate(self, rates: dict[str, _Rate], model: str) -> _Rate:
+        with self._lock:
+            return rates.setdefault(model, _Rate())
+
+    def _has_room(self) -> bool:
+        room = (1 + _WAITING) * self._pool.state().desired
+        with self._lock:
+            if len(self._given) >= room:
+                before = time.monotonic() - _FORGOTTEN  # of a model that is gone, say
+                for id_ in [id_ for id_, given in self._given.items() if given.at < before]:
+                    self._drop(id_)
+            return len(self._given) < room
+
+    def _hand_out(self, todo: Sequence[PartSpec]) -> None:
+        """Give what is next, then what will follow."""
+        self.begin(todo)
+        with self._lock:
+            following = self._expected.get((todo[0].staged.source, todo[0].kind), iter(()))
+        try:
+            while self._has_room() and (part := next(following, None)) is not None:
+                self._give(part)
+        except Exception as error:  # what is wrong is met when it is its turn
+            logger.info("what follows is not handed over: %s", type(error).__name__)
+
+    def _give(self, part: PartSpec) -> None:
+        began = time.perf_counter()
+        with self._lock:
+            if part.id in self._given:
+                return
+            self._given[part.id] = _Given(part, self._pool.submit(part), time.monotonic())
+        self._rate(self._giving, part.model.name).add(part.rows, time.perf_counter() - began)
+
+    def _outcome(self, part: PartSpec, model: RowModel, here: Here) -> Prepared:
+        with self._lock:
+            given = self._given.get(part.id)
+        deaths = 0
+        if given is not None:
+            future = given.future
+            wait([future], _BEGUN_WITHIN if self._pool.state().ready else 0)
+            try:
+                if future.done() or not future.cancel():
+                    return future.result()
+            except PartFailed as error:
+                deaths = error.deaths
+                logger.info("a part of model %s is prepared here: %s", model.name, error)
+            except CancelledError:
+                pass
+            finally:
+                self._drop(part.id)
+        began = time.perf_counter()
+        prepared = here(part, replace(model, suspect=True) if deaths else model)
+        self._rate(self._own, model.name).add(prepared.counts.read, time.perf_counter() - began)
+        return prepared
+
+    def _forget_before(self, model: RowModel, parts: Sequence[PartSpec]) -> None:
+        """Forget what was given of a model and is behind what is taken now: it was cut or bound otherwise."""
+        if not parts:
+            return
+        taken, through = {part.id for part in parts}, parts[-1].through
+        kind, source = parts[0].kind, parts[0].staged.source
+        with self._lock:
+            gone = [
+                id_
+                for id_, (part, _, _) in self._given.items()
+                if part.model.name == model.name
+                and (part.kind, part.staged.source) == (kind, source)
+                and id_ not in taken
+                and (part.through <= through or part.model_id != parts[0].model_id)
+            ]
+            for id_ in gone:
+                self._drop(id_)
+            for key in [key for key, cut in self._cuts.items() if cut and _is_behind(cut[-1], parts[-1])]:
+                del self._cuts[key]
+
+    def _drop(self, id_: str) -> None:
+        with self._lock:
+            given = self._given.pop(id_, None)
+        if given is not None:
+            given.future.cancel()
+
+
+def _is_behind(part: PartSpec, other: PartSpec) -> bool:
+    same = (part.kind, part.staged.source, part.model.name)
+    return same == (other.kind, other.staged.source, other.model.name) and part.through < other.through
+
+
+def open_pool(state: Path) -> LocalPool:
+    """Return the pool of a pipeline, in its state folder; it has no workers. Raises OSError."""
+    return LocalPool(state / "workers", "headrace.worker", environment())

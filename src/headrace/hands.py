@@ -1,0 +1,133 @@
+"""The parts of one source's models: cut, and handed to workers where there are any.
+
+Without a `Handover`, or while it has no workers, nothing is handed over: who asks prepares as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from headrace.change import Copy, Offset
+from headrace.cutting import MOST_BYTES, Piece, cut
+from headrace.history import PIECE_ROWS, Selection
+from headrace.parts import PartKind, PartSpec, Staged
+from headrace.prepared import Prepared
+from headrace.preparing import prepare_part
+
+if TYPE_CHECKING:
+    from headrace.handover import Handover
+    from headrace.protocols import LogIndex
+    from headrace.staging.delta import DeltaStaging
+    from headrace.transform.model import RowModel
+
+
+class Hands:
+    """What workers may do of one source's work."""
+
+    def __init__(self, source: str, log: LogIndex, staging: DeltaStaging) -> None:
+        self._log = log
+        self._staging = staging
+        self._staged = Staged(source, log.id, str(staging.root))
+        self._handover: Handover | None = None
+
+    def use(self, handover: Handover) -> None:
+        """Hand parts over from now on, while there are workers."""
+        self._handover = handover
+
+    def slice(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared] | None:
+        """Return the outcomes of a slice of the stream in order; None where nothing is handed over."""
+        handover = self._handover
+        if handover is None or not handover.takes(model, after, through):
+            return None
+        parts = self._parts("slice", model, (after, through))
+        return None if handover.is_trickle(model, parts) else handover.take(model, parts, self._here)
+
+    def joining(
+        self, kind: PartKind, model: RowModel, copy: Copy, after: Offset, through: Offset
+    ) -> Iterator[Prepared] | None:
+        """Return the outcomes of a slice of a join in order; None where nothing is handed over. Workers begin
+        with it at once."""
+        handover = self._handover
+        if handover is None or not handover.takes(model, after, through):
+            return None
+        of = self._staging.count(model.table, after, through)
+        parts = self._parts(kind, model, (after, through), copy, of)
+        if not parts or handover.is_trickle(model, parts):  # of nothing there is an outcome, too
+            return None
+        handover.begin(parts)
+        return handover.take(model, parts, self._here)
+
+    def newest(
+        self, model: RowModel, copy: Copy, selection: Selection, after: Offset, through: Offset
+    ) -> tuple[Offset, Iterator[Prepared]] | None:
+        """Return the outcomes of the next piece of a selection of newest changes in order, and the offset
+        through which they have all come; None where nothing is handed over. Workers begin with it at once."""
+        handover = self._handover
+        if handover is None or not handover.takes(model, after, through):
+            return None
+        parts, reached = self._newest_parts(model, copy, selection, after, through)
+        if not parts or handover.is_trickle(model, parts):
+            return None
+
+        def following(after: Offset) -> Iterator[PartSpec]:
+            while after < through:
+                parts, after = self._newest_parts(model, copy, selection, after, through)
+                yield from parts
+
+        handover.expect(self._staged.source, "newest", following(reached))
+        handover.begin(parts)
+        return reached, handover.take(model, parts, self._here)
+
+    def _newest_parts(
+        self, model: RowModel, copy: Copy, selection: Selection, after: Offset, through: Offset
+    ) -> tuple[Sequence[PartSpec], Offset]:
+        assert self._handover is not None
+        rows = self._handover.rows_for(model, PIECE_ROWS)
+        first = next(iter(self._staging.row_groups(model.table, after, through)), None)
+        if first is not None:
+            rows = min(rows, MOST_BYTES * first.rows // max(first.bytes, 1))
+        pieces, reached = selection.cut(after, through, max(rows, 1))
+        span = (after, reached)
+        return self._handover.parts("newest", self._staged, model, span, lambda: pieces, copy), reached
+
+    def expect(
+        self, models: Sequence[RowModel], after: Offset, staged: Offset, max_bytes: int, max_rows: int
+    ) -> None:
+        """Have workers that would have nothing to do begin with the slices that will follow `after`, as they
+        are cut for so many bytes and rows at most."""
+        if self._handover is not None:
+            following = self._following(models, after, staged, max_bytes, max_rows)
+            self._handover.expect(self._staged.source, "slice", following)
+
+    def _following(
+        self, models: Sequence[RowModel], after: Offset, staged: Offset, max_bytes: int, max_rows: int
+    ) -> Iterator[PartSpec]:
+        handover = self._handover
+        assert handover is not None
+        # The last one would be cut otherwise when it is its turn, with more staged by then.
+        while (through := self._log.slice_end(after, staged, max_bytes, max_rows)) < staged:
+            for model in models:
+                if handover.takes(model, after, through):
+                    yield from self._parts("slice", model, (after, through))
+            after = through
+
+    def _parts(
+        self,
+        kind: PartKind,
+        model: RowModel,
+        span: tuple[Offset, Offset],
+        copy: Copy | None = None,
+        of: int | None = None,
+    ) -> Sequence[PartSpec]:
+        assert self._handover is not None
+        rows = self._handover.rows_for(model, of)
+
+        def pieces() -> Iterable[tuple[Piece, None]]:
+            groups = self._staging.row_groups(model.table, *span)
+            return ((piece, None) for piece in cut(groups, *span, rows))
+
+        return self._handover.parts(kind, self._staged, model, span, pieces, copy)
+
+    def _here(self, part: PartSpec, model: RowModel) -> Prepared:
+        return prepare_part(self._staging, part, model)

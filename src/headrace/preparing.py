@@ -1,0 +1,102 @@
+"""What becomes of one part: the same in the pipeline's process and in a worker's.
+
+Reads raw tables and nothing else. Where a change's old value is asked for, raw is read back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyarrow as pa
+
+from headrace.change import Copy, Offset
+from headrace.parts import PartSpec
+from headrace.prepared import Prepared
+from headrace.staging.contained import not_contained
+from headrace.staging.copies import beyond
+from headrace.staging.delta import DeltaStaging
+from headrace.staging.unchanged import fill_unchanged
+from headrace.transform.model import RowModel, preparing
+
+_NO_KEYS = pa.array([], pa.string())
+
+
+def prepare_part(staging: DeltaStaging, part: PartSpec, model: RowModel) -> Prepared:
+    """Return what becomes of a part under its model. Raises ModelBroken."""
+    with preparing(model.name):
+        table, span = model.table, (part.after, part.through)
+        if part.kind == "copy":
+            assert part.copy is not None
+            return model.prepare(staging.read_copied(table, part.copy, *span))
+        if part.kind == "newest":
+            return of_newest(staging, model, _chosen(staging, part, model), part.newest)
+        read = staging.read(table, *span)
+        if part.kind == "beyond copy":
+            assert part.copy is not None
+            return of_missing(staging, model, part.copy, read)
+        return model.prepare(filled(staging, model, read, part.newest))
+
+
+def filled(staging: DeltaStaging, model: RowModel, changes: pa.Table, newest: Offset) -> pa.Table:
+    """Return changes with their unchanged cells filled from raw, which is read back from `newest`."""
+    return fill_unchanged(staging, model.table, model.schema.key, changes, newest=newest)
+
+
+def not_copied(
+    staging: DeltaStaging, model: RowModel, copy: Copy, changes: pa.Table, newest: Offset
+) -> pa.Table:
+    """Return the changes that a copy does not contain, unchanged cells filled from raw up to `newest`."""
+    changes = filled(staging, model, beyond(changes, copy.floor), newest)
+    return not_contained(staging, model.table, model.schema.key, copy, changes)
+
+
+def of_missing(staging: DeltaStaging, model: RowModel, copy: Copy, read: pa.Table) -> Prepared:
+    """Return what becomes of those of some changes that the copy does not contain; the others count as
+    superseded."""
+    changes = not_copied(staging, model, copy, read, copy.end)
+    prepared = model.prepare(changes)
+    left_out = read.num_rows - changes.num_rows
+    counts = prepared.counts
+    return replace(
+        prepared,
+        counts=replace(counts, read=counts.read + left_out, superseded=counts.superseded + left_out),
+    )
+
+
+def of_newest(staging: DeltaStaging, model: RowModel, changes: pa.Table, newest: Offset) -> Prepared:
+    """Return what becomes of changes that are each the newest of its key, in a table that has no rows yet."""
+    changes = filled(staging, model, changes, newest)
+    # Where a row's key changed, what the old key came to is decided by itself.
+    at = changes.schema.get_field_index("_before")
+    nothing = pa.nulls(changes.num_rows, changes.schema.field(at).type)
+    prepared = model.prepare(changes.set_column(at, "_before", nothing))
+    return replace(prepared, removed=_NO_KEYS)
+
+
+def _chosen(staging: DeltaStaging, part: PartSpec, model: RowModel) -> pa.Table:
+    """Return the changes of a part that has bits for those that are of it."""
+    assert part.chosen is not None
+    bits, seen, after = pa.py_buffer(part.chosen), 0, part.after
+    held = [staging.empty(model.table)]
+    while after < part.through:
+        group = next(staging.row_groups(model.table, after, part.through), None)
+        if group is None:
+            break
+        whole = group.first > after and group.last <= part.through
+        if whole and not _bits(bits, seen, group.rows).true_count:
+            seen += group.rows
+        else:
+            for rows in staging.chunks(model.table, after, min(group.last, part.through)):
+                held.append(rows.filter(_bits(bits, seen, rows.num_rows)))
+                seen += rows.num_rows
+        after = group.last
+    if (seen + 7) // 8 != len(part.chosen):
+        raise LookupError(f"{model.table} has {seen} changes, and bits for {8 * len(part.chosen)}")
+    # A part that was read before a column came lacks it.
+    return pa.concat_tables(held, promote_options="default").combine_chunks()
+
+
+def _bits(bits: pa.Buffer, first: int, count: int) -> pa.Array:
+    if first + count > 8 * bits.size:
+        raise LookupError(f"there are more than {8 * bits.size} changes")
+    return pa.Array.from_buffers(pa.bool_(), count, [None, bits], offset=first)

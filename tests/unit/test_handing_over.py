@@ -1,0 +1,304 @@
+"""A lane with workers: what is applied is what it would be without them, whatever becomes of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_rebuild import SHAPE, Shop
+
+from entries import rows as entry
+from headrace.change import Counts
+from headrace.cutting import Piece
+from headrace.errors import ModelBroken
+from headrace.handover import Handover, open_pool
+from headrace.lane import Lane
+from headrace.parts import PartSpec, Staged
+from headrace.prepared import Prepared
+from headrace.scaling.local import LocalPool
+from headrace.scaling.pool import PartFailed, PoolState, Service
+from headrace.transform.fold import NOTHING
+from headrace.transform.model import RowModel, mirror
+from pipelines import until
+
+SQL = """/* headrace
+key = ["id"]
+[contract]
+n = "INTEGER"
+*/
+SELECT id::BIGINT AS id, replace(v, '7', 'x')::INTEGER AS n FROM raw.shop.t WHERE v <> '3'"""
+HISTORY = SQL.replace('key = ["id"]', 'materialize = "history"')
+UNIQUE = SQL.replace('["id"]', '["slot"]').replace("AS id,", "AS id, id::INTEGER % 590 AS slot,")
+PYTHON = """from dataclasses import dataclass
+import headrace
+
+@dataclass
+class Out:
+    id: int
+    n: int
+
+@headrace.model(reads="raw.shop.t", key=["id"])
+def m(row: headrace.Row) -> Out | None:
+    return None if row["v"] == "3" else Out(int(row["id"]), int(row["v"].replace("7", "x")))
+"""
+WHAT = (
+    "SELECT * FROM m ORDER BY ALL",
+    # Those that a later change of the same transaction has overtaken depend on where that is cut.
+    "SELECT key, epoch, commit, ordinal, reason, blocked FROM headrace.quarantine "
+    "WHERE status = 'quarantined' ORDER BY ALL",
+    "SELECT sum(read)::INT, sum(quarantined)::INT, sum(blocked)::INT FROM headrace.ledger",
+)
+
+
+class Busy(Shop):
+    """A shop with many changes to be applied."""
+
+    def __init__(self, folder: Path, name: str, text: str) -> None:
+        super().__init__(folder)
+        (folder / "models" / "m.sql").unlink()
+        (folder / "models" / name).write_text(text)
+        self.reopen()
+        self.bring()
+
+    def fill(self, chance: random.Random, transactions: int, size: int = 60) -> None:
+        for n in range(transactions):
+            self.commit += 1
+            entries = [self._entry(chance, i * size) for i in range(12 if n == 4 else 1)]
+            self.lane.log.append(entries)
+            if n % 3 == 2:
+                self.load()  # a file of its own
+        self.load()
+
+    def _entry(self, chance: random.Random, begin: int) -> Any:
+        made: list[tuple[Any, ...]] = []
+        for ordinal in range(begin + 1, begin + 61):
+            key, value = str(chance.randint(1, 300)), str(chance.randint(0, 9))
+            if key not in self.state:
+                made.append(("c", self.commit, ordinal, (key, value)))
+            elif (what := chance.random()) < 0.1:
+                made.append(("d", self.commit, ordinal, (key, None)))
+                del self.state[key]
+                continue
+            elif what < 0.2 and (new := str(chance.randint(301, 600))) not in self.state:
+                made.append(("u", self.commit, ordinal, (new, value), None, {"id": key}))
+                del self.state[key]
+                key = new
+            elif what < 0.4:
+                value = self.state[key]
+                made.append(("u", self.commit, ordinal, (key, None), ["v"]))
+            else:
+                made.append(("u", self.commit, ordinal, (key, value)))
+            self.state[key] = value
+        return entry(self.shape, made)
+
+    def held(self) -> list[list[tuple[Any, ...]]]:
+        found = self.lane.destination.read(WHAT)
+        return [[tuple(row.values()) for row in table.to_pylist()] for table in found]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("cutting._LEAST_ROWS", 40),
+        ("cutting._MOST_ROWS", 40),
+        ("handover._TRICKLE", 0),
+        ("handover._BEGUN_WITHIN", 0.5),
+        ("history.PIECE_ROWS", 400),
+        ("lane._SLICE_ROWS", 200),
+        ("log.index.MAX_SLICE_ROWS", 200),
+    ):
+        monkeypatch.setattr(f"headrace.{name}", value)
+
+
+@contextmanager
+def workers(lane: Lane, state: Path, count: int) -> Iterator[LocalPool]:
+    pool = open_pool(state)
+    lane.joiner.workers.use(Handover(pool))
+    pool.resize(count)
+    try:
+        until(lambda: pool.state().ready == count)
+        yield pool
+    finally:
+        pool.close()
+
+
+@contextmanager
+def killed(pool: LocalPool, chance: random.Random, every: float) -> Iterator[None]:
+    """Kill a worker every few moments."""
+    stop = threading.Event()
+
+    def kill() -> None:
+        while not stop.wait(every):
+            with suppress(ProcessLookupError, IndexError):
+                os.kill(chance.choice(pool.pids()), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("m.sql", SQL), ("m.sql", HISTORY), ("m.sql", UNIQUE), ("m.py", PYTHON)],
+    ids=["sql", "history", "unique", "python"],
+)
+@pytest.mark.usefixtures("small")
+def test_workers_that_are_killed_change_nothing_of_what_is_applied(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    chance = random.Random(5)
+    (tmp_path / "with").mkdir()
+    shop = Busy(tmp_path / "with", name, text)
+    shop.fill(chance, 5 if text == UNIQUE else 15)
+    shop.lane.close()
+    shop.lane.destination.close()
+    shutil.copytree(tmp_path / "with", tmp_path / "without")
+    shop.reopen()
+    with workers(shop.lane, tmp_path / "state", 2) as pool:
+        with killed(pool, chance, 1.0):
+            while shop.lane.apply():
+                pass
+        done = pool.service()["m"].rows
+        assert done
+        applied = shop.held()
+        assert applied[0]
+        assert applied[1]
+        # Built once more, beside the live table, and then without any worker.
+        shop.lane.rebuild("m")
+        shop.bring()
+        assert shop.rebuilds() == 1
+        # Where keys may be contested, a piece stays at hand to be prepared again.
+        assert (pool.service()["m"].rows > done) == (text != UNIQUE)
+        rebuilt = shop.held()
+        pool.resize(0)
+        until(lambda: not pool.pids())
+    other = object.__new__(Busy)
+    other.folder, other.shape = tmp_path / "without", SHAPE
+    other.lane = other._open()
+    other.bring()
+    assert applied == other.held()
+    other.lane.rebuild("m")
+    other.bring()
+    assert rebuilt[:2] == other.held()[:2]
+    for each in (shop, other):
+        each.lane.close()
+
+
+class Idle:
+    """A pool whose parts are done when the test says so."""
+
+    epoch = "e"
+
+    def __init__(self, desired: int) -> None:
+        self.asked: list[tuple[PartSpec, Future[Prepared]]] = []
+        self.desired = desired
+
+    def submit(self, part: PartSpec) -> Future[Prepared]:
+        self.asked.append((part, Future()))
+        return self.asked[-1][1]
+
+    def resize(self, workers: int) -> None:
+        self.desired = workers
+
+    def state(self) -> PoolState:
+        return PoolState(self.desired, 0, self.desired, 0, 0, 0, ())
+
+    def service(self) -> Mapping[str, Service]:
+        return {}
+
+    def close(self) -> None: ...
+
+    def finish(self, after: int) -> None:
+        """Have a worker hand in the last part behind an offset that was asked for."""
+        part, future = next(each for each in reversed(self.asked) if each[0].after == after)
+        assert future.set_running_or_notify_cancel()
+        future.set_result(outcome(part))
+
+    def afters(self) -> list[int]:
+        return [part.after for part, _ in self.asked]
+
+
+MODEL = mirror("shop", SHAPE)
+
+
+def outcome(part: PartSpec, by: int = 0) -> Prepared:
+    return Prepared(False, NOTHING.removed, NOTHING.rows, NOTHING.records, Counts(read=part.after, warned=by))
+
+
+def cut(handover: Handover, begin: int, count: int, model: RowModel = MODEL) -> Sequence[PartSpec]:
+    pieces = [(Piece(i, i + 1, 1), None) for i in range(begin, begin + count)]
+    return handover.parts("slice", Staged("shop", "l", ""), model, (begin, begin + count), lambda: pieces)
+
+
+def test_outcomes_come_in_order_and_no_more_are_asked_for_than_workers_can_have() -> None:
+    pool = Idle(desired=2)
+    handover = Handover(pool)
+    following = iter([*cut(handover, 4, 3), *cut(handover, 7, 3)])
+    handover.expect("shop", "slice", following)
+    here: list[int] = []
+
+    def prepare(part: PartSpec, model: RowModel) -> Prepared:
+        here.append(part.after)
+        return outcome(part, by=1)
+
+    parts = cut(handover, 0, 4)
+    taken = handover.take(MODEL, parts, prepare)
+    pool.desired = 0  # nothing is asked for while there is nobody
+    assert next(taken).counts == Counts(read=0, warned=1)
+    pool.desired = 2
+    assert next(taken).counts.read == 1  # not begun: it is done here
+    assert pool.afters() == [1, 2, 3, 4, 5, 6], "one in hand of each of two workers, and two to wait"
+    for after in (6, 3, 2):  # in whatever order they are done
+        pool.finish(after)
+    assert handover.prepared_parts() == 3
+    assert [prepared.counts for prepared in taken] == [Counts(read=2), Counts(read=3)]
+    assert here == [0, 1]
+    assert pool.afters() == [1, 2, 3, 4, 5, 6, 7, 8]
+    # What was expected is not asked for again, be the parts cut otherwise by now.
+    pool.finish(4)
+    pool.finish(5)
+    assert [each.counts.read for each in handover.take(MODEL, cut(handover, 4, 3), prepare)] == [4, 5, 6]
+    assert pool.afters() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_what_fails_is_met_here_and_what_nobody_takes_is_forgotten() -> None:
+    pool = Idle(desired=1)
+    handover = Handover(pool)
+    seen: list[tuple[int, bool]] = []
+
+    def prepare(part: PartSpec, model: RowModel) -> Prepared:
+        seen.append((part.after, model.suspect))
+        if part.after == 2:
+            raise ModelBroken(model.name, "it cannot run")
+        return outcome(part)
+
+    handover.begin(parts := cut(handover, 0, 5))
+    for (_, future), deaths in zip(pool.asked, (3, 0, 0), strict=True):
+        future.set_running_or_notify_cancel()
+        future.set_exception(PartFailed("it has died", deaths))
+    taken = handover.take(MODEL, parts, prepare)
+    assert [next(taken).counts.read, next(taken).counts.read] == [0, 1]
+    with pytest.raises(ModelBroken):
+        next(taken)
+    assert seen == [(0, True), (1, False), (2, False)], "what workers die of is tried apart"
+    assert all(future.cancelled() for part, future in pool.asked if part.after > 2)
+    # Another version of the model asks for other parts, and those before it are in nobody's way.
+    handover.begin(cut(handover, 5, 3))
+    mended = MODEL.limited([("v", "v > ''")])
+    list(handover.take(mended, other := cut(handover, 5, 3, mended), prepare))
+    assert {part.id for part in other}.isdisjoint(part.id for part in parts)
+    assert handover.prepared_parts() == 0
+    assert handover._given == {}

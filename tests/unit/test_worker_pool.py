@@ -1,0 +1,191 @@
+"""A pool of worker processes: whatever becomes of them, a part has one outcome or goes back to who asked."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headrace.change import Column, TableId, TableSchema
+from headrace.parts import PartSpec, Staged, fingerprint
+from headrace.prepared import Prepared
+from headrace.prepared_file import Lease, write_prepared
+from headrace.scaling.local import LocalPool
+from headrace.scaling.pool import PartFailed
+from headrace.transform.model import mirror
+from headrace.transform.python.process import environment
+from odd_worker import outcome
+from pipelines import until
+
+SHAPE = TableSchema(TableId("public", "t"), (Column("id", "bigint"),), ("id",))
+MODEL = mirror("shop", SHAPE)
+TESTS = Path(__file__).parents[1]
+
+Open = Callable[..., LocalPool]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Open]:
+    pools: list[LocalPool] = []
+
+    def open_pool(workers: int, **limits: float) -> LocalPool:
+        variables = environment()
+        variables["PYTHONPATH"] = os.pathsep.join([str(TESTS), variables.get("PYTHONPATH", "")])
+        pools.append(LocalPool(tmp_path / "workers", "odd_worker", variables, **limits))  # type: ignore[arg-type]
+        pools[-1].resize(workers)
+        return pools[-1]
+
+    yield open_pool
+    for pool in pools:
+        pool.close()
+        assert not pool.pids()
+    assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob("*.making")]
+
+
+def part(pool: LocalPool, what: str, after: int = 0, through: int = 9) -> PartSpec:
+    model = replace(MODEL, name=what)
+    staged = Staged("shop", "log", "/nowhere")
+    return PartSpec(
+        "slice", staged, model, fingerprint(model), after, through, through, pool.epoch, through - after
+    )
+
+
+def is_alive(pid: int) -> bool:
+    with suppress(OSError):
+        os.kill(pid, 0)
+        return True
+    return False
+
+
+def numbers(future: Future[Prepared]) -> list[int]:
+    found: list[int] = future.result(30).rows["n"].to_pylist()
+    return found
+
+
+def test_workers_killed_at_random_lose_and_double_nothing(opened: Open) -> None:
+    pool, chance = opened(2, max_deaths=1_000), random.Random(7)
+    until(lambda: pool.state().ready == 2)
+    futures = [pool.submit(part(pool, "sleep 0.1", i * 10, i * 10 + 10)) for i in range(30)]
+    killed = 0
+    while wait(futures, 0.6).not_done:
+        with suppress(ProcessLookupError, IndexError):
+            os.kill(chance.choice(pool.pids()), signal.SIGKILL)
+            killed += 1
+    assert killed
+    assert [n for future in futures for n in numbers(future)] == list(range(1, 301))
+    assert pool.service()["sleep 0.1"].rows == 300
+    state = pool.state()
+    assert (state.queued, state.busy, state.desired) == (0, 0, 2)
+
+
+def test_a_part_that_workers_die_of_goes_back_and_others_do_not(opened: Open, tmp_path: Path) -> None:
+    pool = opened(1, max_deaths=2)
+    deadly, once = pool.submit(part(pool, "die")), pool.submit(part(pool, f"once {tmp_path / 'tried'}"))
+    failing, good = pool.submit(part(pool, "fail")), pool.submit(part(pool, "good"))
+    with pytest.raises(PartFailed) as died:
+        deadly.result(30)
+    assert died.value.deaths == 2
+    assert numbers(once) == list(range(1, 10))
+    with pytest.raises(PartFailed, match="ValueError") as failed:
+        failing.result(30)
+    assert failed.value.deaths == 0
+    assert "cell" not in str(failed.value)
+    assert numbers(good) == list(range(1, 10))
+
+
+def test_who_gets_no_further_or_takes_too_much_is_replaced_and_who_is_slow_is_not(opened: Open) -> None:
+    pool = opened(3, patience=1.2, memory=300 << 20, max_deaths=1)
+    until(lambda: pool.state().ready == 3)
+    paused, swelling, slow = (pool.submit(part(pool, what)) for what in ("sleep 60", "swell 400", "slow 8"))
+    with pytest.raises(PartFailed, match="no further"):
+        paused.result(30)
+    with pytest.raises(PartFailed, match="memory"):
+        swelling.result(30)
+    assert numbers(slow) == list(range(1, 10))
+    until(lambda: pool.state().ready == 3)
+
+
+def test_a_worker_that_wakes_after_its_part_was_given_away_is_refused(opened: Open) -> None:
+    pool = opened(1, patience=0.8)
+    until(lambda: pool.state().ready == 1)
+    (sleeper,) = pool.pids()
+    os.kill(sleeper, signal.SIGSTOP)
+    future = pool.submit(part(pool, "good"))
+    assert numbers(future) == list(range(1, 10))
+    assert sleeper not in pool.pids()
+    assert not is_alive(sleeper)
+    # One that could not be ended, as on another machine, hands in what it has under its old lease.
+    asked = part(pool, "slow 5")
+    future = pool.submit(asked)
+    until(lambda: pool.state().busy == 1)
+    (worker,) = pool._workers
+    for lease in (Lease(asked.id, pool.epoch, 7), Lease(asked.id, "another run", 1)):
+        write_prepared(pool._path(lease), outcome(replace(asked, through=3)), lease)
+        message = {"say": "done", "lease": list(lease), "rows": 3, "seconds": 1}
+        with pool._lock:
+            pool._take(worker, message, time.monotonic())
+        assert not future.done()
+        pool._path(lease).unlink()
+    assert numbers(future) == list(range(1, 10))
+    with pytest.raises(PartFailed, match="another run"):
+        pool.submit(replace(asked, epoch="another run")).result(1)
+
+
+def test_drained_workers_finish_what_they_have_and_at_rest_there_are_none(
+    opened: Open, tmp_path: Path
+) -> None:
+    (left := tmp_path / "workers" / "another run").mkdir(parents=True)
+    pool = opened(0)
+    assert not left.exists()
+    assert (pool.pids(), pool.state().starting) == ([], 0)
+    waiting = pool.submit(part(pool, "sleep 0.5"))
+    pool.resize(2)
+    until(lambda: pool.state().busy == 1)
+    pids, others = pool.pids(), [pool.submit(part(pool, "good", i, i + 1)) for i in range(3)]
+    until(lambda: all(each.done() for each in others))
+    pool.resize(0)
+    assert numbers(waiting) == list(range(1, 10))
+    until(lambda: not pool.pids())
+    assert not any(map(is_alive, pids))
+    state = pool.state()
+    assert (state.ready, state.starting, state.starting_seconds) == (0, 0, 0)
+    assert all(0 < seconds < 60 for seconds in state.start_times)
+    assert state.start_times
+    # SIGTERM from outside: the part in hand is finished, and the worker replaced.
+    pool.resize(1)
+    last = pool.submit(part(pool, "sleep 0.5"))
+    until(lambda: pool.state().busy == 1)
+    (pid,) = pool.pids()
+    os.kill(pid, signal.SIGTERM)
+    assert numbers(last) == list(range(1, 10))
+    until(lambda: pool.state().ready == 1 and pool.pids() != [pid])
+    assert not is_alive(pid)
+
+
+def test_a_begun_part_comes_back_when_nobody_is_left_to_do_it(opened: Open) -> None:
+    pool = opened(1)
+    begun = pool.submit(part(pool, "sleep 60"))
+    until(lambda: pool.state().busy == 1)
+    pool.resize(0)
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    with pytest.raises(PartFailed) as lost:
+        begun.result(30)
+    assert lost.value.deaths == 1
+    not_begun = pool.submit(part(pool, "good"))
+    assert not_begun.cancel()
+    pool.resize(1)
+    assert numbers(pool.submit(part(pool, "good"))) == list(range(1, 10))
+    held, queued = pool.submit(part(pool, "sleep 60")), pool.submit(part(pool, "good"))
+    until(lambda: pool.state().busy == 1)
+    pool.close()
+    for each in (held, queued):
+        with pytest.raises(PartFailed):
+            each.result(1)
