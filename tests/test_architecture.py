@@ -30,6 +30,7 @@ FLOORS = [
         "scrub",
         "definition",
         "schema_policy",
+        "scale_settings",
         "alarms",
         "channels",
         "posting",
@@ -80,6 +81,9 @@ FLOORS = [
         "raw",
         "alerts",
         "outages",
+        "autoscaling",
+        "belonging",
+        "measuring",
     },
     {"cli", "console", "testing"},
 ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -42,6 +43,7 @@ from headrace.recopied import (
     shares,
     told_at_once,
 )
+from headrace.scaling.measure import Meter, building
 from headrace.staging.contained import not_contained
 from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
@@ -75,8 +77,11 @@ class Joiner:
         joins: Joins,
         spill: Path | None = None,
         breakers: Breakers | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        """What does not fit in memory while history is read goes to the folder `spill`."""
+        """What does not fit in memory while history is read goes to the folder `spill`; `meter` is told how
+        long slices take to be prepared."""
+        self._meter = meter
         self._breakers = breakers or Breakers()
         self._source = source
         self._log = log
@@ -119,6 +124,10 @@ class Joiner:
         copy = self._staging.copy(model.table, join.stands)
         is_of_another_key = copy is not None and copy.key != model.schema.key
         return is_of_another_key or join.stands < self._staging.captured_since(model.table, staged)
+
+    def building(self) -> list[Join]:
+        """Return the joins that have not come to their end."""
+        return [join for join in self._all().values() if join.phase != "done"]
 
     def joined_at(self, model: RowModel) -> Offset:
         """Return the offset at which a model joined last."""
@@ -309,8 +318,18 @@ class Joiner:
         return join.phase == following.phase or join.phase != PHASES[0]
 
     def _submit(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> None:
-        slice_ = self._preparer.submit(self._prepare, join, model, copy, target)
+        slice_ = self._preparer.submit(self._measured, join, model, copy, target)
         self._ahead = (join, model, slice_)
+
+    def _measured(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice:
+        """Prepare a slice; if it is whole, rather than prepared as it is taken, note how long that took."""
+        began, used = time.monotonic(), time.process_time()
+        through, pieces = self._prepare(join, model, copy, target)
+        if self._meter is not None and isinstance(pieces, list):
+            rows = sum(piece.counts.read for piece in pieces)
+            spent = (time.monotonic() - began, time.process_time() - used)
+            self._meter.prepared(building(model.name), rows, *spent)
+        return through, pieces
 
     def _slice_end(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> Offset:
         through, last = join.offset, copy.end if join.phase == "copy" else target

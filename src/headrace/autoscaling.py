@@ -1,0 +1,70 @@
+"""Scaling of a running pipeline: its settings, sources and pool put together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from headrace.config import Project
+from headrace.lane import Lane
+from headrace.scale_settings import ScaleConfig
+from headrace.scaling.budget import FILE as BUDGET
+from headrace.scaling.budget import Budget
+from headrace.scaling.controller import LOOK_EVERY, Controller
+from headrace.scaling.endpoint import Endpoint
+from headrace.scaling.journal import FILE, Journal
+from headrace.scaling.policy import Backlog, Limits, Policy, Schedule, SloBand, Static
+from headrace.scaling.pool import Pool, Unstaffed
+
+
+class Autoscaling:
+    """Decides how many workers a pipeline has, from when it is made until it is closed."""
+
+    def __init__(self, project: Project, lanes: Sequence[Lane], pool: Pool | None = None) -> None:
+        """Without a `pool` decisions are made, written down and told, and nobody follows them."""
+        self._config = project.scale
+        self._endpoint: Endpoint | None = None
+        self._controller = Controller(
+            policy_of(project.scale),
+            limits_of(project.scale),
+            Unstaffed() if pool is None else pool,
+            [lane.meter for lane in lanes],
+            Journal(project.state / FILE),
+            Budget(project.state / BUDGET, project.scale.max_worker_hours_per_day),
+        )
+
+    def listen(self) -> None:
+        """Answer HTTP, where the settings say so. Raises UserError where the address cannot be had."""
+        if self._config.listen is not None:
+            self._endpoint = Endpoint(self._config.listen, self.report)
+
+    def step(self, stop: threading.Event) -> None:
+        """Look at what waits, decide every few seconds, and rest."""
+        self._controller.step()
+        stop.wait(LOOK_EVERY)
+
+    def report(self) -> dict[str, Any]:
+        """See `Controller.report`."""
+        return self._controller.report()
+
+    def close(self) -> None:
+        """Send the workers home, and answer no more."""
+        if self._endpoint is not None:
+            self._endpoint.close()
+        self._controller.close()
+
+
+def policy_of(config: ScaleConfig) -> Policy:
+    """Return the policy that the settings name."""
+    policies: dict[str, Policy] = {
+        "slo_band": SloBand(),
+        "backlog": Backlog(config.threshold),
+        "static": Static(config.cap),
+    }
+    return Schedule(config.schedule) if config.policy == "schedule" else policies[config.policy]
+
+
+def limits_of(config: ScaleConfig) -> Limits:
+    """Return the limits that the settings name; a day's budget is counted down elsewhere."""
+    return Limits(config.min_workers, config.cap, config.max_worker_hours_per_day, config.price)
