@@ -11,17 +11,16 @@ from headrace.lane import Lane
 from headrace.scale_settings import ScaleConfig
 from headrace.scaling.budget import FILE as BUDGET
 from headrace.scaling.budget import Budget
-from headrace.scaling.controller import LOOK_EVERY, Controller
+from headrace.scaling.controller import LOOK_EVERY, Controller, Unstaffed, Workers
 from headrace.scaling.endpoint import Endpoint
 from headrace.scaling.journal import FILE, Journal
 from headrace.scaling.policy import Backlog, Limits, Policy, Schedule, SloBand, Static
-from headrace.scaling.pool import Pool, Unstaffed
 
 
 class Autoscaling:
     """Decides how many workers a pipeline has, from when it is made until it is closed."""
 
-    def __init__(self, project: Project, lanes: Sequence[Lane], pool: Pool | None = None) -> None:
+    def __init__(self, project: Project, lanes: Sequence[Lane], pool: Workers | None = None) -> None:
         """Without a `pool` decisions are made, written down and told, and nobody follows them."""
         self._config = project.scale
         self._endpoint: Endpoint | None = None

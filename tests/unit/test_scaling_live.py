@@ -7,7 +7,7 @@ import math
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -24,7 +24,7 @@ from headrace.scaling.endpoint import Endpoint
 from headrace.scaling.journal import Entry, Journal
 from headrace.scaling.measure import Meter, Stand, building
 from headrace.scaling.policy import Code, Decision, Limits, Load, Reason, SloBand, Snapshot
-from headrace.scaling.pool import PoolState
+from headrace.scaling.pool import PoolState, Service
 from headrace.scaling.rates import Greatest, MovingAverage, Speed, p95
 from headrace.scaling.watch import ScalingWatch
 from headrace.scaling.worth import Costs, Worth
@@ -84,6 +84,7 @@ class InstantPool:
         self.sizes: list[int] = []
         self.busy = True
         self.most = 64
+        self.done = Service()
 
     def resize(self, workers: int) -> None:
         self.sizes.append(workers)
@@ -95,6 +96,9 @@ class InstantPool:
     def state(self) -> PoolState:
         desired = self.sizes[-1] if self.sizes else 0
         return PoolState(desired, self.ready, 0, 0.0, self.ready if self.busy else 0, 0, (2.0, 3.0))
+
+    def service(self) -> Mapping[str, Service]:
+        return {"orders": self.done}
 
 
 class Plant:
@@ -242,7 +246,7 @@ def test_a_burst_brings_workers_and_its_end_sends_them_home(
     held = plant.entries()
     assert {entry.decision.reason.code for entry in held} == {Code.FIGURES_MISSING}
     plant.meter.prepared("orders", 10_000, 5.0, 0.1)
-    plant.meter.worked("orders", 10_000, 1.0, 0.001)
+    plant.pool.done = Service(10_000, 1.0)
     for _ in range(60):
         plant.second(1_000)
     assert plant.pool.ready == 0  # the main process does it by itself
@@ -269,7 +273,7 @@ def test_rates_survive_a_restart_and_what_is_missing_is_said(
     plant = Plant(tmp_path)
     monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
     plant.meter.prepared("orders", 10_000, 5.0, 0.1)
-    plant.meter.worked("orders", 10_000, 1.0, 0.001)
+    plant.pool.done = Service(10_000, 1.0)
     for _ in range(70):
         plant.second(100)
     again = Plant(tmp_path)
@@ -302,7 +306,7 @@ def test_a_spent_budget_sends_workers_home(tmp_path: Path, monkeypatch: pytest.M
     plant = Plant(tmp_path, Limits(0, 8), hours=0.5)
     monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
     plant.meter.prepared("orders", 10_000, 5.0, 0.1)
-    plant.meter.worked("orders", 10_000, 1.0, 0.001)
+    plant.pool.done = Service(10_000, 1.0)
     for _ in range(900):
         plant.second(60_000)
     last = plant.entries()[-1]
@@ -357,7 +361,7 @@ def test_http_tells_how_many_workers_there_should_be_and_all_inputs(
     base = f"http://127.0.0.1:{endpoint.port}"
     try:
         assert json.load(urllib.request.urlopen(f"{base}/scale"))["desired"] == 0
-        plant.meter.worked("orders", 10_000, 1.0, 0.001)
+        plant.pool.done = Service(10_000, 1.0)
         for _ in range(40):
             plant.second(40_000)
         found = json.load(urllib.request.urlopen(f"{base}/scale"))

@@ -9,17 +9,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from headrace.scaling.budget import Budget
 from headrace.scaling.gain import GainWatch
 from headrace.scaling.journal import Entry, Journal, as_object
 from headrace.scaling.measure import Meter
 from headrace.scaling.policy import Policy
-from headrace.scaling.pool import Pool, PoolState
+from headrace.scaling.pool import PoolState, Service
 from headrace.scaling.rates import p95
 from headrace.scaling.snapshot import Decision, Limits, Load, Snapshot
 from headrace.scaling.watch import ScalingWatch
@@ -38,6 +38,42 @@ _RECALLED = 7 * 86_400.0
 """Seconds for which rates of an earlier process are taken for what they are."""
 
 
+class Workers(Protocol):
+    """What a decision needs of a pool."""
+
+    def resize(self, workers: int) -> None:
+        """Have so many workers from now on. Does not wait."""
+        ...
+
+    def state(self) -> PoolState:
+        """Return what there is now."""
+        ...
+
+    def service(self) -> Mapping[str, Service]:
+        """Return by model what was done."""
+        ...
+
+
+class Unstaffed:
+    """No workers, for a project that wants none, or whose workers run elsewhere and follow `GET /scale`: what
+    is decided is remembered, and the main process does the work."""
+
+    def __init__(self) -> None:
+        self._desired = 0
+
+    def resize(self, workers: int) -> None:
+        """Remember how many there should be."""
+        self._desired = workers
+
+    def state(self) -> PoolState:
+        """Return that there are none."""
+        return PoolState(self._desired, 0, 0, 0.0, 0, 0, ())
+
+    def service(self) -> Mapping[str, Service]:
+        """Return that nothing was done."""
+        return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Clock:
     """The time: of day, and of a clock that only rises. A test has one of its own."""
@@ -53,7 +89,7 @@ class Controller:
         self,
         policy: Policy,
         limits: Limits,
-        pool: Pool,
+        pool: Workers,
         meters: Sequence[Meter],
         journal: Journal,
         budget: Budget,
@@ -65,6 +101,7 @@ class Controller:
         self._gain, self._watch = GainWatch(), ScalingWatch()
         self._stepped = self._decided = clock.monotonic()
         self._busy: list[float] = []
+        self._service: Mapping[str, Service] = {}
         self._written: tuple[float, tuple[object, ...]] | None = None
         self._last: Entry | None = None
         self._start = _ASSUMED_START
@@ -78,6 +115,7 @@ class Controller:
         self._stepped = at
         if state.ready:
             self._busy.append(state.busy / state.ready)
+        self._take_service()
         for meter in self._meters:
             meter.look(at)
         if at - self._decided >= DECIDE_EVERY:
@@ -99,6 +137,16 @@ class Controller:
         """Have no more workers, and keep what they have cost."""
         self._pool.resize(0)
         self._budget.save()
+
+    def _take_service(self) -> None:
+        """Tell the meters what workers have done since the step before."""
+        service = self._pool.service()
+        for model, done in service.items():
+            before = self._service.get(model, Service())
+            if (rows := done.rows - before.rows) > 0:
+                for meter in self._meters:
+                    meter.worked(model, rows, done.seconds - before.seconds)
+        self._service = dict(service)
 
     def _decide(self, at: float, state: PoolState) -> None:
         snapshot = self._snapshot(at, state)

@@ -151,13 +151,17 @@ class Meter:
                 keep = 0.8 if found.cores is not None else 0.0
                 found.cores = keep * (found.cores or 0.0) + (1 - keep) * cpu / seconds
 
-    def worked(self, work: str, rows: int, seconds: float, handover: float) -> None:
-        """Note that a worker has prepared rows in `seconds`, without its waiting, and that the main process
-        spent `handover` seconds on describing the part and taking the result."""
+    def worked(self, model: str, rows: int, seconds: float) -> None:
+        """Note that a worker has prepared rows of a model in `seconds`, without its waiting."""
         with self._lock:
-            found = self._of(work)
-            found.worker.note(rows, seconds)
-            found.handover.note(rows, handover)
+            self._of(model).worker.note(rows, seconds)
+            self._of(building(model)).worker.note(rows, seconds)  # it does the same with them
+
+    def handed(self, work: str, rows: int, seconds: float) -> None:
+        """Note that the main process spent `seconds` on describing parts of so many rows to workers and on
+        taking their results."""
+        with self._lock:
+            self._of(work).handover.note(rows, seconds)
 
     @contextmanager
     def applying(self, parts: Iterable[Part]) -> Generator[Iterator[Part]]:
