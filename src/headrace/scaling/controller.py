@@ -21,7 +21,7 @@ from headrace.scaling.measure import Meter
 from headrace.scaling.policy import Policy
 from headrace.scaling.pool import PoolState, Service
 from headrace.scaling.rates import p95
-from headrace.scaling.snapshot import Decision, Limits, Load, Snapshot
+from headrace.scaling.snapshot import Limits, Load, Snapshot
 from headrace.scaling.watch import ScalingWatch
 
 logger = logging.getLogger("headrace.scaling")
@@ -134,9 +134,10 @@ class Controller:
         }
 
     def close(self) -> None:
-        """Have no more workers, and keep what they have cost."""
+        """Have no more workers, and keep what they have cost and what was measured last."""
         self._pool.resize(0)
         self._budget.save()
+        self._write(math.inf)
 
     def _take_service(self) -> None:
         """Tell the meters what workers have done since the step before."""
@@ -155,7 +156,7 @@ class Controller:
             logger.info("%d workers, before %d: %s", decision.workers, state.desired, decision.reason)
             self._pool.resize(decision.workers)
         self._last = Entry(self._clock.now(), self._policy.name, snapshot, decision)
-        self._write(at, decision)
+        self._write(at)
         self._watch.note(at, snapshot, decision)
 
     def _snapshot(self, at: float, state: PoolState) -> Snapshot:
@@ -187,17 +188,24 @@ class Controller:
         )
 
     def _loads(self, at: float) -> tuple[tuple[Load, ...], float | None]:
-        """Return the loads of all sources, and how old the oldest figures are; None where some lack."""
+        """Return the loads of all sources, and how old the oldest figures are; None where some lack.
+
+        A model that has had nothing to do yet needs no workers, and no figures.
+        """
         found = [(meter.loads(), meter.looked_at) for meter in self._meters]
-        loads = tuple(load for each, _ in found for load in each or ())
+        loads = tuple(
+            load for each, _ in found for load in each or () if load.service_rate or _is_active(load)
+        )
         if any(each is None or looked is None for each, looked in found):
             return loads, None
         return loads, max((at - (looked or 0.0) for _, looked in found), default=0.0)
 
-    def _write(self, at: float, decision: Decision) -> None:
-        """Journal a decision that differs from the one before, or in its reason, and one each minute."""
-        assert self._last is not None
-        what = (decision.workers, decision.reason.code)
+    def _write(self, at: float) -> None:
+        """Journal the decision in force if it, or its reason, is another than before, or a minute is over."""
+        if self._last is None:
+            return
+        reason = self._last.decision.reason
+        what = (self._last.decision.workers, reason.code, reason.figures.get("what"))
         if self._written and what == self._written[1] and at - self._written[0] < _JOURNAL_EVERY:
             return
         try:
@@ -214,6 +222,10 @@ class Controller:
         share = entry.snapshot.apply_rate if len(self._meters) == 1 else None
         for meter in self._meters:
             meter.recall(entry.snapshot.loads, share)
+
+
+def _is_active(load: Load) -> bool:
+    return load.backlog_rows > 0 or load.max_300s > 0
 
 
 def _prepared(state: PoolState, work: float) -> int:
