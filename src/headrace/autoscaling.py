@@ -14,14 +14,23 @@ from headrace.scaling.budget import Budget
 from headrace.scaling.controller import LOOK_EVERY, Controller, Unstaffed, Workers
 from headrace.scaling.endpoint import Endpoint
 from headrace.scaling.journal import FILE, Journal
+from headrace.scaling.measure import Handing
 from headrace.scaling.policy import Backlog, Limits, Policy, Schedule, SloBand, Static
 
 
 class Autoscaling:
     """Decides how many workers a pipeline has, from when it is made until it is closed."""
 
-    def __init__(self, project: Project, lanes: Sequence[Lane], pool: Workers | None = None) -> None:
-        """Without a `pool` decisions are made, written down and told, and nobody follows them."""
+    def __init__(
+        self,
+        project: Project,
+        lanes: Sequence[Lane],
+        pool: Workers | None = None,
+        handing: Handing | None = None,
+    ) -> None:
+        """Without a `pool` decisions are made, written down and told, and nobody follows them; `handing` is
+        who gives it parts."""
+        self._lanes = lanes
         self._config = project.scale
         self._endpoint: Endpoint | None = None
         self._controller = Controller(
@@ -31,6 +40,7 @@ class Autoscaling:
             [lane.meter for lane in lanes],
             Journal(project.state / FILE),
             Budget(project.state / BUDGET, project.scale.max_worker_hours_per_day),
+            handing,
         )
 
     def listen(self) -> None:
@@ -42,6 +52,10 @@ class Autoscaling:
         """Look at what waits, decide every few seconds, and rest."""
         self._controller.step()
         stop.wait(LOOK_EVERY)
+
+    def is_worth_a_worker(self, model: str) -> bool:
+        """Whether a model's parts are to go to workers; so it is until it has been measured."""
+        return all(lane.meter.is_worth_a_worker(model) for lane in self._lanes)
 
     def report(self) -> dict[str, Any]:
         """See `Controller.report`."""

@@ -170,13 +170,17 @@ class Joiner:
 
     def prepared(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
         """Yield what a model makes of its table's changes in a slice, piece by piece."""
+        here = self._prepared_here(model, after, through)
+        yield from here if self._meter is None else self._meter.own(model.name, here)
+        yield from of_slice(self._staging, model, after, through)
+
+    def _prepared_here(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
         pieces = self._staging.pieces(model.table, after, through)
         while (changes := next(pieces, None)) is not None:
             prepared = model.prepare(self.filled(model, changes, through))
             del changes  # not beside what the destination makes of them
             yield prepared
             del prepared
-        yield from of_slice(self._staging, model, after, through)
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""

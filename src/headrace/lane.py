@@ -428,7 +428,7 @@ class Lane:
         for model in models:
             quiet = True
             with preparing(model.name):
-                for prepared in self.meter.own(model.name, self.joiner.prepared(model, *span)):
+                for prepared in self.joiner.prepared(model, *span):
                     quiet = False
                     self._breakers.admit(model, prepared)
                     self.waiting.note(model, prepared)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,7 +23,7 @@ from headrace.scaling.budget import Budget
 from headrace.scaling.controller import Clock, Controller
 from headrace.scaling.endpoint import Endpoint
 from headrace.scaling.journal import Entry, Journal
-from headrace.scaling.measure import Meter, Stand, building
+from headrace.scaling.measure import Handing, Meter, Stand, building
 from headrace.scaling.policy import Code, Decision, Limits, Load, Reason, SloBand, Snapshot
 from headrace.scaling.pool import PoolState, Service
 from headrace.scaling.rates import Greatest, MovingAverage, Speed, p95
@@ -101,6 +102,20 @@ class InstantPool:
         return {"orders": self.done}
 
 
+class Costly(NamedTuple):
+    """Hands parts to workers, and takes longer for it than for the work."""
+
+    own_rate: float | None = None
+    handover_rate: float | None = 1_500.0
+
+    def prepared_parts(self) -> int:
+        return 5
+
+    def figures(self, model: str) -> Costly:
+        assert model == "orders"
+        return self
+
+
 class Plant:
     """A pipeline that does at most so many rows a second: the controller decides how many workers do them."""
 
@@ -116,10 +131,12 @@ class Plant:
         self.hours, self.folder = hours, folder
         self.controller = self.start()
 
-    def start(self) -> Controller:
+    def start(self, handing: Handing | None = None) -> Controller:
         budget = Budget(self.folder / "budget.json", self.hours)
         clock = self.time.clock()
-        return Controller(SloBand(), self.limits, self.pool, [self.meter], self.journal, budget, clock)
+        return Controller(
+            SloBand(), self.limits, self.pool, [self.meter], self.journal, budget, handing, clock
+        )
 
     def second(self, rows: int) -> None:
         """Let rows arrive, be prepared and applied, and the controller look."""
@@ -265,6 +282,29 @@ def test_a_burst_brings_workers_and_its_end_sends_them_home(
     codes = {entry.decision.reason.code for entry in entries}
     assert codes >= {Code.FIGURES_MISSING, Code.OWN_PROCESS, Code.BEHIND}
     assert [entry.snapshot.start_p95 for entry in entries][-1] == 3.0
+
+
+def test_work_that_costs_more_to_hand_over_stays_in_the_main_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = Plant(tmp_path)
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    assert plant.meter.is_worth_a_worker("orders")  # until it has been measured
+    plant.controller = plant.start(Costly())
+    for _ in range(60):
+        plant.second(40_000)
+    last = plant.entries()[-1]
+    assert (last.decision.workers, last.decision.reason.code) == (0, Code.NOT_WORTH_IT)
+    assert (last.snapshot.prepared_parts, last.snapshot.loads[0].handover_rate) == (5, 1_500.0)
+    assert not plant.meter.is_worth_a_worker("orders")
+    busy = Plant(tmp_path / "busy")
+    busy.meter.prepared("orders", 10_000, 5.0, 5.0 * 7.5)
+    for _ in range(60):
+        busy.second(40_000)
+    reason = busy.entries()[-1].decision.reason
+    assert (busy.pool.ready, reason.code) == (0, Code.CORES_ARE_BUSY)
+    assert "7.5 cores busy" in reason.sentence
 
 
 def test_rates_survive_a_restart_and_what_is_missing_is_said(

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from headrace.scaling.budget import Budget
 from headrace.scaling.gain import GainWatch
 from headrace.scaling.journal import Entry, Journal, as_object
-from headrace.scaling.measure import Meter
+from headrace.scaling.measure import Handing, Meter
 from headrace.scaling.policy import Policy
 from headrace.scaling.pool import PoolState, Service
 from headrace.scaling.rates import p95
@@ -93,11 +93,16 @@ class Controller:
         meters: Sequence[Meter],
         journal: Journal,
         budget: Budget,
+        handing: Handing | None = None,
         clock: Clock = Clock(),
     ) -> None:
         """Take over from the journal what an earlier process has measured of how fast work goes."""
         self._policy, self._limits, self._pool = policy, limits, pool
         self._meters, self._journal, self._budget, self._clock = meters, journal, budget, clock
+        self._handing = handing
+        if handing is not None:
+            for meter in meters:
+                meter.use(handing)
         self._gain, self._watch = GainWatch(), ScalingWatch()
         self._stepped = self._decided = clock.monotonic()
         self._busy: list[float] = []
@@ -181,7 +186,7 @@ class Controller:
             parts=state.busy + max(state.queued, math.ceil(work / _PART_SECONDS)),
             figures_age=age,
             apply_rate=sum(rates) if rates else None,
-            prepared_parts=_prepared(state, work),
+            prepared_parts=self._handing.prepared_parts() if self._handing else 0,
             raises_without_gain=raises,
             busy=busy,
             hour=now.weekday() * 24 + now.hour,
@@ -226,10 +231,3 @@ class Controller:
 
 def _is_active(load: Load) -> bool:
     return load.backlog_rows > 0 or load.max_300s > 0
-
-
-def _prepared(state: PoolState, work: float) -> int:
-    """Return how many prepared parts wait for apply at least: workers who have nothing to do while there is
-    work do so because as many wait as may."""
-    waits = state.ready > 0 and work >= _PART_SECONDS and not state.busy and not state.queued
-    return 2 * state.ready if waits else 0

@@ -60,6 +60,30 @@ class Staging(Protocol):
         ...
 
 
+class HandedFigures(Protocol):
+    """What was measured of one model where parts are handed to workers, rows a second; None: not yet."""
+
+    @property
+    def own_rate(self) -> float | None:
+        """Of parts that the main process has prepared after all."""
+
+    @property
+    def handover_rate(self) -> float | None:
+        """Of the main process's time for handing over and taking back."""
+
+
+class Handing(Protocol):
+    """What is asked of whoever hands parts to workers."""
+
+    def prepared_parts(self) -> int:
+        """Return how many outcomes wait for apply."""
+        ...
+
+    def figures(self, model: str) -> HandedFigures:
+        """Return what was measured of a model."""
+        ...
+
+
 class Stand(NamedTuple):
     """Where a model stands: what is staged of its table after `after` waits for it.
 
@@ -98,7 +122,8 @@ class _Work:
     """What is known of one load."""
 
     def __init__(self) -> None:
-        self.own, self.worker, self.handover = Speed(), Speed(), Speed()
+        self.own, self.worker = Speed(), Speed()
+        self.handover: float | None = None
         self.cores: float | None = None
         self.worth = Worth()
         self.fast, self.slow = MovingAverage(30.0), MovingAverage(_WINDOW)
@@ -122,6 +147,11 @@ class Meter:
         self._began: float | None = None
         self._loads: tuple[Load, ...] | None = None
         self._served = 0.0
+        self._handing: Handing | None = None
+
+    def use(self, handing: Handing) -> None:
+        """Ask from now on what handing over takes."""
+        self._handing = handing
 
     # ---------------------------------------------------------------- noted by whoever does the work
 
@@ -156,12 +186,6 @@ class Meter:
         with self._lock:
             self._of(model).worker.note(rows, seconds)
             self._of(building(model)).worker.note(rows, seconds)  # it does the same with them
-
-    def handed(self, work: str, rows: int, seconds: float) -> None:
-        """Note that the main process spent `seconds` on describing parts of so many rows to workers and on
-        taking their results."""
-        with self._lock:
-            self._of(work).handover.note(rows, seconds)
 
     @contextmanager
     def applying(self, parts: Iterable[Part]) -> Generator[Iterator[Part]]:
@@ -249,7 +273,7 @@ class Meter:
                 found = self._of(load.model)
                 found.own.recall(load.own_rate)
                 found.worker.recall(load.mu)
-                found.handover.recall(load.handover_rate)
+                found.handover = load.handover_rate
             self._apply.recall(apply_rate)
 
     def _of(self, work: str) -> _Work:
@@ -291,7 +315,11 @@ class Meter:
         if found.rows and stand.through is None:
             commit = self._log.first_commit(stand.after, stand.table)
             age = max(0.0, time.time() - commit / 1e6) if commit is not None else 0.0
-        costs = Costs(work.own.value, work.handover.value, work.cores, self._cores)
+        own = work.own.value
+        if self._handing is not None:
+            handed = self._handing.figures(stand.model)
+            own, work.handover = own or handed.own_rate, handed.handover_rate or work.handover
+        costs = Costs(own, work.handover, work.cores, self._cores)
         work.is_worth = work.worth.judge(costs)
         return Load(
             model=stand.work,
