@@ -47,11 +47,18 @@ class ScaleConfig:
     @property
     def cap(self) -> int:
         """The most workers that there may be."""
-        return len(os.sched_getaffinity(0)) if self.max_workers is None else self.max_workers
+        return cores() if self.max_workers is None else self.max_workers
 
 
 NO_SCALE = ScaleConfig()
 """That of a project that says nothing."""
+
+
+def cores() -> int:
+    """Return how many cores of this machine this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def read_scale(document: Document) -> ScaleConfig:

@@ -22,6 +22,7 @@ _LOADS = {
     "load": "model",
     "target s": "slo",
     "rows wait": "backlog_rows",
+    "work s": "work_seconds",
     "oldest s": "oldest_age",
     "rows/s 30 s": "ewma_30s",
     "300 s": "ewma_300s",

@@ -136,12 +136,15 @@ def arrivals_of(entries: Iterable[Entry]) -> Arrivals:
 
 
 def as_object(entry: Entry) -> dict[str, Any]:
-    """Return an entry as its line has it."""
+    """Return an entry as its line has it; of each load also the `work_seconds` that wait."""
     reason = entry.decision.reason
+    snapshot = asdict(entry.snapshot)
+    for told, load in zip(snapshot["loads"], entry.snapshot.loads, strict=True):
+        told["work_seconds"] = round(load.work_seconds, 3) if load.service_rate else None
     return {
         "at": entry.at.astimezone(UTC).isoformat(),
         "policy": entry.policy,
-        "snapshot": asdict(entry.snapshot),
+        "snapshot": snapshot,
         "decision": {
             "workers": entry.decision.workers,
             "code": reason.code.value,

@@ -7,7 +7,6 @@ cost as much as what has moved since, never as much as what waits. What has not 
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from headrace.change import Kind, Offset, TableId
+from headrace.scale_settings import cores as own_cores
 from headrace.scaling.rates import Greatest, MovingAverage, Speed
 from headrace.scaling.snapshot import Load
 from headrace.scaling.worth import Costs, Worth
@@ -138,7 +138,7 @@ class Meter:
     def __init__(self, log: Log, staging: Staging, cores: int | None = None) -> None:
         """`cores` are those of this machine that may be used."""
         self._log, self._staging = log, staging
-        self._cores = cores or len(os.sched_getaffinity(0))
+        self._cores = own_cores() if cores is None else cores
         self._lock = threading.Lock()
         self._works: dict[str, _Work] = {}
         self._stands: Sequence[Stand] | None = None

@@ -35,6 +35,7 @@ _LIMITS = {
 _LOAD = {
     "slo": ("freshness_target_seconds", "From commit to visible."),
     "backlog_rows": ("backlog_rows", "Rows that are staged and not applied."),
+    "work_seconds": ("backlog_work_seconds", "What they take one worker."),
     "backlog_bytes": ("backlog_bytes", "Bytes of them in the log."),
     "oldest_age": ("oldest_age_seconds", "Since the commit of the oldest change that is not applied."),
     "ewma_30s": ("arrival_rows_per_second_30s", "Arrivals, moving average over 30 s."),
