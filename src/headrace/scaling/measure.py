@@ -226,12 +226,16 @@ class Meter:
             end = staged if stand.through is None else min(staged, stand.through)
             with self._lock:
                 work = self._of(stand.work)
-            found, done = self._waiting(stand, work.waiting, end)
-            work.waiting = found
+            work.waiting, done = self._waiting(stand, work.waiting, end)
             served += done
-            arrived = self._arrived(stand, before[1], staged) if before else None
+            if before and elapsed > 0:
+                arrived = self._arrived(stand, before[1], staged)
+                work.fast.add(arrived, elapsed)
+                work.slow.add(arrived, elapsed)
+            handed = self._handing.figures(stand.model) if self._handing else None
+            age = self._age(stand) if work.waiting.rows else 0.0
             with self._lock:
-                loads.append(self._measured(work, stand, found, arrived, elapsed, now))
+                loads.append(self._measured(work, stand, age, handed, now))
         with self._lock:
             self._looked = (now, staged)
             self._served += served
@@ -304,27 +308,27 @@ class Meter:
             return 0
         return self._log.volume(stand.table, before, staged, STREAMED)[0]
 
+    def _age(self, stand: Stand) -> float:
+        """Return the age of the oldest change that waits; 0 where all of a table is made."""
+        if stand.through is not None:
+            return 0.0
+        commit = self._log.first_commit(stand.after, stand.table)
+        return 0.0 if commit is None else max(0.0, time.time() - commit / 1e6)
+
     def _measured(
-        self, work: _Work, stand: Stand, found: _Waiting, arrived: int | None, elapsed: float, now: float
+        self, work: _Work, stand: Stand, age: float, handed: HandedFigures | None, now: float
     ) -> Load:
-        if arrived is not None and elapsed > 0:
-            work.fast.add(arrived, elapsed)
-            work.slow.add(arrived, elapsed)
         fast, slow = work.fast.value or 0.0, work.slow.value or 0.0
-        age = 0.0
-        if found.rows and stand.through is None:
-            commit = self._log.first_commit(stand.after, stand.table)
-            age = max(0.0, time.time() - commit / 1e6) if commit is not None else 0.0
+        waiting = work.waiting or _Waiting(stand.after, stand.after)
         own = work.own.value
-        if self._handing is not None:
-            handed = self._handing.figures(stand.model)
+        if handed is not None:
             own, work.handover = own or handed.own_rate, handed.handover_rate or work.handover
         costs = Costs(own, work.handover, work.cores, self._cores)
         work.is_worth = work.worth.judge(costs)
         return Load(
             model=stand.work,
             slo=stand.slo,
-            backlog_rows=found.rows,
+            backlog_rows=waiting.rows,
             oldest_age=age,
             ewma_30s=fast,
             ewma_300s=slow,
@@ -332,8 +336,8 @@ class Meter:
             mu=work.worker.value,
             own_rate=costs.own_rate,
             handover_rate=costs.handover_rate,
-            backlog_bytes=found.bytes,
-            max_backlog_300s=work.most.add(now, found.rows),
+            backlog_bytes=waiting.bytes,
+            max_backlog_300s=work.most.add(now, waiting.rows),
             busy_cores=work.cores,
             worth=work.is_worth,
         )
