@@ -357,7 +357,9 @@ def test_a_spent_budget_sends_workers_home(tmp_path: Path, monkeypatch: pytest.M
 
 def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, bool]]:
     found = [alarm_of(record) for record in caplog.records if record.name == "headrace.alert"]
-    return [(alarm.subject, alarm.is_over) for alarm in found if alarm.kind == "scaling"]
+    return [
+        (alarm.subject.removeprefix("scaling."), alarm.is_over) for alarm in found if alarm.kind == "scaling"
+    ]
 
 
 def snapshot(backlog: float, ready: int, cap: int = 2) -> Snapshot:

@@ -48,14 +48,14 @@ class ScalingWatch:
             self._clear.pop(subject, None)
             if at - self._since.setdefault(subject, at) >= _HOLDS and subject not in self._told:
                 self._told.add(subject)
-                trigger("scaling", subject, "SCALING %s", finding.words)
+                trigger("scaling", f"scaling.{subject}", "SCALING %s", finding.words)
         for subject in self._since.keys() - found.keys():
             if subject not in self._told:
                 del self._since[subject]
             elif at - self._clear.setdefault(subject, at) >= _HOLDS:
                 self._told.discard(subject)
                 del self._since[subject], self._clear[subject]
-                resolve("scaling", subject, _ENDS[subject])
+                resolve("scaling", f"scaling.{subject}", _ENDS[subject])
 
     def _found(self, at: float, snapshot: Snapshot, decision: Decision) -> list[Finding]:
         cap = snapshot.limits.max_workers
