@@ -126,8 +126,12 @@ class Pipeline:
         Raises what stopped the first of them when every source has stopped for good and what it had
         brought is applied.
         """
+        try:
+            self._scaling.listen()
+        except UserError:
+            self.close()
+            raise
         server = self._serve()
-        self._scaling.listen()
         for lane in self.lanes:
             if lane.config.upstream:
                 verbs: tuple[str, ...] = ("load", "apply", "pin")

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from headrace.config import load_project
-from headrace.pipeline import open_lanes
+from headrace.errors import UserError
+from headrace.pipeline import Pipeline, open_lanes
 from headrace.scaling.journal import FILE, Journal
 from headrace.scaling.policy import Load, Snapshot
 from headrace.testing.postgres import PostgresServer
@@ -94,6 +95,8 @@ def test_what_waits_is_measured_decided_on_told_and_remembered(
     assert json.loads(explained.out)["at"] == entries[-1].at.isoformat()
     own = loads_of(entries[-1].snapshot)["sales"].own_rate
     assert own is not None
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(UserError, match="Nothing can listen"):
+        Pipeline(live.project).run()
     with running(live.project):  # what was measured is known again, although nothing is prepared
         until(lambda: "sales" in loads())
         assert loads()["sales"]["own_rate"] == pytest.approx(own)

@@ -10,7 +10,7 @@ _MEMORY = 60.0
 _BULK = 5_000
 """Rows of a piece from which on its own fixed cost does not matter."""
 _ENOUGH = 0.05
-"""Seconds of work that make a speed."""
+"""Seconds of work in small pieces that make a speed."""
 
 
 class MovingAverage:
@@ -57,8 +57,7 @@ class Speed:
     """
 
     def __init__(self) -> None:
-        self._bulk = _Ratio()
-        self._small = _Ratio()
+        self._bulk, self._small = _Ratio(0.0), _Ratio(_ENOUGH)
         self._known: float | None = None
 
     def note(self, rows: float, seconds: float) -> None:
@@ -77,7 +76,8 @@ class Speed:
 
 
 class _Ratio:
-    def __init__(self) -> None:
+    def __init__(self, enough: float) -> None:
+        self._enough = enough
         self._rows = self._seconds = 0.0
 
     def note(self, rows: float, seconds: float) -> None:
@@ -87,7 +87,7 @@ class _Ratio:
 
     @property
     def value(self) -> float | None:
-        return self._rows / self._seconds if self._seconds >= _ENOUGH else None
+        return self._rows / self._seconds if self._seconds and self._seconds >= self._enough else None
 
 
 def p95(values: list[float]) -> float | None:
