@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -290,7 +291,8 @@ class Joiner:
             self._breakers.begin()
             if join.why != "dry run":
                 made = self._breakers.admitted(model, made)
-            return self._destination.step(join, following, model, made, accounts)
+            with self._applying(model, made) as taken:
+                return self._destination.step(join, following, model, taken, accounts)
 
         issues = uncontested(model, attempt)
         self._breakers.keep()
@@ -334,6 +336,14 @@ class Joiner:
             spent = (time.monotonic() - began, time.process_time() - used)
             self._meter.prepared(building(model.name), rows, *spent)
         return through, pieces
+
+    def _applying(
+        self, model: RowModel, pieces: Iterable[Prepared]
+    ) -> AbstractContextManager[Iterable[Prepared]]:
+        """Have it noted how long the destination takes for pieces."""
+        if self._meter is None:
+            return nullcontext(pieces)
+        return self._meter.applying(pieces, lambda piece: piece.counts.read, building(model.name))
 
     def _slice_end(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> Offset:
         through, last = join.offset, copy.end if join.phase == "copy" else target

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from headrace.change import Offset
 from headrace.join import Join
+from headrace.protocols import Part
 from headrace.scaling.measure import Stand
 from headrace.transform.model import RowModel
 from headrace.transform.sql import ModelText
@@ -36,3 +37,8 @@ def stands_of(
             after = min(join.begin if join.phase == "keys" else join.offset, end)
             stands.append(Stand(join.model, table, after, targets.get(join.model) or freshness, end))
     return stands
+
+
+def rows_of(part: Part) -> int:
+    """Return how many changes a part was made of."""
+    return part.prepared.counts.read

@@ -241,9 +241,13 @@ def test_work_is_worth_a_worker_where_it_is_dear_and_cores_are_idle() -> None:
     assert Worth().judge(python) is True
     assert Worth().judge(replace(python, handover_rate=400_000)) is True
     assert Worth().judge(replace(python, handover_rate=8_000)) is False
-    plain_sql = Costs(own_rate=150_000, handover_rate=300_000, busy_cores=1.8, cores=2)
-    assert Worth().judge(plain_sql) is False
-    assert Worth().judge(replace(plain_sql, cores=16)) is True
+    wide_casts = Costs(own_rate=150_000, handover_rate=300_000, busy_cores=1.8, cores=2)
+    assert Worth().judge(wide_casts) is False
+    assert Worth().judge(replace(wide_casts, cores=16)) is True
+    plain_sql = Costs(own_rate=420_000, handover_rate=None, busy_cores=0.8, cores=2, apply_rate=267_000)
+    assert Worth().judge(plain_sql) is False  # the main process prepares while it applies, and waits for that
+    assert Worth().judge(replace(plain_sql, apply_rate=600_000)) is True
+    assert Worth().judge(replace(python, apply_rate=334_000)) is True
     assert Worth().judge(replace(python, cores=1)) is False  # one core cannot do two things
     wavers = Worth()
     assert wavers.judge(Costs(None, None, None, 2)) is None

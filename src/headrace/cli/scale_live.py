@@ -31,6 +31,7 @@ _LOADS = {
     "main process": "own_rate",
     "hand-over": "handover_rate",
     "busy cores": "busy_cores",
+    "apply": "apply_rate",
     "worth a worker": "worth",
 }
 _OTHERS = {

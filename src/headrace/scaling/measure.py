@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from headrace.change import Kind, Offset, TableId
 from headrace.scale_settings import cores as own_cores
@@ -22,7 +22,8 @@ from headrace.scaling.worth import Costs, Worth
 
 if TYPE_CHECKING:
     from headrace.prepared import Prepared
-    from headrace.protocols import Part
+
+_Item = TypeVar("_Item")
 
 STREAMED: tuple[Kind, ...] = ("rows", "truncate", "undecodable")
 _COPIED: tuple[Kind, ...] = ("rows", "truncate", "undecodable", "copy")
@@ -122,7 +123,7 @@ class _Work:
     """What is known of one load."""
 
     def __init__(self) -> None:
-        self.own, self.worker = Speed(), Speed()
+        self.own, self.worker, self.apply = Speed(), Speed(), Speed()
         self.handover: float | None = None
         self.cores: float | None = None
         self.worth = Worth()
@@ -188,11 +189,14 @@ class Meter:
             self._of(building(model)).worker.note(rows, seconds)  # it does the same with them
 
     @contextmanager
-    def applying(self, parts: Iterable[Part]) -> Generator[Iterator[Part]]:
-        """Give parts to apply, and note how long it took for them, without its waiting for the next one."""
+    def applying(
+        self, parts: Iterable[_Item], rows_of: Callable[[_Item], int], work: str = ""
+    ) -> Generator[Iterator[_Item]]:
+        """Give parts to apply, and note how long it took for them, without its waiting for the next one. A
+        slice is of all models; what is applied of one by itself is named."""
         waited, rows = 0.0, 0
 
-        def taken() -> Iterator[Part]:
+        def taken() -> Iterator[_Item]:
             nonlocal waited, rows
             rest = iter(parts)
             while True:
@@ -201,7 +205,7 @@ class Meter:
                 waited += time.monotonic() - began
                 if part is None:
                     return
-                rows += part.prepared.counts.read
+                rows += rows_of(part)
                 yield part
                 del part
 
@@ -209,7 +213,8 @@ class Meter:
         yield taken()
         if rows >= _WHOLE:
             with self._lock:
-                self._apply.note(rows, time.monotonic() - began - waited)
+                apply = self._of(work).apply if work else self._apply
+                apply.note(rows, time.monotonic() - began - waited)
 
     # ------------------------------------------------------------------------------------------ looks
 
@@ -277,6 +282,7 @@ class Meter:
                 found = self._of(load.model)
                 found.own.recall(load.own_rate)
                 found.worker.recall(load.mu)
+                found.apply.recall(load.apply_rate)
                 found.handover = load.handover_rate
             self._apply.recall(apply_rate)
 
@@ -323,7 +329,8 @@ class Meter:
         own = work.own.value
         if handed is not None:
             own, work.handover = own or handed.own_rate, handed.handover_rate or work.handover
-        costs = Costs(own, work.handover, work.cores, self._cores)
+        apply = self._apply.value if stand.through is None else work.apply.value
+        costs = Costs(own, work.handover, work.cores, self._cores, apply)
         work.is_worth = work.worth.judge(costs)
         return Load(
             model=stand.work,
@@ -339,5 +346,6 @@ class Meter:
             backlog_bytes=waiting.bytes,
             max_backlog_300s=work.most.add(now, waiting.rows),
             busy_cores=work.cores,
+            apply_rate=apply,
             worth=work.is_worth,
         )

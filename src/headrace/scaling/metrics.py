@@ -45,6 +45,7 @@ _LOAD = {
     "own_rate": ("own_rows_per_second", "That the main process prepares by itself."),
     "handover_rate": ("handover_rows_per_second", "Of the main process's time for handing over."),
     "busy_cores": ("busy_cores", "Cores that are busy while the main process prepares."),
+    "apply_rate": ("model_apply_rows_per_second", "Of it that apply takes."),
     "worth": ("worth_a_worker", "Whether the work is worth a worker, 0 or 1."),
 }
 

@@ -43,6 +43,8 @@ class Load:
     """The greatest backlog in the last 300 s, rows."""
     busy_cores: float | None = None
     """Cores that are busy while the main process prepares it."""
+    apply_rate: float | None = None
+    """Rows per second of it that apply takes, its waiting left out."""
     worth: bool | None = None
     """Whether it is worth a worker by what has been measured (`headrace.scaling.worth`); None: not judged."""
 
@@ -123,6 +125,7 @@ class Code(enum.StrEnum):
     FIGURES_STALE = "figures_stale"
     NOT_WORTH_IT = "not_worth_it"
     CORES_ARE_BUSY = "cores_are_busy"
+    APPLY_IS_SLOWER = "apply_is_slower"
     FEW_PARTS = "few_parts"
     APPLY_IS_THE_LIMIT = "apply_is_the_limit"
     NO_GAIN = "no_gain"
@@ -151,6 +154,8 @@ _SENTENCES: Mapping[Code, str] = {
     "({own:.0f} rows/s): workers would not help.",
     Code.CORES_ARE_BUSY: "Preparing {model} in the main process keeps {busy:.1f} cores busy: workers would "
     "take from it what they add.",
+    Code.APPLY_IS_SLOWER: "The main process prepares {model} ({own:.0f} rows/s) as fast as apply takes it "
+    "({apply:.0f} rows/s): workers would not help.",
     Code.FEW_PARTS: "{wanted} workers would be needed, but there are {parts} parts for them to take.",
     Code.APPLY_IS_THE_LIMIT: "Apply is the limit: {prepared} prepared parts wait for it, and it takes "
     "what {useful} workers do. More of them would not help.",

@@ -1,13 +1,15 @@
 """Which work is worth a worker: what preparing costs in the main process, against handing it over.
 
-Two things bound what workers can bring. Handing over: the main process has to describe a part and to take its
-result back, which for cheap work takes longer than the work. And the cores: where preparing in the main
-process keeps all of them busy already, as DuckDB does with plain SQL on few of them, a worker only takes from
-one what it gives to another.
+Three things bound what workers can bring. Apply: the main process prepares while it applies, so where it
+prepares faster than that, nothing waits for workers; so it is with plain SQL. Handing over: the main process
+has to describe a part and to take its result back, which for cheap work takes longer than the work. And the
+cores: where preparing in the main process keeps all of them busy already, a worker only takes from one what
+it gives to another.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 _BEGINS = 1.25
@@ -28,6 +30,8 @@ class Costs:
     """Cores that are busy while the main process prepares, in whichever process."""
     cores: int
     """That there are."""
+    apply_rate: float | None = None
+    """Rows per second that apply takes."""
 
 
 def reachable_gain(costs: Costs) -> float | None:
@@ -35,10 +39,10 @@ def reachable_gain(costs: Costs) -> float | None:
     too little is known to say."""
     if costs.own_rate is None or costs.busy_cores is None:
         return None
-    gain = costs.cores / max(1.0, costs.busy_cores)
-    if costs.handover_rate is not None:
-        gain = min(gain, costs.handover_rate / costs.own_rate)
-    return gain
+    apply = math.inf if costs.apply_rate is None else costs.apply_rate
+    handover = math.inf if costs.handover_rate is None else costs.handover_rate
+    most = costs.own_rate * costs.cores / max(1.0, costs.busy_cores)
+    return min(most, handover, apply) / min(costs.own_rate, apply)
 
 
 class Worth:
