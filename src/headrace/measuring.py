@@ -34,8 +34,12 @@ def stands_of(
     for join in joins:
         if table := tables.get(join.model):
             end = max(join.end, join.target)
-            after = min(join.begin if join.phase == "keys" else join.offset, end)
-            stands.append(Stand(join.model, table, after, targets.get(join.model) or freshness, end))
+            after = join.begin if join.phase == "keys" else join.offset
+            if join.phase in ("older copy", "older"):
+                after = end  # what is left of a history whose newest changes are taken is little, or nothing
+            stands.append(
+                Stand(join.model, table, min(after, end), targets.get(join.model) or freshness, end)
+            )
     return stands
 
 
