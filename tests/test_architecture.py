@@ -30,6 +30,7 @@ FLOORS = [
         "scrub",
         "definition",
         "schema_policy",
+        "scale_settings",
         "alarms",
         "channels",
         "posting",
@@ -87,6 +88,9 @@ FLOORS = [
         "raw",
         "alerts",
         "outages",
+        "autoscaling",
+        "belonging",
+        "measuring",
     },
     {"cli", "console", "testing"},
 ]

@@ -41,6 +41,7 @@ KINDS: Mapping[str, Kind] = {
     "gap": Kind("critical"),
     "stopped": Kind("critical"),
     "disk": Kind("error"),
+    "scaling": Kind("warning"),
     "consumer": Kind("warning"),
     "consumer_lost": Kind("error", lasts=False),
     "anchor": Kind("warning"),
@@ -50,8 +51,9 @@ KINDS: Mapping[str, Kind] = {
 }
 """Every kind. The subject of an `issue` is its id; of `suspended`, `unreadable`, `freshness` and `ledger` the
 model; of `progress` the model; of `slot` source and what is wrong, `shop.lag`; of `source_down`, `waiting`,
-`gap` and `stopped` the thread, `shop.capture`; of `disk` the folder; of `consumer` source and name; of `copy`
-the table; of `mart` the mart; of `undecodable` the source and the offset in its log."""
+`gap` and `stopped` the thread, `shop.capture`; of `disk` the folder; of `scaling` what is wrong,
+`scaling.target`, `scaling.cap`; of `consumer` source and name; of `copy` the table; of `mart` the mart; of
+`undecodable` the source and the offset in its log."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from headrace.defaults import NO_DEFAULTS, ModelDefaults, read_defaults
 from headrace.document import FILE_NAME, Document, Invalid, Parser, read_texts
 from headrace.errors import ConfigError, UserError
 from headrace.references import SecretParsers, read_reference
+from headrace.scale_settings import ScaleConfig, read_scale
 from headrace.schema_policy import Rules, parse_rules
 from headrace.secret import Secret
 
@@ -179,13 +180,6 @@ class QuarantineConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaleConfig:
-    """`[scale]`: the freshness to aim for, from source commit to visible, in seconds."""
-
-    freshness: float = 10.0
-
-
-@dataclass(frozen=True, slots=True)
 class Project:
     """A project folder's settings, checked. `root` is absolute; sources stand in the file's order; `env` is
     the environment, '' for none."""
@@ -271,7 +265,7 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
     destination = _destination(document, root, secret)
     bounds = {"max_records": values.count(1, 1 << 40), "max_bytes": values.size("64KiB", "1048576GiB")}
     quarantine = document.section("quarantine", bounds)
-    scale = document.section("scale", {"freshness": values.duration("100ms", "24h")})
+    scale = read_scale(document)
     alerts = read_alerts(document, secret)
     defaults = read_defaults(document)
     document.raise_mistakes()
@@ -281,7 +275,7 @@ def _load(root: Path, env: str, *, secrets: bool, is_upstream: bool = False) -> 
         log=LogConfig(**log),
         staging=StagingConfig(**{"path": state_folder(root, env) / "staging", **staging}),
         destination=DestinationConfig(**destination),
-        scale=ScaleConfig(**scale),
+        scale=scale,
         quarantine=QuarantineConfig(**quarantine),
         env=env,
         alerts=alerts,

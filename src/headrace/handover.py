@@ -23,6 +23,7 @@ from headrace.cutting import Piece, rows_for
 from headrace.parts import PartKind, PartSpec, Staged, fingerprint
 from headrace.prepared import Prepared
 from headrace.scaling.local import LocalPool
+from headrace.scaling.measure import building
 from headrace.scaling.pool import PartFailed, Pool
 from headrace.transform.model import RowModel
 from headrace.transform.python.process import environment
@@ -76,7 +77,7 @@ class Handover:
     """What one pipeline has in the hands of its pool. For one thread of each source and kind at a time."""
 
     def __init__(self, pool: Pool, worth: Callable[[str], bool] = lambda _: True) -> None:
-        """`worth` says whether a model's parts are worth a worker."""
+        """`worth` says whether work, as it is called where it is measured, is worth a worker."""
         self._pool = pool
         self._worth = worth
         self._lock = threading.RLock()
@@ -86,9 +87,10 @@ class Handover:
         self._own: dict[str, _Rate] = {}
         self._giving: dict[str, _Rate] = {}
 
-    def takes(self, model: RowModel, after: Offset, through: Offset) -> bool:
+    def takes(self, kind: PartKind, model: RowModel, after: Offset, through: Offset) -> bool:
         """Whether workers prepare a model's changes in a span now: not those that processes have died of."""
-        if not self._pool.state().desired or not self._worth(model.name):
+        work = model.name if kind == "slice" else building(model.name)
+        if not self._pool.state().desired or not self._worth(work):
             return False
         attempts = model.attempts
         return attempts is None or not attempts.suspects(model.name, model.version, after, through)
@@ -263,6 +265,7 @@ def _is_behind(part: PartSpec, other: PartSpec) -> bool:
     return same == (other.kind, other.staged.source, other.model.name) and part.through < other.through
 
 
-def open_pool(state: Path) -> LocalPool:
-    """Return the pool of a pipeline, in its state folder; it has no workers. Raises OSError."""
-    return LocalPool(state / "workers", "headrace.worker", environment())
+def open_pool(state: Path, worker_memory: int) -> LocalPool:
+    """Return the pool of a pipeline, in its state folder; it has no workers, of so many bytes each at most.
+    Raises OSError."""
+    return LocalPool(state / "workers", "headrace.worker", environment(), memory=worker_memory)

@@ -38,7 +38,7 @@ class Hands:
     def slice(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared] | None:
         """Return the outcomes of a slice of the stream in order; None where nothing is handed over."""
         handover = self._handover
-        if handover is None or not handover.takes(model, after, through):
+        if handover is None or not handover.takes("slice", model, after, through):
             return None
         parts = self._parts("slice", model, (after, through))
         return None if handover.is_trickle(model, parts) else handover.take(model, parts, self._here)
@@ -49,7 +49,7 @@ class Hands:
         """Return the outcomes of a slice of a join in order; None where nothing is handed over. Workers begin
         with it at once."""
         handover = self._handover
-        if handover is None or not handover.takes(model, after, through):
+        if handover is None or not handover.takes(kind, model, after, through):
             return None
         of = self._staging.count(model.table, after, through)
         parts = self._parts(kind, model, (after, through), copy, of)
@@ -64,7 +64,7 @@ class Hands:
         """Return the outcomes of the next piece of a selection of newest changes in order, and the offset
         through which they have all come; None where nothing is handed over. Workers begin with it at once."""
         handover = self._handover
-        if handover is None or not handover.takes(model, after, through):
+        if handover is None or not handover.takes("newest", model, after, through):
             return None
         parts, reached = self._newest_parts(model, copy, selection, after, through)
         if not parts or handover.is_trickle(model, parts):
@@ -108,7 +108,7 @@ class Hands:
         # The last one would be cut otherwise when it is its turn, with more staged by then.
         while (through := self._log.slice_end(after, staged, max_bytes, max_rows)) < staged:
             for model in models:
-                if handover.takes(model, after, through):
+                if handover.takes("slice", model, after, through):
                     yield from self._parts("slice", model, (after, through))
             after = through
 

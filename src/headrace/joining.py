@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -45,6 +47,7 @@ from headrace.recopied import (
     shares,
     told_at_once,
 )
+from headrace.scaling.measure import Meter, building
 from headrace.staging.copies import in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.standing import ModelState
@@ -76,9 +79,12 @@ class Joiner:
         joins: Joins,
         spill: Path | None = None,
         breakers: Breakers | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        """What does not fit in memory while history is read goes to the folder `spill`."""
+        """What does not fit in memory while history is read goes to the folder `spill`; `meter` is told how
+        long slices take to be prepared."""
         self.workers = Hands(source, log, staging)
+        self._meter = meter
         self._breakers = breakers or Breakers()
         self._source = source
         self._log = log
@@ -121,6 +127,10 @@ class Joiner:
         copy = self._staging.copy(model.table, join.stands)
         is_of_another_key = copy is not None and copy.key != model.schema.key
         return is_of_another_key or join.stands < self._staging.captured_since(model.table, staged)
+
+    def building(self) -> list[Join]:
+        """Return the joins that have not come to their end."""
+        return [join for join in self._all().values() if join.phase != "done"]
 
     def joined_at(self, model: RowModel) -> Offset:
         """Return the offset at which a model joined last."""
@@ -169,6 +179,10 @@ class Joiner:
         yield from of_slice(self._staging, model, after, through)
 
     def _prepared_here(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
+        here = self._pieces_of(model, after, through)
+        return here if self._meter is None else self._meter.own(model.name, here)
+
+    def _pieces_of(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
         pieces = self._staging.pieces(model.table, after, through)
         while (changes := next(pieces, None)) is not None:
             prepared = model.prepare(filled(self._staging, model, changes, through))
@@ -284,7 +298,8 @@ class Joiner:
             self._breakers.begin()
             if join.why != "dry run":
                 made = self._breakers.admitted(model, made)
-            return self._destination.step(join, following, model, made, accounts)
+            with self._applying(model, made) as taken:
+                return self._destination.step(join, following, model, taken, accounts)
 
         issues = uncontested(model, attempt)
         self._breakers.keep()
@@ -316,8 +331,26 @@ class Joiner:
         return join.phase == following.phase or join.phase != PHASES[0]
 
     def _submit(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> None:
-        slice_ = self._preparer.submit(self._prepare, join, model, copy, target)
+        slice_ = self._preparer.submit(self._measured, join, model, copy, target)
         self._ahead = (join, model, slice_)
+
+    def _measured(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice:
+        """Prepare a slice; if it is whole, rather than prepared as it is taken, note how long that took."""
+        began, used = time.monotonic(), time.process_time()
+        through, pieces = self._prepare(join, model, copy, target)
+        if self._meter is not None and isinstance(pieces, list):
+            rows = sum(piece.counts.read for piece in pieces)
+            spent = (time.monotonic() - began, time.process_time() - used)
+            self._meter.prepared(building(model.name), rows, *spent)
+        return through, pieces
+
+    def _applying(
+        self, model: RowModel, pieces: Iterable[Prepared]
+    ) -> AbstractContextManager[Iterable[Prepared]]:
+        """Have it noted how long the destination takes for pieces."""
+        if self._meter is None:
+            return nullcontext(pieces)
+        return self._meter.applying(pieces, lambda piece: piece.counts.read, building(model.name))
 
     def _slice_end(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> Offset:
         through, last = join.offset, copy.end if join.phase == "copy" else target
@@ -334,7 +367,7 @@ class Joiner:
                 through, parts = reading.prepare(join.phase, join.offset, join.target, again)
                 is_first = join.phase == PHASES[0] and join.offset == _begin_of(copy, join.target)
                 aside = [*of_history(self._staging, model, copy, join.target)] if is_first else []
-                return through, chain(parts, aside)
+                return through, [*parts, *aside] if isinstance(parts, list) else chain(parts, aside)
             if join.phase == "keys":
                 aside = [] if join.offset else [*of_history(self._staging, model, copy, copy.end)]
                 return join.offset + 1, [self._share(join, model, copy), *aside]

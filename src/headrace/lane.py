@@ -26,21 +26,16 @@ from headrace.capturing import Works, capture
 from headrace.change import Mark, Offset, Position
 from headrace.config import Project, SourceConfig
 from headrace.decisions import Decision
-from headrace.errors import (
-    BreakerTripped,
-    HeadraceError,
-    LogTrimmed,
-    ModelBroken,
-    StagingBehind,
-    UserError,
-)
+from headrace.errors import BreakerTripped, HeadraceError, LogTrimmed, ModelBroken, StagingBehind, UserError
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
+from headrace.measuring import rows_of, stands_of
 from headrace.protocols import Destination, Part, Slice
 from headrace.quarantine.breaker import Breakers
 from headrace.quarantine.limit import SizeLimit
 from headrace.redriving import Redriver, Running
+from headrace.scaling.measure import Meter
 from headrace.sources.postgres.source import PostgresSource
 from headrace.sources.postgres.tables import copied_since, held_by_copies, read_states
 from headrace.staging.delta import DeltaStaging
@@ -85,10 +80,13 @@ class Lane:
         root = project.staging_path(config.name)
         self.staging = DeltaStaging(root, config.name, self.log.id, read_only=reading)
         self.staging.follow(self.log)
+        self.meter = Meter(self.log, self.staging)
+        self._freshness = project.scale.freshness
         self._breakers = Breakers(SizeLimit(project.quarantine, destination.read))
         self.joiner = Joiner(
-            config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers
-        )
+            config.name, self.log, self.staging, destination.joins, project.state / "spill", self._breakers,
+            self.meter,
+        )  # fmt: skip
         self.waiting = Waiting(config.name, self.joiner, destination, self._breakers.recount)
         self.redriver = Redriver(config.name, self.log, self.staging, destination, self.joiner, self.waiting)
         self.folder = folder
@@ -178,6 +176,8 @@ class Lane:
         self._ask_where_models_stand()
         models = list(self._runnable(staged))
         stands = {model.name: self._offset(model) for model in models}
+        active, building = list(self._active(staged)), self.joiner.building()
+        self.meter.stand(stands_of(active, stands, building, self._texts, self._freshness))
         after = min(stands.values(), default=staged)
         if after >= staged:
             return False
@@ -403,8 +403,8 @@ class Lane:
         def attempt(models: Sequence[RowModel], again: Again) -> Sequence[str]:
             self._breakers.begin()
             parts = ahead(self._preparer, self._parts(models, (after, through), in_sync, again))
-            with closing(parts):
-                return self.destination.apply(Slice(self.config.name, *place, parts))
+            with closing(parts), self.meter.applying(parts, rows_of) as taken:
+                return self.destination.apply(Slice(self.config.name, *place, taken))
 
         try:
             issues = settled(models, attempt)

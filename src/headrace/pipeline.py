@@ -2,10 +2,10 @@
 
 For each source five threads: three repeat one verb of its lane each, capture, load, and apply, which has a
 part prepared while it takes the one before; two keep log and staging small. One more watches the source and
-does nothing but ring; one for all keeps the marts, one looks at the ledger, and one makes a copy for readers
-where there is to be one. A
-thread that fails is judged by its error's verdict: RETRY backs off and tries again for ever, alerting once
-when it lasts; anything else stops that thread alone, with its reason, while the others go on.
+does nothing but ring; one for all keeps the marts, one looks at the ledger, one decides how many workers
+there should be, and one makes a copy for readers where there is to be one. A thread that fails is judged by
+its error's verdict: RETRY backs off and tries again for ever, alerting once when it lasts; anything else
+stops that thread alone, with its reason, while the others go on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 
 from headrace.alarms import resolve, tell, trigger
 from headrace.alerts.service import Alerting
+from headrace.autoscaling import Autoscaling
+from headrace.belonging import check_destination
 from headrace.change import TableId
 from headrace.config import Project
 from headrace.conservation import EVERY as LOOK_EVERY
@@ -29,7 +31,6 @@ from headrace.decisions import Decision
 from headrace.destinations import open_destination, open_publisher
 from headrace.errors import (
     DestinationUnavailable,
-    ForeignDestination,
     HeadraceError,
     SourceGap,
     SourceUnavailable,
@@ -108,9 +109,11 @@ class Pipeline:
             self._ledger = LedgerWatch(self.lanes)
             self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._alerting = Alerting(project, self.lanes)
+            self._scaling = Autoscaling(project, self.lanes)
             try:
                 self._wait_for_destination()
             except BaseException:
+                self._scaling.close()
                 self._alerting.close()
                 raise
         except BaseException:
@@ -124,6 +127,11 @@ class Pipeline:
         Raises what stopped the first of them when every source has stopped for good and what it had
         brought is applied.
         """
+        try:
+            self._scaling.listen()
+        except UserError:
+            self.close()
+            raise
         server = self._serve()
         for lane in self.lanes:
             if lane.config.upstream:
@@ -135,6 +143,7 @@ class Pipeline:
                 self._start(lane, verb)
         self._begin("marts", self._step_marts)
         self._begin("ledger", self._step_ledger)
+        self._begin("scale", lambda: self._scaling.step(self.stop))
         if self._publisher is not None:
             self._begin("publish", self._step_publish)
         self._begin("alerts", lambda: self._alerting.step(self.stop))
@@ -145,9 +154,7 @@ class Pipeline:
             while ended is None and not self.stop.wait(_POLL):
                 ended = self._ended()
         finally:
-            self.stop.set()
-            for thread in self._threads:
-                thread.join()
+            self._end_threads()
             for fault in self._published_once():
                 tell("%s", fault.paragraph(), severity="error")
             self._alerting.finish()
@@ -162,6 +169,7 @@ class Pipeline:
         Raises what stopped a source or a model; what the others brought over stays.
         """
         server = self._serve()
+        self._begin("scale", lambda: self._scaling.step(self.stop))
         try:
             faults = [fault for lane in self.lanes for fault in self._once(lane)]
             faults += self._marts_once()
@@ -171,6 +179,7 @@ class Pipeline:
             if faults:
                 raise faults[0]
         finally:
+            self._end_threads()
             self._alerting.finish()
             server.close()
             self.close()
@@ -192,7 +201,8 @@ class Pipeline:
         }
 
     def close(self) -> None:
-        """Give back log, staging and state folder."""
+        """Send workers home; give back log, staging and state folder."""
+        self._scaling.close()
         for upkeep in self._upkeep.values():
             upkeep.close()
         for place in self._places.values():
@@ -207,6 +217,7 @@ class Pipeline:
     def _serve(self) -> Server:
         handlers = {
             "status": lambda _: self.status(),
+            "scale": lambda _: self._scaling.report(),
             "redrive": self._redrive,
             "decide": self._decide,
             "archive": self._archive,
@@ -348,6 +359,11 @@ class Pipeline:
         }
         self._begin(name, steps[verb])
 
+    def _end_threads(self) -> None:
+        self.stop.set()
+        for thread in self._threads:
+            thread.join()
+
     def _captured(self, name: str, appended: bool) -> None:
         """Note that a source has answered: that it goes on, if it does not wait for something else."""
         self._outages.works(name, None if appended else SourceUnavailable)
@@ -453,7 +469,7 @@ class Pipeline:
     def _wait_for_destination(self) -> None:
         """Check each lane's destination, waiting while it cannot be had; retry what is suspended."""
         for lane in self.lanes:
-            self._patiently("destination", partial(_check_destination, lane))
+            self._patiently("destination", partial(check_destination, lane))
             self._patiently("destination", partial(lane.destination.reconsider, lane.config.name))
 
     def _patiently(self, name: str, step: Callable[[], _T]) -> _T | None:
@@ -468,32 +484,6 @@ class Pipeline:
             self._outages.works(name)
             return result
         return None
-
-
-def _check_destination(lane: Lane) -> None:
-    """Refuse a destination whose progress is not of this log.
-
-    Raises ForeignDestination with the remedy, DestinationBusy while another process holds it.
-    """
-    progress = lane.destination.progress(lane.config.name)
-    if progress is None:
-        return
-    if progress.log_id != lane.log.id:
-        raise lane.destination.foreign(lane.config.name)
-    mark = lane.log.mark(progress.offset)
-    begin = lane.log.begin().offset
-    if mark is None and progress.offset < begin:
-        raise ForeignDestination(
-            f"{lane.destination.name} holds offset {progress.offset} of this log, which begins behind "
-            f"offset {begin} by now: it is an older copy, and what it holds cannot be compared any more.",
-            f"To have it built from staging, {lane.destination.fresh}.",
-        )
-    if mark is None or mark.hash != progress.hash:
-        raise ForeignDestination(
-            f"{lane.destination.name} holds offset {progress.offset} of this log, but the log here ends "
-            f"at {lane.log.end().offset} or differs there: the state folder is an older copy.",
-            f"Restore the newest state folder, or {lane.destination.fresh}.",
-        )
 
 
 def _watch(lane: Lane) -> Watch:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -859,3 +860,61 @@ def test_importing_settings_pulls_in_no_heavy_library() -> None:
     code = f"import sys, headrace.config; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_scaling(tmp_path: Path) -> None:
+    scale = load(
+        tmp_path,
+        SOURCE
+        + """
+[scale]
+freshness = "1m"
+policy = "schedule"
+min_workers = 1
+max_workers = 6
+max_worker_hours_per_day = 40
+worker_memory = "512MiB"
+price = 0.05
+listen = ":9187"
+[scale.schedule]
+"mon-fri 08-18" = 4
+"sun-mon 17-19" = 6
+"daily 0-1" = 2
+""",
+    ).scale
+    hours = dict(enumerate(scale.schedule))
+    assert (hours[8], hours[7], hours[4 * 24 + 16], hours[5 * 24 + 9]) == (4, 1, 4, 1)
+    assert (hours[17], hours[18], hours[19], hours[6 * 24 + 18], hours[6 * 24]) == (6, 6, 1, 6, 2)
+    assert (scale.cap, scale.max_worker_hours_per_day, scale.worker_memory) == (6, 40.0, 512 << 20)
+    assert (scale.price, scale.listen) == (0.05, ("127.0.0.1", 9187))
+    assert load(tmp_path, SOURCE).scale.cap == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        (
+            'policy = "cpu"',
+            'policy: "cpu" is not supported; it must be "slo_band" or "backlog" or "static" or ',
+        ),
+        ("min_workers = 3\nmax_workers = 2", "min_workers: 3 is more than max_workers, which is 2"),
+        ("max_workers = 5000", "max_workers: 5000 is out of range; allowed are 0 to 1024"),
+        ("price = -1", "price: must be 0 or more"),
+        (
+            'max_worker_hours_per_day = "8h"',
+            "max_worker_hours_per_day: must be a number (hours), not a string",
+        ),
+        ('policy = "schedule"', 'schedule: missing; add it, such as { "mon-fri 08-18" = 4 }'),
+        ('schedule = { "mon 8-9" = 1 }', 'schedule: is for policy = "schedule" only'),
+        (
+            'policy = "schedule"\nschedule = { "monday 8-9" = 1 }',
+            'schedule: "monday 8-9" is no hours of the week; write them (UTC) like "mon-fri 08-18"',
+        ),
+        ('policy = "schedule"\nschedule = { "mon 9-9" = 1 }', '"mon 9-9" is no hours of the week'),
+        ('threshold = "30s"', 'threshold: is for policy = "backlog" only'),
+        ('listen = "here"', 'listen: "here" is no address to listen on; write host and port'),
+        ('listen = "localhost:99999"', "listen: this value is no address to listen on"),
+    ],
+)
+def test_scaling_that_cannot_be(tmp_path: Path, text: str, mistake: str) -> None:
+    assert mistake in refusal(tmp_path, SOURCE + f"[scale]\n{text}")

@@ -121,7 +121,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def workers(lane: Lane, state: Path, count: int) -> Iterator[LocalPool]:
-    pool = open_pool(state)
+    pool = open_pool(state, 1 << 30)
     lane.joiner.workers.use(Handover(pool))
     pool.resize(count)
     try:

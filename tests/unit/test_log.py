@@ -30,7 +30,7 @@ from headrace.log.proof import verify
 from headrace.log.segments import segment_path
 from headrace.log.sqlite import SQLiteLog
 from headrace.state import forget_empty_logs
-from headrace.testing.logs import armed, change, everything, group
+from headrace.testing.logs import OTHER, TABLE, armed, change, everything, group
 
 
 @pytest.fixture
@@ -740,3 +740,13 @@ def test_a_log_that_another_process_holds_is_waited_for(
         other.execute("ROLLBACK")
     log.set_note("slot", "s")
     assert log.note("slot") == "s"
+
+
+def test_what_a_table_brought_between_two_offsets_is_told_without_its_other_entries(log: SQLiteLog) -> None:
+    log.append([change(1, 1, b"12345", rows=4), change(1, 2, b"123", table=OTHER, rows=9)])
+    log.append([change(2, 1, b"1234567", rows=2)])
+    assert log.volume(TABLE, 0, 3) == log.volume(TABLE, 0, 9, ("rows", "copy")) == (6, 12)
+    assert log.volume(TABLE, 1, 3) == (2, 7)
+    assert log.volume(TABLE, 0, 2, ("rows",)) == (4, 5)
+    assert log.volume(OTHER, 0, 3) == (9, 3)
+    assert log.volume(TABLE, 0, 3, ("copy",)) == log.volume(TABLE, 3, 3) == (0, 0)

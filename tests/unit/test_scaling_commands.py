@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 from test_scaling_journal import entry
 
 from headrace.cli import main
-from headrace.scaling.journal import Journal
+from headrace.cli.scale_live import moment
+from headrace.scaling.journal import Entry, Journal, as_object
 
 PROJECT = """[source.shop]
 type = "postgres"
@@ -116,3 +120,77 @@ def test_mistakes(
 ) -> None:
     assert main(["scale", "simulate", str(arrivals), *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def journalled(project: Path) -> list[Entry]:
+    """An hour of decisions, one each quarter of a minute, that ends a while ago."""
+    journal, entries = Journal(project / ".headrace" / "scaling.jsonl"), []
+    for tick in range(240):
+        one = entry(tick, rate=2_000.0 if tick < 120 else 8_000.0)
+        entries.append(one)
+        journal.append(one)
+    return entries
+
+
+def written(entry: Entry) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(as_object(entry)))
+    return found
+
+
+def test_a_decision_is_explained_from_the_journal(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = journalled(project)
+    where = ["--project", str(project)]
+    at = entries[100].at + timedelta(seconds=7)
+    assert main(["scale", "explain", at.isoformat(), *where, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == written(entries[100])
+    assert main(["scale", "explain", at.isoformat(), *where]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == "2026-11-29 14:30:00 UTC, policy slo_band: 5 workers, behind"
+    assert lines[1] == entries[100].decision.reason.sentence
+    head = next(line for line in lines if line.startswith("load"))
+    assert "rows wait" in head
+    assert "main process" in head
+    assert any(line.split() == ["orders", "60", *line.split()[2:]] for line in lines)
+    assert any(line.startswith("seconds from a worker's start to its first result") for line in lines)
+    assert main(["scale", "explain", (entries[-1].at + timedelta(hours=2)).isoformat(), *where]) == 0
+    assert capsys.readouterr().out.startswith("The pipeline wrote nothing from 2026-11-29 15:04:45 to ")
+    assert main(["scale", "explain", "2020-01-01", *where]) == 2
+    assert "The first that is journalled is of 2026-11-29 14:05:00." in capsys.readouterr().err
+    assert main(["scale", "explain", "yesterday", *where]) == 2
+    assert '"yesterday" is no time.' in capsys.readouterr().err
+
+
+def test_the_history_is_what_has_changed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = journalled(project)
+    where = ["--project", str(project), "--since", "2026-11-29T14:00"]
+    assert main(["scale", "history", *where, "--json"]) == 0
+    told = [json.loads(line)["decision"]["code"] for line in capsys.readouterr().out.splitlines()]
+    codes = [one.decision.reason.code.value for one in entries]
+    assert told == [code for code, _ in groupby(codes)]
+    assert main(["scale", "history", *where, "--every", "--json"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 240
+    assert main(["scale", "history", *where]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split("  ")[0] == "at (UTC)"
+
+
+def test_the_status_without_a_pipeline_is_the_last_decision(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scale", "status", "--project", str(project)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "not running: headrace run",
+        "Nothing has been decided yet.",
+    ]
+    last = journalled(project)[-1]
+    assert main(["scale", "status", "--project", str(project), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["running"], found["desired"], found["ready"]) == (False, last.decision.workers, None)
+    assert found["decision"] == written(last)
+
+
+def test_a_time_of_day_is_the_last_one() -> None:
+    now = datetime(2026, 11, 29, 14, 0, tzinfo=UTC)
+    assert moment("13:05", now) == datetime(2026, 11, 29, 13, 5, tzinfo=UTC)
+    assert moment("14:05:30", now) == datetime(2026, 11, 28, 14, 5, 30, tzinfo=UTC)
+    assert moment("2026-11-29T14:05+02:00", now) == datetime(2026, 11, 29, 12, 5, tzinfo=UTC)

@@ -38,6 +38,7 @@ SAID = (
     "unreadable",
     "mart_circle",
     "ledger",
+    "scaling",
 )
 """The kinds that a new process says again while they hold."""
 GRADES = {"escalating": 2, "regressed": 2}

@@ -62,7 +62,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "ledger": ("", "Check that every change that was read is accounted for."),
     "quarantine": ("", "List, show, redrive, patch and discard what could not be applied."),
     "alerts": ("", "List alerts and their delivery, test the channels, silence."),
-    "scale": ("", "Simulate workers against arrivals; plan what a load will need."),
+    "scale": ("", "Workers: how many and why; simulate them; plan what a load will need."),
     "teardown": ("headrace.cli.teardown:teardown", "Drop what the project made at its sources."),
     "demo": ("headrace.cli.demo:demo", "See it at work: a shop's database, kills, bad values, proof."),
 }
@@ -143,6 +143,12 @@ STAGING: Mapping[str, tuple[str, str]] = {
 }
 
 SCALE: Mapping[str, tuple[str, str]] = {
+    "status": (
+        "headrace.cli.scale_live:status",
+        "Show how many workers there are and should be, why, and what that is decided by.",
+    ),
+    "history": ("headrace.cli.scale_live:history", "List the decisions: when, how many, and why."),
+    "explain": ("headrace.cli.scale_live:explain", "Say why there were so many workers at a moment."),
     "simulate": (
         "headrace.cli.scale:simulate",
         "Show what policies would have done with arrivals, and what that costs.",

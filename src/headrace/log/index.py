@@ -191,6 +191,20 @@ class Index(ABC):
         assert row is not None
         return int(row[0]), int(row[1]), row[2]
 
+    def volume(
+        self, table: TableId, after: Offset, through: Offset, kinds: Sequence[Kind] = ()
+    ) -> tuple[int, int]:
+        """Return rows and bytes of a table's entries in `(after, through]`, of some kinds or all, of those
+        that the log holds."""
+        chosen = f" AND kind IN ({', '.join('?' * len(kinds))})" if kinds else ""
+        row = self._db.row(
+            "SELECT coalesce(sum(rows), 0), coalesce(sum(bytes), 0) FROM entries "
+            f'WHERE {_MINE} AND "offset" > ? AND "offset" <= ?{chosen}',
+            (*table, after, through, *kinds),
+        )
+        assert row is not None
+        return int(row[0]), int(row[1])
+
     def first_commit(self, after: Offset, table: TableId) -> int | None:
         """Return when the first rows of a table after an offset, of those that the log holds, were committed
         (microseconds); None if there are none."""

@@ -11,7 +11,9 @@ one before.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +32,8 @@ MAX_BYTES = 32 << 20
 """At which the file becomes the one before: about nine days of decisions for one model, and two such
 files."""
 
+_LONGEST = 1 << 20
+"""Bytes of a line: thousands of models."""
 _MAX_GAP = 300.0
 """Seconds without a decision that are filled in with the last rates; longer ones count as quiet."""
 
@@ -55,7 +59,7 @@ class Journal:
 
     def append(self, entry: Entry) -> None:
         """Write an entry; raises OSError where the disk does not take it."""
-        line = json.dumps(_object(entry), separators=(",", ":"), allow_nan=False) + "\n"
+        line = json.dumps(as_object(entry), separators=(",", ":"), allow_nan=False) + "\n"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab") as file:
             file.write(line.encode())
@@ -71,6 +75,16 @@ class Journal:
         """
         for path in (self._before, self._path):
             yield from (entry for entry in read_file(path, missing_ok=True) if not since or entry.at >= since)
+
+    def last(self) -> Entry | None:
+        """Return the newest decision; None where there is none, or its line is not one of ours."""
+        for path in (self._path, self._before):
+            with suppress(OSError, UserError), path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST))
+                *whole, _ = file.read().rsplit(b"\n", 2)
+                if whole and whole[-1]:
+                    return _entry(path, 0, whole[-1])
+        return None
 
 
 def read_file(path: Path, *, missing_ok: bool = False) -> Iterator[Entry]:
@@ -121,12 +135,16 @@ def arrivals_of(entries: Iterable[Entry]) -> Arrivals:
     return Arrivals(datetime.fromtimestamp(times[0], UTC), np.interp(grid, times, rates) * TICK)
 
 
-def _object(entry: Entry) -> dict[str, Any]:
+def as_object(entry: Entry) -> dict[str, Any]:
+    """Return an entry as its line has it; of each load also the `work_seconds` that wait."""
     reason = entry.decision.reason
+    snapshot = asdict(entry.snapshot)
+    for told, load in zip(snapshot["loads"], entry.snapshot.loads, strict=True):
+        told["work_seconds"] = round(load.work_seconds, 3) if load.service_rate else None
     return {
         "at": entry.at.astimezone(UTC).isoformat(),
         "policy": entry.policy,
-        "snapshot": asdict(entry.snapshot),
+        "snapshot": snapshot,
         "decision": {
             "workers": entry.decision.workers,
             "code": reason.code.value,

@@ -346,10 +346,12 @@ def _without_workers(snapshot: Snapshot) -> Reason:
     if not snapshot.loads:
         return Reason(Code.IDLE)
     load = max(snapshot.loads, key=attrgetter("backlog_rows"))
-    return Reason(
-        Code.NOT_WORTH_IT,
-        {"handover": load.handover_rate or 0.0, "own": load.own_rate or 0.0, "model": load.model},
-    )
+    handover, own, apply = load.handover_rate, load.own_rate or 0.0, load.apply_rate
+    if load.worth is False and apply is not None and apply < 1.25 * own:
+        return Reason(Code.APPLY_IS_SLOWER, {"apply": apply, "own": own, "model": load.model})
+    if load.worth is False and (handover is None or handover > 2 * own):
+        return Reason(Code.CORES_ARE_BUSY, {"busy": load.busy_cores or 0.0, "model": load.model})
+    return Reason(Code.NOT_WORTH_IT, {"handover": handover or 0.0, "own": own, "model": load.model})
 
 
 def _useful_workers(loads: Sequence[Load], apply_rate: float | None) -> int | None:

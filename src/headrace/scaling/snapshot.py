@@ -41,6 +41,12 @@ class Load:
     backlog_bytes: float = 0.0
     max_backlog_300s: float = 0.0
     """The greatest backlog in the last 300 s, rows."""
+    busy_cores: float | None = None
+    """Cores that are busy while the main process prepares it."""
+    apply_rate: float | None = None
+    """Rows per second of it that apply takes, its waiting left out."""
+    worth: bool | None = None
+    """Whether it is worth a worker by what has been measured (`headrace.scaling.worth`); None: not judged."""
 
     @property
     def service_rate(self) -> float | None:
@@ -55,7 +61,9 @@ class Load:
 
     @property
     def is_worth_a_worker(self) -> bool:
-        """Whether handing over costs the main process less than doing the work."""
+        """Whether it is, as judged, or else whether handing over costs less than doing it."""
+        if self.worth is not None:
+            return self.worth
         if self.own_rate is None or self.handover_rate is None:
             return True
         return self.handover_rate > self.own_rate
@@ -116,6 +124,8 @@ class Code(enum.StrEnum):
     FIGURES_MISSING = "figures_missing"
     FIGURES_STALE = "figures_stale"
     NOT_WORTH_IT = "not_worth_it"
+    CORES_ARE_BUSY = "cores_are_busy"
+    APPLY_IS_SLOWER = "apply_is_slower"
     FEW_PARTS = "few_parts"
     APPLY_IS_THE_LIMIT = "apply_is_the_limit"
     NO_GAIN = "no_gain"
@@ -142,6 +152,10 @@ _SENTENCES: Mapping[Code, str] = {
     "there are new ones.",
     Code.NOT_WORTH_IT: "Handing over takes the main process longer ({handover:.0f} rows/s) than preparing "
     "({own:.0f} rows/s): workers would not help.",
+    Code.CORES_ARE_BUSY: "Preparing {model} in the main process keeps {busy:.1f} cores busy: workers would "
+    "take from it what they add.",
+    Code.APPLY_IS_SLOWER: "The main process prepares {model} ({own:.0f} rows/s) as fast as apply takes it "
+    "({apply:.0f} rows/s): workers would not help.",
     Code.FEW_PARTS: "{wanted} workers would be needed, but there are {parts} parts for them to take.",
     Code.APPLY_IS_THE_LIMIT: "Apply is the limit: {prepared} prepared parts wait for it, and it takes "
     "what {useful} workers do. More of them would not help.",

@@ -1,0 +1,83 @@
+"""Scaling of a running pipeline: its settings, sources and pool put together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from headrace.config import Project
+from headrace.handover import Handover, open_pool
+from headrace.lane import Lane
+from headrace.scale_settings import ScaleConfig
+from headrace.scaling.budget import FILE as BUDGET
+from headrace.scaling.budget import Budget
+from headrace.scaling.controller import LOOK_EVERY, Controller, Unstaffed
+from headrace.scaling.endpoint import Endpoint
+from headrace.scaling.journal import FILE, Journal
+from headrace.scaling.policy import Backlog, Limits, Policy, Schedule, SloBand, Static
+
+
+class Autoscaling:
+    """Workers of a pipeline, and the decision how many, from when it is made until it is closed."""
+
+    def __init__(self, project: Project, lanes: Sequence[Lane]) -> None:
+        """Have lanes hand over parts, where the settings allow for workers. Raises OSError where the pool's
+        folder cannot be had."""
+        self._lanes = lanes
+        self._config = project.scale
+        self._endpoint: Endpoint | None = None
+        self._pool = open_pool(project.state, project.scale.worker_memory) if project.scale.cap else None
+        handover = Handover(self._pool, self._is_worth_a_worker) if self._pool else None
+        if handover is not None:
+            for lane in lanes:
+                lane.joiner.workers.use(handover)
+        self._controller = Controller(
+            policy_of(project.scale),
+            limits_of(project.scale),
+            self._pool or Unstaffed(),
+            [lane.meter for lane in lanes],
+            Journal(project.state / FILE),
+            Budget(project.state / BUDGET, project.scale.max_worker_hours_per_day),
+            handover,
+        )
+
+    def listen(self) -> None:
+        """Answer HTTP, where the settings say so. Raises UserError where the address cannot be had."""
+        if self._config.listen is not None:
+            self._endpoint = Endpoint(self._config.listen, self.report)
+
+    def step(self, stop: threading.Event) -> None:
+        """Look at what waits, decide every few seconds, and rest."""
+        self._controller.step()
+        stop.wait(LOOK_EVERY)
+
+    def _is_worth_a_worker(self, work: str) -> bool:
+        return all(lane.meter.is_worth_a_worker(work) for lane in self._lanes)
+
+    def report(self) -> dict[str, Any]:
+        """See `Controller.report`."""
+        return self._controller.report()
+
+    def close(self) -> None:
+        """Send the workers home, and answer no more."""
+        if self._endpoint is not None:
+            self._endpoint.close()
+        self._controller.close()
+        if self._pool is not None:
+            self._pool.close()
+
+
+def policy_of(config: ScaleConfig) -> Policy:
+    """Return the policy that the settings name."""
+    policies: dict[str, Policy] = {
+        "slo_band": SloBand(),
+        "backlog": Backlog(config.threshold),
+        "static": Static(config.cap),
+    }
+    return Schedule(config.schedule) if config.policy == "schedule" else policies[config.policy]
+
+
+def limits_of(config: ScaleConfig) -> Limits:
+    """Return the limits that the settings name; a day's budget is counted down elsewhere."""
+    return Limits(config.min_workers, config.cap, config.max_worker_hours_per_day, config.price)

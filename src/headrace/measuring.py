@@ -1,0 +1,48 @@
+"""Where the models of a source stand, as its meter is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from headrace.change import Offset
+from headrace.join import Join
+from headrace.protocols import Part
+from headrace.scaling.measure import Stand
+from headrace.transform.model import RowModel
+from headrace.transform.sql import ModelText
+
+
+def stands_of(
+    active: Sequence[RowModel],
+    offsets: Mapping[str, Offset],
+    joins: Iterable[Join],
+    texts: Iterable[ModelText],
+    freshness: float,
+) -> list[Stand]:
+    """Return a stand for each active model that runs, which has one of `offsets`, and one for each that
+    joins: `joins` are not at their end, and what is left of them is work.
+
+    A model's target is that of its file, or `freshness`.
+    """
+    targets = {text.name: text.alerts.freshness for text in texts}
+    tables = {model.name: model.table for model in active}
+    stands = [
+        Stand(model.name, model.table, offsets[model.name], targets.get(model.name) or freshness)
+        for model in active
+        if model.name in offsets
+    ]
+    for join in joins:
+        if table := tables.get(join.model):
+            end = max(join.end, join.target)
+            after = join.begin if join.phase == "keys" else join.offset
+            if join.phase in ("older copy", "older"):
+                after = end  # what is left of a history whose newest changes are taken is little, or nothing
+            stands.append(
+                Stand(join.model, table, min(after, end), targets.get(join.model) or freshness, end)
+            )
+    return stands
+
+
+def rows_of(part: Part) -> int:
+    """Return how many changes a part was made of."""
+    return part.prepared.counts.read

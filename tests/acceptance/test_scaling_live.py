@@ -1,0 +1,147 @@
+"""What a running pipeline measures and says of scaling, beside a database."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.config import load_project
+from headrace.errors import UserError
+from headrace.pipeline import Pipeline, open_lanes
+from headrace.scaling.journal import FILE, Journal
+from headrace.scaling.policy import Load, Snapshot
+from headrace.testing.postgres import PostgresServer
+from live import LiveProject
+from pipelines import running, until
+from projects import here
+
+ROWS = 60_000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    with PostgresServer(tmp_path_factory.mktemp("scaling") / "pg") as started:
+        yield started
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.scaling.measure._WARM", 0.5)
+    monkeypatch.setattr("headrace.scaling.controller.DECIDE_EVERY", 0.2)
+    monkeypatch.setattr("headrace.autoscaling.LOOK_EVERY", 0.1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_waits_is_measured_decided_on_told_and_remembered(
+    tmp_path: Path, server: PostgresServer
+) -> None:
+    live = LiveProject(
+        tmp_path,
+        server,
+        "DROP TABLE IF EXISTS orders, quiet",
+        "CREATE TABLE orders (id int PRIMARY KEY, amount text)",
+        "CREATE TABLE quiet (id int PRIMARY KEY)",
+    )
+    port = free_port()
+    with (tmp_path / "headrace.toml").open("a") as file:
+        file.write(f'[scale]\nfreshness = "2s"\nmax_workers = 3\nprice = 0.5\nlisten = ":{port}"\n')
+    live.project = load_project(tmp_path)
+    live.model("SELECT id, amount::INTEGER AS amount FROM raw.shop.orders", "sales", 'freshness = "3s"')
+
+    def loads() -> dict[str, Any]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/scale") as answer:
+            decision = json.load(answer)["decision"]
+        return {load["model"]: load for load in decision["snapshot"]["loads"]} if decision else {}
+
+    with running(live.project) as pipeline:
+        meter = pipeline.lanes[0].meter
+        targets = {("sales", 3.0), ("shop.quiet", 2.0)}
+        until(lambda: {(load.model, load.slo) for load in meter.loads() or ()} >= targets, what="no figures")
+        assert not loads()  # nothing has been done, and nothing waits
+        with pipeline.lanes[0].applying:
+            live.sql(f"INSERT INTO orders SELECT i, i FROM generate_series(1, {ROWS}) i")
+            until(lambda: "sales" in loads() and loads()["sales"]["oldest_age"] > 1.0, what="not seen")
+            held = loads()["sales"]
+            assert held["ewma_30s"] > 0
+            assert held["backlog_rows"] == ROWS
+            assert held["backlog_bytes"] > ROWS
+            assert (held["slo"], held["own_rate"], held["worth"]) == (3.0, None, None)
+        until(lambda: loads()["sales"]["backlog_rows"] == 0, what="the backlog stays")
+        until(lambda: loads()["sales"]["own_rate"], what="preparing is not measured")
+        found = json.loads(here("scale", "status", "--json", cwd=tmp_path).out)
+        assert (found["running"], found["ready"]) == (True, 0)
+        snapshot = found["decision"]["snapshot"]
+        assert snapshot["apply_rate"] > 1_000
+        assert (snapshot["limits"]["max_workers"], snapshot["limits"]["price"]) == (3, 0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            text = answer.read().decode()
+        assert 'headrace_scale_own_rows_per_second{model="sales"} ' in text
+    entries = list(Journal(live.project.state / FILE).read())
+    codes = {entry.decision.reason.code.value for entry in entries}
+    assert codes & {"behind", "SLO_INFEASIBLE", "figures_missing"}
+    explained = here("scale", "explain", "--json", cwd=tmp_path)
+    assert json.loads(explained.out)["at"] == entries[-1].at.isoformat()
+    own = loads_of(entries[-1].snapshot)["sales"].own_rate
+    assert own is not None
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(UserError, match="Nothing can listen"):
+        Pipeline(live.project).run()
+    with running(live.project):  # what was measured is known again, although nothing is prepared
+        until(lambda: "sales" in loads())
+        assert loads()["sales"]["own_rate"] == pytest.approx(own)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_rebuild_is_work_of_its_own(
+    tmp_path: Path, server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = LiveProject(
+        tmp_path,
+        server,
+        "DROP TABLE IF EXISTS orders, quiet",
+        "CREATE TABLE orders (id int PRIMARY KEY, amount text)",
+        f"INSERT INTO orders SELECT i, i FROM generate_series(1, {ROWS}) i",
+    )
+    live.model("SELECT id, amount::INTEGER AS amount FROM raw.shop.orders", "sales")
+    live.run()
+    (lane,) = open_lanes(live.project)
+    try:
+        while lane.apply():
+            pass
+
+        def begun(at: float) -> dict[str, Load]:
+            lane.rebuild("sales")
+            with monkeypatch.context() as held:
+                held.setattr(lane.joiner, "step", lambda *_: "wait")
+                lane.apply()
+            lane.meter.look(at)
+            lane.meter.look(at + 1)
+            return {load.model: load for load in lane.meter.loads() or ()}
+
+        first = begun(0.0)
+        assert first["sales"].backlog_rows == 0
+        whole = first["sales (all of it)"]
+        assert (whole.backlog_rows, whole.own_rate, whole.ewma_300s) == (ROWS, None, 0.0)
+        while lane.apply():
+            pass
+        lane.meter.look(2.0)
+        assert [load.model for load in lane.meter.loads() or ()] == ["sales"]
+        assert (begun(3.0)["sales (all of it)"].own_rate or 0) > 1_000
+    finally:
+        lane.close()
+        lane.destination.close()
+
+
+def loads_of(snapshot: Snapshot) -> dict[str, Load]:
+    return {load.model: load for load in snapshot.loads}

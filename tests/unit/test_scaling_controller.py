@@ -1,0 +1,430 @@
+"""Measuring, deciding live, and telling: the controller over a log and a pool of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from headrace.alarms import alarm_of
+from headrace.change import Kind, Offset, TableId
+from headrace.errors import UserError
+from headrace.scaling.budget import Budget
+from headrace.scaling.controller import Clock, Controller
+from headrace.scaling.endpoint import Endpoint
+from headrace.scaling.journal import Entry, Journal
+from headrace.scaling.measure import Handing, Meter, Stand, building
+from headrace.scaling.policy import Code, Decision, Limits, Load, Reason, SloBand, Snapshot
+from headrace.scaling.pool import PoolState, Service
+from headrace.scaling.rates import Greatest, MovingAverage, Speed, p95
+from headrace.scaling.watch import ScalingWatch
+from headrace.scaling.worth import Costs, Worth
+
+ORDERS, SCORES = TableId("public", "orders"), TableId("public", "scores")
+BEGIN = datetime(2026, 11, 29, 23, 0, tzinfo=UTC)
+
+
+class CountedLog:
+    """A log and its staging, of which only counts are kept: one entry an offset."""
+
+    def __init__(self, clock: StoppedClock) -> None:
+        self.entries: list[tuple[TableId, int, float]] = []
+        self.trimmed = 0
+        self._clock = clock
+
+    def arrive(self, table: TableId, rows: int) -> None:
+        self.entries.append((table, rows, self._clock.wall))
+
+    def volume(
+        self, table: TableId, after: Offset, through: Offset, kinds: Sequence[Kind] = ()
+    ) -> tuple[int, int]:
+        assert kinds
+        held = self.entries[max(after, self.trimmed) : through]
+        rows = sum(count for of, count, _ in held if of == table)
+        return rows, 100 * rows
+
+    def first_commit(self, after: Offset, table: TableId) -> int | None:
+        return next((round(at * 1e6) for of, _, at in self.entries[after:] if of == table), None)
+
+    def through(self) -> Offset:
+        return len(self.entries)
+
+    def count(self, table: TableId, after: Offset, through: Offset) -> int:
+        return sum(count for of, count, _ in self.entries[after:through] if of == table)
+
+
+@dataclass
+class StoppedClock:
+    """Time that only goes on when it is told to."""
+
+    passed: float = 0.0
+    begin: datetime = BEGIN
+
+    @property
+    def wall(self) -> float:
+        return (self.begin + timedelta(seconds=self.passed)).timestamp()
+
+    def clock(self) -> Clock:
+        return Clock(lambda: self.begin + timedelta(seconds=self.passed), lambda: self.passed)
+
+
+class InstantPool:
+    """A pool whose workers are ready at once when they are asked for."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.busy = True
+        self.most = 64
+        self.done = Service()
+
+    def resize(self, workers: int) -> None:
+        self.sizes.append(workers)
+
+    @property
+    def ready(self) -> int:
+        return min(self.most, self.sizes[-1]) if self.sizes else 0
+
+    def state(self) -> PoolState:
+        desired = self.sizes[-1] if self.sizes else 0
+        return PoolState(desired, self.ready, 0, 0.0, self.ready if self.busy else 0, 0, (2.0, 3.0))
+
+    def service(self) -> Mapping[str, Service]:
+        return {"orders": self.done}
+
+
+class Costly(NamedTuple):
+    """Hands parts to workers, and takes longer for it than for the work."""
+
+    own_rate: float | None = None
+    handover_rate: float | None = 1_500.0
+
+    def prepared_parts(self) -> int:
+        return 5
+
+    def figures(self, model: str) -> Costly:
+        assert model == "orders"
+        return self
+
+
+class Plant:
+    """A pipeline that does at most so many rows a second: the controller decides how many workers do them."""
+
+    def __init__(self, folder: Path, limits: Limits | None = None, hours: float | None = None) -> None:
+        self.time = StoppedClock()
+        self.log = CountedLog(self.time)
+        self.pool = InstantPool()
+        self.meter = Meter(self.log, self.log, cores=8)
+        self.journal = Journal(folder / "scaling.jsonl")
+        self.limits = limits or Limits(0, 8)
+        self.own, self.mu, self.cap = 2_000.0, 10_000.0, 1e9
+        self.done, self.served = 0, 0.0
+        self.hours, self.folder = hours, folder
+        self.controller = self.start()
+
+    def start(self, handing: Handing | None = None) -> Controller:
+        budget = Budget(self.folder / "budget.json", self.hours)
+        clock = self.time.clock()
+        return Controller(
+            SloBand(), self.limits, self.pool, [self.meter], self.journal, budget, handing, clock
+        )
+
+    def second(self, rows: int) -> None:
+        """Let rows arrive, be prepared and applied, and the controller look."""
+        self.time.passed += 1
+        self.log.arrive(ORDERS, rows)
+        self.served += min(self.cap, self.pool.ready * self.mu or self.own)
+        while self.done < self.log.through() and self.log.entries[self.done][1] <= self.served:
+            self.served -= self.log.entries[self.done][1]
+            self.done += 1
+        if self.done == self.log.through():
+            self.served = 0.0
+        self.meter.stand([Stand("orders", ORDERS, self.done, 60.0)])
+        self.controller.step()
+
+    def entries(self) -> list[Entry]:
+        return list(self.journal.read())
+
+
+def test_averages_begin_with_what_is_known_and_not_with_nothing() -> None:
+    average = MovingAverage(300.0)
+    assert average.value is None
+    average.add(50.0, 0.5)
+    assert average.value == pytest.approx(100.0)
+    for _ in range(600):
+        average.add(0.0, 1.0)
+    assert average.value == pytest.approx(
+        100.0 * (0.5 / 300) * math.exp(-2) / (1 - math.exp(-600.5 / 300)), rel=0.01
+    )
+    greatest = Greatest(10.0)
+    assert [greatest.add(at, value) for at, value in ((0, 5), (5, 3), (9, 4), (10, 1), (20, 0))] == [
+        *(5, 5, 5, 4, 0)
+    ]
+    assert p95([float(value) for value in range(1, 101)]) == 95.0
+    assert p95([]) is None
+
+
+def test_a_small_piece_tells_of_speed_until_a_large_one_has() -> None:
+    speed = Speed()
+    assert speed.value is None
+    for _ in range(20):
+        speed.note(10, 0.01)
+    assert speed.value == pytest.approx(1_000)
+    speed.recall(70_000.0)
+    assert speed.value == 70_000.0
+    speed.note(100_000, 1.0)
+    speed.note(10, 0.01)
+    assert speed.value == pytest.approx(100_000)
+
+
+def test_what_waits_and_arrives_is_counted_from_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    time = StoppedClock()
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: time.wall)
+    log = CountedLog(time)
+    meter = Meter(log, log, cores=2)
+    meter.look(0.0)
+    assert (meter.loads(), meter.looked_at) == (None, None)  # nobody has said where anything stands
+    log.arrive(ORDERS, 500)
+    log.arrive(SCORES, 70)
+    for second in range(12):
+        time.passed = float(second)
+        meter.stand([Stand("orders", ORDERS, second // 4, 60.0), Stand("scores", SCORES, 0, 600.0)])
+        meter.look(float(second))
+        log.arrive(ORDERS, 100)
+        if second < 10:
+            assert meter.loads() is None  # what arrives is not known yet, and it is not 0
+    loads = meter.loads()
+    assert loads is not None
+    orders, scores = loads
+    assert (orders.backlog_rows, orders.backlog_bytes) == (11 * 100, 110_000)
+    assert (scores.backlog_rows, scores.slo) == (70, 600.0)
+    assert orders.ewma_30s == pytest.approx(100.0)
+    assert orders.max_300s == pytest.approx(100.0)
+    assert scores.ewma_300s == 0.0
+    assert (orders.mu, orders.own_rate, orders.worth, meter.apply_rate) == (None, None, None, None)
+    assert orders.oldest_age == pytest.approx(11.0)
+    assert meter.take_served() == 500
+    assert meter.take_served() == 0
+
+
+def test_all_of_a_table_is_work_of_its_own_of_which_the_log_need_not_hold_all() -> None:
+    time = StoppedClock()
+    log = CountedLog(time)
+    for _ in range(10):
+        log.arrive(ORDERS, 100)
+    log.trimmed = 5
+    meter = Meter(log, log, cores=2)
+    for second in range(12):
+        done = min(10, second)
+        meter.stand([Stand("orders", ORDERS, 10, 60.0), Stand("orders", ORDERS, done, 60.0, through=10)])
+        meter.look(float(second))
+        if second == 5:
+            assert meter.take_served() == 500
+    loads = meter.loads()
+    assert loads is not None
+    assert [(load.model, load.backlog_rows) for load in loads] == [("orders", 0), (building("orders"), 0)]
+    assert loads[1].ewma_300s == loads[1].oldest_age == 0.0
+    assert meter.take_served() == 500
+
+
+def test_work_is_worth_a_worker_where_it_is_dear_and_cores_are_idle() -> None:
+    python = Costs(own_rate=9_000, handover_rate=None, busy_cores=0.3, cores=2)
+    assert Worth().judge(python) is True
+    assert Worth().judge(replace(python, handover_rate=400_000)) is True
+    assert Worth().judge(replace(python, handover_rate=8_000)) is False
+    wide_casts = Costs(own_rate=150_000, handover_rate=300_000, busy_cores=1.8, cores=2)
+    assert Worth().judge(wide_casts) is False
+    assert Worth().judge(replace(wide_casts, cores=16)) is True
+    plain_sql = Costs(own_rate=420_000, handover_rate=None, busy_cores=0.8, cores=2, apply_rate=267_000)
+    assert Worth().judge(plain_sql) is False  # the main process prepares while it applies, and waits for that
+    assert Worth().judge(replace(plain_sql, apply_rate=600_000)) is True
+    assert Worth().judge(replace(python, apply_rate=334_000)) is True
+    assert Worth().judge(replace(python, cores=1)) is False  # one core cannot do two things
+    wavers = Worth()
+    assert wavers.judge(Costs(None, None, None, 2)) is None
+    rates = (11_500, 12_600, 11_500, 10_900, 11_500, 12_600)
+    judged = [wavers.judge(replace(python, own_rate=10_000, handover_rate=rate)) for rate in rates]
+    assert judged == [False, True, True, False, False, True]
+    assert wavers.judge(replace(python, own_rate=None)) is True  # what is not known changes nothing
+
+
+def test_a_burst_brings_workers_and_its_end_sends_them_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = Plant(tmp_path)
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    for _ in range(8):
+        plant.second(1_000)
+    held = plant.entries()
+    assert {entry.decision.reason.code for entry in held} == {Code.FIGURES_MISSING}
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    plant.pool.done = Service(10_000, 1.0)
+    for _ in range(60):
+        plant.second(1_000)
+    assert plant.pool.ready == 0  # the main process does it by itself
+    for _ in range(120):
+        plant.second(40_000)
+    assert 4 <= plant.pool.ready <= 8
+    assert plant.meter.loads()[0].oldest_age < 60  # type: ignore[index]
+    for _ in range(700):
+        plant.second(0)
+    assert plant.pool.ready == 0
+    entries = plant.entries()
+    assert all(SloBand().decide(entry.snapshot) == entry.decision for entry in entries)
+    gaps = [(b.at - a.at).total_seconds() for a, b in pairwise(entries)]
+    assert max(gaps) <= 65
+    assert len(entries) < len(gaps) + 2 < 60
+    codes = {entry.decision.reason.code for entry in entries}
+    assert codes >= {Code.FIGURES_MISSING, Code.OWN_PROCESS, Code.BEHIND}
+    assert [entry.snapshot.start_p95 for entry in entries][-1] == 3.0
+
+
+def test_work_that_costs_more_to_hand_over_stays_in_the_main_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = Plant(tmp_path)
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    assert plant.meter.is_worth_a_worker("orders")  # until it has been measured
+    plant.controller = plant.start(Costly())
+    for _ in range(60):
+        plant.second(40_000)
+    last = plant.entries()[-1]
+    assert (last.decision.workers, last.decision.reason.code) == (0, Code.NOT_WORTH_IT)
+    assert (last.snapshot.prepared_parts, last.snapshot.loads[0].handover_rate) == (5, 1_500.0)
+    assert not plant.meter.is_worth_a_worker("orders")
+    busy = Plant(tmp_path / "busy")
+    busy.meter.prepared("orders", 10_000, 5.0, 5.0 * 7.5)
+    for _ in range(60):
+        busy.second(40_000)
+    reason = busy.entries()[-1].decision.reason
+    assert (busy.pool.ready, reason.code) == (0, Code.CORES_ARE_BUSY)
+    assert "7.5 cores busy" in reason.sentence
+
+
+def test_rates_survive_a_restart_and_what_is_missing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = Plant(tmp_path)
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    plant.pool.done = Service(10_000, 1.0)
+    for _ in range(70):
+        plant.second(100)
+    again = Plant(tmp_path)
+    again.log.entries, again.done = plant.log.entries, 3
+    again.own, again.pool.most = 0.0, 0
+    assert again.meter.loads() is None
+    for _ in range(20):
+        again.second(100)
+    (load,) = again.meter.loads() or ()
+    assert (load.mu, load.own_rate) == (10_000, 2_000)
+    assert load.backlog_rows == 100 * (70 - 3 + 20)
+
+
+def test_a_budget_holds_over_restarts_and_begins_anew_each_day(tmp_path: Path) -> None:
+    path = tmp_path / "budget.json"
+    budget = Budget(path, 2.0)
+    assert budget.left(BEGIN) == 2.0
+    budget.spend(4, 900.0, BEGIN + timedelta(minutes=15))
+    again = Budget(path, 2.0)  # killed: nothing was closed
+    assert again.left(BEGIN + timedelta(minutes=16)) == pytest.approx(1.0)
+    again.spend(4, 3600.0, BEGIN + timedelta(minutes=50))
+    assert again.left(BEGIN + timedelta(minutes=50)) == 0.0
+    assert again.left(BEGIN + timedelta(minutes=61)) == 2.0
+    assert Budget(path, None).left(BEGIN) is None
+    path.write_text("{")
+    assert Budget(path, 2.0).left(BEGIN) == 2.0
+
+
+def test_a_spent_budget_sends_workers_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = Plant(tmp_path, Limits(0, 8), hours=0.5)
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    plant.pool.done = Service(10_000, 1.0)
+    for _ in range(900):
+        plant.second(60_000)
+    last = plant.entries()[-1]
+    assert last.decision.reason.code is Code.BUDGET_SPENT
+    assert plant.controller.report()["worker_hours_today"] == pytest.approx(0.5, abs=0.1)
+    assert "max_worker_hours_per_day" in last.decision.reason.sentence
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, bool]]:
+    found = [alarm_of(record) for record in caplog.records if record.name == "headrace.alert"]
+    return [
+        (alarm.subject.removeprefix("scaling."), alarm.is_over) for alarm in found if alarm.kind == "scaling"
+    ]
+
+
+def snapshot(backlog: float, ready: int, cap: int = 2) -> Snapshot:
+    load = Load("orders", 60.0, backlog, 90.0, 100.0, 100.0, 100.0, 100.0, own_rate=50.0)
+    return Snapshot((load,), ready, 0, ready, 5.0, Limits(0, cap, price=0.1))
+
+
+def test_people_are_told_of_what_lasts_once_and_of_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    watch = ScalingWatch()
+    decided = SloBand().decide(snapshot(60_000, 2))
+    assert decided.reason.code is Code.SLO_INFEASIBLE
+    for second in range(0, 200, 5):
+        watch.note(second, snapshot(60_000 + 1_000 * second, 2), decided)
+    assert told(caplog) == [("target", False), ("cap", False)]
+    text = caplog.records[0].getMessage()
+    assert "SLO_INFEASIBLE(cap=2)" in text
+    assert "in money" in text
+    fine = SloBand().decide(snapshot(10, 2))
+    watch.note(200, snapshot(10, 2), fine)
+    watch.note(230, snapshot(10, 2), decided)  # back within the minute: it was not over
+    assert len(told(caplog)) == 2
+    for second in range(235, 400, 5):
+        watch.note(second, snapshot(10, 2), fine)
+    assert sorted(told(caplog)[2:]) == [("cap", True), ("target", True)]
+    in_vain = Decision(2, Reason(Code.NO_GAIN, {"raises": 2, "age": 90.0, "slo": 60.0}))
+    for second in range(400, 500, 5):
+        watch.note(second, snapshot(10, 2), in_vain)
+    assert told(caplog)[4:] == [("gain", False)]
+    nobody_wants_workers = ScalingWatch()
+    for second in range(0, 200, 5):
+        nobody_wants_workers.note(second, snapshot(60_000, 0, cap=0), decided)
+    assert len(told(caplog)) == 5
+
+
+def test_http_tells_how_many_workers_there_should_be_and_all_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = Plant(tmp_path)
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    endpoint = Endpoint(("127.0.0.1", 0), plant.controller.report)
+    base = f"http://127.0.0.1:{endpoint.port}"
+    try:
+        assert json.load(urllib.request.urlopen(f"{base}/scale"))["desired"] == 0
+        plant.pool.done = Service(10_000, 1.0)
+        for _ in range(40):
+            plant.second(40_000)
+        found = json.load(urllib.request.urlopen(f"{base}/scale"))
+        assert found["desired"] == plant.pool.ready > 0
+        assert found["decision"]["snapshot"]["loads"][0]["model"] == "orders"
+        answer = urllib.request.urlopen(f"{base}/metrics")
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        text = answer.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{base}/")
+        with pytest.raises(UserError, match="Nothing can listen"):
+            Endpoint(("127.0.0.1", endpoint.port), plant.controller.report)
+    finally:
+        endpoint.close()
+    sample = re.compile(r'headrace_scale_[a-z0-9_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [-+0-9.e]+')
+    lines = text.splitlines()
+    assert all(line.startswith("# ") or sample.fullmatch(line) for line in lines)
+    assert f"headrace_scale_desired_workers {plant.pool.ready}" in lines
+    assert 'headrace_scale_worker_rows_per_second{model="orders"} 10000' in lines
+    assert "own_rows_per_second" not in text  # nobody has measured it
