@@ -128,9 +128,16 @@ class Joiner:
         is_of_another_key = copy is not None and copy.key != model.schema.key
         return is_of_another_key or join.stands < self._staging.captured_since(model.table, staged)
 
-    def building(self) -> list[Join]:
-        """Return the joins that have not come to their end."""
-        return [join for join in self._all().values() if join.phase != "done"]
+    def building(self) -> list[tuple[Join, int | None]]:
+        """Return the joins that have not come to their end, and of those that read a history by its newest
+        changes how many rows are found and still to be prepared."""
+        joins = [join for join in self._all().values() if join.phase != "done"]
+        return [(join, self._left(join) if join.phase in PHASES else None) for join in joins]
+
+    def _left(self, join: Join) -> int:
+        reading = self._rebuilding
+        is_of = reading is not None and reading[1].name == join.model
+        return reading[2].left(join.phase, join.offset) if reading is not None and is_of else 0
 
     def joined_at(self, model: RowModel) -> Offset:
         """Return the offset at which a model joined last."""
@@ -345,6 +352,9 @@ class Joiner:
 
     def _measured(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice:
         """Prepare a slice; if it is whole, rather than prepared as it is taken, note how long that took."""
+        if join.phase in PHASES:
+            with preparing(model.name):
+                self._rebuilt(join, model, copy).find(join.phase, join.offset, join.target)
         began, used = time.monotonic(), time.process_time()
         through, pieces = self._prepare(join, model, copy, target)
         if self._meter is not None and isinstance(pieces, list):

@@ -89,7 +89,8 @@ class Stand(NamedTuple):
     """Where a model stands: what is staged of its table after `after` waits for it.
 
     Where all of a table is read once more, by a rebuild or for a copy, that is work of its own: `through` is
-    where it ends, None for what goes on for ever.
+    where it ends, None for what goes on for ever. `left` are the rows that wait, where that is known; None
+    where it is all of them.
     """
 
     model: str
@@ -97,6 +98,7 @@ class Stand(NamedTuple):
     after: Offset
     slo: float
     through: Offset | None = None
+    left: int | None = None
 
     @property
     def work(self) -> str:
@@ -291,6 +293,9 @@ class Meter:
 
     def _waiting(self, stand: Stand, known: _Waiting | None, end: Offset) -> tuple[_Waiting, int]:
         """Return what waits, and how many rows have been done since the look before."""
+        if stand.left is not None:
+            done = known.rows - stand.left if known else 0
+            return _Waiting(stand.after, end, stand.left), max(0, done)
         kinds = STREAMED if stand.through is None else _COPIED
         if known is None or not known.after <= stand.after or not known.through <= end:
             rows, size = self._log.volume(stand.table, stand.after, end, kinds)
@@ -330,7 +335,7 @@ class Meter:
         if handed is not None:
             own, work.handover = own or handed.own_rate, handed.handover_rate or work.handover
         apply = self._apply.value if stand.through is None else work.apply.value
-        costs = Costs(own, work.handover, work.cores, self._cores, apply)
+        costs = Costs(own, work.handover, work.cores, self._cores, apply, work.worker.value)
         work.is_worth = work.worth.judge(costs)
         return Load(
             model=stand.work,
