@@ -350,7 +350,8 @@ class Joiner:
         """Have it noted how long the destination takes for pieces."""
         if self._meter is None:
             return nullcontext(pieces)
-        return self._meter.applying(pieces, lambda piece: piece.counts.read, building(model.name))
+        work = building(model.name)
+        return self._meter.applying(pieces, lambda piece: (work, piece.counts.read), work)
 
     def _slice_end(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> Offset:
         through, last = join.offset, copy.end if join.phase == "copy" else target

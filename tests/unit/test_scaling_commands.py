@@ -6,7 +6,7 @@ import json
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
 import pytest
@@ -15,6 +15,10 @@ from test_scaling_journal import entry
 from headrace.cli import main
 from headrace.cli.scale_live import moment
 from headrace.scaling.journal import Entry, Journal, as_object
+from headrace.server import Server
+
+if TYPE_CHECKING:
+    from headrace.protocols import Destination
 
 PROJECT = """[source.shop]
 type = "postgres"
@@ -187,6 +191,27 @@ def test_the_status_without_a_pipeline_is_the_last_decision(
     found = json.loads(capsys.readouterr().out)
     assert (found["running"], found["desired"], found["ready"]) == (False, last.decision.workers, None)
     assert found["decision"] == written(last)
+
+
+def test_the_status_of_a_running_pipeline_is_its_own(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = entry(0, rate=2_000.123456789)
+    pool = {"ready": 2, "starting": 1, "busy": 2, "queued": 7, "worker_hours_today": 0.5}
+    report = {"desired": 5, **pool, "decision": as_object(one)}
+    (project / ".headrace").mkdir()
+    server = Server(project / ".headrace", cast("Destination", None), {"scale": lambda _: report})
+    try:
+        assert main(["scale", "status", "--project", str(project)]) == 0
+        first, *lines = capsys.readouterr().out.splitlines()
+        assert main(["scale", "status", "--project", str(project), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+    finally:
+        server.close()
+    assert first == ("5 workers wanted: 2 ready, 1 starting, 2 busy; 7 parts queued; 0.50 worker-hours today")
+    orders = next(line for line in lines if line.startswith("orders"))
+    assert orders.split()[:6] == ["orders", "60", "100,000", "100", "30", "2,000"]
+    assert found == {"running": True, **report, "decision": written(one)}
 
 
 def test_a_time_of_day_is_the_last_one() -> None:

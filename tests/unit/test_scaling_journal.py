@@ -53,6 +53,21 @@ def test_the_journal_is_bounded(tmp_path: Path) -> None:
     assert times[-1] == entry(199).at
 
 
+def test_what_is_read_while_the_file_becomes_the_one_before_is_whole(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "scaling.jsonl", max_bytes=10_000)
+    ticks = range(12)  # the last of them after the first rotation
+    for tick in ticks:
+        journal.append(entry(tick))
+    assert len(list(tmp_path.iterdir())) == 2
+    reading = journal.read()
+    times = [next(reading).at]
+    for tick in range(12, 60):
+        journal.append(entry(tick))
+    times += [one.at for one in reading]
+    first = round((times[0] - BEGIN).total_seconds() / TICK)
+    assert times[: 12 - first] == [entry(tick).at for tick in range(first, 12)]
+
+
 def test_a_torn_line_is_left_out_and_a_foreign_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "scaling.jsonl"
     journal = Journal(path)
@@ -60,6 +75,11 @@ def test_a_torn_line_is_left_out_and_a_foreign_one_is_named(tmp_path: Path) -> N
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:100])
     assert list(journal.read()) == [entry(0)]
+    journal.append(entry(1))  # after a crash, or a disk that was full
+    assert list(journal.read()) == [entry(0), entry(1)]
+    path.write_bytes(whole[:100])
+    journal.append(entry(2))
+    assert list(journal.read()) == [entry(2)]
     later = json.loads(whole)
     later["snapshot"]["of_a_later_version"] = 1
     path.write_text(json.dumps(later) + "\n")

@@ -104,16 +104,19 @@ class Controller:
             for meter in meters:
                 meter.use(handing)
         self._gain, self._watch = GainWatch(), ScalingWatch()
+        self._rates: dict[str, float] = {}
         self._stepped = self._decided = clock.monotonic()
         self._busy: list[float] = []
         self._service: Mapping[str, Service] = {}
         self._written: tuple[float, tuple[object, ...]] | None = None
         self._last: Entry | None = None
         self._start = _ASSUMED_START
+        self._apply_waits = False
         self._recall()
 
-    def step(self) -> None:
-        """Look, and every few seconds decide."""
+    def step(self, *, apply_waits: bool = False) -> None:
+        """Look, and every few seconds decide; `apply_waits` as in a Snapshot."""
+        self._apply_waits = apply_waits
         at = self._clock.monotonic()
         state = self._pool.state()
         self._budget.spend(state.ready + state.starting, at - self._stepped, self._clock.now())
@@ -168,9 +171,11 @@ class Controller:
         now = self._clock.now()
         elapsed = at - self._decided
         loads, age = self._loads(at)
-        work = sum(load.work_seconds for load in loads)
-        served = sum(meter.take_served() for meter in self._meters)
-        raises = self._gain.note(at, state.ready, served / elapsed if elapsed else 0.0, is_behind=work > 1.0)
+        shared = [load for load in loads if load.is_worth_a_worker]
+        work = sum(load.work_seconds for load in shared)
+        own = max(((load.own_rate or 0.0) / (load.service_rate or 1.0) for load in shared), default=0.0)
+        done = self._work_done(shared) / elapsed if elapsed else 0.0
+        raises = self._gain.note(at, state.ready, done, is_behind=work > 1.0, own=own)
         rates = [rate for meter in self._meters if (rate := meter.apply_rate) is not None]
         self._start = p95(list(state.start_times)) or self._start
         busy = sum(self._busy) / len(self._busy) if self._busy else None
@@ -186,6 +191,7 @@ class Controller:
             parts=state.busy + max(state.queued, math.ceil(work / _PART_SECONDS)),
             figures_age=age,
             apply_rate=sum(rates) if rates else None,
+            apply_waits=self._apply_waits,
             prepared_parts=self._handing.prepared_parts() if self._handing else 0,
             raises_without_gain=raises,
             busy=busy,
@@ -204,6 +210,20 @@ class Controller:
         if any(each is None or looked is None for each, looked in found):
             return loads, None
         return loads, max((at - (looked or 0.0) for _, looked in found), default=0.0)
+
+    def _work_done(self, loads: Sequence[Load]) -> float:
+        """Return the work-seconds of some loads that have been done since this was asked before.
+
+        While a raise is judged a row counts what it did before: workers that take from each other would
+        look busy, as slow as they are.
+        """
+        if not self._gain.is_judging:
+            self._rates = {}
+        for load in loads:
+            if rate := load.service_rate:
+                self._rates.setdefault(load.model, rate)
+        served = [each for meter in self._meters for each in meter.take_served().items()]
+        return sum(rows / self._rates[work] for work, rows in served if work in self._rates)
 
     def _write(self, at: float) -> None:
         """Journal the decision in force if it, or its reason, is another than before, or a minute is over."""

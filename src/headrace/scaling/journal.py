@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -61,7 +61,8 @@ class Journal:
         """Write an entry; raises OSError where the disk does not take it."""
         line = json.dumps(as_object(entry), separators=(",", ":"), allow_nan=False) + "\n"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
+        with self._path.open("a+b") as file:
+            _cut_torn(file)
             file.write(line.encode())
             is_full = file.tell() >= self._max_bytes
         if is_full:
@@ -73,8 +74,14 @@ class Journal:
         A last line that is not finished, from a crash in its writing or one that is being written, is left
         out.
         """
-        for path in (self._before, self._path):
-            yield from (entry for entry in read_file(path, missing_ok=True) if not since or entry.at >= since)
+        with ExitStack() as stack:
+            files = [stack.enter_context(file) for file in self._open()]
+            for file in files:
+                for number, line in enumerate(file, 1):
+                    if line.endswith(b"\n") and line.strip():
+                        entry = _entry(Path(file.name), number, line)
+                        if not since or entry.at >= since:
+                            yield entry
 
     def last(self) -> Entry | None:
         """Return the newest decision; None where there is none, or its line is not one of ours."""
@@ -86,21 +93,35 @@ class Journal:
                     return _entry(path, 0, whole[-1])
         return None
 
+    def _open(self) -> list[BinaryIO]:
+        """Open what there is, the file before first. Both are open before the first is read, so that one
+        that is full meanwhile is read all the same; opened in this order, none is missed."""
+        files = list[BinaryIO]()
+        for path in (self._path, self._before):
+            try:
+                file = path.open("rb")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                for each in files:
+                    each.close()
+                raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+            if files and os.path.sameopenfile(files[0].fileno(), file.fileno()):
+                file.close()  # it became the one before in between
+            else:
+                files.insert(0, file)
+        return files
 
-def read_file(path: Path, *, missing_ok: bool = False) -> Iterator[Entry]:
-    """Yield the entries of one file; see `Journal.read`."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.endswith(b"\n") and line.strip():
-                    yield _entry(path, number, line)
-    except FileNotFoundError as error:
-        if not missing_ok:
-            raise UserError(
-                f"{path} is not there.", "Decisions are journalled by a running pipeline."
-            ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+def _cut_torn(file: BinaryIO) -> None:
+    """Drop what a crash, or a full disk, has left of a line at the end: the next one would be part of it."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    if file.read() in (b"", b"\n"):
+        return
+    file.seek(max(0, end - _LONGEST))
+    tail = file.read()
+    file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
 
 
 def arrivals_of(entries: Iterable[Entry]) -> Arrivals:
