@@ -14,8 +14,8 @@ from headrace.scaling.budget import FILE as BUDGET
 from headrace.scaling.budget import Budget
 from headrace.scaling.controller import LOOK_EVERY, Controller, Unstaffed
 from headrace.scaling.endpoint import Endpoint
-from headrace.scaling.journal import FILE, Journal
-from headrace.scaling.policy import Backlog, Limits, Policy, Schedule, SloBand, Static
+from headrace.scaling.journal import FILE, Journal, JournalledPolicy
+from headrace.scaling.policy import Backlog, Limits, Schedule, SloBand, Static
 
 
 class Autoscaling:
@@ -70,9 +70,9 @@ class Autoscaling:
             self._pool.close()
 
 
-def policy_of(config: ScaleConfig) -> Policy:
+def policy_of(config: ScaleConfig) -> JournalledPolicy:
     """Return the policy that the settings name."""
-    policies: dict[str, Policy] = {
+    policies: dict[str, JournalledPolicy] = {
         "slo_band": SloBand(),
         "backlog": Backlog(config.threshold),
         "static": Static(config.cap),

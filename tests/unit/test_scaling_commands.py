@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
@@ -146,11 +147,12 @@ def test_a_decision_is_explained_from_the_journal(project: Path, capsys: pytest.
     where = ["--project", str(project)]
     at = entries[100].at + timedelta(seconds=7)
     assert main(["scale", "explain", at.isoformat(), *where, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == written(entries[100])
+    again = {"workers": 5, "code": "behind"}
+    assert json.loads(capsys.readouterr().out) == {**written(entries[100]), "again": again}
     assert main(["scale", "explain", at.isoformat(), *where]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0] == "2026-11-29 14:30:00 UTC, policy slo_band: 5 workers, behind"
+    assert lines[0] == "2026-06-29 14:30:00 UTC, policy slo_band: 5 workers, behind"
     assert lines[1] == entries[100].decision.reason.sentence
     head = next(line for line in lines if line.startswith("load"))
     assert "rows wait" in head
@@ -158,16 +160,28 @@ def test_a_decision_is_explained_from_the_journal(project: Path, capsys: pytest.
     assert any(line.split() == ["orders", "60", *line.split()[2:]] for line in lines)
     assert any(line.startswith("seconds from a worker's start to its first result") for line in lines)
     assert main(["scale", "explain", (entries[-1].at + timedelta(hours=2)).isoformat(), *where]) == 0
-    assert capsys.readouterr().out.startswith("The pipeline wrote nothing from 2026-11-29 15:04:45 to ")
+    assert capsys.readouterr().out.startswith("The pipeline wrote nothing from 2026-06-29 15:04:45 to ")
+    assert main(["scale", "explain", "2031-01-01", *where]) == 2
+    assert "2031-01-01 00:00:00 UTC is yet to come." in capsys.readouterr().err
     assert main(["scale", "explain", "2020-01-01", *where]) == 2
-    assert "The first that is journalled is of 2026-11-29 14:05:00." in capsys.readouterr().err
+    assert "The first that is journalled is of 2026-06-29 14:05:00." in capsys.readouterr().err
     assert main(["scale", "explain", "yesterday", *where]) == 2
     assert '"yesterday" is no time.' in capsys.readouterr().err
 
 
+def test_what_another_version_would_decide_is_said(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = entry(0)
+    earlier = replace(one, decision=replace(one.decision, workers=2))
+    Journal(project / ".headrace" / "scaling.jsonl").append(earlier)
+    assert main(["scale", "explain", "2026-06-29T14:05", "--project", str(project)]) == 0
+    *_, told, why = capsys.readouterr().out.splitlines()
+    assert told == "From the same inputs this version decides: 5 workers, behind"
+    assert why == one.decision.reason.sentence
+
+
 def test_the_history_is_what_has_changed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = journalled(project)
-    where = ["--project", str(project), "--since", "2026-11-29T14:00"]
+    where = ["--project", str(project), "--since", "2026-06-29T14:00"]
     assert main(["scale", "history", *where, "--json"]) == 0
     told = [json.loads(line)["decision"]["code"] for line in capsys.readouterr().out.splitlines()]
     codes = [one.decision.reason.code.value for one in entries]
@@ -215,7 +229,7 @@ def test_the_status_of_a_running_pipeline_is_its_own(
 
 
 def test_a_time_of_day_is_the_last_one() -> None:
-    now = datetime(2026, 11, 29, 14, 0, tzinfo=UTC)
-    assert moment("13:05", now) == datetime(2026, 11, 29, 13, 5, tzinfo=UTC)
-    assert moment("14:05:30", now) == datetime(2026, 11, 28, 14, 5, 30, tzinfo=UTC)
-    assert moment("2026-11-29T14:05+02:00", now) == datetime(2026, 11, 29, 12, 5, tzinfo=UTC)
+    now = datetime(2026, 6, 29, 14, 0, tzinfo=UTC)
+    assert moment("13:05", now) == datetime(2026, 6, 29, 13, 5, tzinfo=UTC)
+    assert moment("14:05:30", now) == datetime(2026, 6, 28, 14, 5, 30, tzinfo=UTC)
+    assert moment("2026-06-29T14:05+02:00", now) == datetime(2026, 6, 29, 12, 5, tzinfo=UTC)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from test_scaling_policy import snapshots
 
 from headrace.errors import UserError
 from headrace.scaling.arrivals import TICK
-from headrace.scaling.journal import Entry, Journal, arrivals_of
+from headrace.scaling.journal import Entry, Journal, JournalledPolicy, arrivals_of
 from headrace.scaling.plan import Answer, Figure, Figures, Plan, Question, figures_of, plan
-from headrace.scaling.policy import Limits, Load, SloBand, Snapshot
+from headrace.scaling.policy import Backlog, Limits, Load, Schedule, SloBand, Snapshot, Static
 
-BEGIN = datetime(2026, 11, 29, 14, 5, tzinfo=UTC)
+BEGIN = datetime(2026, 6, 29, 14, 5, tzinfo=UTC)
 
 
 def entry(tick: int, rate: float = 2000.0) -> Entry:
     load = Load("orders", 60.0, 1e5, 30.0, rate, rate, rate, 1000.0, own_rate=800.0, backlog_bytes=1e7)
     dear = Load("scored", 600.0, 0.0, 0.0, rate / 10, rate / 10, rate / 10, 100.0, own_rate=80.0)
     snapshot = Snapshot((load, dear), 2, 1, 3, 8.0, Limits(0, 8, 20.5, 0.1), apply_rate=9000.0, parts=12)
-    return Entry(BEGIN + timedelta(seconds=tick * TICK), "slo_band", snapshot, SloBand().decide(snapshot))
+    return Entry(BEGIN + timedelta(seconds=tick * TICK), SloBand(), snapshot, SloBand().decide(snapshot))
 
 
 def test_what_is_written_is_read_and_decides_the_same_again(tmp_path: Path) -> None:
@@ -38,6 +41,22 @@ def test_what_is_written_is_read_and_decides_the_same_again(tmp_path: Path) -> N
     line = json.loads((tmp_path / "state" / "scaling.jsonl").read_text().splitlines()[0])
     assert line["decision"]["sentence"] == written[0].decision.reason.sentence
     assert line["decision"]["code"] == "behind"
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [SloBand(high=0.4, own_share=0.5), Backlog(threshold=33.0), Static(5), Schedule(tuple(range(168)))],
+    ids=lambda policy: policy.name,
+)
+@given(snapshot=snapshots)
+def test_each_decision_can_be_made_again_from_its_line(policy: JournalledPolicy, snapshot: Snapshot) -> None:
+    made = Entry(BEGIN, policy, snapshot, policy.decide(snapshot))
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "scaling.jsonl")
+        journal.append(made)
+        (read,) = journal.read()
+        assert read == journal.last() == made
+    assert read.policy.decide(read.snapshot) == made.decision
 
 
 def test_the_journal_is_bounded(tmp_path: Path) -> None:

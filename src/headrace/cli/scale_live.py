@@ -19,6 +19,8 @@ from headrace.server import ask
 
 _ABSENT = timedelta(minutes=3)
 """Without an entry for so long the pipeline did not run: it writes one a minute."""
+_AHEAD = timedelta(minutes=1)
+"""By which the clock of whoever asks may be ahead."""
 _LOADS = {
     "load": "model",
     "target s": "slo",
@@ -130,7 +132,8 @@ def explain(
 ) -> None:
     """Say why there were so many workers at a moment: the decision in force then, and all that made it.
 
-    With --json: at, policy, snapshot (all inputs), decision (workers, code, figures, sentence).
+    With --json: at, policy, settings (of the policy), snapshot (all inputs), decision (workers, code,
+    figures, sentence), again (workers and code that this version decides from the same).
 
     Parameters
     ----------
@@ -139,13 +142,21 @@ def explain(
     """
     settings = load_project(project, secrets=False)
     now = datetime.now(UTC)
-    entry, when = _in_force(settings, moment(at, now) if at else now)
+    when = moment(at, now) if at else now
+    if when > now + _AHEAD:
+        raise UserError(f"{_time(when)} UTC is yet to come.", "Times are of UTC, unless they say otherwise.")
+    entry = _in_force(settings, when)
+    again = entry.policy.decide(entry.snapshot)
     if json:
-        print(json_of(as_object(entry)))
+        decided = {"workers": again.workers, "code": again.reason.code.value}
+        print(json_of({**as_object(entry), "again": decided}))
         return
     if when - entry.at > _ABSENT:
         print(f"The pipeline wrote nothing from {_time(entry.at)} to {_time(when)}: it was not running.")
     _print_entry(as_object(entry))
+    if again != entry.decision:
+        print(f"\nFrom the same inputs this version decides: {again.workers} workers, {again.reason.code}")
+        print(again.reason.sentence)
 
 
 def moment(text: str, now: datetime) -> datetime:
@@ -178,7 +189,7 @@ def _report(settings: Project) -> dict[str, Any]:
     }
 
 
-def _in_force(settings: Project, when: datetime) -> tuple[Entry, datetime]:
+def _in_force(settings: Project, when: datetime) -> Entry:
     """Return the last decision at or before a moment. Raises UserError where there is none."""
     found, first = None, None
     for entry in Journal(settings.state / FILE).read():
@@ -192,7 +203,7 @@ def _in_force(settings: Project, when: datetime) -> tuple[Entry, datetime]:
             f"There is no decision of {_time(when)} or before. {words}",
             "`headrace scale history` lists them; a running pipeline makes them.",
         )
-    return found, when
+    return found
 
 
 def _changes(entries: Iterable[Entry]) -> Iterator[Entry]:

@@ -16,9 +16,8 @@ from typing import Any, Protocol
 
 from headrace.scaling.budget import Budget
 from headrace.scaling.gain import GainWatch
-from headrace.scaling.journal import Entry, Journal, as_object
+from headrace.scaling.journal import Entry, Journal, JournalledPolicy, as_object
 from headrace.scaling.measure import Handing, Meter
-from headrace.scaling.policy import Policy
 from headrace.scaling.pool import PoolState, Service
 from headrace.scaling.rates import p95
 from headrace.scaling.snapshot import Limits, Load, Snapshot
@@ -87,7 +86,7 @@ class Controller:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: JournalledPolicy,
         limits: Limits,
         pool: Workers,
         meters: Sequence[Meter],
@@ -163,7 +162,7 @@ class Controller:
         if decision.workers != state.desired:
             logger.info("%d workers, before %d: %s", decision.workers, state.desired, decision.reason)
             self._pool.resize(decision.workers)
-        self._last = Entry(self._clock.now(), self._policy.name, snapshot, decision)
+        self._last = Entry(self._clock.now(), self._policy, snapshot, decision)
         self._write(at)
         self._watch.note(at, snapshot, decision)
 

@@ -1,6 +1,6 @@
 """Every decision with all its inputs, one JSON object a line: decisions can be explained, and replayed.
 
-    {"at": "2026-11-29T14:05:00+00:00", "policy": "slo_band", "snapshot": {...},
+    {"at": "2026-11-29T14:05:00+00:00", "policy": "slo_band", "settings": {...}, "snapshot": {...},
      "decision": {"workers": 3, "code": "behind", "figures": {...}, "sentence": "..."}}
 
 The journal is kept for people and for `headrace scale simulate`; nothing depends on it to be right, so it is
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -23,6 +23,7 @@ import numpy as np
 
 from headrace.errors import UserError
 from headrace.scaling.arrivals import TICK, Arrivals
+from headrace.scaling.policy import Backlog, Schedule, SloBand, Static
 from headrace.scaling.snapshot import Code, Decision, Limits, Load, Reason, Snapshot
 
 FILE = "scaling.jsonl"
@@ -32,6 +33,13 @@ MAX_BYTES = 32 << 20
 """At which the file becomes the one before: about nine days of decisions for one model, and two such
 files."""
 
+JournalledPolicy = SloBand | Backlog | Static | Schedule
+_POLICIES: Mapping[str, type[JournalledPolicy]] = {
+    "slo_band": SloBand,
+    "backlog": Backlog,
+    "static": Static,
+    "schedule": Schedule,
+}
 _LONGEST = 1 << 20
 """Bytes of a line: thousands of models."""
 _MAX_GAP = 300.0
@@ -40,10 +48,10 @@ _MAX_GAP = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One decision, when it was made, and by what."""
+    """One decision, when it was made, and by what: `policy.decide(snapshot)` decides it again."""
 
     at: datetime
-    policy: str
+    policy: JournalledPolicy
     snapshot: Snapshot
     decision: Decision
 
@@ -159,12 +167,15 @@ def arrivals_of(entries: Iterable[Entry]) -> Arrivals:
 def as_object(entry: Entry) -> dict[str, Any]:
     """Return an entry as its line has it; of each load also the `work_seconds` that wait."""
     reason = entry.decision.reason
+    settings = asdict(entry.policy)
+    del settings["name"]
     snapshot = asdict(entry.snapshot)
     for told, load in zip(snapshot["loads"], entry.snapshot.loads, strict=True):
         told["work_seconds"] = round(load.work_seconds, 3) if load.service_rate else None
     return {
         "at": entry.at.astimezone(UTC).isoformat(),
-        "policy": entry.policy,
+        "policy": entry.policy.name,
+        "settings": settings,
         "snapshot": snapshot,
         "decision": {
             "workers": entry.decision.workers,
@@ -184,7 +195,7 @@ def _entry(path: Path, number: int, line: bytes) -> Entry:
         decision = found["decision"]
         return Entry(
             datetime.fromisoformat(found["at"]),
-            str(found["policy"]),
+            _policy(found["policy"], found.get("settings", {})),
             Snapshot(**_known(Snapshot, snapshot)),
             Decision(int(decision["workers"]), Reason(Code(decision["code"]), decision["figures"])),
         )
@@ -195,7 +206,13 @@ def _entry(path: Path, number: int, line: bytes) -> Entry:
         ) from error
 
 
-def _known(kind: type[Load | Limits | Snapshot], values: dict[str, Any]) -> dict[str, Any]:
+def _policy(name: str, settings: dict[str, Any]) -> JournalledPolicy:
+    kind = _POLICIES[name]
+    known = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return kind(**_known(kind, known))
+
+
+def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     """Leave out what a later version may have written."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in values.items() if name in names}
