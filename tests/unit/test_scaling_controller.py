@@ -8,7 +8,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -22,14 +22,16 @@ from headrace.errors import UserError
 from headrace.scaling.budget import Budget
 from headrace.scaling.controller import Clock, Controller
 from headrace.scaling.endpoint import Endpoint
-from headrace.scaling.journal import Entry, Journal
+from headrace.scaling.journal import Entry, Journal, as_object
 from headrace.scaling.measure import Handing, Meter, Stand, building
+from headrace.scaling.metrics import exposition
 from headrace.scaling.policy import Code, Decision, Limits, Load, Reason, SloBand, Snapshot
 from headrace.scaling.pool import PoolState, Service
 from headrace.scaling.rates import Greatest, MovingAverage, Speed, p95
 from headrace.scaling.watch import ScalingWatch
 from headrace.scaling.worth import Costs, Worth
 
+NOTHING = Decision(0, Reason(Code.IDLE))
 ORDERS, SCORES = TableId("public", "orders"), TableId("public", "scores")
 BEGIN = datetime(2026, 11, 29, 23, 0, tzinfo=UTC)
 
@@ -39,7 +41,7 @@ class CountedLog:
 
     def __init__(self, clock: StoppedClock) -> None:
         self.entries: list[tuple[TableId, int, float]] = []
-        self.trimmed = 0
+        self.trimmed = self.asked = 0
         self._clock = clock
 
     def arrive(self, table: TableId, rows: int) -> None:
@@ -49,6 +51,7 @@ class CountedLog:
         self, table: TableId, after: Offset, through: Offset, kinds: Sequence[Kind] = ()
     ) -> tuple[int, int]:
         assert kinds
+        self.asked += 1
         held = self.entries[max(after, self.trimmed) : through]
         rows = sum(count for of, count, _ in held if of == table)
         return rows, 100 * rows
@@ -247,6 +250,10 @@ def test_what_waits_and_arrives_is_counted_from_offsets(monkeypatch: pytest.Monk
     assert scores.ewma_300s == 0.0
     assert (orders.mu, orders.own_rate, orders.worth, meter.apply_rate) == (None, None, None, None)
     assert orders.oldest_age == pytest.approx(11.0)
+    meter.look(12.0)
+    asked = log.asked
+    meter.look(13.0)
+    assert log.asked == asked  # nothing has moved
     applied(meter, "orders", 500)
     assert meter.take_served() == {"orders": 500}
     assert not meter.take_served()
@@ -431,6 +438,41 @@ def test_people_are_told_of_what_lasts_once_and_of_its_end(caplog: pytest.LogCap
     assert len(told(caplog)) == 5
 
 
+def test_what_a_controller_sees_is_told_once_and_so_is_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More arrives than all workers do; then no worker starts; then the destination takes no more than the
+    main process alone has done."""
+    plant = Plant(tmp_path, Limits(0, 2))
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    plant.pool.done = Service(10_000, 1.0)
+    for _ in range(300):
+        plant.second(40_000)
+    assert sorted(told(caplog)) == [("cap", False), ("target", False)]
+    for _ in range(900):
+        plant.second(0)
+    assert (plant.pool.ready, sorted(told(caplog)[2:])) == (0, [("cap", True), ("target", True)])
+    plant.pool.most = 0
+    for _ in range(120):
+        plant.second(6_000)
+    assert told(caplog)[4:] == [("start", False)]
+    plant.pool.most = 64
+    for _ in range(900):
+        plant.second(0)
+    assert told(caplog)[5:] == [("start", True)]
+    plant.limits, plant.cap = Limits(0, 8), plant.own
+    plant.controller = plant.start()
+    for _ in range(1200):
+        plant.second(4_000)
+    assert told(caplog)[6:] == [("gain", False)]
+    assert plant.pool.ready < 8
+    plant.cap = 1e9
+    for _ in range(900):
+        plant.second(0)
+    assert told(caplog)[7:] == [("gain", True)]
+
+
 def test_http_tells_how_many_workers_there_should_be_and_all_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -461,3 +503,24 @@ def test_http_tells_how_many_workers_there_should_be_and_all_inputs(
     assert f"headrace_scale_desired_workers {plant.pool.ready}" in lines
     assert 'headrace_scale_worker_rows_per_second{model="orders"} 10000' in lines
     assert "own_rows_per_second" not in text  # nobody has measured it
+    families = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert len(set(families)) == len(families)
+    assert all(line.split("{")[0].split()[0] in families for line in lines if line[0] != "#")
+
+
+def test_all_that_is_decided_by_has_a_gauge() -> None:
+    """Each input is another number here, so that each is found by its own."""
+    named = Load("orders", *(float(number) for number in range(101, 101 + len(fields(Load)) - 1)))
+    limits = Limits(*(200 + number for number in range(len(fields(Limits)))))
+    numbers = {
+        field.name: 300 + number
+        for number, field in enumerate(fields(Snapshot))
+        if field.name not in ("loads", "limits", "desired", "hour")
+    }
+    entry = Entry(BEGIN, SloBand(), Snapshot((named,), limits=limits, desired=0, **numbers), NOTHING)  # type: ignore[arg-type]
+    pool = dict.fromkeys(("desired", "ready", "starting", "busy", "queued", "worker_hours_today"), 0)
+    text = exposition({**pool, "decision": as_object(entry)})
+    told = {float(line.split()[-1]) for line in text.splitlines() if line[0] != "#"}
+    inputs = {*range(101, 101 + len(fields(Load)) - 1), *range(200, 200 + len(fields(Limits)))}
+    inputs |= set(numbers.values()) - {numbers["ready"], numbers["starting"]}  # the pool's own are told
+    assert inputs <= told

@@ -149,11 +149,11 @@ def test_a_plan_is_arithmetic() -> None:
     assert made["disk: log"].value == 20_000 * 100 * 10 * 86_400 * KNOWN.log.value
     assert made["disk: log"].basis == "assumed"
     assert made["WAL at the source, 1 h away"].basis == "given"
-    # 72 M rows behind; apply does 150,000 a second, of which 20,000 are new; the workers take 10 s to start,
-    # in which the main process does 100,000 rows more than come.
-    expected = 10 + (72e6 - 100_000) / 130_000
+    # 72 M rows behind; apply does 150,000 a second, of which 20,000 are new; the workers are ordered within
+    # 6 s and take 10 to start, in which the main process does 160,000 rows more than come.
+    expected = 16 + (72e6 - 160_000) / 130_000
     assert made["recovery after 1 h away"].value == pytest.approx(expected)
-    assert made["recovery after 3,000,000 rows at once"].value == pytest.approx(10 + 2.9e6 / 130_000)
+    assert made["recovery after 3,000,000 rows at once"].value == pytest.approx(16 + 2.84e6 / 130_000)
 
 
 def test_a_trickle_needs_no_worker() -> None:
@@ -180,8 +180,13 @@ def test_a_plan_says_what_will_not_work() -> None:
         plan(ASKED, Figures())
 
 
+def unmeasured(entry: Entry) -> tuple[Load, ...]:
+    return tuple(replace(load, mu=None) for load in entry.snapshot.loads)
+
+
 def test_figures_come_from_the_journal_and_what_goes_beyond_them_is_said() -> None:
-    figures = figures_of([entry(tick) for tick in range(5)])
+    entries = [entry(tick) for tick in range(5)]
+    figures = figures_of(entries)
     assert figures.worker == Figure(pytest.approx(2200 / 4), "measured")
     assert figures.own == Figure(pytest.approx(2200 / 5), "measured")
     assert figures.apply == Figure(9000.0, "measured")
@@ -190,4 +195,12 @@ def test_figures_come_from_the_journal_and_what_goes_beyond_them_is_said() -> No
     assert made["workers at the peak"].basis == (
         "measured; extrapolated (6 workers, 2 measured; 3,000 rows/s, 2,200 measured)"
     )
-    assert answers(plan(replace(ASKED, rows_per_second=1000.0), figures))["worker-hours"].basis == "measured"
+    within = answers(plan(replace(ASKED, rows_per_second=1000.0, burst=2e5), figures))
+    assert within["worker-hours"].basis == "measured"
+    assert within["recovery after 200,000 rows at once"].basis.endswith(
+        "; 200,000 rows that wait, 100,000 measured)"
+    )
+    nobody = [replace(one, snapshot=replace(one.snapshot, ready=0, loads=unmeasured(one))) for one in entries]
+    assumed = figures_of(nobody)
+    assert assumed.worker == Figure(pytest.approx(2200 / 5), "assumed")  # as the main process
+    assert (assumed.own, assumed.start) == (figures.own, Figures().start)

@@ -316,6 +316,8 @@ class Meter:
                 size = int(size * whole / rows) if rows else 0
                 rows = whole
             return _Waiting(stand.after, end, rows, size)
+        if (known.after, known.through) == (stand.after, end):
+            return known  # at rest nothing is asked of the log
         came, came_bytes = self._log.volume(stand.table, known.through, end, kinds)
         if stand.through is None:
             went, went_bytes = self._log.volume(stand.table, known.after, min(stand.after, end), kinds)
