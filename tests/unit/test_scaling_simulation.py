@@ -149,6 +149,8 @@ def test_to_zero_and_back() -> None:
     # 60 s until the workers are there, in which the main process goes on; 16 of them for the rest.
     expected = 60 + (3e6 - 60_000) / 16_000
     assert found.ages.max() == pytest.approx(expected, abs=2 * TICK)
+    threshold = simulate(Arrivals(START, quiet), Backlog(), plant).workers
+    assert (threshold[: hour + 1].max(), threshold.max(), threshold[-1]) == (0, 16, 0)
 
 
 @given(size=st.floats(1e5, 2e7), slo=targets, start=starts, own=st.sampled_from([0.0, 500.0, 1000.0]))

@@ -54,8 +54,7 @@ class Workers(Protocol):
 
 
 class Unstaffed:
-    """No workers, for a project that wants none, or whose workers run elsewhere and follow `GET /scale`: what
-    is decided is remembered, and the main process does the work."""
+    """No workers, for a project that wants none: the main process does the work."""
 
     def __init__(self) -> None:
         self._desired = 0
