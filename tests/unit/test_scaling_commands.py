@@ -85,6 +85,14 @@ def test_the_journal_is_replayed(project: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(capsys.readouterr().out)
     assert found["mean_rate"] == pytest.approx(4.0)
     assert found["policies"][0]["policy"] == "slo_band"
+    # The target of 60 s and the start of 8 are the pipeline's own.
+    own = ["--freshness", "60s", "--start", "8s", "--pause", "0s", "--own-rate", "0.8"]
+    assert main([*arguments, *own]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert main([*arguments, "--start", "120s"]) == 0
+    assert json.loads(capsys.readouterr().out) != found
+    assert main(["scale", "simulate", "--project", str(project)]) == 0
+    assert "in which freshness was over 60 s." in capsys.readouterr().out
 
 
 def test_a_plan_is_made_of_the_journal_and_of_options(
@@ -167,6 +175,17 @@ def test_a_decision_is_explained_from_the_journal(project: Path, capsys: pytest.
     assert "The first that is journalled is of 2026-06-29 14:05:00." in capsys.readouterr().err
     assert main(["scale", "explain", "yesterday", *where]) == 2
     assert '"yesterday" is no time.' in capsys.readouterr().err
+
+
+def test_a_clock_that_was_put_back_hides_no_decision(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal(project / ".headrace" / "scaling.jsonl")
+    for tick in (0, 5_000, 4):
+        journal.append(entry(tick))
+    at = (entry(4).at + timedelta(seconds=1)).isoformat()
+    assert main(["scale", "explain", at, "--project", str(project), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["at"] == entry(4).at.isoformat()
 
 
 def test_what_another_version_would_decide_is_said(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

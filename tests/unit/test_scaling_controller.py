@@ -323,6 +323,10 @@ def test_a_burst_brings_workers_and_its_end_sends_them_home(
     gaps = [(b.at - a.at).total_seconds() for a, b in pairwise(entries)]
     assert max(gaps) <= 65
     assert len(entries) < len(gaps) + 2 < 60
+    plant.controller.close()
+    plant.controller.close()
+    assert len(plant.entries()) <= len(entries) + 1
+    assert len({entry.at for entry in plant.entries()}) == len(plant.entries())  # each of them once
     codes = {entry.decision.reason.code for entry in entries}
     assert codes >= {Code.FIGURES_MISSING, Code.OWN_PROCESS, Code.BEHIND}
     assert [entry.snapshot.start_p95 for entry in entries][-1] == 3.0

@@ -194,9 +194,8 @@ def _in_force(settings: Project, when: datetime) -> Entry:
     found, first = None, None
     for entry in Journal(settings.state / FILE).read():
         first = first or entry.at
-        if entry.at > when:
-            break
-        found = entry
+        if entry.at <= when:  # a clock that was put back has later ones behind it
+            found = entry
     if found is None:
         words = f"The first that is journalled is of {_time(first)}." if first else "None is journalled."
         raise UserError(

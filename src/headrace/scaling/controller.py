@@ -106,7 +106,7 @@ class Controller:
         self._stepped = self._decided = clock.monotonic()
         self._busy: list[float] = []
         self._service: Mapping[str, Service] = {}
-        self._written: tuple[float, tuple[object, ...]] | None = None
+        self._written: tuple[float, Entry] | None = None
         self._last: Entry | None = None
         self._start = _ASSUMED_START
         self._apply_waits = False
@@ -227,15 +227,15 @@ class Controller:
         """Journal the decision in force if it, or its reason, is another than before, or a minute is over."""
         if self._last is None:
             return
-        reason = self._last.decision.reason
-        what = (self._last.decision.workers, reason.code, reason.figures.get("what"))
-        if self._written and what == self._written[1] and at - self._written[0] < _JOURNAL_EVERY:
-            return
+        if self._written is not None:
+            when, before = self._written
+            if before is self._last or (at - when < _JOURNAL_EVERY and _gist(before) == _gist(self._last)):
+                return
         try:
             self._journal.append(self._last)
         except OSError as error:
             logger.warning("a scaling decision cannot be journalled: %s", error.strerror)
-        self._written = (at, what)
+        self._written = (at, self._last)
 
     def _recall(self) -> None:
         entry = self._journal.last()
@@ -245,6 +245,12 @@ class Controller:
         share = entry.snapshot.apply_rate if len(self._meters) == 1 else None
         for meter in self._meters:
             meter.recall(entry.snapshot.loads, share)
+
+
+def _gist(entry: Entry) -> tuple[object, ...]:
+    """Return what makes a decision another one than that before it."""
+    reason = entry.decision.reason
+    return entry.decision.workers, reason.code, reason.figures.get("what")
 
 
 def _is_active(load: Load) -> bool:

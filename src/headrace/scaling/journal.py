@@ -30,8 +30,8 @@ FILE = "scaling.jsonl"
 """Its name in the state folder."""
 
 MAX_BYTES = 32 << 20
-"""At which the file becomes the one before: about nine days of decisions for one model, and two such
-files."""
+"""At which the file becomes the one before: three weeks of a decision a minute for one model, or half a day
+for sixty."""
 
 JournalledPolicy = SloBand | Backlog | Static | Schedule
 _POLICIES: Mapping[str, type[JournalledPolicy]] = {
