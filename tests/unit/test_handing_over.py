@@ -24,8 +24,10 @@ from headrace.handover import Handover, open_pool
 from headrace.lane import Lane
 from headrace.parts import PartSpec, Staged
 from headrace.prepared import Prepared
+from headrace.preparing import prepare_part
 from headrace.scaling.local import LocalPool
 from headrace.scaling.pool import PartFailed, PoolState, Service
+from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.model import RowModel, mirror
 from pipelines import until
@@ -195,6 +197,37 @@ def test_workers_that_are_killed_change_nothing_of_what_is_applied(
     assert rebuilt[:2] == other.held()[:2]
     for each in (shop, other):
         each.lane.close()
+
+
+@pytest.mark.usefixtures("small")
+def test_workers_that_come_in_the_midst_of_a_large_slice_take_the_rest_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.lane._SLICE_ROWS", 10_000)
+    shop = Busy(tmp_path, "m.py", PYTHON)
+    shop.fill(random.Random(3), 12)
+    pool = open_pool(tmp_path / "state", 1 << 30)
+    begun: list[PartSpec] = []
+
+    def first(staging: DeltaStaging, part: PartSpec, model: RowModel) -> Prepared:
+        if not begun:
+            pool.resize(2)
+            until(lambda: pool.state().ready == 2)
+        begun.append(part)
+        return prepare_part(staging, part, model)
+
+    monkeypatch.setattr("headrace.hands.prepare_part", first)
+    shop.lane.joiner.workers.use(Handover(pool), shop.lane.meter)
+    try:
+        assert shop.lane.apply()
+        done = pool.service()["m"].rows
+    finally:
+        pool.close()
+    (read,) = shop.held()[2][0][:1]
+    assert done + sum(part.rows for part in begun) == read
+    assert done > read / 2
+    assert shop.lane.meter.take_served()["m"] == read
+    shop.lane.close()
 
 
 class Idle:

@@ -332,6 +332,24 @@ def test_a_burst_brings_workers_and_its_end_sends_them_home(
     assert [entry.snapshot.start_p95 for entry in entries][-1] == 3.0
 
 
+def test_workers_that_take_from_each_other_bring_no_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are busy, and each as much slower as there are more of them."""
+    plant = Plant(tmp_path)
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    plant.cap = plant.own
+    for _ in range(600):
+        if ready := plant.pool.ready:
+            known = plant.pool.done
+            plant.pool.done = Service(known.rows + 2_000, known.seconds + ready)
+        plant.second(3_000)
+    last = plant.entries()[-1]
+    assert last.snapshot.raises_without_gain == 1  # to all that there may be at once
+    assert last.snapshot.loads[0].mu == pytest.approx(plant.own / plant.pool.ready, rel=0.1)
+
+
 def test_work_that_costs_more_to_hand_over_stays_in_the_main_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,10 @@ def test_what_waits_for_apply_alone_needs_no_worker() -> None:
     soon_done = quiet(0, loads=(replace(old, backlog_rows=59 * MU),))  # by the main process, in a start time
     assert code_of(SloBand().decide(soon_done)) == (0, Code.OWN_PROCESS)
     assert SloBand().decide(quiet(0, loads=(replace(old, backlog_rows=61 * MU),))).workers == 1
+    even = {"ewma_30s": 900.0, "ewma_300s": 900.0, "max_300s": 900.0, "own_rate": MU, "backlog_rows": 6_500.0}
+    for age, workers in ((59.0, 0), (61.0, 1)):  # half a second of work will be left
+        aged = quiet(0, loads=(load(oldest_age=age, **even),))
+        assert SloBand().decide(aged).workers == workers
     away = burst(apply_waits=True)
     assert code_of(SloBand().decide(away)) == code_of(Backlog().decide(away)) == (3, Code.APPLY_WAITS)
 

@@ -174,6 +174,8 @@ class Controller:
         own = max(((load.own_rate or 0.0) / (load.service_rate or 1.0) for load in shared), default=0.0)
         done = self._work_done(shared) / elapsed if elapsed else 0.0
         raises = self._gain.note(at, state.ready, done, is_behind=work > 1.0, own=own)
+        if not self._gain.is_watching:
+            self._rates = {load.model: load.service_rate for load in shared if load.service_rate}
         rates = [rate for meter in self._meters if (rate := meter.apply_rate) is not None]
         self._start = p95(list(state.start_times)) or self._start
         busy = sum(self._busy) / len(self._busy) if self._busy else None
@@ -212,11 +214,9 @@ class Controller:
     def _work_done(self, loads: Sequence[Load]) -> float:
         """Return the work-seconds of some loads that have been done since this was asked before.
 
-        While a raise is judged a row counts what it did before: workers that take from each other would
-        look busy, as slow as they are.
+        From a raise on a row counts what it did before: of workers that take from each other each does less,
+        and all look busy.
         """
-        if not self._gain.is_judging:
-            self._rates = {}
         for load in loads:
             if rate := load.service_rate:
                 self._rates.setdefault(load.model, rate)

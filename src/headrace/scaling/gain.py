@@ -34,13 +34,9 @@ class GainWatch:
         self._failed_with = 0.0
 
     @property
-    def is_judging(self) -> bool:
-        """Whether a raise is still to be judged: what a row counts for must not change meanwhile."""
-        return self._raise is not None
-
-    @property
     def is_watching(self) -> bool:
-        """Whether a raise is still to be judged, or has failed: then every tick matters."""
+        """Whether a raise is still to be judged, or has failed: then every tick matters, and what a row
+        counts must stay the same."""
         return self._raise is not None or self._failures > 0
 
     def note(self, at: float, ready: int, throughput: float, *, is_behind: bool, own: float = 0.0) -> int:
