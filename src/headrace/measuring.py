@@ -39,6 +39,6 @@ def stands_of(
     return stands
 
 
-def rows_of(part: Part) -> int:
-    """Return how many changes a part was made of."""
-    return part.prepared.counts.read
+def counted(part: Part) -> tuple[str, int]:
+    """Return what work a part of a slice is of, and of how many changes it was made."""
+    return part.model.name, part.prepared.counts.read

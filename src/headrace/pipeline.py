@@ -143,7 +143,7 @@ class Pipeline:
                 self._start(lane, verb)
         self._begin("marts", self._step_marts)
         self._begin("ledger", self._step_ledger)
-        self._begin("scale", lambda: self._scaling.step(self.stop))
+        self._begin("scale", self._step_scale)
         if self._publisher is not None:
             self._begin("publish", self._step_publish)
         self._begin("alerts", lambda: self._alerting.step(self.stop))
@@ -169,7 +169,7 @@ class Pipeline:
         Raises what stopped a source or a model; what the others brought over stays.
         """
         server = self._serve()
-        self._begin("scale", lambda: self._scaling.step(self.stop))
+        self._begin("scale", self._step_scale)
         try:
             faults = [fault for lane in self.lanes for fault in self._once(lane)]
             faults += self._marts_once()
@@ -372,6 +372,9 @@ class Pipeline:
         """Start a thread that repeats a step."""
         self._threads.append(threading.Thread(target=self._keep, args=(name, step), name=name))
         self._threads[-1].start()
+
+    def _step_scale(self) -> None:
+        self._scaling.step(self.stop, self._outages.reasons())
 
     def _step_marts(self) -> None:
         self._marts.step()
