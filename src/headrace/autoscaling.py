@@ -48,6 +48,7 @@ class Autoscaling:
             Budget(project.state / BUDGET, project.scale.max_worker_hours_per_day),
             handover,
         )
+        self._controller.step()  # a fixed number of workers is asked for before there is work
 
     def listen(self) -> None:
         """Answer HTTP, where the settings say so. Raises UserError where the address cannot be had."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from headrace.change import Copy, Offset
 from headrace.cutting import Piece, rows_for
-from headrace.parts import PartKind, PartSpec, Staged, fingerprint
+from headrace.parts import PartKind, PartSpec, Shares, Staged, fingerprint, rows_of
 from headrace.prepared import Prepared
 from headrace.scaling.local import LocalPool
 from headrace.scaling.measure import building
@@ -123,6 +123,7 @@ class Handover:
         span: tuple[Offset, Offset],
         pieces: Callable[[], Iterable[tuple[Piece, bytes | None]]],
         copy: Copy | None = None,
+        shares: Shares | None = None,
     ) -> Sequence[PartSpec]:
         """Return the parts of a span, the same when it is asked for again before they are taken.
 
@@ -139,7 +140,7 @@ class Handover:
             parts = [
                 PartSpec(
                     kind, staged, sent, model_id, piece.after, piece.through, newest, self._pool.epoch,
-                    piece.rows, copy, chosen,
+                    piece.rows, copy, chosen, shares,
                 )
                 for piece, chosen in pieces()
             ]  # fmt: skip
@@ -152,7 +153,7 @@ class Handover:
         rows, rate = sum(part.rows for part in parts), self._rate(self._own, model.name).value
         with self._lock:
             begun = any(part.id in self._given for part in parts)
-        return not begun and len(parts) < 2 and rows < (rate or rows_for(None) / 10) * _TRICKLE
+        return not begun and len(parts) < 2 and rows < (rate or rows_for(None) / 2) * _TRICKLE
 
     def expect(self, source: str, kind: PartKind, parts: Iterator[PartSpec]) -> None:
         """Have workers that would have nothing to do begin with what will follow of a kind in a source."""
@@ -259,7 +260,7 @@ class Handover:
         self._check()
         began = time.perf_counter()
         prepared = here(part, replace(model, suspect=True) if deaths else model)
-        self._rate(self._own, model.name).add(prepared.counts.read, time.perf_counter() - began)
+        self._rate(self._own, model.name).add(rows_of(part, prepared), time.perf_counter() - began)
         return prepared
 
     def _learn(self, model: RowModel, failed: PartFailed) -> None:

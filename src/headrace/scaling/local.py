@@ -41,7 +41,7 @@ MEMORY = 2 << 30
 PATIENCE = 120.0
 MAX_DEATHS = 2
 _LOOK = 0.2  # seconds between two looks at memory and progress
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until the next start, after workers that cannot start
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until the next start, after workers that come to nothing
 _KEPT = 20
 
 
@@ -284,7 +284,6 @@ class LocalPool:
         worker.progressed_at = now
         if said == "ready":
             worker.ready_at = now
-            self._pause = _FIRST_PAUSE
         elif said == "leaving":
             self._bury(worker)
         elif said in ("done", "failed", "unwritten"):
@@ -315,6 +314,7 @@ class LocalPool:
             self._service[task.part.model.name] = Service(
                 known.rows + message["rows"], known.seconds + message["seconds"], known.taking + taking
             )
+            self._pause = _FIRST_PAUSE
             if not worker.has_results:
                 worker.has_results = True
                 self._start_times.append(worker.ready_at - worker.started_at + now - worker.began_at)
@@ -332,6 +332,8 @@ class LocalPool:
             if worker.resident() > self._memory:
                 if (task := self._held.get(worker)) is not None:
                     task.is_large = True
+                if not worker.has_results:
+                    self._back_off()  # it may be too much from the start
                 self._lose(worker, f"it takes more than {self._memory >> 20} MiB of memory")
             elif has_work and now - worker.progressed_at > self._patience:
                 self._lose(worker, f"it has got no further for {self._patience:g} s")

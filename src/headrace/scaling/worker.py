@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from headrace.parts import PartSpec
+from headrace.parts import PartSpec, rows_of
 from headrace.prepared import Prepared
 from headrace.prepared_file import Lease, write_prepared
 
@@ -112,7 +112,8 @@ def serve(connection: int, life: int, opened: Callable[[Answers], Callable[[Part
 def _do(request: Request, prepare: Callable[[PartSpec], Prepared], answers: Answers) -> None:
     began = time.monotonic()
     try:
-        prepared = prepare(pickle.loads(request.part))
+        part: PartSpec = pickle.loads(request.part)
+        prepared = prepare(part)
     except Exception as error:
         # No more than the kind: its words may hold a cell, and who asked will meet it itself.
         answers.say("failed", lease=request.lease, what=type(error).__name__)
@@ -123,7 +124,7 @@ def _do(request: Request, prepare: Callable[[PartSpec], Prepared], answers: Answ
         what = (isinstance(error, OSError) and error.strerror) or type(error).__name__
         answers.say("unwritten", lease=request.lease, what=what)
         return
-    answers.say("done", lease=request.lease, rows=prepared.counts.read, seconds=time.monotonic() - began)
+    answers.say("done", lease=request.lease, rows=rows_of(part, prepared), seconds=time.monotonic() - began)
 
 
 def _end_with(life: int) -> None:
