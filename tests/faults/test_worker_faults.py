@@ -134,7 +134,6 @@ def test_a_pipeline_that_ends_while_workers_are_busy_takes_them_along_and_loses_
 
 def is_done(project: Project) -> bool:
     with suppress(HeadraceError, OSError):
-        return list(read_rows(project, "SELECT count(*), sum(n)::BIGINT FROM m")[1]) == [
-            (ROWS, ROWS * (ROWS + 1) // 2)
-        ]
+        rows = read_rows(project, "SELECT count(*), sum(n)::BIGINT FROM m")[1]
+        return [tuple(row) for row in rows] == [(ROWS, ROWS * (ROWS + 1) // 2)]
     return False
