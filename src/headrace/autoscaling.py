@@ -34,11 +34,13 @@ class Autoscaling:
         self._config = project.scale
         self._endpoint: Endpoint | None = None
         self._pool = open_pool(project.state, project.scale.worker_memory) if project.scale.cap else None
-        handover = Handover(self._pool, self._is_worth_a_worker, check) if self._pool else None
-        on_progress(check)
-        if handover is not None:
+        handover: Handover | None = None
+        if self._pool is not None:
+            self._pool.resize(_always(project.scale))  # before there is work, so that it is handed over
+            handover = Handover(self._pool, self._is_worth_a_worker, check)
             for lane in lanes:
                 lane.joiner.workers.use(handover)
+        on_progress(check)
         self._controller = Controller(
             policy_of(project.scale),
             limits_of(project.scale),
@@ -48,7 +50,6 @@ class Autoscaling:
             Budget(project.state / BUDGET, project.scale.max_worker_hours_per_day),
             handover,
         )
-        self._controller.step()  # a fixed number of workers is asked for before there is work
 
     def listen(self) -> None:
         """Answer HTTP, where the settings say so. Raises UserError where the address cannot be had."""
@@ -75,6 +76,11 @@ class Autoscaling:
         self._controller.close()
         if self._pool is not None:
             self._pool.close()
+
+
+def _always(config: ScaleConfig) -> int:
+    """Return the workers that there are to be whatever is decided."""
+    return config.cap if config.policy == "static" else min(config.min_workers, config.cap)
 
 
 def policy_of(config: ScaleConfig) -> Policy:

@@ -104,8 +104,7 @@ class Controller:
             for meter in meters:
                 meter.use(handing)
         self._gain, self._watch = GainWatch(), ScalingWatch()
-        self._stepped = clock.monotonic()
-        self._decided = -math.inf  # at once: a fixed number of workers needs no figures
+        self._stepped = self._decided = clock.monotonic()
         self._busy: list[float] = []
         self._service: Mapping[str, Service] = {}
         self._written: tuple[float, tuple[object, ...]] | None = None
