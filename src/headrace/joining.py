@@ -149,21 +149,30 @@ class Joiner:
 
     def prepared(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
         """Yield what a model makes of its table's changes in a slice, piece by piece."""
-        handed = self.workers.slice(model, after, through)
-        yield from handed if handed is not None else self._prepared_here(model, after, through)
+        yield from self._streamed(model, after, through)
         yield from of_slice(self._staging, model, after, through)
 
-    def _prepared_here(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
-        here = self._pieces_of(model, after, through)
-        return here if self._meter is None else self._meter.own(model.name, here)
+    def _streamed(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
+        reached = after
 
-    def _pieces_of(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
-        pieces = self._staging.pieces(model.table, after, through)
-        while (changes := next(pieces, None)) is not None:
-            prepared = model.prepare(filled(self._staging, model, changes, through))
-            del changes  # not beside what the destination makes of them
-            yield prepared
-            del prepared
+        def here() -> Iterator[Prepared]:
+            nonlocal reached
+            for changes in self._staging.pieces(model.table, after, through):
+                prepared = model.prepare(filled(self._staging, model, changes, through))
+                reached = changes["_offset"][-1].as_py()
+                del changes  # not beside what the destination makes of them
+                yield prepared
+                del prepared
+
+        pieces = here() if self._meter is None else self._meter.own(model.name, here())
+        # Workers may come while a large slice is prepared: the rest of it is theirs.
+        while (handed := self.workers.slice(model, reached, through)) is None:
+            piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+            del piece
+        yield from handed
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""

@@ -29,7 +29,7 @@ STREAMED: tuple[Kind, ...] = ("rows", "truncate", "undecodable")
 _COPIED: tuple[Kind, ...] = ("rows", "truncate", "undecodable", "copy")
 
 _WINDOW = 300.0
-_WARM = 10.0
+_WARM = 1.0
 """Seconds of looking before what arrives is known."""
 _WHOLE = 20_000
 """Rows from which on a slice tells how fast apply is: a small one is mostly its own fixed cost."""
