@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow.compute as pc
+
 from headrace.change import Copy, Offset
 from headrace.cutting import Piece, rows_for
 from headrace.parts import PartKind, PartSpec, Shares, Staged, fingerprint, rows_of
@@ -260,6 +262,9 @@ class Handover:
         self._check()
         began = time.perf_counter()
         prepared = here(part, replace(model, suspect=True) if deaths else model)
+        if deaths and model.attempts is not None:
+            fatal = prepared.records.filter(pc.equal(prepared.records["stage"], "crash"))
+            model.attempts.blame(model.name, model.version, pc.unique(fatal["offset"]).to_pylist())
         self._rate(self._own, model.name).add(rows_of(part, prepared), time.perf_counter() - began)
         return prepared
 

@@ -217,6 +217,8 @@ def test_a_record_that_ends_workers_is_quarantined_alone_and_soon(
         assert pids.isdisjoint(pool.pids())
         assert 0 < pool.service()["m"].rows < 12_000
         assert pool.service()["p"].rows == 12_000
+        # It is known now, to whoever has its history judged again in the pipeline's own process.
+        assert json.loads(here("quarantine", "redrive", "--all", "--json", cwd=tmp_path).out)
     told = [record.getMessage() for record in caplog.records if record.name == "headrace.alert"]
     assert len([line for line in told if "NEW CAUSE" in line and "crash.signal" in line]) == 1
     assert sum("is replaced" in record.getMessage() for record in caplog.records) == 2
