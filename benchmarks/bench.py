@@ -35,6 +35,7 @@ NAMES = (
     "idle",
     "overload",
     "memory",
+    "scaling",
 )
 
 

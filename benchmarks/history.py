@@ -49,12 +49,13 @@ FROM (
 
 
 def make(folder: Path, changes: int, keys: int, models: dict[str, str]) -> Lane:
-    """Make a project with this much staged and nothing applied; `models` are its files by their names."""
+    """Make a project with this much staged and nothing applied; `models` are its files by their names, of
+    SQL where a name has no ending."""
     (folder / "models").mkdir(parents=True)
     (folder / ".headrace" / "log").mkdir(parents=True)
     (folder / "headrace.toml").write_text('[source.shop]\nurl = "postgresql://nobody@127.0.0.1:1/none"\n')
     for name, text in models.items():
-        (folder / "models" / f"{name}.sql").write_text(text)
+        (folder / "models" / (name if "." in name else f"{name}.sql")).write_text(text)
     (lane,) = open_lanes(load_project(folder))
     at = Position(0, 1, 0)
     for mark in (CopyMark("begin", SHAPE), CopyMark("chunk"), CopyMark("end", floor=1, ceiling=1)):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rig import memory_mb
 
+from headrace.autoscaling import Autoscaling
 from headrace.config import load_project
 from headrace.lane import Lane
 from headrace.memory import economise
@@ -75,6 +76,43 @@ def rebuild(folder: str, model: str) -> None:
     lane.close()
 
 
+def drain(folder: str) -> None:
+    """Apply all that is staged, with the workers that are decided on."""
+    _staffed(folder)
+
+
+def build_again(folder: str, model: str) -> None:
+    """Build a model once more, with the workers that are decided on."""
+    _staffed(folder, model)
+
+
+def _staffed(folder: str, rebuilt: str | None = None) -> None:
+    lane, stop, most = _lane(folder), threading.Event(), 0
+    scaling = Autoscaling(load_project(Path(folder)), [lane])
+    if rebuilt:
+        lane.apply()
+
+    def scale() -> None:
+        nonlocal most
+        while not stop.is_set():
+            scaling.step(stop)
+            most = max(most, scaling.report()["ready"])
+
+    thread = threading.Thread(target=scale)
+    begin = time.monotonic()
+    if rebuilt:
+        lane.rebuild(rebuilt)
+    thread.start()
+    while lane.apply() or not lane.idle():
+        pass
+    seconds = time.monotonic() - begin
+    stop.set()
+    thread.join()
+    scaling.close()
+    print(json.dumps({"seconds": seconds, "most_workers": most}))
+    lane.close()
+
+
 def _lane(folder: str) -> Lane:
     economise()
     project = load_project(Path(folder))
@@ -97,5 +135,13 @@ def _stop_on_sigterm(stop: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    verbs = {"once": once, "pipeline": pipeline, "capture": capture, "copy": copy, "rebuild": rebuild}
+    verbs = {
+        "once": once,
+        "pipeline": pipeline,
+        "capture": capture,
+        "copy": copy,
+        "rebuild": rebuild,
+        "drain": drain,
+        "build_again": build_again,
+    }
     verbs[sys.argv[1]](*sys.argv[2:])

@@ -31,7 +31,7 @@ class Autoscaling:
         handover = Handover(self._pool, self._is_worth_a_worker) if self._pool else None
         if handover is not None:
             for lane in lanes:
-                lane.joiner.workers.use(handover, lane.meter)
+                lane.joiner.workers.use(handover)
         self._controller = Controller(
             policy_of(project.scale),
             limits_of(project.scale),

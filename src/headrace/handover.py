@@ -88,13 +88,9 @@ class Handover:
         self._giving: dict[str, _Rate] = {}
 
     def takes(self, kind: PartKind, model: RowModel, after: Offset, through: Offset) -> bool:
-        """Whether there are, or will be, workers that prepare a model's changes in a span."""
-        return self._pool.state().desired > 0 and self.may_take(kind, model, after, through)
-
-    def may_take(self, kind: PartKind, model: RowModel, after: Offset, through: Offset) -> bool:
-        """Whether workers would prepare a model's changes in a span if there were some: not those that
-        processes have died of."""
-        if not self._worth(model.name if kind == "slice" else building(model.name)):
+        """Whether workers prepare a model's changes in a span now: not those that processes have died of."""
+        work = model.name if kind == "slice" else building(model.name)
+        if not self._pool.state().desired or not self._worth(work):
             return False
         attempts = model.attempts
         return attempts is None or not attempts.suspects(model.name, model.version, after, through)

@@ -5,7 +5,6 @@ Without a `Handover`, or while it has no workers, nothing is handed over: who as
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,18 +14,12 @@ from headrace.history import PIECE_ROWS, Selection
 from headrace.parts import PartKind, PartSpec, Staged
 from headrace.prepared import Prepared
 from headrace.preparing import prepare_part
-from headrace.scaling.measure import building
 
 if TYPE_CHECKING:
     from headrace.handover import Handover
     from headrace.protocols import LogIndex
-    from headrace.scaling.measure import Meter
     from headrace.staging.delta import DeltaStaging
     from headrace.transform.model import RowModel
-
-
-_LARGE = 3
-"""So many parts make a slice large: some nine seconds of work."""
 
 
 class Hands:
@@ -37,26 +30,16 @@ class Hands:
         self._staging = staging
         self._staged = Staged(source, log.id, str(staging.root))
         self._handover: Handover | None = None
-        self._meter: Meter | None = None
 
-    def use(self, handover: Handover, meter: Meter | None = None) -> None:
-        """Hand parts over from now on, while there are workers; `meter` is told how long those take that are
-        prepared here after all."""
-        self._handover, self._meter = handover, meter
+    def use(self, handover: Handover) -> None:
+        """Hand parts over from now on, while there are workers."""
+        self._handover = handover
 
     def slice(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared] | None:
-        """Return the outcomes of a slice of the stream in order; None where nothing is handed over.
-
-        One that is large is cut into parts also while there are no workers: those that are started because
-        of it take the rest of it.
-        """
+        """Return the outcomes of a slice of the stream in order; None where nothing is handed over."""
         handover = self._handover
-        if handover is None or not handover.may_take("slice", model, after, through):
+        if handover is None or not handover.takes("slice", model, after, through):
             return None
-        if not handover.takes("slice", model, after, through):
-            rows = sum(group.rows for group in self._staging.row_groups(model.table, after, through))
-            if rows < _LARGE * handover.rows_for(model):
-                return None
         parts = self._parts("slice", model, (after, through))
         return None if handover.is_trickle(model, parts) else handover.take(model, parts, self._here)
 
@@ -147,10 +130,4 @@ class Hands:
         return self._handover.parts(kind, self._staged, model, span, pieces, copy)
 
     def _here(self, part: PartSpec, model: RowModel) -> Prepared:
-        began, used = time.monotonic(), time.process_time()
-        prepared = prepare_part(self._staging, part, model)
-        if self._meter is not None:
-            work = model.name if part.kind == "slice" else building(model.name)
-            spent = (time.monotonic() - began, time.process_time() - used)
-            self._meter.prepared(work, prepared.counts.read, *spent)
-        return prepared
+        return prepare_part(self._staging, part, model)

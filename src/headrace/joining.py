@@ -128,9 +128,16 @@ class Joiner:
         is_of_another_key = copy is not None and copy.key != model.schema.key
         return is_of_another_key or join.stands < self._staging.captured_since(model.table, staged)
 
-    def building(self) -> list[Join]:
-        """Return the joins that have not come to their end."""
-        return [join for join in self._all().values() if join.phase != "done"]
+    def building(self) -> list[tuple[Join, int | None]]:
+        """Return the joins that have not come to their end, and of those that read a history by its newest
+        changes how many rows are found and still to be prepared."""
+        joins = [join for join in self._all().values() if join.phase != "done"]
+        return [(join, self._left(join) if join.phase in PHASES else None) for join in joins]
+
+    def _left(self, join: Join) -> int:
+        reading = self._rebuilding
+        is_of = reading is not None and reading[1].name == join.model
+        return reading[2].left(join.phase, join.offset) if reading is not None and is_of else 0
 
     def joined_at(self, model: RowModel) -> Offset:
         """Return the offset at which a model joined last."""
@@ -174,21 +181,30 @@ class Joiner:
 
     def prepared(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
         """Yield what a model makes of its table's changes in a slice, piece by piece."""
-        handed = self.workers.slice(model, after, through)
-        yield from handed if handed is not None else self._prepared_here(model, after, through)
+        yield from self._streamed(model, after, through)
         yield from of_slice(self._staging, model, after, through)
 
-    def _prepared_here(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
-        here = self._pieces_of(model, after, through)
-        return here if self._meter is None else self._meter.own(model.name, here)
+    def _streamed(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
+        reached = after
 
-    def _pieces_of(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
-        pieces = self._staging.pieces(model.table, after, through)
-        while (changes := next(pieces, None)) is not None:
-            prepared = model.prepare(filled(self._staging, model, changes, through))
-            del changes  # not beside what the destination makes of them
-            yield prepared
-            del prepared
+        def here() -> Iterator[Prepared]:
+            nonlocal reached
+            for changes in self._staging.pieces(model.table, after, through):
+                prepared = model.prepare(filled(self._staging, model, changes, through))
+                reached = changes["_offset"][-1].as_py()
+                del changes  # not beside what the destination makes of them
+                yield prepared
+                del prepared
+
+        pieces = here() if self._meter is None else self._meter.own(model.name, here())
+        # Workers may come while a large slice is prepared: the rest of it is theirs.
+        while (handed := self.workers.slice(model, reached, through)) is None:
+            piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+            del piece
+        yield from handed
 
     def pending(self, model: RowModel, staged: Offset) -> Copy | None:
         """Return the copy that a model has still to join, if there is one."""
@@ -336,6 +352,9 @@ class Joiner:
 
     def _measured(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice:
         """Prepare a slice; if it is whole, rather than prepared as it is taken, note how long that took."""
+        if join.phase in PHASES:
+            with preparing(model.name):
+                self._rebuilt(join, model, copy).find(join.phase, join.offset, join.target)
         began, used = time.monotonic(), time.process_time()
         through, pieces = self._prepare(join, model, copy, target)
         if self._meter is not None and isinstance(pieces, list):

@@ -73,6 +73,19 @@ class Rebuilding:
         self._next: tuple[Phase, Offset] | None = None
         self._last: tuple[Phase, Offset, Offset, pa.Table] | None = None
 
+    def find(self, phase: Phase, after: Offset, through: Offset) -> None:
+        """Find what a phase has to read behind `after`, if reading does not stand there: which takes as long
+        as reading all keys."""
+        if self._next != (phase, after):
+            self._pieces = self._begin(phase, after, through)
+            self._next = (phase, after)
+
+    def left(self, phase: Phase, after: Offset) -> int:
+        """Return how many rows of a phase are still to be prepared, as far as they are found by now."""
+        if phase == "newest" and self._newest is not None:
+            return self._newest.left(after)
+        return 0
+
     def prepare(
         self, phase: Phase, after: Offset, through: Offset, model: RowModel | None = None
     ) -> tuple[Offset, Iterable[Prepared]]:
@@ -84,8 +97,7 @@ class Rebuilding:
         """
         if model is not None and self._last is not None and self._last[:2] == (phase, after):
             return self._last[2], [self._prepared(phase, self._last[3], model)]
-        if self._next != (phase, after):
-            self._pieces = self._begin(phase, after, through)
+        self.find(phase, after, through)
         self._next = None  # whatever fails from here on is read again
         if model is None and (handed := self._handed(phase, after, through)) is not None:
             return handed

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from test_rebuild import SHAPE, Shop
 
@@ -24,7 +25,7 @@ from headrace.handover import Handover, open_pool
 from headrace.lane import Lane
 from headrace.parts import PartSpec, Staged
 from headrace.prepared import Prepared
-from headrace.preparing import prepare_part
+from headrace.preparing import filled
 from headrace.scaling.local import LocalPool
 from headrace.scaling.pool import PartFailed, PoolState, Service
 from headrace.staging.delta import DeltaStaging
@@ -204,29 +205,29 @@ def test_workers_that_come_in_the_midst_of_a_large_slice_take_the_rest_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headrace.lane._SLICE_ROWS", 10_000)
+    monkeypatch.setattr("headrace.staging.delta._PIECE_ROWS", 100)
     shop = Busy(tmp_path, "m.py", PYTHON)
     shop.fill(random.Random(3), 12)
     pool = open_pool(tmp_path / "state", 1 << 30)
-    begun: list[PartSpec] = []
+    here: list[int] = []
 
-    def first(staging: DeltaStaging, part: PartSpec, model: RowModel) -> Prepared:
-        if not begun:
+    def first(staging: DeltaStaging, model: RowModel, changes: pa.Table, through: int) -> pa.Table:
+        if not here:
             pool.resize(2)
             until(lambda: pool.state().ready == 2)
-        begun.append(part)
-        return prepare_part(staging, part, model)
+        here.append(changes.num_rows)
+        return filled(staging, model, changes, through)
 
-    monkeypatch.setattr("headrace.hands.prepare_part", first)
-    shop.lane.joiner.workers.use(Handover(pool), shop.lane.meter)
+    monkeypatch.setattr("headrace.joining.filled", first)
+    shop.lane.joiner.workers.use(Handover(pool))
     try:
         assert shop.lane.apply()
         done = pool.service()["m"].rows
     finally:
         pool.close()
-    (read,) = shop.held()[2][0][:1]
-    assert done + sum(part.rows for part in begun) == read
+    read = shop.held()[2][0][0]
+    assert done + sum(here) == shop.lane.meter.take_served()["m"] == read
     assert done > read / 2
-    assert shop.lane.meter.take_served()["m"] == read
     shop.lane.close()
 
 

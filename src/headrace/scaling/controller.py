@@ -124,7 +124,8 @@ class Controller:
         self._take_service()
         for meter in self._meters:
             meter.look(at)
-        if at - self._decided >= DECIDE_EVERY:
+        # With no worker each look decides: nobody else would do what has come.
+        if at - self._decided >= (DECIDE_EVERY if state.desired else LOOK_EVERY):
             self._decide(at, state)
             self._decided = at
 

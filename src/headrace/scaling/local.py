@@ -39,7 +39,7 @@ logger = logging.getLogger("headrace.workers")
 
 MEMORY = 2 << 30
 PATIENCE = 120.0
-MAX_DEATHS = 3
+MAX_DEATHS = 1
 _LOOK = 0.2  # seconds between two looks at memory and progress
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until the next start, after workers that cannot start
 _KEPT = 20

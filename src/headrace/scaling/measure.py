@@ -30,7 +30,7 @@ STREAMED: tuple[Kind, ...] = ("rows", "truncate", "undecodable")
 _COPIED: tuple[Kind, ...] = ("rows", "truncate", "undecodable", "copy")
 
 _WINDOW = 300.0
-_WARM = 10.0
+_WARM = 1.0
 """Seconds of looking before what arrives is known."""
 _WHOLE = 20_000
 """Rows from which on a slice tells how fast apply is: a small one is mostly its own fixed cost."""
@@ -90,7 +90,8 @@ class Stand(NamedTuple):
     """Where a model stands: what is staged of its table after `after` waits for it.
 
     Where all of a table is read once more, by a rebuild or for a copy, that is work of its own: `through` is
-    where it ends, None for what goes on for ever.
+    where it ends, None for what goes on for ever. `left` are the rows that wait, where that is known; None
+    where it is all of them.
     """
 
     model: str
@@ -98,6 +99,7 @@ class Stand(NamedTuple):
     after: Offset
     slo: float
     through: Offset | None = None
+    left: int | None = None
 
     @property
     def work(self) -> str:
@@ -307,6 +309,8 @@ class Meter:
         return self._works.setdefault(work, _Work())
 
     def _waiting(self, stand: Stand, known: _Waiting | None, end: Offset) -> _Waiting:
+        if stand.left is not None:
+            return _Waiting(stand.after, end, stand.left)
         kinds = STREAMED if stand.through is None else _COPIED
         if known is None or not known.after <= stand.after or not known.through <= end:
             rows, size = self._log.volume(stand.table, stand.after, end, kinds)
@@ -348,7 +352,7 @@ class Meter:
         if handed is not None:
             own, work.handover = own or handed.own_rate, handed.handover_rate or work.handover
         apply = self._apply.value if stand.through is None else work.apply.value
-        costs = Costs(own, work.handover, work.cores, self._cores, apply)
+        costs = Costs(own, work.handover, work.cores, self._cores, apply, worker)
         work.is_worth = work.worth.judge(costs)
         return Load(
             model=stand.work,

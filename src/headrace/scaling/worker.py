@@ -33,6 +33,7 @@ logger = logging.getLogger("headrace.workers")
 
 _LOOK = 0.2  # seconds between two looks at whether SIGTERM has come
 _TELL_EVERY = 1.0  # seconds between two messages that work goes on
+_NICE = 5  # apply and capture go first: what they are late with nobody else can do
 _OOM_SCORE = "500"  # of two processes the kernel ends the one whose work is done again
 
 
@@ -90,6 +91,7 @@ def serve(connection: int, life: int, opened: Callable[[Answers], Callable[[Part
     signal.signal(signal.SIGTERM, lambda *_: leaving.set())
     threading.Thread(target=_end_with, args=(life,), daemon=True).start()
     with suppress(OSError):
+        os.nice(_NICE)
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
     pool = Connection(connection)
     answers = Answers(pool)
