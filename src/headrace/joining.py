@@ -83,7 +83,7 @@ class Joiner:
     ) -> None:
         """What does not fit in memory while history is read goes to the folder `spill`; `meter` is told how
         long slices take to be prepared."""
-        self.workers = Hands(source, log, staging)
+        self.workers = Hands(source, log, staging, meter)
         self._meter = meter
         self._breakers = breakers or Breakers()
         self._source = source
@@ -135,9 +135,8 @@ class Joiner:
         return [(join, self._left(join) if join.phase in PHASES else None) for join in joins]
 
     def _left(self, join: Join) -> int:
-        reading = self._rebuilding
-        is_of = reading is not None and reading[1].name == join.model
-        return reading[2].left(join.phase, join.offset) if reading is not None and is_of else 0
+        known = self._rebuilding
+        return known[2].left(join.phase, join.offset) if known and known[1].name == join.model else 0
 
     def joined_at(self, model: RowModel) -> Offset:
         """Return the offset at which a model joined last."""

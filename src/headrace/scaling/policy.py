@@ -356,8 +356,8 @@ def _without_workers(snapshot: Snapshot) -> Reason:
     handover, own, apply = load.handover_rate, load.own_rate or 0.0, load.apply_rate
     if load.worth is False and apply is not None and apply < 1.25 * own:
         return Reason(Code.APPLY_IS_SLOWER, {"apply": apply, "own": own, "model": load.model})
-    if load.worth is False and (load.mu or own) < own and (load.busy_cores or 0.0) <= 1:
-        return Reason(Code.WORKERS_ARE_SLOW, {"worker": load.mu or 0.0, "own": own, "model": load.model})
+    if load.worth is False and load.mu is not None and load.mu < own / 2:
+        return Reason(Code.WORKERS_ARE_SLOWER, {"worker": load.mu, "own": own, "model": load.model})
     if load.worth is False and (handover is None or handover > 2 * own):
         return Reason(Code.CORES_ARE_BUSY, {"busy": load.busy_cores or 0.0, "model": load.model})
     return Reason(Code.NOT_WORTH_IT, {"handover": handover or 0.0, "own": own, "model": load.model})

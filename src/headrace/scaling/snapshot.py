@@ -128,7 +128,7 @@ class Code(enum.StrEnum):
     NOT_WORTH_IT = "not_worth_it"
     CORES_ARE_BUSY = "cores_are_busy"
     APPLY_IS_SLOWER = "apply_is_slower"
-    WORKERS_ARE_SLOW = "workers_are_slow"
+    WORKERS_ARE_SLOWER = "workers_are_slower"
     FEW_PARTS = "few_parts"
     APPLY_IS_THE_LIMIT = "apply_is_the_limit"
     APPLY_WAITS = "apply_waits"
@@ -158,10 +158,10 @@ _SENTENCES: Mapping[Code, str] = {
     "({own:.0f} rows/s): workers would not help.",
     Code.CORES_ARE_BUSY: "Preparing {model} in the main process keeps {busy:.1f} cores busy: workers would "
     "take from it what they add.",
+    Code.WORKERS_ARE_SLOWER: "A worker has prepared {worker:.0f} rows/s of {model}, the main process "
+    "{own:.0f}: as many as this machine has cores for would not be faster.",
     Code.APPLY_IS_SLOWER: "The main process prepares {model} ({own:.0f} rows/s) as fast as apply takes it "
     "({apply:.0f} rows/s): workers would not help.",
-    Code.WORKERS_ARE_SLOW: "A worker does {worker:.0f} rows/s of {model}, the main process {own:.0f} rows/s: as "
-    "many workers as there are cores would not help.",
     Code.FEW_PARTS: "{wanted} workers would be needed, but there are {parts} parts for them to take.",
     Code.APPLY_IS_THE_LIMIT: "Apply is the limit: {prepared} prepared parts wait for it, and it takes "
     "what {useful} workers do. More of them would not help.",
