@@ -75,6 +75,7 @@ FLOORS = [
         "waiting",
         "pipeline",
         "state",
+        "stopping",
         "binding",
         "reading",
         "server",

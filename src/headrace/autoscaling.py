@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from headrace.config import Project
@@ -16,22 +16,31 @@ from headrace.scaling.controller import LOOK_EVERY, Controller, Unstaffed
 from headrace.scaling.endpoint import Endpoint
 from headrace.scaling.journal import FILE, Journal, JournalledPolicy
 from headrace.scaling.policy import Backlog, Limits, Schedule, SloBand, Static
+from headrace.transform.python.process import on_progress
 
 
 class Autoscaling:
     """Workers of a pipeline, and the decision how many, from when it is made until it is closed."""
 
-    def __init__(self, project: Project, lanes: Sequence[Lane]) -> None:
-        """Have lanes hand over parts, where the settings allow for workers. Raises OSError where the pool's
-        folder cannot be had."""
+    def __init__(
+        self, project: Project, lanes: Sequence[Lane], check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Have lanes hand over parts, where the settings allow for workers. What waits for a part, or for a
+        Python model of this process, calls `check`, which may raise what ends that.
+
+        Raises OSError where the pool's folder cannot be had.
+        """
         self._lanes = lanes
         self._config = project.scale
         self._endpoint: Endpoint | None = None
         self._pool = open_pool(project.state, project.scale.worker_memory) if project.scale.cap else None
-        handover = Handover(self._pool, self._is_worth_a_worker) if self._pool else None
-        if handover is not None:
+        handover: Handover | None = None
+        if self._pool is not None:
+            self._pool.resize(_always(project.scale))  # before there is work, so that it is handed over
+            handover = Handover(self._pool, self._is_worth_a_worker, check)
             for lane in lanes:
                 lane.joiner.workers.use(handover)
+        on_progress(check)
         self._controller = Controller(
             policy_of(project.scale),
             limits_of(project.scale),
@@ -65,9 +74,15 @@ class Autoscaling:
         """Send the workers home, and answer no more."""
         if self._endpoint is not None:
             self._endpoint.close()
+        on_progress(None)
         self._controller.close()
         if self._pool is not None:
             self._pool.close()
+
+
+def _always(config: ScaleConfig) -> int:
+    """Return the workers that there are to be whatever is decided."""
+    return config.cap if config.policy == "static" else min(config.min_workers, config.cap)
 
 
 def policy_of(config: ScaleConfig) -> JournalledPolicy:

@@ -14,8 +14,8 @@ from headrace.change import Offset
 from headrace.staging.table import RowGroup
 
 SECONDS = 1.0
-_FIRST_ROWS = 50_000
-"""Of a part while nothing is known."""
+_FIRST_ROWS = 10_000
+"""Of a part while nothing is known: a model that is slow has several of them by then."""
 _LEAST_ROWS, _MOST_ROWS = 2_000, 500_000
 MOST_BYTES = 48 << 20
 """Of one part, as its rows stand in raw."""

@@ -18,13 +18,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow.compute as pc
+
 from headrace.change import Copy, Offset
 from headrace.cutting import Piece, rows_for
-from headrace.parts import PartKind, PartSpec, Staged, fingerprint
+from headrace.parts import PartKind, PartSpec, Shares, Staged, fingerprint, rows_of
 from headrace.prepared import Prepared
 from headrace.scaling.local import LocalPool
 from headrace.scaling.measure import building
-from headrace.scaling.pool import PartFailed, Pool
+from headrace.scaling.pool import NoPlace, PartFailed, Pool, TooLarge
 from headrace.transform.model import RowModel
 from headrace.transform.python.process import environment
 
@@ -35,6 +37,10 @@ _WAITING = 2
 _BEGUN_WITHIN = 0.1  # seconds in which a worker that has nothing to do has taken a part
 _TRICKLE = 0.2  # seconds of work that are not worth the way
 _FORGOTTEN = 600.0  # seconds after which nobody takes a part any more
+_CHECK_EVERY = 1.0  # seconds of waiting for a worker
+_REST = 30.0  # seconds without workers, after one that could not write what it had made
+_SMALLEST = 64
+"""So many times smaller than by their time parts may become, so as to fit into a worker's memory."""
 _WEIGHT = 0.3
 
 Here = Callable[[PartSpec, RowModel], Prepared]
@@ -76,10 +82,19 @@ class _Given(NamedTuple):
 class Handover:
     """What one pipeline has in the hands of its pool. For one thread of each source and kind at a time."""
 
-    def __init__(self, pool: Pool, worth: Callable[[str], bool] = lambda _: True) -> None:
-        """`worth` says whether work, as it is called where it is measured, is worth a worker."""
+    def __init__(
+        self,
+        pool: Pool,
+        worth: Callable[[str], bool] = lambda _: True,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`worth` says whether work, as it is called where it is measured, is worth a worker. `check` is
+        called while an outcome is waited for, and ends that by raising."""
         self._pool = pool
         self._worth = worth
+        self._check = check
+        self._rests_until = 0.0
+        self._smaller: dict[str, int] = {}
         self._lock = threading.RLock()
         self._given: dict[str, _Given] = {}
         self._expected: dict[tuple[str, PartKind], Iterator[PartSpec]] = {}
@@ -90,7 +105,7 @@ class Handover:
     def takes(self, kind: PartKind, model: RowModel, after: Offset, through: Offset) -> bool:
         """Whether workers prepare a model's changes in a span now: not those that processes have died of."""
         work = model.name if kind == "slice" else building(model.name)
-        if not self._pool.state().desired or not self._worth(work):
+        if not self._has_workers() or not self._worth(work):
             return False
         attempts = model.attempts
         return attempts is None or not attempts.suspects(model.name, model.version, after, through)
@@ -99,7 +114,7 @@ class Handover:
         """Return how many rows one part of a model should have, where no more than `of` are known at once:
         then every worker is to have one of them."""
         figures = self.figures(model.name)
-        wanted = rows_for(figures.mu or figures.own_rate)
+        wanted = rows_for(figures.mu or figures.own_rate) // self._smaller.get(model.name, 1)
         return wanted if of is None else min(wanted, of // max(self._pool.state().desired, 1) + 1)
 
     def parts(
@@ -110,6 +125,7 @@ class Handover:
         span: tuple[Offset, Offset],
         pieces: Callable[[], Iterable[tuple[Piece, bytes | None]]],
         copy: Copy | None = None,
+        shares: Shares | None = None,
     ) -> Sequence[PartSpec]:
         """Return the parts of a span, the same when it is asked for again before they are taken.
 
@@ -121,22 +137,25 @@ class Handover:
         newest = max(copy.end, span[1]) if copy else span[1]
         key = (model_id, kind, copy, *span)
         with self._lock:
-            if key not in self._cuts:
-                self._cuts[key] = [
-                    PartSpec(
-                        kind, staged, sent, model_id, piece.after, piece.through, newest, self._pool.epoch,
-                        piece.rows, copy, chosen,
-                    )
-                    for piece, chosen in pieces()
-                ]  # fmt: skip
-            return self._cuts[key]
+            if (known := self._cuts.get(key)) is not None:
+                return known
+            parts = [
+                PartSpec(
+                    kind, staged, sent, model_id, piece.after, piece.through, newest, self._pool.epoch,
+                    piece.rows, copy, chosen, shares,
+                )
+                for piece, chosen in pieces()
+            ]  # fmt: skip
+            if parts:  # of none nobody tells when it is behind
+                self._cuts[key] = parts
+            return parts
 
     def is_trickle(self, model: RowModel, parts: Sequence[PartSpec]) -> bool:
         """Whether parts are so little that this process has done them sooner than it has asked for them."""
         rows, rate = sum(part.rows for part in parts), self._rate(self._own, model.name).value
         with self._lock:
             begun = any(part.id in self._given for part in parts)
-        return not begun and len(parts) < 2 and rows < (rate or rows_for(None) / 10) * _TRICKLE
+        return not begun and len(parts) < 2 and rows < (rate or rows_for(None) / 2) * _TRICKLE
 
     def expect(self, source: str, kind: PartKind, parts: Iterator[PartSpec]) -> None:
         """Have workers that would have nothing to do begin with what will follow of a kind in a source."""
@@ -152,7 +171,7 @@ class Handover:
 
     def take(self, model: RowModel, parts: Sequence[PartSpec], here: Here) -> Iterator[Prepared]:
         """Yield the outcomes of a model's parts in their order. What is not taken, when this is closed, is
-        forgotten. Raises what `here` raises."""
+        forgotten. Raises what `here` and `check` raise."""
         todo = deque(parts)
         self._forget_before(model, parts)
         try:
@@ -167,7 +186,9 @@ class Handover:
                 self._drop(part.id)
 
     def prepared_parts(self) -> int:
-        """Return how many outcomes wait for apply."""
+        """Return how many outcomes wait for apply, not counting those that it has not come for in a long
+        time: they are forgotten."""
+        self._forget_old()
         with self._lock:
             return sum(1 for given in self._given.values() if given.future.done())
 
@@ -183,14 +204,22 @@ class Handover:
         with self._lock:
             return rates.setdefault(model, _Rate())
 
+    def _has_workers(self) -> bool:
+        return self._pool.state().desired > 0 and time.monotonic() >= self._rests_until
+
     def _has_room(self) -> bool:
-        room = (1 + _WAITING) * self._pool.state().desired
+        room = (1 + _WAITING) * self._pool.state().desired if self._has_workers() else 0
         with self._lock:
             if len(self._given) >= room:
-                before = time.monotonic() - _FORGOTTEN  # of a model that is gone, say
-                for id_ in [id_ for id_, given in self._given.items() if given.at < before]:
-                    self._drop(id_)
+                self._forget_old()
             return len(self._given) < room
+
+    def _forget_old(self) -> None:
+        """Forget what nobody has come for: of a model that is gone or suspended, say."""
+        before = time.monotonic() - _FORGOTTEN
+        with self._lock:
+            for id_ in [id_ for id_, given in self._given.items() if given.at < before]:
+                self._drop(id_)
 
     def _hand_out(self, todo: Sequence[PartSpec]) -> None:
         """Give what is next, then what will follow."""
@@ -220,18 +249,38 @@ class Handover:
             wait([future], _BEGUN_WITHIN if self._pool.state().ready else 0)
             try:
                 if future.done() or not future.cancel():
+                    while wait([future], _CHECK_EVERY).not_done:
+                        self._check()
                     return future.result()
             except PartFailed as error:
                 deaths = error.deaths
-                logger.info("a part of model %s is prepared here: %s", model.name, error)
+                self._learn(model, error)
             except CancelledError:
                 pass
             finally:
                 self._drop(part.id)
+        self._check()
         began = time.perf_counter()
         prepared = here(part, replace(model, suspect=True) if deaths else model)
-        self._rate(self._own, model.name).add(prepared.counts.read, time.perf_counter() - began)
+        if deaths and model.attempts is not None:
+            fatal = prepared.records.filter(pc.equal(prepared.records["stage"], "crash"))
+            model.attempts.blame(model.name, model.version, pc.unique(fatal["offset"]).to_pylist())
+        self._rate(self._own, model.name).add(rows_of(part, prepared), time.perf_counter() - began)
         return prepared
+
+    def _learn(self, model: RowModel, failed: PartFailed) -> None:
+        """Hand over otherwise what would fail as this part has."""
+        logger.info("a part of model %s is prepared here: %s", model.name, failed)
+        if isinstance(failed, NoPlace):
+            self._rests_until = time.monotonic() + _REST
+            logger.warning("workers rest for %.0f s, since what they make has no place: %s", _REST, failed)
+        elif isinstance(failed, TooLarge):
+            times = min(2 * self._smaller.get(model.name, 1), _SMALLEST)
+            self._smaller[model.name] = times
+            logger.warning(
+                "parts of model %s are %d times as small from now on: %s (scale.worker_memory)",
+                model.name, times, failed,
+            )  # fmt: skip
 
     def _forget_before(self, model: RowModel, parts: Sequence[PartSpec]) -> None:
         """Forget what was given of a model and is behind what is taken now: it was cut or bound otherwise."""

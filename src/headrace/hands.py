@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from headrace.change import Copy, Offset
 from headrace.cutting import MOST_BYTES, Piece, cut
 from headrace.history import PIECE_ROWS, Selection
-from headrace.parts import PartKind, PartSpec, Staged
+from headrace.parts import PartKind, PartSpec, Shares, Staged
 from headrace.prepared import Prepared
 from headrace.preparing import prepare_part
 from headrace.scaling.measure import building
@@ -63,29 +64,72 @@ class Hands:
         handover.begin(parts)
         return handover.take(model, parts, self._here)
 
-    def newest(
-        self, model: RowModel, copy: Copy, selection: Selection, after: Offset, through: Offset
-    ) -> tuple[Offset, Iterator[Prepared]] | None:
-        """Return the outcomes of the next piece of a selection of newest changes in order, and the offset
-        through which they have all come; None where nothing is handed over. Workers begin with it at once."""
+    def share(self, model: RowModel, copy: Copy, shares: Shares, number: int) -> Iterator[Prepared] | None:
+        """Return the outcome of one share of the keys of a whole history; None where nothing is handed over.
+        Workers begin with it, and with those that follow."""
         handover = self._handover
-        if handover is None or not handover.takes("newest", model, after, through):
+        if handover is None or shares.count == 1 or not handover.takes("keys", model, 0, copy.end):
             return None
-        parts, reached = self._newest_parts(model, copy, selection, after, through)
+        rows = self._staging.count(model.table, 0, copy.end) // shares.count
+
+        def part(number: int) -> Sequence[PartSpec]:
+            span, piece = (number, number + 1), (Piece(number, number + 1, rows), None)
+            return handover.parts("keys", self._staged, model, span, lambda: [piece], copy, shares)
+
+        following = chain.from_iterable(map(part, range(number + 1, shares.count)))
+        handover.expect(self._staging.source, "keys", following)
+        handover.begin(part(number))
+        return handover.take(model, part(number), self._here)
+
+    def chosen(
+        self,
+        kind: PartKind,
+        model: RowModel,
+        copy: Copy,
+        selection: Selection,
+        after: Offset,
+        through: Offset,
+    ) -> tuple[Offset, Iterator[Prepared]] | None:
+        """Return the outcomes of the next piece of a selection in order, and the offset through which they
+        have all come; None where nothing is handed over. Workers begin with it at once."""
+        handover = self._handover
+        if handover is None or not handover.takes(kind, model, after, through):
+            return None
+        parts, reached = self._chosen_parts(kind, model, copy, selection, after, through)
         if not parts or handover.is_trickle(model, parts):
             return None
 
         def following(after: Offset) -> Iterator[PartSpec]:
             while after < through:
-                parts, after = self._newest_parts(model, copy, selection, after, through)
+                parts, after = self._chosen_parts(kind, model, copy, selection, after, through)
                 yield from parts
 
-        handover.expect(self._staged.source, "newest", following(reached))
+        handover.expect(self._staging.source, kind, following(reached))
         handover.begin(parts)
         return reached, handover.take(model, parts, self._here)
 
-    def _newest_parts(
-        self, model: RowModel, copy: Copy, selection: Selection, after: Offset, through: Offset
+    def again(
+        self,
+        kind: PartKind,
+        model: RowModel,
+        copy: Copy,
+        selection: Selection,
+        after: Offset,
+        through: Offset,
+    ) -> Iterator[Prepared]:
+        """Return the outcomes of a piece that `chosen` has handed over, with changes refused since."""
+        assert self._handover is not None
+        parts, _ = self._chosen_parts(kind, model, copy, selection, after, through)
+        return self._handover.take(model, parts, self._here)
+
+    def _chosen_parts(
+        self,
+        kind: PartKind,
+        model: RowModel,
+        copy: Copy,
+        selection: Selection,
+        after: Offset,
+        through: Offset,
     ) -> tuple[Sequence[PartSpec], Offset]:
         assert self._handover is not None
         rows = self._handover.rows_for(model, PIECE_ROWS)
@@ -94,7 +138,7 @@ class Hands:
             rows = min(rows, MOST_BYTES * first.rows // max(first.bytes, 1))
         pieces, reached = selection.cut(after, through, max(rows, 1))
         span = (after, reached)
-        return self._handover.parts("newest", self._staged, model, span, lambda: pieces, copy), reached
+        return self._handover.parts(kind, self._staged, model, span, lambda: pieces, copy), reached
 
     def expect(
         self, models: Sequence[RowModel], after: Offset, staged: Offset, max_bytes: int, max_rows: int

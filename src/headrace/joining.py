@@ -31,24 +31,14 @@ from headrace.hands import Hands
 from headrace.history import History
 from headrace.join import Join, Joins, Phase, Why
 from headrace.keys import identity
-from headrace.parts import PartKind
+from headrace.parts import PartKind, Shares
 from headrace.prepared import Prepared
-from headrace.preparing import filled, not_copied, of_missing
+from headrace.preparing import filled, of_keys, of_missing, whole_history
 from headrace.protocols import LogIndex
 from headrace.quarantine.breaker import Breakers
 from headrace.rebuilding import PHASES, Rebuilding, newest_decides
-from headrace.recopied import (
-    absences,
-    began,
-    copies_of,
-    gathered,
-    in_share,
-    of_share,
-    shares,
-    told_at_once,
-)
+from headrace.recopied import began, copies_of, shares, told_at_once
 from headrace.scaling.measure import Meter, building
-from headrace.staging.copies import in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.standing import ModelState
 from headrace.transform.contested import uncontested
@@ -157,26 +147,11 @@ class Joiner:
             changes = _of(keys, model, self._staging.read(model.table, 0, through))
             return filled(self._staging, model, changes, through)
         copies = copies_of(self._staging, model, copy) if model.kind.remembers else [copy]
-        return self._history(model, copies, through, partial(_of, keys, model))
+        chosen = partial(_of, keys, model)
+        return whole_history(self._staging, model, copies, self._began(copies), through, chosen)
 
-    def _history(
-        self, model: RowModel, copies: Sequence[Copy], through: Offset, chosen: Callable[[pa.Table], pa.Table]
-    ) -> pa.Table:
-        """Return the chosen rows of copies and changes that the first does not contain, in source order; and
-        deletes of what a later copy has no more."""
-        parts = self._staging.pieces(model.table, copies[0].after, through)
-        changes = gathered(self._staging.read(model.table, through, through), map(chosen, parts))
-        changes = not_copied(self._staging, model, copies[0], changes, through)
-        rows = [
-            gathered(changes.slice(0, 0), map(chosen, self._staging.copied_parts(model.table, copy)))
-            for copy in copies
-        ]
-        gone = list[pa.Table]()
-        for i, copy in enumerate(copies[1:], 1):
-            # What an earlier copy had no more is gone already.
-            before = [changes, *rows[:i], *gone]
-            gone.append(absences(model.schema, copy, before, rows[i], began(self._log, copy)))
-        return in_source_order([*rows, changes, *gone])
+    def _began(self, copies: Sequence[Copy]) -> tuple[int, ...]:
+        return tuple(began(self._log, copy) for copy in copies)
 
     def prepared(self, model: RowModel, after: Offset, through: Offset) -> Iterator[Prepared]:
         """Yield what a model makes of its table's changes in a slice, piece by piece."""
@@ -389,7 +364,8 @@ class Joiner:
                 return through, [*parts, *aside] if isinstance(parts, list) else chain(parts, aside)
             if join.phase == "keys":
                 aside = [] if join.offset else [*of_history(self._staging, model, copy, copy.end)]
-                return join.offset + 1, [self._share(join, model, copy), *aside]
+                mine = self._share(join, model, copy)
+                return join.offset + 1, [*mine, *aside] if isinstance(mine, list) else chain(mine, aside)
             through = self._slice_end(join, model, copy, target)
             return through, self._prepared_slice(join, model, copy, through)
 
@@ -422,12 +398,13 @@ class Joiner:
             self._rebuilding = (same, model, reading)
         return self._rebuilding[2]
 
-    def _share(self, join: Join, model: RowModel, copy: Copy) -> Prepared:
+    def _share(self, join: Join, model: RowModel, copy: Copy) -> Iterable[Prepared]:
         """Return what all of the history through a copy's end comes to, of the next share of the keys."""
-        count, copies = shares(self._staging, model.table, copy), copies_of(self._staging, model, copy)
-        mine = partial(in_share, model.schema, join.offset, count)
-        whole = model.whole(self._history(model, copies, copy.end, mine))
-        return of_share(whole, join.offset, count)
+        count = shares(self._staging, model.table, copy)
+        parted = Shares(count, self._began(copies_of(self._staging, model, copy)))
+        if (handed := self.workers.share(model, copy, parted, join.offset)) is not None:
+            return handed
+        return [of_keys(self._staging, model, copy, parted, join.offset)]
 
     def _pieces(self, model: RowModel, copy: Copy, after: Offset, through: Offset) -> Iterator[Prepared]:
         with preparing(model.name):

@@ -14,14 +14,19 @@ from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from headrace.change import Copy, Offset
+from headrace.prepared import Prepared
 from headrace.protocols import Model
 
-PartKind = Literal["slice", "copy", "beyond copy", "newest"]
+PartKind = Literal["slice", "copy", "beyond copy", "newest", "older copy", "older", "keys"]
 """What is prepared of a table's changes and copied rows in `(after, through]`:
 
 - `slice`: the streamed changes.      - `copy`: the rows of a copy.
 - `beyond copy`: the streamed changes that a copy does not contain.
 - `newest`: those that are `chosen`, each the newest of its key.
+- `older copy`: the `chosen` ones, all copied rows.
+- `older`: the `chosen` ones, all streamed changes, which the copy does not contain.
+
+Of `keys` it is all of history through the copy's end, of the share of the keys with the number `after`.
 """
 
 BESIDE: Mapping[str, bool] = {"determines": False}
@@ -47,6 +52,15 @@ class Staged:
     root: str
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How the history of a table that was copied more than once is parted by its keys."""
+
+    count: int
+    began: tuple[int, ...]
+    """When each of the copies began, the oldest first, in microseconds."""
+
+
 @dataclass(frozen=True)
 class PartSpec:
     """One part. A value; everything in it can be sent to another process."""
@@ -69,6 +83,7 @@ class PartSpec:
     """The copy that the model's table stands on, where that counts."""
     chosen: bytes | None = None
     """A bit for each row in `(after, through]`, the first in the lowest: whether it is of the part."""
+    shares: Shares | None = None
 
     @cached_property
     def id(self) -> str:
@@ -84,8 +99,14 @@ class PartSpec:
                 self.newest,
                 self.copy,
                 self.chosen,
+                self.shares,
             )
         )
+
+
+def rows_of(part: PartSpec, prepared: Prepared) -> int:
+    """Return how many rows were prepared for an outcome. That of a share counts none for the ledger."""
+    return part.rows if part.kind == "keys" else prepared.counts.read
 
 
 def fingerprint(value: object) -> str:

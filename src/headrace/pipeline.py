@@ -48,6 +48,7 @@ from headrace.sources.postgres.slot import POINT
 from headrace.sources.postgres.watch import Watch
 from headrace.staging.maintenance import Maintenance, compact_tables
 from headrace.state import forget_empty_logs, take_state
+from headrace.stopping import Stopping
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
 from headrace.upstream import PIN_EVERY, ReadingPlace
@@ -92,6 +93,7 @@ class Pipeline:
         economise()
         self.project = project
         self.stop = stop or threading.Event()
+        self._stopping = Stopping(self.stop)
         self._errors: dict[str, HeadraceError | BaseException] = {}
         self._outages = Outages()
         self._threads: list[threading.Thread] = []
@@ -109,7 +111,7 @@ class Pipeline:
             self._ledger = LedgerWatch(self.lanes)
             self._publisher = open_publisher(project.destination, self.lanes[0].destination)
             self._alerting = Alerting(project, self.lanes)
-            self._scaling = Autoscaling(project, self.lanes)
+            self._scaling = Autoscaling(project, self.lanes, self._stopping.check)
             try:
                 self._wait_for_destination()
             except BaseException:
@@ -122,7 +124,7 @@ class Pipeline:
             raise
 
     def run(self) -> None:
-        """Run until `stop` is set: everything in hand is finished, nothing new begun.
+        """Run until `stop` is set: what is in hand is finished, if that is soon, and nothing new begun.
 
         Raises what stopped the first of them when every source has stopped for good and what it had
         brought is applied.
@@ -138,7 +140,8 @@ class Pipeline:
                 verbs: tuple[str, ...] = ("load", "apply", "pin")
             else:
                 verbs = ("capture", "load", "apply", "upkeep", "maintain")
-                self._guard(lane.config.name, self._watches[lane.config.name])
+                name = lane.config.name
+                self._begin(f"{name}.watch", partial(self._watches[name].run, self.stop))
             for verb in verbs:
                 self._start(lane, verb)
         self._begin("marts", self._step_marts)
@@ -389,11 +392,6 @@ class Pipeline:
         if not self._publisher.step():
             self.stop.wait(_POLL)
 
-    def _guard(self, name: str, watch: Watch) -> None:
-        """Start the thread that watches over a source."""
-        self._threads.append(threading.Thread(target=watch.run, args=(self.stop,), name=f"{name}.watch"))
-        self._threads[-1].start()
-
     def _keep(self, name: str, step: Callable[[], object]) -> None:
         """Repeat a step until the pipeline stops or the step fails for good."""
         pause = _FIRST_PAUSE
@@ -401,6 +399,9 @@ class Pipeline:
             try:
                 step()
             except BaseException as error:
+                if self._stopping.gives_up(error):
+                    logger.info("%s: %s", name, error)
+                    return
                 if verdict_of(error) is not Verdict.RETRY:
                     self._give_up(name, error)
                     return
@@ -476,7 +477,7 @@ class Pipeline:
             self._patiently("destination", partial(lane.destination.reconsider, lane.config.name))
 
     def _patiently(self, name: str, step: Callable[[], _T]) -> _T | None:
-        """Take a step, again while the destination cannot be had; None if stopped before."""
+        """Take a step, again while the destination cannot be had; None if stopped before its end."""
         while not self.stop.is_set():
             try:
                 result = step()
@@ -484,6 +485,11 @@ class Pipeline:
                 self._outages.fails(name, error)
                 self.stop.wait(_FIRST_PAUSE)
                 continue
+            except InterruptedError as error:
+                if not self._stopping.gives_up(error):
+                    raise
+                logger.info("%s: %s", name, error)
+                return None
             self._outages.works(name)
             return result
         return None

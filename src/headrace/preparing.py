@@ -5,15 +5,18 @@ Reads raw tables and nothing else. Where a change's old value is asked for, raw 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 
 from headrace.change import Copy, Offset
-from headrace.parts import PartSpec
+from headrace.parts import PartSpec, Shares
 from headrace.prepared import Prepared
+from headrace.recopied import absences, copies_of, gathered, in_share, of_share
 from headrace.staging.contained import not_contained
-from headrace.staging.copies import beyond
+from headrace.staging.copies import beyond, in_source_order
 from headrace.staging.delta import DeltaStaging
 from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.model import RowModel, preparing
@@ -21,20 +24,33 @@ from headrace.transform.model import RowModel, preparing
 _NO_KEYS = pa.array([], pa.string())
 
 
-def prepare_part(staging: DeltaStaging, part: PartSpec, model: RowModel) -> Prepared:
-    """Return what becomes of a part under its model. Raises ModelBroken."""
+def prepare_part(
+    staging: DeltaStaging, part: PartSpec, model: RowModel, progress: Callable[[], None] = lambda: None
+) -> Prepared:
+    """Return what becomes of a part under its model; `progress` is called while much is read for it. Raises
+    ModelBroken."""
     with preparing(model.name):
-        table, span = model.table, (part.after, part.through)
-        if part.kind == "copy":
-            assert part.copy is not None
-            return model.prepare(staging.read_copied(table, part.copy, *span))
-        if part.kind == "newest":
-            return of_newest(staging, model, _chosen(staging, part, model), part.newest)
-        read = staging.read(table, *span)
-        if part.kind == "beyond copy":
-            assert part.copy is not None
-            return of_missing(staging, model, part.copy, read)
+        if part.copy is not None:
+            return _beside_copy(staging, part, model, part.copy, progress)
+        read = staging.read(model.table, part.after, part.through)
         return model.prepare(filled(staging, model, read, part.newest))
+
+
+def _beside_copy(
+    staging: DeltaStaging, part: PartSpec, model: RowModel, copy: Copy, progress: Callable[[], None]
+) -> Prepared:
+    """Return what becomes of a part that a copy counts for."""
+    if part.kind == "copy":
+        return model.prepare(staging.read_copied(model.table, copy, part.after, part.through))
+    if part.kind == "beyond copy":
+        return of_missing(staging, model, copy, staging.read(model.table, part.after, part.through))
+    if part.kind == "keys":
+        assert part.shares is not None
+        return of_keys(staging, model, copy, part.shares, part.after, progress)
+    changes = _chosen(staging, part, model)
+    if part.kind == "newest":
+        return of_newest(staging, model, changes, part.newest)
+    return of_older(staging, model, changes, part.newest, behind=copy if part.kind == "older" else None)
 
 
 def filled(staging: DeltaStaging, model: RowModel, changes: pa.Table, newest: Offset) -> pa.Table:
@@ -71,6 +87,61 @@ def of_newest(staging: DeltaStaging, model: RowModel, changes: pa.Table, newest:
     nothing = pa.nulls(changes.num_rows, changes.schema.field(at).type)
     prepared = model.prepare(changes.set_column(at, "_before", nothing))
     return replace(prepared, removed=_NO_KEYS)
+
+
+def of_older(
+    staging: DeltaStaging, model: RowModel, changes: pa.Table, newest: Offset, *, behind: Copy | None
+) -> Prepared:
+    """Return what becomes of copied rows, or of those of some changes that the copy `behind` which they stand
+    does not contain."""
+    changes = filled(staging, model, changes, newest)
+    if behind is not None:
+        changes = not_contained(staging, model.table, model.schema.key, behind, changes)
+    return model.prepare(changes)
+
+
+def of_keys(
+    staging: DeltaStaging,
+    model: RowModel,
+    copy: Copy,
+    shares: Shares,
+    number: int,
+    progress: Callable[[], None] = lambda: None,
+) -> Prepared:
+    """Return what all of the history through a copy's end comes to, of one share of the keys."""
+    in_it = partial(in_share, model.schema, number, shares.count)
+
+    def mine(changes: pa.Table) -> pa.Table:
+        progress()
+        return in_it(changes)
+
+    copies = copies_of(staging, model, copy)
+    whole = model.whole(whole_history(staging, model, copies, shares.began, copy.end, mine))
+    return of_share(whole, number, shares.count)
+
+
+def whole_history(
+    staging: DeltaStaging,
+    model: RowModel,
+    copies: Sequence[Copy],
+    began: Sequence[int],
+    through: Offset,
+    chosen: Callable[[pa.Table], pa.Table],
+) -> pa.Table:
+    """Return the chosen rows of copies, which `began` then (microseconds), and of the changes that the first
+    does not contain, in source order; and deletes of what a later copy has no more."""
+    parts = staging.pieces(model.table, copies[0].after, through)
+    changes = gathered(staging.read(model.table, through, through), map(chosen, parts))
+    changes = not_copied(staging, model, copies[0], changes, through)
+    rows = [
+        gathered(changes.slice(0, 0), map(chosen, staging.copied_parts(model.table, copy))) for copy in copies
+    ]
+    gone = list[pa.Table]()
+    for i, copy in enumerate(copies[1:], 1):
+        # What an earlier copy had no more is gone already.
+        before = [changes, *rows[:i], *gone]
+        gone.append(absences(model.schema, copy, before, rows[i], began[i]))
+    return in_source_order([*rows, changes, *gone])
 
 
 def _chosen(staging: DeltaStaging, part: PartSpec, model: RowModel) -> pa.Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,14 +18,12 @@ from headrace.hands import Hands
 from headrace.history import History, Selection
 from headrace.join import Phase
 from headrace.prepared import Claims, Prepared
-from headrace.preparing import of_newest
-from headrace.staging.contained import not_contained
+from headrace.preparing import of_newest, of_older
 from headrace.staging.delta import DeltaStaging
-from headrace.staging.unchanged import fill_unchanged
 from headrace.transform.kind import LATEST
 from headrace.transform.model import RowModel
 
-PHASES: tuple[Phase, ...] = ("newest", "older copy", "older")
+PHASES: tuple[Literal["newest", "older copy", "older"], ...] = ("newest", "older copy", "older")
 """In this order, each from the history's begin through its end."""
 
 MAX_KEYS = 1_000_000
@@ -66,12 +65,13 @@ class Rebuilding:
         self._history = history
         self._bad_keys = bad_keys
         self._workers = workers
-        self._newest: Selection | None = None
         self._keys: pa.Array | None = _NO_KEYS
         self._older: tuple[Selection, Selection] | None = None
         self._pieces: Iterator[tuple[pa.Table, Offset]] = iter(())
         self._next: tuple[Phase, Offset] | None = None
-        self._last: tuple[Phase, Offset, Offset, pa.Table] | None = None
+        self._selection: Selection | None = None
+        self._selected_for: Phase | None = None
+        self._last: tuple[Phase, Offset, Offset, pa.Table | None] | None = None
 
     def find(self, phase: Phase, after: Offset, through: Offset) -> None:
         """Find what a phase has to read behind `after`, if reading does not stand there: which takes as long
@@ -82,9 +82,7 @@ class Rebuilding:
 
     def left(self, phase: Phase, after: Offset) -> int:
         """Return how many rows of a phase are still to be prepared, as far as they are found by now."""
-        if phase == "newest" and self._newest is not None:
-            return self._newest.left(after)
-        return 0
+        return self._selection.left(after) if self._selection and self._selected_for == phase else 0
 
     def prepare(
         self, phase: Phase, after: Offset, through: Offset, model: RowModel | None = None
@@ -96,7 +94,15 @@ class Rebuilding:
         `model` refuses changes of the piece that was prepared last: that one is prepared again.
         """
         if model is not None and self._last is not None and self._last[:2] == (phase, after):
-            return self._last[2], [self._prepared(phase, self._last[3], model)]
+            *_, reached, changes = self._last
+            if changes is not None:
+                return reached, [self._prepared(phase, changes, model)]
+            assert self._workers is not None
+            assert self._selection is not None
+            again = self._workers.again(
+                PHASES[PHASES.index(phase)], model, self._copy, self._selection, after, through
+            )
+            return reached, self._of_keys(phase, again)
         self.find(phase, after, through)
         self._next = None  # whatever fails from here on is read again
         if model is None and (handed := self._handed(phase, after, through)) is not None:
@@ -112,25 +118,39 @@ class Rebuilding:
         self, phase: Phase, after: Offset, through: Offset
     ) -> tuple[Offset, Iterable[Prepared]] | None:
         """Return what workers make of the next piece; None where it is made here."""
-        # Where keys may be contested, a piece stays at hand to be prepared again.
-        if phase != "newest" or self._workers is None or self._newest is None or self._model.unique:
+        if self._workers is None or self._selection is None:
             return None
-        handed = self._workers.newest(self._model, self._copy, self._newest, after, through)
-        if handed is not None:
-            self._next = (phase, handed[0])
-            self._pieces = self._newest.pieces(handed[0], through)
-        return handed
+        kind = PHASES[PHASES.index(phase)]
+        handed = self._workers.chosen(kind, self._model, self._copy, self._selection, after, through)
+        if handed is None:
+            return None
+        reached, made = handed
+        self._next = (phase, reached)
+        self._last = (phase, after, reached, None)
+        self._pieces = self._selection.pieces(reached, through)
+        return reached, self._of_keys(phase, made)
+
+    def _of_keys(self, phase: Phase, made: Iterator[Prepared]) -> Iterator[Prepared]:
+        """Yield what outcomes say of the keys that the phase is about."""
+        keys = None if phase == "newest" else self._keys
+        return made if keys is None else (only(prepared, keys) for prepared in made)
 
     def _begin(self, phase: Phase, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:
+        self._selection, self._selected_for = self._selected(phase, after), phase
+        if self._selection is None:
+            return iter([(self._staging.empty(self._model.table), through)])
+        return self._selection.pieces(after, through)
+
+    def _selected(self, phase: Phase, after: Offset) -> Selection | None:
+        """Return what a phase reads; None for nothing."""
         if phase == "newest":
-            self._newest = self._history.newest(going_on=after)
-            return self._newest.pieces(after, through)
+            return self._history.newest(going_on=after)
         if self._older is None or after > self._history.begin:
             self._keys = self._with_decided(self._bad_keys(MAX_KEYS))
             if self._keys is not None and not len(self._keys):
-                return iter([(self._staging.empty(self._model.table), through)])
+                return None
             self._older = self._history.of(self._keys, going_on=after)
-        return self._older[PHASES.index(phase) - 1].pieces(after, through)
+        return self._older[PHASES.index(phase) - 1]
 
     def _with_decided(self, keys: pa.Array | None) -> pa.Array | None:
         """Add the keys whose newest change may be one that was discarded."""
@@ -139,13 +159,10 @@ class Rebuilding:
         return pc.unique(pa.concat_arrays([keys, pa.array(self._model.decisions.keys(), pa.string())]))
 
     def _prepared(self, phase: Phase, changes: pa.Table, model: RowModel) -> Prepared:
-        key, table = self._model.schema.key, self._model.table
         if phase == "newest":
             return of_newest(self._staging, model, changes, self._copy.end)
-        changes = fill_unchanged(self._staging, table, key, changes, newest=self._copy.end)
-        if phase == "older":
-            changes = not_contained(self._staging, table, key, self._copy, changes)
-        prepared = model.prepare(changes)
+        behind = self._copy if phase == "older" else None
+        prepared = of_older(self._staging, model, changes, self._copy.end, behind=behind)
         return prepared if self._keys is None else only(prepared, self._keys)
 
 

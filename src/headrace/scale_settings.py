@@ -78,7 +78,7 @@ def read_scale(document: Document) -> ScaleConfig:
         "min_workers": values.count(0, MAX_WORKERS),
         "max_workers": values.count(0, MAX_WORKERS),
         "max_worker_hours_per_day": _number("hours"),
-        "worker_memory": values.size("128MiB", "1024GiB"),
+        "worker_memory": values.size("256MiB", "1024GiB"),
         "price": _number("money"),
         "threshold": values.duration("1s", "24h"),
         "schedule": _schedule,

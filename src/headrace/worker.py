@@ -34,7 +34,7 @@ class Preparer:
         model = self._model(part)
         staging = self._staging(part, model.table)
         self._progress()
-        return prepare_part(staging, part, model)
+        return prepare_part(staging, part, model, self._progress)
 
     def _model(self, part: PartSpec) -> RowModel:
         """Return a part's model: the one that was here before, whose process may run, if it is the same."""

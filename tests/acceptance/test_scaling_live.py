@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from headrace.scaling.journal import FILE, Journal
 from headrace.scaling.policy import Load, Snapshot
 from headrace.testing.postgres import PostgresServer
 from live import LiveProject
-from pipelines import running, until
+from pipelines import running, stage, until
 from projects import here
 
 ROWS = 60_000
@@ -164,3 +165,93 @@ def test_a_rebuild_is_work_of_its_own(
 
 def loads_of(snapshot: Snapshot) -> dict[str, Load]:
     return {load.model: load for load in snapshot.loads}
+
+
+DEADLY = "json_contains(repeat('[', v::INT) || repeat(']', v::INT), '1')"
+"""Deep JSON overflows the engine's stack, which ends the process."""
+STATIC = '[scale]\npolicy = "static"\nmax_workers = 2\n'
+PYTHON = """import os, time
+from dataclasses import dataclass
+import headrace
+
+@dataclass
+class Out:
+    id: int
+
+@headrace.model(reads="raw.shop.t", key=["id"])
+def p(row: headrace.Row) -> Out:
+    time.sleep(0.0002)
+    if row["v"] == "1000000":
+        os._exit(3)
+    return Out(int(row["id"]))
+"""
+
+
+def staffed(folder: Path, server: PostgresServer, text: str = PYTHON) -> LiveProject:
+    """A project that has two workers, always, and two models of one empty table."""
+    live = LiveProject(
+        folder, server, "DROP TABLE IF EXISTS orders, quiet, t", "CREATE TABLE t (id int PRIMARY KEY, v text)"
+    )
+    with (folder / "headrace.toml").open("a") as file:
+        file.write(STATIC)
+    live.project = load_project(folder)
+    (live.project.models / "p.py").write_text(text)
+    live.model(f"SELECT id, {DEADLY} AS x FROM raw.shop.t")
+    live.run()
+    return live
+
+
+def insert(live: LiveProject, deadly: int, captured: Callable[[], None]) -> None:
+    """Commit 12,000 rows, which become four entries of the log; of one of them processes of models die."""
+    for begin in range(1, 12_001, 3_000):
+        live.sql(
+            f"INSERT INTO t SELECT i, CASE i WHEN {deadly} THEN 1000000 ELSE 1 END "
+            f"FROM generate_series({begin}, {begin + 2_999}) i"
+        )
+        captured()
+
+
+def test_a_record_that_ends_workers_is_quarantined_alone_and_soon(
+    tmp_path: Path, server: PostgresServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("headrace.handover._BEGUN_WITHIN", 30.0)  # in this process it must not be tried
+    monkeypatch.setattr("headrace.handover._TRICKLE", 0)
+    monkeypatch.setattr("headrace.cutting._FIRST_ROWS", 3_000)
+    monkeypatch.setattr("headrace.scaling.measure.Meter.is_worth_a_worker", lambda *_: True)
+    live = staffed(tmp_path, server)
+    with running(live.project) as pipeline:
+        pool = pipeline._scaling._pool
+        assert pool is not None
+        until(lambda: pool.state().ready == 2)
+        pids = set(pool.pids())
+        insert(live, 7_000, lambda: time.sleep(0.5))
+        began = time.monotonic()
+        until(
+            lambda: live.rows("SELECT count(*) FROM m") == live.rows("SELECT count(*) FROM p") == [(11_999,)]
+        )
+        assert time.monotonic() - began < 40
+        records = live.rows("SELECT model, key, reason FROM headrace.quarantine ORDER BY model")
+        assert records == [("m", "7000", "crash.signal"), ("p", "7000", "crash.exit")]
+        until(lambda: pool.state().ready == 2)
+        assert pids.isdisjoint(pool.pids())
+        assert 0 < pool.service()["m"].rows < 12_000
+        assert pool.service()["p"].rows == 12_000
+        # It is known now, to whoever has its history judged again in the pipeline's own process.
+        assert json.loads(here("quarantine", "redrive", "--all", "--json", cwd=tmp_path).out)
+    told = [record.getMessage() for record in caplog.records if record.name == "headrace.alert"]
+    assert len([line for line in told if "NEW CAUSE" in line and "crash.signal" in line]) == 1
+    assert sum("is replaced" in record.getMessage() for record in caplog.records) == 2
+    live.assert_verified()
+
+
+def test_a_run_that_ends_has_a_backlog_done_by_workers(tmp_path: Path, server: PostgresServer) -> None:
+    live = staffed(tmp_path, server, PYTHON.replace("0.0002", "0.0005"))
+    insert(live, 0, lambda: stage(live.project))
+    pipeline = Pipeline(live.project)
+    pool = pipeline._scaling._pool
+    assert pool is not None
+    pipeline.run_once()
+    assert pool.service()["p"].rows
+    assert (pool.pids(), list((live.project.state / "workers").iterdir())) == ([], [])
+    assert live.rows("SELECT count(*) FROM p") == [(12_000,)]
+    live.assert_verified()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import test_joining as joins
 from test_rebuild import SHAPE, Shop
 
 from entries import rows as entry
@@ -27,10 +28,12 @@ from headrace.parts import PartSpec, Staged
 from headrace.prepared import Prepared
 from headrace.preparing import filled
 from headrace.scaling.local import LocalPool
-from headrace.scaling.pool import PartFailed, PoolState, Service
+from headrace.scaling.pool import NoPlace, PartFailed, PoolState, Service, TooLarge
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
-from headrace.transform.model import RowModel, mirror
+from headrace.transform.model import RowModel, bind, mirror
+from headrace.transform.python.process import environment
+from headrace.transform.sql import read_model
 from pipelines import until
 
 SQL = """/* headrace
@@ -135,6 +138,20 @@ def workers(lane: Lane, state: Path, count: int) -> Iterator[LocalPool]:
 
 
 @contextmanager
+def asked_for(pool: LocalPool) -> Iterator[set[str]]:
+    """Give the kinds of the parts that a pool is asked for meanwhile."""
+    kinds, submit = set[str](), pool.submit
+
+    def noted(part: PartSpec) -> Future[Prepared]:
+        kinds.add(part.kind)
+        return submit(part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "submit", noted)
+        yield kinds
+
+
+@contextmanager
 def killed(pool: LocalPool, chance: random.Random, every: float) -> Iterator[None]:
     """Kill a worker every few moments."""
     stop = threading.Event()
@@ -174,17 +191,16 @@ def test_workers_that_are_killed_change_nothing_of_what_is_applied(
         with killed(pool, chance, 1.0):
             while shop.lane.apply():
                 pass
-        done = pool.service()["m"].rows
-        assert done
+        assert pool.service()["m"].rows
         applied = shop.held()
         assert applied[0]
         assert applied[1]
         # Built once more, beside the live table, and then without any worker.
-        shop.lane.rebuild("m")
-        shop.bring()
+        with asked_for(pool) as kinds:
+            shop.lane.rebuild("m")
+            shop.bring()
         assert shop.rebuilds() == 1
-        # Where keys may be contested, a piece stays at hand to be prepared again.
-        assert (pool.service()["m"].rows > done) == (text != UNIQUE)
+        assert kinds >= ({"beyond copy"} if text == HISTORY else {"newest", "older"})
         rebuilt = shop.held()
         pool.resize(0)
         until(lambda: not pool.pids())
@@ -229,6 +245,51 @@ def test_workers_that_come_in_the_midst_of_a_large_slice_take_the_rest_of_it(
     assert read / 2 < done <= read - before[0]
     assert shop.lane.meter.take_served()["m"] == read
     shop.lane.close()
+
+
+@pytest.mark.parametrize(
+    ("header", "kinds"),
+    [('materialize = "history"', {"keys", "copy"}), ('key = ["id"]', {"newest", "older copy"})],
+)
+@pytest.mark.usefixtures("small")
+def test_a_table_that_is_copied_again_is_made_by_workers_as_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: str, kinds: set[str]
+) -> None:
+    monkeypatch.setattr("headrace.recopied._SHARE_ROWS", 25)
+    (path := tmp_path / "m.sql").write_text(
+        f"/* headrace\n{header}\n*/ SELECT id, replace(v, '3', 'x')[2:]::INT AS v, big FROM raw.shop.t"
+    )
+    model = bind(read_model(path), joins.SHAPE)
+
+    def made(folder: Path, pool: LocalPool | None) -> list[list[tuple[Any, ...]]]:
+        folder.mkdir()
+        bench, chance = joins.Bench(folder), random.Random(4)
+        if pool is not None:
+            bench.joiner.workers.use(Handover(pool))
+        source = joins.Source(chance, 90)
+        streamed = joins.write_copy(bench.log, source, chance, 40)
+        for _ in range(2):
+            bench.load()
+            bench.join(model)
+            streamed = joins.write_copy(bench.log, source, chance, streamed)
+        if header.startswith("key"):
+            bench.joiner.rebuild(model, bench.staging.through(), dry_run=False)
+            bench.join(model)
+        bench.log.close()
+        return [bench.ask(query) for query in WHAT]
+
+    pool = open_pool(tmp_path / "state", 1 << 30)
+    pool.resize(2)
+    try:
+        with asked_for(pool) as kinds_asked:
+            with_workers = made(tmp_path / "with", pool)
+        assert pool.service()["m"].rows
+    finally:
+        pool.close()
+    assert kinds_asked >= kinds
+    assert with_workers[0]
+    assert with_workers[1]
+    assert with_workers == made(tmp_path / "without", None)
 
 
 class Idle:
@@ -335,4 +396,73 @@ def test_what_fails_is_met_here_and_what_nobody_takes_is_forgotten() -> None:
     list(handover.take(mended, other := cut(handover, 5, 3, mended), prepare))
     assert {part.id for part in other}.isdisjoint(part.id for part in parts)
     assert handover.prepared_parts() == 0
+    assert handover._given == {}
+
+
+def test_a_model_that_is_slow_is_not_stuck_and_one_that_hangs_costs_one_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("headrace.handover._TRICKLE", 0)
+    monkeypatch.setattr("headrace.handover._BEGUN_WITHIN", 5.0)
+    text = PYTHON.replace('key=["id"]', 'key=["id"], timeout="3s"').replace(
+        "    return None if", '    time.sleep({"5": 2, "9": 30}.get(row["v"], 0))\n    return None if'
+    )
+    shop = Busy(tmp_path, "m.py", "import time\n" + text)
+    shop.lane.log.append([entry(shop.shape, [("c", 11, n, (str(n), str(n))) for n in range(1, 11)])])
+    pool = LocalPool(tmp_path / "state", "headrace.worker", environment(), patience=1.5)
+    shop.lane.joiner.workers.use(Handover(pool))
+    pool.resize(1)
+    try:
+        until(lambda: pool.state().ready == 1)
+        shop.bring()
+        assert pool.service()["m"].rows == 10
+    finally:
+        pool.close()
+        shop.lane.close()
+    assert "is replaced" not in caplog.text
+    rows, records, _ = shop.held()
+    assert [row[0] for row in rows] == [1, 2, 4, 5, 6, 8, 10]
+    assert [(key, reason) for key, *_, reason, _ in records] == [
+        ("7", "transform.python"), ("9", "crash.timeout"),
+    ]  # fmt: skip
+
+
+def test_what_has_no_place_or_is_too_large_is_handed_over_otherwise() -> None:
+    pool = Idle(desired=1)
+    handover = Handover(pool)
+
+    def failing(begin: int, failure: PartFailed) -> None:
+        parts = cut(handover, begin, 1)
+        handover.begin(parts)
+        pool.asked[-1][1].set_running_or_notify_cancel()
+        pool.asked[-1][1].set_exception(failure)
+        assert [each.counts.read for each in handover.take(MODEL, parts, lambda part, _: outcome(part))] == [
+            begin
+        ]
+
+    rows = handover.rows_for(MODEL)
+    failing(0, TooLarge("it takes more than 1024 MiB", 2))
+    assert handover.rows_for(MODEL) == rows // 2
+    failing(1, NoPlace("No space left on device"))
+    assert not handover.takes("slice", MODEL, 2, 3)
+    handover.begin(cut(handover, 2, 1))
+    assert [part.after for part, _ in pool.asked] == [0, 1], "workers rest"
+    handover._rests_until = 0.0
+    assert handover.takes("slice", MODEL, 2, 3)
+
+
+def test_whoever_waits_for_a_worker_may_be_ended() -> None:
+    pool, told = Idle(desired=1), list[int]()
+
+    def check() -> None:
+        told.append(1)
+        if len(told) == 2:
+            raise InterruptedError
+
+    handover = Handover(pool, check=check)
+    handover.begin(parts := cut(handover, 0, 2))
+    pool.asked[0][1].set_running_or_notify_cancel()
+    with pytest.raises(InterruptedError):
+        next(handover.take(MODEL, parts, lambda part, _: outcome(part)))
+    assert pool.asked[1][1].cancelled()
     assert handover._given == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from headrace.parts import PartSpec, Staged, fingerprint
 from headrace.prepared import Prepared
 from headrace.prepared_file import Lease, write_prepared
 from headrace.scaling.local import LocalPool
-from headrace.scaling.pool import PartFailed
+from headrace.scaling.pool import NoPlace, PartFailed, TooLarge
 from headrace.transform.model import mirror
 from headrace.transform.python.process import environment
 from odd_worker import outcome
@@ -107,7 +108,7 @@ def test_who_gets_no_further_or_takes_too_much_is_replaced_and_who_is_slow_is_no
     paused, swelling, slow = (pool.submit(part(pool, what)) for what in ("sleep 60", "swell 400", "slow 8"))
     with pytest.raises(PartFailed, match="no further"):
         paused.result(30)
-    with pytest.raises(PartFailed, match="memory"):
+    with pytest.raises(TooLarge, match="memory"):
         swelling.result(30)
     assert numbers(slow) == list(range(1, 10))
     until(lambda: pool.state().ready == 3)
@@ -189,3 +190,36 @@ def test_a_begun_part_comes_back_when_nobody_is_left_to_do_it(opened: Open) -> N
     for each in (held, queued):
         with pytest.raises(PartFailed):
             each.result(1)
+
+
+def test_whoever_waits_is_told_where_there_is_no_place_or_the_pool_itself_fails(
+    opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = opened(1)
+    until(lambda: pool.state().ready == 1)
+    pids = pool.pids()
+    shutil.rmtree(pool._folder)
+    with pytest.raises(NoPlace, match="No such file or directory"):
+        pool.submit(part(pool, "good")).result(30)
+    assert pool.pids() == pids
+    pool._folder.mkdir()
+    begun, waiting = pool.submit(part(pool, "sleep 60")), pool.submit(part(pool, "good"))
+    until(lambda: pool.state().busy == 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_watch", lambda: 1 // 0)
+        for each in (begun, waiting):
+            with pytest.raises(PartFailed, match="the pool has failed"):
+                each.result(30)
+    until(lambda: not any(map(is_alive, pids)))
+    assert "workers are given up" in caplog.text
+    pool.resize(1)
+    assert numbers(pool.submit(part(pool, "good"))) == list(range(1, 10))
+
+
+def test_a_worker_that_has_too_much_from_the_start_is_not_started_over_and_over(
+    opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = opened(1, memory=1 << 20)
+    time.sleep(4)
+    assert 1 < caplog.text.count("more than 1 MiB of memory") < 5
+    assert pool.submit(part(pool, "good")).cancel()

@@ -37,7 +37,8 @@ def run(
 ) -> None:
     """Run the pipeline: every change goes from the sources to the destination, as long as this runs.
 
-    SIGTERM or SIGINT ends it with exit code 0 when what is in hand is finished; a second one at once.
+    SIGTERM or SIGINT ends it with exit code 0 when what is in hand is finished, or undone after 10 s; a
+    second one ends it at once.
     What happens is logged to stderr, one line each. Exit code 1 when every source has stopped for
     good, 2 for what the user can mend.
     """
@@ -49,7 +50,7 @@ def run(
     print(_start_line(settings), flush=True)
     if not once:
         pipeline.run()
-        logger.info("stopped: everything in hand is finished")
+        logger.info("stopped")
         return
     try:
         pipeline.run_once()

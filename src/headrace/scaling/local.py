@@ -31,7 +31,7 @@ from typing import Any
 from headrace.parts import PartSpec
 from headrace.prepared import Prepared
 from headrace.prepared_file import Lease, NotTheOutcome, read_prepared
-from headrace.scaling.pool import PartFailed, PoolState, Service
+from headrace.scaling.pool import NoPlace, PartFailed, PoolState, Service, TooLarge
 from headrace.scaling.worker import Request
 from headrace.scaling.worker_process import WorkerProcess
 
@@ -39,9 +39,9 @@ logger = logging.getLogger("headrace.workers")
 
 MEMORY = 2 << 30
 PATIENCE = 120.0
-MAX_DEATHS = 1
+MAX_DEATHS = 2
 _LOOK = 0.2  # seconds between two looks at memory and progress
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until the next start, after workers that cannot start
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until the next start, after workers that come to nothing
 _KEPT = 20
 
 
@@ -56,6 +56,8 @@ class _Task:
     attempt: int = 0
     deaths: int = 0
     lost_at: float = 0.0
+    is_large: bool = False
+    """Whether a worker took too much memory for it."""
 
 
 class LocalPool:
@@ -155,17 +157,11 @@ class LocalPool:
             if self._closed:
                 return
             self._closed = True
-            workers, self._workers = self._workers, []
-            tasks = [*self._held.values(), *self._queue]
-            self._held.clear()
-            self._queue.clear()
+            thread = self._thread
         self._ring()
-        if self._thread is not None:
-            self._thread.join()
-        for worker in workers:
-            worker.end()
-        for task in tasks:
-            _fail(task, "the pool is closed")
+        if thread is not None:
+            thread.join()
+        self._abandon("the pool is closed")
         self._bell.close()
         os.close(self._ringing)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -174,7 +170,29 @@ class LocalPool:
         with suppress(OSError):  # full: it rings already
             os.write(self._ringing, b".")
 
+    def _abandon(self, why: str) -> None:
+        """End all workers; what they have in hand, and what waits for them, goes back."""
+        with self._lock:
+            self._desired = 0
+            workers, self._workers = self._workers, []
+            tasks = [*self._held.values(), *self._queue]
+            self._held.clear()
+            self._queue.clear()
+        for worker in workers:
+            worker.end()
+        for task in tasks:
+            _fail(task, why)
+
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:  # whoever waits for a part must not wait for ever
+            logger.exception("workers are given up, and started again when there are to be some")
+            with self._lock:
+                self._thread = None
+            self._abandon("the pool has failed")
+
+    def _work(self) -> None:
         while True:
             with self._lock:
                 if self._closed:
@@ -266,10 +284,9 @@ class LocalPool:
         worker.progressed_at = now
         if said == "ready":
             worker.ready_at = now
-            self._pause = _FIRST_PAUSE
         elif said == "leaving":
             self._bury(worker)
-        elif said in ("done", "failed"):
+        elif said in ("done", "failed", "unwritten"):
             self._take(worker, message, now)
 
     def _take(self, worker: WorkerProcess, message: Mapping[str, Any], now: float) -> None:
@@ -281,6 +298,8 @@ class LocalPool:
             return
         if message["say"] == "failed":
             _fail(task, message["what"])
+        elif message["say"] == "unwritten":
+            _fail(task, message["what"], NoPlace)
         else:
             path, began = self._path(lease), time.perf_counter()
             try:
@@ -295,6 +314,7 @@ class LocalPool:
             self._service[task.part.model.name] = Service(
                 known.rows + message["rows"], known.seconds + message["seconds"], known.taking + taking
             )
+            self._pause = _FIRST_PAUSE
             if not worker.has_results:
                 worker.has_results = True
                 self._start_times.append(worker.ready_at - worker.started_at + now - worker.began_at)
@@ -310,6 +330,10 @@ class LocalPool:
         for worker in list(self._workers):
             has_work = worker in self._held or worker.leaving or not worker.ready_at
             if worker.resident() > self._memory:
+                if (task := self._held.get(worker)) is not None:
+                    task.is_large = True
+                if not worker.has_results:
+                    self._back_off()  # it may be too much from the start
                 self._lose(worker, f"it takes more than {self._memory >> 20} MiB of memory")
             elif has_work and now - worker.progressed_at > self._patience:
                 self._lose(worker, f"it has got no further for {self._patience:g} s")
@@ -338,7 +362,7 @@ class LocalPool:
             worker.pid, why, task.part.model.name, task.attempt,
         )  # fmt: skip
         if task.deaths >= self._max_deaths:
-            _fail(task, why)
+            _fail(task, why, TooLarge if task.is_large else PartFailed)
         else:
             self._queue.appendleft(task)
 
@@ -352,6 +376,6 @@ class LocalPool:
             path.with_suffix(".making").unlink(missing_ok=True)
 
 
-def _fail(task: _Task, why: str) -> None:
+def _fail(task: _Task, why: str, kind: type[PartFailed] = PartFailed) -> None:
     if task.future.running() or task.future.set_running_or_notify_cancel():
-        task.future.set_exception(PartFailed(why, task.deaths))
+        task.future.set_exception(kind(why, task.deaths))

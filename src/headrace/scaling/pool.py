@@ -23,6 +23,14 @@ class PartFailed(Exception):
         self.deaths = deaths
 
 
+class NoPlace(PartFailed):
+    """An outcome could not be written, on a full disk say: nor would others be."""
+
+
+class TooLarge(PartFailed):
+    """Workers have taken more memory for a part than they may."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolState:
     """A pool as of now, in workers, parts and seconds."""

@@ -5,6 +5,7 @@ It takes pickled requests from its connection and answers in JSON, one object a 
     {"say": "ready"}   {"say": "progress"}   {"say": "leaving"}
     {"say": "done", "lease": [part, epoch, attempt], "rows": n, "seconds": s}
     {"say": "failed", "lease": [...], "what": "ValueError"}
+    {"say": "unwritten", "lease": [...], "what": "No space left on device"}
     {"say": "log", "name": "headrace.models", "level": n, "text": "..."}
 
 SIGTERM, or a request to leave, lets it finish what it has in hand. It ends at once with its pool's process.
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from headrace.parts import PartSpec
+from headrace.parts import PartSpec, rows_of
 from headrace.prepared import Prepared
 from headrace.prepared_file import Lease, write_prepared
 
@@ -113,13 +114,19 @@ def serve(connection: int, life: int, opened: Callable[[Answers], Callable[[Part
 def _do(request: Request, prepare: Callable[[PartSpec], Prepared], answers: Answers) -> None:
     began = time.monotonic()
     try:
-        prepared = prepare(pickle.loads(request.part))
-        write_prepared(request.path, prepared, request.lease)
+        part: PartSpec = pickle.loads(request.part)
+        prepared = prepare(part)
     except Exception as error:
         # No more than the kind: its words may hold a cell, and who asked will meet it itself.
         answers.say("failed", lease=request.lease, what=type(error).__name__)
         return
-    answers.say("done", lease=request.lease, rows=prepared.counts.read, seconds=time.monotonic() - began)
+    try:
+        write_prepared(request.path, prepared, request.lease)
+    except Exception as error:
+        what = (isinstance(error, OSError) and error.strerror) or type(error).__name__
+        answers.say("unwritten", lease=request.lease, what=what)
+        return
+    answers.say("done", lease=request.lease, rows=rows_of(part, prepared), seconds=time.monotonic() - began)
 
 
 def _end_with(life: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from headrace.prepared_file import Lease
 from headrace.scaling.worker import LEAVE
 
-_SENDING = 5  # seconds after which a worker that takes no message counts as dead
+_STUCK = 5  # seconds after which a message that goes or comes in half counts as a worker that is dead
 _EXITING = 0.2  # seconds between the end of its socket and its own
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -28,7 +28,8 @@ class WorkerProcess:
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
         """Start a process that runs `module`. Raises OSError."""
         ours, theirs = socket.socketpair()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SENDING, 0))
+        for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", _STUCK, 0))
         life, self._life = os.pipe()
         self.connection = Connection(ours.detach())
         passed = (theirs.fileno(), life)

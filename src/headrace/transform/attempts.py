@@ -7,7 +7,8 @@ page cache, and after a power cut nothing is to be blamed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -47,6 +48,7 @@ class Attempts:
         self._folder = folder
         self._read_only = read_only
         self._number = count()
+        self._lock = threading.Lock()
         self._counted = folder / "deaths.json"
         self._deaths = self._read()
         if read_only:
@@ -82,6 +84,15 @@ class Attempts:
             with suppress(OSError):
                 path.unlink()
 
+    def blame(self, model: str, version: str, offsets: Iterable[Offset]) -> None:
+        """Note that processes have died of changes in entries of the log, elsewhere: nobody is to try them
+        unwarned, a redrive say."""
+        with self._lock:
+            for offset in offsets:
+                self._count(_Part(model, version, offset, offset, _SUSPECT - 1))
+            with suppress(OSError):
+                self._write()
+
     def suspects(self, model: str, version: str, after: Offset, through: Offset) -> bool:
         """Whether two processes have died of some of a model's changes in `(after, through]`."""
         part = _Part(model, version, after + 1, through)
@@ -89,7 +100,7 @@ class Attempts:
 
     def _count(self, part: _Part) -> None:
         known = [other for other in self._deaths if other.meets(part)]
-        deaths = 1 + max((other.deaths for other in known), default=0)
+        deaths = 1 + max(other.deaths for other in (part, *known))
         others = [other for other in self._deaths if other not in known]
         self._deaths = [*others, replace(part, deaths=deaths)][-_KEPT:]
 

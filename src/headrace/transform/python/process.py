@@ -51,11 +51,12 @@ _LONGEST_LINE = 4096
 _MOST_LINES = 100  # a second, that are logged
 
 
-_progressed: Callable[[], None] = lambda: None  # noqa: E731
+_progressed: Callable[[], None] | None = None
 
 
-def on_progress(listener: Callable[[], None]) -> None:
-    """Have a function called, often, while models of this process get further with what they have in work."""
+def on_progress(listener: Callable[[], None] | None) -> None:
+    """Have a function called, often, while models of this process have rows in work, each within its limit
+    of time. What it raises ends the work."""
     global _progressed  # noqa: PLW0603
     _progressed = listener
 
@@ -118,7 +119,8 @@ class Worker:
     ) -> tuple[list[pa.Table], list[tuple[int, str, str, str]]]:
         """Run over a batch of one row or more; see `function.Made`.
 
-        `fresh` has it done by a process that did nothing before. Raises Death, and ModelBroken.
+        `fresh` has it done by a process that did nothing before. Raises Death, ModelBroken, and what the
+        listener of `on_progress` raises.
         """
         request = {"do": "make"}
         with self._lock:
@@ -128,9 +130,9 @@ class Worker:
                 process = self._process = self._process or self._started()
                 try:
                     answer, tables = process.ask(request, [batch], self._timeout)
-                except Death as death:
+                except BaseException as error:
                     self._end()
-                    if not death.at_rest:
+                    if not (isinstance(error, Death) and error.at_rest):
                         raise
                     continue  # it ended for want of work, just as there was some
                 if "broken" in answer:
@@ -242,6 +244,8 @@ class _Process:
             row, _ = self._progress.now()
             self.close()
             raise Death("crash.timeout", f"the worker took no message for {_STUCK} s", row) from None
+        except InterruptedError:  # of who listens to progress: no call is interrupted, PEP 475
+            raise
         except (EOFError, OSError):
             raise self._death() from None
 
@@ -253,9 +257,10 @@ class _Process:
         """Wait for an answer while row after row, or call after call, takes less than `timeout` seconds."""
         last, since = self._progress.now(), time.monotonic()
         while not self._connection.poll(min(_LOOK, timeout)):
+            if _progressed is not None:
+                _progressed()
             if (now := self._progress.now()) != last:
                 last, since = now, time.monotonic()
-                _progressed()
             elif time.monotonic() - since > timeout:
                 self.close()
                 raise Death("crash.timeout", f"it took more than {timeout:g} s", now[0])
