@@ -196,9 +196,10 @@ class Handover:
         """Return what was measured of a model."""
         done = self._pool.service().get(model)
         own, giving = self._rate(self._own, model).value, self._rate(self._giving, model).value
-        if done is None or not done.rows or not giving:
+        if done is None or not done.all_rows or not giving:
             return Figures(None, own, None)
-        return Figures(done.rows / done.seconds, own, 1 / (1 / giving + done.taking / done.rows))
+        mu = done.rows / done.seconds if done.rows else None
+        return Figures(mu, own, 1 / (1 / giving + done.taking / done.all_rows))
 
     def _rate(self, rates: dict[str, _Rate], model: str) -> _Rate:
         with self._lock:

@@ -234,8 +234,8 @@ def test_a_record_that_ends_workers_is_quarantined_alone_and_soon(
         assert records == [("m", "7000", "crash.signal"), ("p", "7000", "crash.exit")]
         until(lambda: pool.state().ready == 2)
         assert pids.isdisjoint(pool.pids())
-        assert 0 < pool.service()["m"].rows < 12_000
-        assert pool.service()["p"].rows == 12_000
+        assert 0 < pool.service()["m"].all_rows < 12_000
+        assert pool.service()["p"].all_rows == 12_000
         # It is known now, to whoever has its history judged again in the pipeline's own process.
         assert json.loads(here("quarantine", "redrive", "--all", "--json", cwd=tmp_path).out)
     told = [record.getMessage() for record in caplog.records if record.name == "headrace.alert"]
@@ -251,7 +251,7 @@ def test_a_run_that_ends_has_a_backlog_done_by_workers(tmp_path: Path, server: P
     pool = pipeline._scaling._pool
     assert pool is not None
     pipeline.run_once()
-    assert pool.service()["p"].rows
+    assert pool.service()["p"].all_rows
     assert (pool.pids(), list((live.project.state / "workers").iterdir())) == ([], [])
     assert live.rows("SELECT count(*) FROM p") == [(12_000,)]
     live.assert_verified()

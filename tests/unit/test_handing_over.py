@@ -191,7 +191,7 @@ def test_workers_that_are_killed_change_nothing_of_what_is_applied(
         with killed(pool, chance, 1.0):
             while shop.lane.apply():
                 pass
-        assert pool.service()["m"].rows
+        assert pool.service()["m"].all_rows
         applied = shop.held()
         assert applied[0]
         assert applied[1]
@@ -237,7 +237,7 @@ def test_workers_that_come_in_the_midst_of_a_large_slice_take_the_rest_of_it(
     shop.lane.joiner.workers.use(Handover(pool))
     try:
         assert shop.lane.apply()
-        done = pool.service()["m"].rows
+        done = pool.service()["m"].all_rows
     finally:
         pool.close()
     (read,) = shop.held()[2][0][:1]
@@ -283,7 +283,7 @@ def test_a_table_that_is_copied_again_is_made_by_workers_as_without_them(
     try:
         with asked_for(pool) as kinds_asked:
             with_workers = made(tmp_path / "with", pool)
-        assert pool.service()["m"].rows
+        assert pool.service()["m"].all_rows
     finally:
         pool.close()
     assert kinds_asked >= kinds
@@ -415,7 +415,7 @@ def test_a_model_that_is_slow_is_not_stuck_and_one_that_hangs_costs_one_record(
     try:
         until(lambda: pool.state().ready == 1)
         shop.bring()
-        assert pool.service()["m"].rows == 10
+        assert pool.service()["m"].all_rows == 10
     finally:
         pool.close()
         shop.lane.close()

@@ -82,7 +82,7 @@ def test_workers_killed_at_random_lose_and_double_nothing(opened: Open) -> None:
             killed += 1
     assert killed
     assert [n for future in futures for n in numbers(future)] == list(range(1, 301))
-    assert pool.service()["sleep 0.1"].rows == 300
+    assert pool.service()["sleep 0.1"].all_rows == 300
     state = pool.state()
     assert (state.queued, state.busy, state.desired) == (0, 0, 2)
 

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -310,10 +310,7 @@ class LocalPool:
             finally:
                 path.unlink(missing_ok=True)
             taking = time.perf_counter() - began
-            known = self._service.get(task.part.model.name, Service())
-            self._service[task.part.model.name] = Service(
-                known.rows + message["rows"], known.seconds + message["seconds"], known.taking + taking
-            )
+            self._note(worker, task.part, message["rows"], message["seconds"], taking)
             self._pause = _FIRST_PAUSE
             if not worker.has_results:
                 worker.has_results = True
@@ -323,6 +320,15 @@ class LocalPool:
         worker.lease = None
         if worker.leaving:
             worker.leave()
+
+    def _note(self, worker: WorkerProcess, part: PartSpec, rows: int, seconds: float, taking: float) -> None:
+        known = self._service.get(part.model.name, Service())
+        if part.model_id in worker.knows:
+            noted = replace(known, rows=known.rows + rows, seconds=known.seconds + seconds)
+        else:
+            noted = replace(known, first=known.first + rows)
+        worker.knows.add(part.model_id)
+        self._service[part.model.name] = replace(noted, taking=known.taking + taking)
 
     def _watch(self) -> None:
         """End workers that take too much memory, or get no further."""

@@ -32,6 +32,10 @@ _COPIED: tuple[Kind, ...] = ("rows", "truncate", "undecodable", "copy")
 _WINDOW = 300.0
 _WARM = 1.0
 """Seconds of looking before what arrives is known."""
+_SURE = 5.0
+"""Seconds of large pieces that say for certain how fast a worker is."""
+_REMEMBERED = 600.0
+"""Seconds for which it counts against workers how fast they have been."""
 _WHOLE = 20_000
 """Rows from which on a slice tells how fast apply is: a small one is mostly its own fixed cost."""
 
@@ -134,6 +138,7 @@ class _Work:
         self.peak, self.most = Greatest(_WINDOW), Greatest(_WINDOW)
         self.waiting: _Waiting | None = None
         self.is_worth: bool | None = None
+        self.worked_at: float | None = None
 
     def comparable(self) -> tuple[float | None, float | None]:
         """Return how fast the main process and a worker are.
@@ -201,8 +206,9 @@ class Meter:
     def worked(self, model: str, rows: int, seconds: float) -> None:
         """Note that a worker has prepared rows of a model in `seconds`, without its waiting."""
         with self._lock:
-            self._of(model).worker.note(rows, seconds)
-            self._of(building(model)).worker.note(rows, seconds)  # it does the same with them
+            for work in (self._of(model), self._of(building(model))):  # it does the same with them
+                work.worker.note(rows, seconds)
+                work.worked_at = self.looked_at
 
     @contextmanager
     def applying(
@@ -349,10 +355,17 @@ class Meter:
         fast, slow = work.fast.value or 0.0, work.slow.value or 0.0
         waiting = work.waiting or _Waiting(stand.after, stand.after)
         own, worker = work.comparable()
+        if own is None and stand.through is not None:
+            # All of a table is made by the same code as what arrives of it.
+            alike = self._of(stand.model)
+            own, work.cores = alike.own.value, alike.cores if work.cores is None else work.cores
         if handed is not None:
             own, work.handover = own or handed.own_rate, handed.handover_rate or work.handover
         apply = self._apply.value if stand.through is None else work.apply.value
-        costs = Costs(own, work.handover, work.cores, self._cores, apply, worker)
+        # What workers have done long ago is no reason to do without them for ever.
+        is_fresh = work.worked_at is not None and now - work.worked_at < _REMEMBERED
+        is_sure = is_fresh and work.worker.seconds >= _SURE
+        costs = Costs(own, work.handover, work.cores, self._cores, apply, worker if is_sure else None)
         work.is_worth = work.worth.judge(costs)
         return Load(
             model=stand.work,

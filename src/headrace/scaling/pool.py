@@ -53,10 +53,18 @@ class Service:
     """What workers have done of a model's parts since the pool began."""
 
     rows: int = 0
+    """Of all parts but first ones."""
     seconds: float = 0.0
-    """Of their time in which they had a part in hand that they finished."""
+    """Of their time in which they had these in hand."""
     taking: float = 0.0
-    """Seconds of the pool's own process for taking the outcomes."""
+    """Seconds of the pool's own process for taking the outcomes of all."""
+    first: int = 0
+    """Rows of first parts: a worker has still to start what a model runs in."""
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all parts."""
+        return self.rows + self.first
 
 
 class Pool(Protocol):

@@ -78,6 +78,11 @@ class Speed:
         return self._bulk.value or self._known or self._small.value
 
     @property
+    def seconds(self) -> float:
+        """How long the large pieces took that it is of."""
+        return self._bulk.seconds
+
+    @property
     def is_of_bulk(self) -> bool:
         """Whether it is of large pieces that this process has seen."""
         return self._bulk.value is not None
@@ -86,16 +91,16 @@ class Speed:
 class _Ratio:
     def __init__(self, enough: float) -> None:
         self._enough = enough
-        self._rows = self._seconds = 0.0
+        self._rows = self.seconds = 0.0
 
     def note(self, rows: float, seconds: float) -> None:
         keep = math.exp(-seconds / _MEMORY)
         self._rows = keep * self._rows + rows
-        self._seconds = keep * self._seconds + seconds
+        self.seconds = keep * self.seconds + seconds
 
     @property
     def value(self) -> float | None:
-        return self._rows / self._seconds if self._seconds and self._seconds >= self._enough else None
+        return self._rows / self.seconds if self.seconds and self.seconds >= self._enough else None
 
 
 def p95(values: list[float]) -> float | None:

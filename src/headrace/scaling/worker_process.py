@@ -53,6 +53,8 @@ class WorkerProcess:
         self.lease: Lease | None = None
         self.leaving = False
         self.has_results = False
+        self.knows = set[str]()
+        """The ids of the models that it has had parts of."""
 
     def begin(self, lease: Lease, now: float) -> None:
         """Note what it gets."""
