@@ -91,14 +91,15 @@ def _measure(rig: Rig, folder: Path, pid: int, asked: argparse.Namespace) -> dic
 
 def _burst(rig: Rig, folder: Path, pid: int, first: int, last: int, *, kills: bool) -> dict[str, Any]:
     """Insert rows in one transaction, and wait until all are visible."""
-    over, workers, killed = threading.Event(), [len(_workers(pid))], 0
+    over, visible = threading.Event(), threading.Event()
+    workers, killed = [len(_workers(pid))], 0
 
     def harass() -> None:
         nonlocal killed
         while not over.wait(1.0):
             pids = _workers(pid)
             workers.append(len(pids))
-            if kills and pids:
+            if kills and pids and not visible.is_set():
                 with suppress(ProcessLookupError):
                     os.kill(random.choice(pids), signal.SIGKILL)
                     killed += 1
@@ -110,6 +111,7 @@ def _burst(rig: Rig, folder: Path, pid: int, first: int, last: int, *, kills: bo
         begin = time.monotonic()
         _until(folder, last)
         seconds = time.monotonic() - begin
+        visible.set()
         _until_no_worker(pid)
     finally:
         over.set()

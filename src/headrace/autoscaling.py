@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from headrace.config import Project
@@ -14,8 +14,8 @@ from headrace.scaling.budget import FILE as BUDGET
 from headrace.scaling.budget import Budget
 from headrace.scaling.controller import LOOK_EVERY, Controller, Unstaffed
 from headrace.scaling.endpoint import Endpoint
-from headrace.scaling.journal import FILE, Journal
-from headrace.scaling.policy import Backlog, Limits, Policy, Schedule, SloBand, Static
+from headrace.scaling.journal import FILE, Journal, JournalledPolicy
+from headrace.scaling.policy import Backlog, Limits, Schedule, SloBand, Static
 from headrace.transform.python.process import on_progress
 
 
@@ -56,9 +56,11 @@ class Autoscaling:
         if self._config.listen is not None:
             self._endpoint = Endpoint(self._config.listen, self.report)
 
-    def step(self, stop: threading.Event) -> None:
-        """Look at what waits, decide every few seconds, and rest."""
-        self._controller.step()
+    def step(self, stop: threading.Event, waiting: Collection[str]) -> None:
+        """Look at what waits, decide every few seconds, and rest; `waiting` names threads that cannot go on
+        now."""
+        applying = {f"{lane.config.name}.apply" for lane in self._lanes}
+        self._controller.step(apply_waits=applying <= set(waiting))
         stop.wait(LOOK_EVERY)
 
     def _is_worth_a_worker(self, work: str) -> bool:
@@ -83,9 +85,9 @@ def _always(config: ScaleConfig) -> int:
     return config.cap if config.policy == "static" else min(config.min_workers, config.cap)
 
 
-def policy_of(config: ScaleConfig) -> Policy:
+def policy_of(config: ScaleConfig) -> JournalledPolicy:
     """Return the policy that the settings name."""
-    policies: dict[str, Policy] = {
+    policies: dict[str, JournalledPolicy] = {
         "slo_band": SloBand(),
         "backlog": Backlog(config.threshold),
         "static": Static(config.cap),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from headrace.change import Offset
 from headrace.staging.table import RowGroup
 
-SECONDS = 3.0
+SECONDS = 1.0
 _FIRST_ROWS = 10_000
 """Of a part while nothing is known: a model that is slow has several of them by then."""
 _LEAST_ROWS, _MOST_ROWS = 2_000, 500_000

@@ -5,6 +5,7 @@ Without a `Handover`, or while it has no workers, nothing is handed over: who as
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING
 from headrace.change import Copy, Offset
 from headrace.cutting import MOST_BYTES, Piece, cut
 from headrace.history import PIECE_ROWS, Selection
-from headrace.parts import PartKind, PartSpec, Shares, Staged
+from headrace.parts import PartKind, PartSpec, Shares, Staged, rows_of
 from headrace.prepared import Prepared
 from headrace.preparing import prepare_part
+from headrace.scaling.measure import building
 
 if TYPE_CHECKING:
     from headrace.handover import Handover
     from headrace.protocols import LogIndex
+    from headrace.scaling.measure import Meter
     from headrace.staging.delta import DeltaStaging
     from headrace.transform.model import RowModel
 
@@ -26,11 +29,13 @@ if TYPE_CHECKING:
 class Hands:
     """What workers may do of one source's work."""
 
-    def __init__(self, source: str, log: LogIndex, staging: DeltaStaging) -> None:
+    def __init__(self, source: str, log: LogIndex, staging: DeltaStaging, meter: Meter | None = None) -> None:
+        """`meter` is told how long those parts take that are prepared here after all."""
         self._log = log
         self._staging = staging
         self._staged = Staged(source, log.id, str(staging.root))
         self._handover: Handover | None = None
+        self._meter = meter
 
     def use(self, handover: Handover) -> None:
         """Hand parts over from now on, while there are workers."""
@@ -174,4 +179,10 @@ class Hands:
         return self._handover.parts(kind, self._staged, model, span, pieces, copy)
 
     def _here(self, part: PartSpec, model: RowModel) -> Prepared:
-        return prepare_part(self._staging, part, model)
+        began, used = time.monotonic(), time.process_time()
+        prepared = prepare_part(self._staging, part, model)
+        if self._meter is not None:
+            work = model.name if part.kind == "slice" else building(model.name)
+            spent = (time.monotonic() - began, time.process_time() - used)
+            self._meter.prepared(work, rows_of(part, prepared), *spent)
+        return prepared

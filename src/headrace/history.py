@@ -89,6 +89,15 @@ class Selection:
         held = held or [self._staging.empty(self._table)]
         yield _joined(held), through
 
+    def left(self, after: Offset) -> int:
+        """Return how many chosen changes there are behind an offset that is the end of a piece."""
+        first = next((span.first for span in self._spans if span.through > after), None)
+        if first is None:
+            return 0
+        end = self._spans[-1].first + self._spans[-1].rows
+        mask = pa.Array.from_buffers(pa.bool_(), end - first, [None, self._bits], offset=first)
+        return int(mask.true_count)
+
     def cut(self, after: Offset, through: Offset, rows: int) -> Cut:
         """Cut the next chosen changes behind `after`, as many as `pieces` yields at once, into pieces of so
         many rows, about, each with a bit for every change in it; and return the offset that they come to.

@@ -73,7 +73,7 @@ class Joiner:
     ) -> None:
         """What does not fit in memory while history is read goes to the folder `spill`; `meter` is told how
         long slices take to be prepared."""
-        self.workers = Hands(source, log, staging)
+        self.workers = Hands(source, log, staging, meter)
         self._meter = meter
         self._breakers = breakers or Breakers()
         self._source = source
@@ -118,9 +118,15 @@ class Joiner:
         is_of_another_key = copy is not None and copy.key != model.schema.key
         return is_of_another_key or join.stands < self._staging.captured_since(model.table, staged)
 
-    def building(self) -> list[Join]:
-        """Return the joins that have not come to their end."""
-        return [join for join in self._all().values() if join.phase != "done"]
+    def building(self) -> list[tuple[Join, int | None]]:
+        """Return the joins that have not come to their end, and of those that read a history by its newest
+        changes how many rows are found and still to be prepared."""
+        joins = [join for join in self._all().values() if join.phase != "done"]
+        return [(join, self._left(join) if join.phase in PHASES else None) for join in joins]
+
+    def _left(self, join: Join) -> int:
+        known = self._rebuilding
+        return known[2].left(join.phase, join.offset) if known and known[1].name == join.model else 0
 
     def joined_at(self, model: RowModel) -> Offset:
         """Return the offset at which a model joined last."""
@@ -320,6 +326,9 @@ class Joiner:
 
     def _measured(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> _Slice:
         """Prepare a slice; if it is whole, rather than prepared as it is taken, note how long that took."""
+        if join.phase in PHASES:
+            with preparing(model.name):
+                self._rebuilt(join, model, copy).find(join.phase, join.offset, join.target)
         began, used = time.monotonic(), time.process_time()
         through, pieces = self._prepare(join, model, copy, target)
         if self._meter is not None and isinstance(pieces, list):
@@ -334,7 +343,8 @@ class Joiner:
         """Have it noted how long the destination takes for pieces."""
         if self._meter is None:
             return nullcontext(pieces)
-        return self._meter.applying(pieces, lambda piece: piece.counts.read, building(model.name))
+        work = building(model.name)
+        return self._meter.applying(pieces, lambda piece: (work, piece.counts.read), work)
 
     def _slice_end(self, join: Join, model: RowModel, copy: Copy, target: Offset) -> Offset:
         through, last = join.offset, copy.end if join.phase == "copy" else target

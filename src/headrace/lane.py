@@ -30,7 +30,7 @@ from headrace.errors import BreakerTripped, HeadraceError, LogTrimmed, ModelBrok
 from headrace.joining import Joiner
 from headrace.log.retention import Needs
 from headrace.log.sqlite import SQLiteLog
-from headrace.measuring import rows_of, stands_of
+from headrace.measuring import counted, stands_of
 from headrace.protocols import Destination, Part, Slice
 from headrace.quarantine.breaker import Breakers
 from headrace.quarantine.limit import SizeLimit
@@ -403,7 +403,7 @@ class Lane:
         def attempt(models: Sequence[RowModel], again: Again) -> Sequence[str]:
             self._breakers.begin()
             parts = ahead(self._preparer, self._parts(models, (after, through), in_sync, again))
-            with closing(parts), self.meter.applying(parts, rows_of) as taken:
+            with closing(parts), self.meter.applying(parts, counted) as taken:
                 return self.destination.apply(Slice(self.config.name, *place, taken))
 
         try:

@@ -15,7 +15,7 @@ from headrace.transform.sql import ModelText
 def stands_of(
     active: Sequence[RowModel],
     offsets: Mapping[str, Offset],
-    joins: Iterable[Join],
+    joins: Iterable[tuple[Join, int | None]],
     texts: Iterable[ModelText],
     freshness: float,
 ) -> list[Stand]:
@@ -31,18 +31,14 @@ def stands_of(
         for model in active
         if model.name in offsets
     ]
-    for join in joins:
+    for join, left in joins:
         if table := tables.get(join.model):
             end = max(join.end, join.target)
-            after = join.begin if join.phase == "keys" else join.offset
-            if join.phase in ("older copy", "older"):
-                after = end  # what is left of a history whose newest changes are taken is little, or nothing
-            stands.append(
-                Stand(join.model, table, min(after, end), targets.get(join.model) or freshness, end)
-            )
+            after = min(join.begin if join.phase == "keys" else join.offset, end)
+            stands.append(Stand(join.model, table, after, targets.get(join.model) or freshness, end, left))
     return stands
 
 
-def rows_of(part: Part) -> int:
-    """Return how many changes a part was made of."""
-    return part.prepared.counts.read
+def counted(part: Part) -> tuple[str, int]:
+    """Return what work a part of a slice is of, and of how many changes it was made."""
+    return part.model.name, part.prepared.counts.read

@@ -10,7 +10,6 @@ stops that thread alone, with its reason, while the others go on.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -52,8 +51,6 @@ from headrace.stopping import Stopping
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
 from headrace.upstream import PIN_EVERY, ReadingPlace
-
-logger = logging.getLogger("headrace.pipeline")
 
 _T = TypeVar("_T")
 
@@ -145,7 +142,7 @@ class Pipeline:
                 self._start(lane, verb)
         self._begin("marts", self._step_marts)
         self._begin("ledger", self._step_ledger)
-        self._begin("scale", lambda: self._scaling.step(self.stop))
+        self._begin("scale", self._step_scale)
         if self._publisher is not None:
             self._begin("publish", self._step_publish)
         self._begin("alerts", lambda: self._alerting.step(self.stop))
@@ -171,7 +168,7 @@ class Pipeline:
         Raises what stopped a source or a model; what the others brought over stays.
         """
         server = self._serve()
-        self._begin("scale", lambda: self._scaling.step(self.stop))
+        self._begin("scale", self._step_scale)
         try:
             faults = [fault for lane in self.lanes for fault in self._once(lane)]
             faults += self._marts_once()
@@ -375,6 +372,9 @@ class Pipeline:
         self._threads.append(threading.Thread(target=self._keep, args=(name, step), name=name))
         self._threads[-1].start()
 
+    def _step_scale(self) -> None:
+        self._scaling.step(self.stop, self._outages.reasons())
+
     def _step_marts(self) -> None:
         self._marts.step()
         self.stop.wait(_POLL)
@@ -400,8 +400,7 @@ class Pipeline:
             try:
                 step()
             except BaseException as error:
-                if self._stopping.gives_up(error):
-                    logger.info("%s: %s", name, error)
+                if self._stopping.gives_up(name, error):
                     return
                 if verdict_of(error) is not Verdict.RETRY:
                     self._give_up(name, error)
@@ -487,9 +486,8 @@ class Pipeline:
                 self.stop.wait(_FIRST_PAUSE)
                 continue
             except InterruptedError as error:
-                if not self._stopping.gives_up(error):
+                if not self._stopping.gives_up(name, error):
                     raise
-                logger.info("%s: %s", name, error)
                 return None
             self._outages.works(name)
             return result

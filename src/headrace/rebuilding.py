@@ -72,6 +72,17 @@ class Rebuilding:
         self._selection: Selection | None = None
         self._last: tuple[Phase, Offset, Offset, pa.Table | None] | None = None
 
+    def find(self, phase: Phase, after: Offset, through: Offset) -> None:
+        """Find what a phase has to read behind `after`, if reading does not stand there: which takes as long
+        as reading all keys."""
+        if self._next != (phase, after):
+            self._pieces = self._begin(phase, after, through)
+            self._next = (phase, after)
+
+    def left(self, phase: Phase, after: Offset) -> int:
+        """Return how many rows of a phase are still to be prepared, as far as they are found by now."""
+        return self._selection.left(after) if phase == "newest" and self._selection is not None else 0
+
     def prepare(
         self, phase: Phase, after: Offset, through: Offset, model: RowModel | None = None
     ) -> tuple[Offset, Iterable[Prepared]]:
@@ -91,8 +102,7 @@ class Rebuilding:
                 PHASES[PHASES.index(phase)], model, self._copy, self._selection, after, through
             )
             return reached, self._of_keys(phase, again)
-        if self._next != (phase, after):
-            self._pieces = self._begin(phase, after, through)
+        self.find(phase, after, through)
         self._next = None  # whatever fails from here on is read again
         if model is None and (handed := self._handed(phase, after, through)) is not None:
             return handed

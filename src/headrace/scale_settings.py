@@ -6,6 +6,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from headrace import values
@@ -16,6 +17,7 @@ MAX_WORKERS = 1024
 HOURS = 168
 """Of a week."""
 
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _EXAMPLE = 'such as { "mon-fri 08-18" = 4 }'
 _SPAN = re.compile(r"(?:([a-z]{3})(?:-([a-z]{3}))?|daily) ([0-9]{1,2})-([0-9]{1,2})")
@@ -54,11 +56,18 @@ NO_SCALE = ScaleConfig()
 """That of a project that says nothing."""
 
 
-def cores() -> int:
-    """Return how many cores of this machine this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def cores(quota: Path = _QUOTA) -> int:
+    """Return how many cores of this machine this process may use: those that it may run on, or as much time
+    of them as its container is given, if that is less.
+
+    `quota` is the control group's `cpu.max`: microseconds of time (or `max`) in a period.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        time, period = quota.read_text().split()
+        return max(1, min(count, math.ceil(int(time) / int(period))))
+    except (OSError, ValueError, ZeroDivisionError):  # none is set, or this is not Linux
+        return count
 
 
 def read_scale(document: Document) -> ScaleConfig:

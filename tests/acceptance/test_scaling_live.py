@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 from headrace.config import load_project
 from headrace.errors import UserError
 from headrace.pipeline import Pipeline, open_lanes
+from headrace.rebuilding import Rebuilding
 from headrace.scaling.journal import FILE, Journal
 from headrace.scaling.policy import Load, Snapshot
 from headrace.testing.postgres import PostgresServer
@@ -23,6 +25,7 @@ from pipelines import running, stage, until
 from projects import here
 
 ROWS = 60_000
+WHOLE = "sales (all of it)"
 
 
 @pytest.fixture(scope="module")
@@ -121,24 +124,40 @@ def test_a_rebuild_is_work_of_its_own(
         while lane.apply():
             pass
 
+        let_go = threading.Event()
+        prepare = Rebuilding.prepare
+
+        def held(reading: Rebuilding, *of: Any) -> Any:
+            let_go.wait(10)
+            return prepare(reading, *of)
+
+        monkeypatch.setattr(Rebuilding, "prepare", held)
+
         def begun(at: float) -> dict[str, Load]:
+            """Return the loads once all that is to be prepared is found."""
+            let_go.clear()
             lane.rebuild("sales")
-            with monkeypatch.context() as held:
-                held.setattr(lane.joiner, "step", lambda *_: "wait")
+
+            def loads() -> dict[str, Load]:
                 lane.apply()
-            lane.meter.look(at)
-            lane.meter.look(at + 1)
-            return {load.model: load for load in lane.meter.loads() or ()}
+                lane.meter.look(at)
+                lane.meter.look(at + 1)
+                return {load.model: load for load in lane.meter.loads() or ()}
+
+            until(lambda: WHOLE in (found := loads()) and found[WHOLE].backlog_rows > 0)
+            found = loads()
+            let_go.set()
+            return found
 
         first = begun(0.0)
         assert first["sales"].backlog_rows == 0
-        whole = first["sales (all of it)"]
+        whole = first[WHOLE]
         assert (whole.backlog_rows, whole.own_rate, whole.ewma_300s) == (ROWS, None, 0.0)
         while lane.apply():
             pass
         lane.meter.look(2.0)
         assert [load.model for load in lane.meter.loads() or ()] == ["sales"]
-        assert (begun(3.0)["sales (all of it)"].own_rate or 0) > 1_000
+        assert (begun(3.0)[WHOLE].own_rate or 0) > 1_000
     finally:
         lane.close()
         lane.destination.close()

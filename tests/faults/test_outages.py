@@ -31,6 +31,8 @@ from headrace.config import Project, load_project
 from headrace.errors import RESYNC, HeadraceError
 from headrace.log.sqlite import SQLiteLog
 from headrace.pipeline import Pipeline
+from headrace.scaling.journal import Journal
+from headrace.scaling.snapshot import Code
 from headrace.server import ask, is_running, read
 from headrace.staging.delta import DeltaStaging
 from headrace.testing import shop
@@ -77,6 +79,12 @@ def applied(project: Project) -> int:
             read(project, ["SELECT coalesce(max(order_id), 0) AS n FROM shop.order_items"])[0]["n"][0].as_py()
         )
     return 0
+
+
+def decided(project: Project) -> Code | None:
+    """The reason for as many workers as there are."""
+    last = Journal(project.state / "scaling.jsonl").last()
+    return last.decision.reason.code if last else None
 
 
 def newest(url: str) -> int:
@@ -133,6 +141,7 @@ def destination_is_held(server: PostgresServer, folder: Path) -> float:
             )
             time.sleep(OUTAGE * 2 / 3)
             second = (log_end(project), staged(project))
+            until(lambda: decided(project) is Code.APPLY_WAITS, 15, "no workers are asked for")
             assert second > first, "capture stood still"
             assert second[1] > first[1], "load stood still"
         missed, free = newest(url), time.monotonic()

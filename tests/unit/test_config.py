@@ -31,6 +31,7 @@ from headrace.config import (
 from headrace.document import MAX_FILE_BYTES, MAX_MISTAKES, _lines
 from headrace.errors import ConfigError
 from headrace.references import MAX_SECRET_FILE_BYTES
+from headrace.scale_settings import cores
 
 URL = "postgresql://app:hunter2@db.example:5432/shop"
 SOURCE = f'[source.shop]\nurl = "{URL}"\n'
@@ -888,6 +889,20 @@ listen = ":9187"
     assert (scale.cap, scale.max_worker_hours_per_day, scale.worker_memory) == (6, 40.0, 512 << 20)
     assert (scale.price, scale.listen) == (0.05, ("127.0.0.1", 9187))
     assert load(tmp_path, SOURCE).scale.cap == len(os.sched_getaffinity(0))
+
+
+def test_a_container_has_the_cores_of_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    quota = tmp_path / "cpu.max"
+    assert cores(quota) == 64
+    for text, count in (
+        ("max 100000\n", 64),
+        ("150000 100000\n", 2),
+        ("10000 100000\n", 1),
+        ("9900000 100000\n", 64),
+    ):
+        quota.write_text(text)
+        assert cores(quota) == count
 
 
 @pytest.mark.parametrize(

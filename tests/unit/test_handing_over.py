@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import test_joining as joins
 from test_rebuild import SHAPE, Shop
@@ -25,8 +26,10 @@ from headrace.handover import Handover, open_pool
 from headrace.lane import Lane
 from headrace.parts import PartSpec, Staged
 from headrace.prepared import Prepared
+from headrace.preparing import filled
 from headrace.scaling.local import LocalPool
 from headrace.scaling.pool import NoPlace, PartFailed, PoolState, Service, TooLarge
+from headrace.staging.delta import DeltaStaging
 from headrace.transform.fold import NOTHING
 from headrace.transform.model import RowModel, bind, mirror
 from headrace.transform.python.process import environment
@@ -256,6 +259,37 @@ def test_a_table_that_is_copied_again_is_made_by_workers_as_without_them(
     assert with_workers[0]
     assert with_workers[1]
     assert with_workers == made(tmp_path / "without", None)
+
+
+@pytest.mark.usefixtures("small")
+def test_workers_that_come_in_the_midst_of_a_large_slice_take_the_rest_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.lane._SLICE_ROWS", 10_000)
+    shop = Busy(tmp_path, "m.py", PYTHON)
+    shop.fill(random.Random(3), 12)
+    pool = open_pool(tmp_path / "state", 1 << 30)
+    before: list[int] = []
+
+    def first(staging: DeltaStaging, model: RowModel, changes: pa.Table, newest: int) -> pa.Table:
+        before.append(changes.num_rows)
+        pool.resize(2)
+        until(lambda: pool.state().ready == 2)
+        return filled(staging, model, changes, newest)
+
+    monkeypatch.setattr("headrace.joining.filled", first)
+    monkeypatch.setattr("headrace.staging.delta._PIECE_ROWS", 200)
+    shop.lane.joiner.workers.use(Handover(pool))
+    try:
+        assert shop.lane.apply()
+        done = pool.service()["m"].rows
+    finally:
+        pool.close()
+    (read,) = shop.held()[2][0][:1]
+    assert len(before) == 1
+    assert read / 2 < done <= read - before[0]
+    assert shop.lane.meter.take_served()["m"] == read
+    shop.lane.close()
 
 
 class Idle:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
 import pytest
@@ -15,6 +16,10 @@ from test_scaling_journal import entry
 from headrace.cli import main
 from headrace.cli.scale_live import moment
 from headrace.scaling.journal import Entry, Journal, as_object
+from headrace.server import Server
+
+if TYPE_CHECKING:
+    from headrace.protocols import Destination
 
 PROJECT = """[source.shop]
 type = "postgres"
@@ -80,6 +85,14 @@ def test_the_journal_is_replayed(project: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(capsys.readouterr().out)
     assert found["mean_rate"] == pytest.approx(4.0)
     assert found["policies"][0]["policy"] == "slo_band"
+    # The target of 60 s and the start of 8 are the pipeline's own.
+    own = ["--freshness", "60s", "--start", "8s", "--pause", "0s", "--own-rate", "0.8"]
+    assert main([*arguments, *own]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert main([*arguments, "--start", "120s"]) == 0
+    assert json.loads(capsys.readouterr().out) != found
+    assert main(["scale", "simulate", "--project", str(project)]) == 0
+    assert "in which freshness was over 60 s." in capsys.readouterr().out
 
 
 def test_a_plan_is_made_of_the_journal_and_of_options(
@@ -142,11 +155,12 @@ def test_a_decision_is_explained_from_the_journal(project: Path, capsys: pytest.
     where = ["--project", str(project)]
     at = entries[100].at + timedelta(seconds=7)
     assert main(["scale", "explain", at.isoformat(), *where, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == written(entries[100])
+    again = {"workers": 5, "code": "behind"}
+    assert json.loads(capsys.readouterr().out) == {**written(entries[100]), "again": again}
     assert main(["scale", "explain", at.isoformat(), *where]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0] == "2026-11-29 14:30:00 UTC, policy slo_band: 5 workers, behind"
+    assert lines[0] == "2026-06-29 14:30:00 UTC, policy slo_band: 5 workers, behind"
     assert lines[1] == entries[100].decision.reason.sentence
     head = next(line for line in lines if line.startswith("load"))
     assert "rows wait" in head
@@ -154,16 +168,39 @@ def test_a_decision_is_explained_from_the_journal(project: Path, capsys: pytest.
     assert any(line.split() == ["orders", "60", *line.split()[2:]] for line in lines)
     assert any(line.startswith("seconds from a worker's start to its first result") for line in lines)
     assert main(["scale", "explain", (entries[-1].at + timedelta(hours=2)).isoformat(), *where]) == 0
-    assert capsys.readouterr().out.startswith("The pipeline wrote nothing from 2026-11-29 15:04:45 to ")
+    assert capsys.readouterr().out.startswith("The pipeline wrote nothing from 2026-06-29 15:04:45 to ")
+    assert main(["scale", "explain", "2031-01-01", *where]) == 2
+    assert "2031-01-01 00:00:00 UTC is yet to come." in capsys.readouterr().err
     assert main(["scale", "explain", "2020-01-01", *where]) == 2
-    assert "The first that is journalled is of 2026-11-29 14:05:00." in capsys.readouterr().err
+    assert "The first that is journalled is of 2026-06-29 14:05:00." in capsys.readouterr().err
     assert main(["scale", "explain", "yesterday", *where]) == 2
     assert '"yesterday" is no time.' in capsys.readouterr().err
 
 
+def test_a_clock_that_was_put_back_hides_no_decision(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal(project / ".headrace" / "scaling.jsonl")
+    for tick in (0, 5_000, 4):
+        journal.append(entry(tick))
+    at = (entry(4).at + timedelta(seconds=1)).isoformat()
+    assert main(["scale", "explain", at, "--project", str(project), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["at"] == entry(4).at.isoformat()
+
+
+def test_what_another_version_would_decide_is_said(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = entry(0)
+    earlier = replace(one, decision=replace(one.decision, workers=2))
+    Journal(project / ".headrace" / "scaling.jsonl").append(earlier)
+    assert main(["scale", "explain", "2026-06-29T14:05", "--project", str(project)]) == 0
+    *_, told, why = capsys.readouterr().out.splitlines()
+    assert told == "From the same inputs this version decides: 5 workers, behind"
+    assert why == one.decision.reason.sentence
+
+
 def test_the_history_is_what_has_changed(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = journalled(project)
-    where = ["--project", str(project), "--since", "2026-11-29T14:00"]
+    where = ["--project", str(project), "--since", "2026-06-29T14:00"]
     assert main(["scale", "history", *where, "--json"]) == 0
     told = [json.loads(line)["decision"]["code"] for line in capsys.readouterr().out.splitlines()]
     codes = [one.decision.reason.code.value for one in entries]
@@ -189,8 +226,29 @@ def test_the_status_without_a_pipeline_is_the_last_decision(
     assert found["decision"] == written(last)
 
 
+def test_the_status_of_a_running_pipeline_is_its_own(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = entry(0, rate=2_000.123456789)
+    pool = {"ready": 2, "starting": 1, "busy": 2, "queued": 7, "worker_hours_today": 0.5}
+    report = {"desired": 5, **pool, "decision": as_object(one)}
+    (project / ".headrace").mkdir()
+    server = Server(project / ".headrace", cast("Destination", None), {"scale": lambda _: report})
+    try:
+        assert main(["scale", "status", "--project", str(project)]) == 0
+        first, *lines = capsys.readouterr().out.splitlines()
+        assert main(["scale", "status", "--project", str(project), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+    finally:
+        server.close()
+    assert first == ("5 workers wanted: 2 ready, 1 starting, 2 busy; 7 parts queued; 0.50 worker-hours today")
+    orders = next(line for line in lines if line.startswith("orders"))
+    assert orders.split()[:6] == ["orders", "60", "100,000", "100", "30", "2,000"]
+    assert found == {"running": True, **report, "decision": written(one)}
+
+
 def test_a_time_of_day_is_the_last_one() -> None:
-    now = datetime(2026, 11, 29, 14, 0, tzinfo=UTC)
-    assert moment("13:05", now) == datetime(2026, 11, 29, 13, 5, tzinfo=UTC)
-    assert moment("14:05:30", now) == datetime(2026, 11, 28, 14, 5, 30, tzinfo=UTC)
-    assert moment("2026-11-29T14:05+02:00", now) == datetime(2026, 11, 29, 12, 5, tzinfo=UTC)
+    now = datetime(2026, 6, 29, 14, 0, tzinfo=UTC)
+    assert moment("13:05", now) == datetime(2026, 6, 29, 13, 5, tzinfo=UTC)
+    assert moment("14:05:30", now) == datetime(2026, 6, 28, 14, 5, 30, tzinfo=UTC)
+    assert moment("2026-06-29T14:05+02:00", now) == datetime(2026, 6, 29, 12, 5, tzinfo=UTC)

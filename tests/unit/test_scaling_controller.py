@@ -8,7 +8,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -22,14 +22,16 @@ from headrace.errors import UserError
 from headrace.scaling.budget import Budget
 from headrace.scaling.controller import Clock, Controller
 from headrace.scaling.endpoint import Endpoint
-from headrace.scaling.journal import Entry, Journal
+from headrace.scaling.journal import Entry, Journal, as_object
 from headrace.scaling.measure import Handing, Meter, Stand, building
+from headrace.scaling.metrics import exposition
 from headrace.scaling.policy import Code, Decision, Limits, Load, Reason, SloBand, Snapshot
 from headrace.scaling.pool import PoolState, Service
 from headrace.scaling.rates import Greatest, MovingAverage, Speed, p95
 from headrace.scaling.watch import ScalingWatch
 from headrace.scaling.worth import Costs, Worth
 
+NOTHING = Decision(0, Reason(Code.IDLE))
 ORDERS, SCORES = TableId("public", "orders"), TableId("public", "scores")
 BEGIN = datetime(2026, 11, 29, 23, 0, tzinfo=UTC)
 
@@ -39,7 +41,7 @@ class CountedLog:
 
     def __init__(self, clock: StoppedClock) -> None:
         self.entries: list[tuple[TableId, int, float]] = []
-        self.trimmed = 0
+        self.trimmed = self.asked = 0
         self._clock = clock
 
     def arrive(self, table: TableId, rows: int) -> None:
@@ -49,6 +51,7 @@ class CountedLog:
         self, table: TableId, after: Offset, through: Offset, kinds: Sequence[Kind] = ()
     ) -> tuple[int, int]:
         assert kinds
+        self.asked += 1
         held = self.entries[max(after, self.trimmed) : through]
         rows = sum(count for of, count, _ in held if of == table)
         return rows, 100 * rows
@@ -116,14 +119,23 @@ class Costly(NamedTuple):
         return self
 
 
+def applied(meter: Meter, work: str, rows: int) -> None:
+    """Have rows applied, in pieces that say nothing of apply's rate."""
+    for begin in range(0, rows, 10_000):
+        with meter.applying([min(10_000, rows - begin)], lambda count: (work, count)) as taken:
+            assert list(taken)
+
+
 class Plant:
     """A pipeline that does at most so many rows a second: the controller decides how many workers do them."""
 
-    def __init__(self, folder: Path, limits: Limits | None = None, hours: float | None = None) -> None:
+    def __init__(
+        self, folder: Path, limits: Limits | None = None, hours: float | None = None, cores: int = 8
+    ) -> None:
         self.time = StoppedClock()
         self.log = CountedLog(self.time)
         self.pool = InstantPool()
-        self.meter = Meter(self.log, self.log, cores=8)
+        self.meter = Meter(self.log, self.log, cores)
         self.journal = Journal(folder / "scaling.jsonl")
         self.limits = limits or Limits(0, 8)
         self.own, self.mu, self.cap = 2_000.0, 10_000.0, 1e9
@@ -145,6 +157,7 @@ class Plant:
         self.served += min(self.cap, self.pool.ready * self.mu or self.own)
         while self.done < self.log.through() and self.log.entries[self.done][1] <= self.served:
             self.served -= self.log.entries[self.done][1]
+            applied(self.meter, "orders", self.log.entries[self.done][1])
             self.done += 1
         if self.done == self.log.through():
             self.served = 0.0
@@ -186,6 +199,33 @@ def test_a_small_piece_tells_of_speed_until_a_large_one_has() -> None:
     assert speed.value == pytest.approx(100_000)
 
 
+def test_the_main_process_and_workers_are_compared_on_pieces_of_a_size() -> None:
+    log = CountedLog(StoppedClock())
+    meter = Meter(log, log, cores=2)
+
+    def speeds() -> tuple[float | None, float | None, float | None]:
+        meter.stand([Stand("orders", ORDERS, 0, 60.0)])
+        for second in (0.0, 20.0):
+            meter.look(second)
+        (load,) = meter.loads() or ()
+        return load.own_rate, load.mu, load.service_rate
+
+    meter.worked("orders", 600, 0.06)
+    assert speeds() == (None, 10_000, 10_000)
+    meter.prepared("orders", 600, 0.06, 0.0)
+    assert speeds() == (10_000, 10_000, 10_000)
+    meter.prepared("orders", 120_000, 1.0, 0.0)  # a worker would do it no slower, as far as is known
+    assert speeds() == (120_000, None, 120_000)
+    meter.worked("orders", 80_000, 1.0)
+    assert speeds() == (120_000, 80_000, 80_000)
+    meter.prepared("prices", 600, 0.06, 0.0)
+    meter.worked("prices", 3_000, 3.0)  # few, and long: what a piece costs beside its rows is little of it
+    meter.stand([Stand("prices", SCORES, 0, 60.0)])
+    meter.look(21.0)
+    (load,) = meter.loads() or ()
+    assert (load.own_rate, load.mu) == (1_000, 1_000)
+
+
 def test_what_waits_and_arrives_is_counted_from_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     time = StoppedClock()
     monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: time.wall)
@@ -200,7 +240,7 @@ def test_what_waits_and_arrives_is_counted_from_offsets(monkeypatch: pytest.Monk
         meter.stand([Stand("orders", ORDERS, second // 4, 60.0), Stand("scores", SCORES, 0, 600.0)])
         meter.look(float(second))
         log.arrive(ORDERS, 100)
-        if second < 10:
+        if second < 1:
             assert meter.loads() is None  # what arrives is not known yet, and it is not 0
     loads = meter.loads()
     assert loads is not None
@@ -212,8 +252,13 @@ def test_what_waits_and_arrives_is_counted_from_offsets(monkeypatch: pytest.Monk
     assert scores.ewma_300s == 0.0
     assert (orders.mu, orders.own_rate, orders.worth, meter.apply_rate) == (None, None, None, None)
     assert orders.oldest_age == pytest.approx(11.0)
-    assert meter.take_served() == 500
-    assert meter.take_served() == 0
+    meter.look(12.0)
+    asked = log.asked
+    meter.look(13.0)
+    assert log.asked == asked  # nothing has moved
+    applied(meter, "orders", 500)
+    assert meter.take_served() == {"orders": 500}
+    assert not meter.take_served()
 
 
 def test_all_of_a_table_is_work_of_its_own_of_which_the_log_need_not_hold_all() -> None:
@@ -227,13 +272,10 @@ def test_all_of_a_table_is_work_of_its_own_of_which_the_log_need_not_hold_all() 
         done = min(10, second)
         meter.stand([Stand("orders", ORDERS, 10, 60.0), Stand("orders", ORDERS, done, 60.0, through=10)])
         meter.look(float(second))
-        if second == 5:
-            assert meter.take_served() == 500
     loads = meter.loads()
     assert loads is not None
     assert [(load.model, load.backlog_rows) for load in loads] == [("orders", 0), (building("orders"), 0)]
     assert loads[1].ewma_300s == loads[1].oldest_age == 0.0
-    assert meter.take_served() == 500
 
 
 def test_work_is_worth_a_worker_where_it_is_dear_and_cores_are_idle() -> None:
@@ -249,9 +291,11 @@ def test_work_is_worth_a_worker_where_it_is_dear_and_cores_are_idle() -> None:
     assert Worth().judge(replace(plain_sql, apply_rate=600_000)) is True
     assert Worth().judge(replace(python, apply_rate=334_000)) is True
     assert Worth().judge(replace(python, cores=1)) is False  # one core cannot do two things
+    assert Worth().judge(replace(python, worker_rate=7_000)) is True
+    assert Worth().judge(replace(python, worker_rate=5_000)) is False  # two of which do not make 9,000
     wavers = Worth()
     assert wavers.judge(Costs(None, None, None, 2)) is None
-    rates = (11_500, 12_600, 11_500, 10_900, 11_500, 12_600)
+    rates = (13_500, 14_100, 13_500, 11_400, 13_500, 14_100)
     judged = [wavers.judge(replace(python, own_rate=10_000, handover_rate=rate)) for rate in rates]
     assert judged == [False, True, True, False, False, True]
     assert wavers.judge(replace(python, own_rate=None)) is True  # what is not known changes nothing
@@ -283,9 +327,35 @@ def test_a_burst_brings_workers_and_its_end_sends_them_home(
     gaps = [(b.at - a.at).total_seconds() for a, b in pairwise(entries)]
     assert max(gaps) <= 65
     assert len(entries) < len(gaps) + 2 < 60
+    plant.controller.close()
+    plant.controller.close()
+    assert len(plant.entries()) <= len(entries) + 1
+    assert len({entry.at for entry in plant.entries()}) == len(plant.entries())  # each of them once
     codes = {entry.decision.reason.code for entry in entries}
     assert codes >= {Code.FIGURES_MISSING, Code.OWN_PROCESS, Code.BEHIND}
     assert [entry.snapshot.start_p95 for entry in entries][-1] == 3.0
+
+
+@pytest.mark.parametrize("cores", [8, 32])
+def test_workers_that_take_from_each_other_bring_no_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    """All are busy, and each as much slower as there are more of them."""
+    plant = Plant(tmp_path, cores=cores)
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    plant.cap = plant.own
+    for _ in range(600):
+        if ready := plant.pool.ready:
+            known = plant.pool.done
+            plant.pool.done = Service(known.rows + 2_000, known.seconds + ready)
+        plant.second(3_000)
+    last = plant.entries()[-1]
+    if cores == 8:  # it is those cores that they take from each other
+        assert (last.decision.workers, last.decision.reason.code) == (0, Code.WORKERS_ARE_SLOWER)
+        return
+    assert last.snapshot.raises_without_gain == 1  # to all that there may be at once
+    assert last.snapshot.loads[0].mu == pytest.approx(plant.own / plant.pool.ready, rel=0.1)
 
 
 def test_work_that_costs_more_to_hand_over_stays_in_the_main_process(
@@ -398,6 +468,41 @@ def test_people_are_told_of_what_lasts_once_and_of_its_end(caplog: pytest.LogCap
     assert len(told(caplog)) == 5
 
 
+def test_what_a_controller_sees_is_told_once_and_so_is_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More arrives than all workers do; then no worker starts; then the destination takes no more than the
+    main process alone has done."""
+    plant = Plant(tmp_path, Limits(0, 2))
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    plant.pool.done = Service(10_000, 1.0)
+    for _ in range(300):
+        plant.second(40_000)
+    assert sorted(told(caplog)) == [("cap", False), ("target", False)]
+    for _ in range(900):
+        plant.second(0)
+    assert (plant.pool.ready, sorted(told(caplog)[2:])) == (0, [("cap", True), ("target", True)])
+    plant.pool.most = 0
+    for _ in range(120):
+        plant.second(6_000)
+    assert told(caplog)[4:] == [("start", False)]
+    plant.pool.most = 64
+    for _ in range(900):
+        plant.second(0)
+    assert told(caplog)[5:] == [("start", True)]
+    plant.limits, plant.cap = Limits(0, 8), plant.own
+    plant.controller = plant.start()
+    for _ in range(1200):
+        plant.second(4_000)
+    assert told(caplog)[6:] == [("gain", False)]
+    assert plant.pool.ready < 8
+    plant.cap = 1e9
+    for _ in range(900):
+        plant.second(0)
+    assert told(caplog)[7:] == [("gain", True)]
+
+
 def test_http_tells_how_many_workers_there_should_be_and_all_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,3 +533,24 @@ def test_http_tells_how_many_workers_there_should_be_and_all_inputs(
     assert f"headrace_scale_desired_workers {plant.pool.ready}" in lines
     assert 'headrace_scale_worker_rows_per_second{model="orders"} 10000' in lines
     assert "own_rows_per_second" not in text  # nobody has measured it
+    families = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert len(set(families)) == len(families)
+    assert all(line.split("{")[0].split()[0] in families for line in lines if line[0] != "#")
+
+
+def test_all_that_is_decided_by_has_a_gauge() -> None:
+    """Each input is another number here, so that each is found by its own."""
+    named = Load("orders", *(float(number) for number in range(101, 101 + len(fields(Load)) - 1)))
+    limits = Limits(*(200 + number for number in range(len(fields(Limits)))))
+    numbers = {
+        field.name: 300 + number
+        for number, field in enumerate(fields(Snapshot))
+        if field.name not in ("loads", "limits", "desired", "hour")
+    }
+    entry = Entry(BEGIN, SloBand(), Snapshot((named,), limits=limits, desired=0, **numbers), NOTHING)  # type: ignore[arg-type]
+    pool = dict.fromkeys(("desired", "ready", "starting", "busy", "queued", "worker_hours_today"), 0)
+    text = exposition({**pool, "decision": as_object(entry)})
+    told = {float(line.split()[-1]) for line in text.splitlines() if line[0] != "#"}
+    inputs = {*range(101, 101 + len(fields(Load)) - 1), *range(200, 200 + len(fields(Limits)))}
+    inputs |= set(numbers.values()) - {numbers["ready"], numbers["starting"]}  # the pool's own are told
+    assert inputs <= told

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from test_scaling_policy import snapshots
 
 from headrace.errors import UserError
 from headrace.scaling.arrivals import TICK
-from headrace.scaling.journal import Entry, Journal, arrivals_of
+from headrace.scaling.journal import Entry, Journal, JournalledPolicy, arrivals_of
 from headrace.scaling.plan import Answer, Figure, Figures, Plan, Question, figures_of, plan
-from headrace.scaling.policy import Limits, Load, SloBand, Snapshot
+from headrace.scaling.policy import Backlog, Limits, Load, Schedule, SloBand, Snapshot, Static
 
-BEGIN = datetime(2026, 11, 29, 14, 5, tzinfo=UTC)
+BEGIN = datetime(2026, 6, 29, 14, 5, tzinfo=UTC)
 
 
 def entry(tick: int, rate: float = 2000.0) -> Entry:
     load = Load("orders", 60.0, 1e5, 30.0, rate, rate, rate, 1000.0, own_rate=800.0, backlog_bytes=1e7)
     dear = Load("scored", 600.0, 0.0, 0.0, rate / 10, rate / 10, rate / 10, 100.0, own_rate=80.0)
     snapshot = Snapshot((load, dear), 2, 1, 3, 8.0, Limits(0, 8, 20.5, 0.1), apply_rate=9000.0, parts=12)
-    return Entry(BEGIN + timedelta(seconds=tick * TICK), "slo_band", snapshot, SloBand().decide(snapshot))
+    return Entry(BEGIN + timedelta(seconds=tick * TICK), SloBand(), snapshot, SloBand().decide(snapshot))
 
 
 def test_what_is_written_is_read_and_decides_the_same_again(tmp_path: Path) -> None:
@@ -40,6 +43,22 @@ def test_what_is_written_is_read_and_decides_the_same_again(tmp_path: Path) -> N
     assert line["decision"]["code"] == "behind"
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [SloBand(high=0.4, own_share=0.5), Backlog(threshold=33.0), Static(5), Schedule(tuple(range(168)))],
+    ids=lambda policy: policy.name,
+)
+@given(snapshot=snapshots)
+def test_each_decision_can_be_made_again_from_its_line(policy: JournalledPolicy, snapshot: Snapshot) -> None:
+    made = Entry(BEGIN, policy, snapshot, policy.decide(snapshot))
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "scaling.jsonl")
+        journal.append(made)
+        (read,) = journal.read()
+        assert read == journal.last() == made
+    assert read.policy.decide(read.snapshot) == made.decision
+
+
 def test_the_journal_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "scaling.jsonl"
     journal = Journal(path, max_bytes=20_000)
@@ -53,6 +72,21 @@ def test_the_journal_is_bounded(tmp_path: Path) -> None:
     assert times[-1] == entry(199).at
 
 
+def test_what_is_read_while_the_file_becomes_the_one_before_is_whole(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "scaling.jsonl", max_bytes=10_000)
+    ticks = range(12)  # the last of them after the first rotation
+    for tick in ticks:
+        journal.append(entry(tick))
+    assert len(list(tmp_path.iterdir())) == 2
+    reading = journal.read()
+    times = [next(reading).at]
+    for tick in range(12, 60):
+        journal.append(entry(tick))
+    times += [one.at for one in reading]
+    first = round((times[0] - BEGIN).total_seconds() / TICK)
+    assert times[: 12 - first] == [entry(tick).at for tick in range(first, 12)]
+
+
 def test_a_torn_line_is_left_out_and_a_foreign_one_is_named(tmp_path: Path) -> None:
     path = tmp_path / "scaling.jsonl"
     journal = Journal(path)
@@ -60,6 +94,11 @@ def test_a_torn_line_is_left_out_and_a_foreign_one_is_named(tmp_path: Path) -> N
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:100])
     assert list(journal.read()) == [entry(0)]
+    journal.append(entry(1))  # after a crash, or a disk that was full
+    assert list(journal.read()) == [entry(0), entry(1)]
+    path.write_bytes(whole[:100])
+    journal.append(entry(2))
+    assert list(journal.read()) == [entry(2)]
     later = json.loads(whole)
     later["snapshot"]["of_a_later_version"] = 1
     path.write_text(json.dumps(later) + "\n")
@@ -110,11 +149,11 @@ def test_a_plan_is_arithmetic() -> None:
     assert made["disk: log"].value == 20_000 * 100 * 10 * 86_400 * KNOWN.log.value
     assert made["disk: log"].basis == "assumed"
     assert made["WAL at the source, 1 h away"].basis == "given"
-    # 72 M rows behind; apply does 150,000 a second, of which 20,000 are new; the workers take 10 s to start,
-    # in which the main process does 100,000 rows more than come.
-    expected = 10 + (72e6 - 100_000) / 130_000
+    # 72 M rows behind; apply does 150,000 a second, of which 20,000 are new; the workers are ordered within
+    # 6 s and take 10 to start, in which the main process does 160,000 rows more than come.
+    expected = 16 + (72e6 - 160_000) / 130_000
     assert made["recovery after 1 h away"].value == pytest.approx(expected)
-    assert made["recovery after 3,000,000 rows at once"].value == pytest.approx(10 + 2.9e6 / 130_000)
+    assert made["recovery after 3,000,000 rows at once"].value == pytest.approx(16 + 2.84e6 / 130_000)
 
 
 def test_a_trickle_needs_no_worker() -> None:
@@ -141,8 +180,13 @@ def test_a_plan_says_what_will_not_work() -> None:
         plan(ASKED, Figures())
 
 
+def unmeasured(entry: Entry) -> tuple[Load, ...]:
+    return tuple(replace(load, mu=None) for load in entry.snapshot.loads)
+
+
 def test_figures_come_from_the_journal_and_what_goes_beyond_them_is_said() -> None:
-    figures = figures_of([entry(tick) for tick in range(5)])
+    entries = [entry(tick) for tick in range(5)]
+    figures = figures_of(entries)
     assert figures.worker == Figure(pytest.approx(2200 / 4), "measured")
     assert figures.own == Figure(pytest.approx(2200 / 5), "measured")
     assert figures.apply == Figure(9000.0, "measured")
@@ -151,4 +195,12 @@ def test_figures_come_from_the_journal_and_what_goes_beyond_them_is_said() -> No
     assert made["workers at the peak"].basis == (
         "measured; extrapolated (6 workers, 2 measured; 3,000 rows/s, 2,200 measured)"
     )
-    assert answers(plan(replace(ASKED, rows_per_second=1000.0), figures))["worker-hours"].basis == "measured"
+    within = answers(plan(replace(ASKED, rows_per_second=1000.0, burst=2e5), figures))
+    assert within["worker-hours"].basis == "measured"
+    assert within["recovery after 200,000 rows at once"].basis.endswith(
+        "; 200,000 rows that wait, 100,000 measured)"
+    )
+    nobody = [replace(one, snapshot=replace(one.snapshot, ready=0, loads=unmeasured(one))) for one in entries]
+    assumed = figures_of(nobody)
+    assert assumed.worker == Figure(pytest.approx(2200 / 5), "assumed")  # as the main process
+    assert (assumed.own, assumed.start) == (figures.own, Figures().start)

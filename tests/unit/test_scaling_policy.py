@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.scaling.gain import GainWatch
@@ -199,7 +199,25 @@ def test_what_waits_for_apply_alone_needs_no_worker() -> None:
     """The destination is away: changes grow old, and none of them waits to be prepared."""
     old = load(oldest_age=5000.0, ewma_30s=1.0, ewma_300s=1.0, own_rate=MU)
     assert code_of(SloBand().decide(quiet(0, loads=(old,)))) == (0, Code.OWN_PROCESS)
-    assert SloBand().decide(quiet(0, loads=(replace(old, backlog_rows=9.0),))).workers == 1
+    soon_done = quiet(0, loads=(replace(old, backlog_rows=59 * MU),))  # by the main process, in a start time
+    assert code_of(SloBand().decide(soon_done)) == (0, Code.OWN_PROCESS)
+    assert SloBand().decide(quiet(0, loads=(replace(old, backlog_rows=61 * MU),))).workers == 1
+    even = {"ewma_30s": 900.0, "ewma_300s": 900.0, "max_300s": 900.0, "own_rate": MU, "backlog_rows": 6_500.0}
+    for age, workers in ((59.0, 0), (61.0, 1)):  # half a second of work will be left
+        aged = quiet(0, loads=(load(oldest_age=age, **even),))
+        assert SloBand().decide(aged).workers == workers
+    away = burst(apply_waits=True)
+    assert code_of(SloBand().decide(away)) == code_of(Backlog().decide(away)) == (3, Code.APPLY_WAITS)
+
+
+def test_all_of_a_table_after_hours_of_quiet_is_told_in_times_that_can_be() -> None:
+    """What is made anew arrives at no rate: the little that is left of an average says nothing of it."""
+    whole = load(backlog_rows=3e6, own_rate=MU / 2)
+    for faint in (0.0, 5e-324, 1e-300, 1e-9):
+        trickle = load(model="prices", ewma_300s=faint, max_300s=faint, own_rate=MU / 2)
+        decision = SloBand().decide(quiet(0, loads=(trickle, whole), start_p95=10.0))
+        assert decision.workers == 16
+        assert decision.reason.figures["age"] in (120.0, pytest.approx((3000 - 5) / 0.5))
 
 
 def test_what_is_cheaper_than_its_handing_over_stays_in_the_process() -> None:
@@ -242,17 +260,33 @@ def test_each_model_has_its_own_target() -> None:
     assert behind.reason.figures["model"] == "orders"
 
 
-@settings(max_examples=20)
-@given(limited=st.booleans())
-def test_raises_are_judged_by_their_throughput(limited: bool) -> None:
-    watch, at, failed = GainWatch(), 0.0, []
-    for workers in (2, 4, 8):
+@pytest.mark.parametrize("steps", [(2, 4, 8), (0, 1, 3)], ids=["more of them", "the first ones"])
+@pytest.mark.parametrize("limited", [False, True])
+def test_raises_are_judged_by_their_throughput(limited: bool, steps: tuple[int, ...]) -> None:
+    watch, at, failed, own = GainWatch(), 0.0, list[int](), 0.8
+    least = max(own, steps[0])
+    for workers in steps:
         for _ in range(5):
-            rate = MU * (2 if limited else workers)
-            failed.append(watch.note(at, workers, rate, is_behind=True))
+            rate = least if limited else max(own, workers)
+            failed.append(watch.note(at, workers, rate, is_behind=True, own=own))
             at += 15
     assert failed[-1] == (2 if limited else 0)
     if limited:  # the limit may have gone: one more may be tried
-        assert watch.note(at + 1800, 8, 2 * MU, is_behind=True) == 1
-        assert watch.note(at + 1801, 8, 3 * MU, is_behind=True) == 0
-    assert watch.note(at + 1802, 8, 2 * MU, is_behind=False) == 0
+        assert watch.note(at + 1800, steps[-1], least, is_behind=True) == 1
+        assert watch.note(at + 1801, steps[-1], least, is_behind=True) == 1
+        assert watch.note(at + 1830, steps[-1], least + 1, is_behind=True) == 0
+    assert watch.note(at + 1831, steps[-1], least, is_behind=False) == 0
+
+
+@given(size=st.floats(2, 60), phase=st.floats(0, 60), own=st.floats(0.2, 1.2))
+def test_a_raise_that_helps_is_seen_to_although_apply_takes_large_slices(
+    size: float, phase: float, own: float
+) -> None:
+    """Looks of 5 s see all of a slice at once, or nothing of it; slices take up to 20 s."""
+    watch, at, done, told = GainWatch(), 0.0, phase, 0.0
+    for workers in [0] * 12 + [3] * 24:
+        at += 5
+        done += 5 * max(own, workers)
+        slices = done // size * size
+        assert watch.note(at, workers, (slices - told) / 5, is_behind=True, own=own) == 0
+        told = slices

@@ -111,10 +111,15 @@ def test_what_the_bounds_leave_out_changes_nothing(
     assert quick.worker_hours == thorough.worker_hours
 
 
-@given(mean=st.floats(0.01, 20), start=st.sampled_from([5.0, 60.0, 180.0]), own=st.sampled_from([0.0, 800.0]))
-def test_a_constant_load_is_left_alone(mean: float, start: float, own: float) -> None:
-    plant = replace(PLANT, start=start, own_rate=own, limits=Limits(0, 64))
-    workers = simulate(even().scaled(mean * PLANT.mu), SloBand(), plant).workers
+targets = st.sampled_from([60.0, 120.0, 600.0])
+starts = st.sampled_from([5.0, 60.0, 180.0])
+
+
+@given(mean=st.floats(0.01, 20), slo=targets, start=starts, own=st.sampled_from([0.0, 800.0]))
+def test_a_constant_load_is_left_alone(mean: float, slo: float, start: float, own: float) -> None:
+    plant = replace(PLANT, slo=slo, start=start, own_rate=own, limits=Limits(0, 64))
+    even_day = even().split(86_400)[0]
+    workers = simulate(even_day.scaled(mean * PLANT.mu), SloBand(), plant).workers
     settled = workers[round(3600 / TICK) :]
     assert (settled == settled[0]).all()
     assert settled[0] >= (0 if mean * PLANT.mu <= own else mean)
@@ -144,6 +149,25 @@ def test_to_zero_and_back() -> None:
     # 60 s until the workers are there, in which the main process goes on; 16 of them for the rest.
     expected = 60 + (3e6 - 60_000) / 16_000
     assert found.ages.max() == pytest.approx(expected, abs=2 * TICK)
+    threshold = simulate(Arrivals(START, quiet), Backlog(), plant).workers
+    assert (threshold[: hour + 1].max(), threshold.max(), threshold[-1]) == (0, 16, 0)
+
+
+@given(size=st.floats(1e5, 2e7), slo=targets, start=starts, own=st.sampled_from([0.0, 500.0, 1000.0]))
+def test_whatever_comes_at_once_is_met_in_few_steps_and_nobody_stays(
+    size: float, slo: float, start: float, own: float
+) -> None:
+    """Once out of nothing: with what brings it under target again, if the limit allows for it."""
+    quiet, hour = np.zeros(round(4 * 3600 / TICK)), round(3600 / TICK)
+    quiet[hour] = size
+    found = simulate(
+        Arrivals(START, quiet),
+        SloBand(),
+        replace(PLANT, slo=slo, start=start, own_rate=own, limits=Limits(0, 16)),
+    )
+    assert found.workers[: hour + 1].max() == 0 == found.workers[-1]
+    assert found.ages.max() <= max(slo, 1.3 * (start + size / 16 / PLANT.mu) + 2 * TICK)
+    assert (np.diff(found.workers) != 0).sum() <= 8
 
 
 class Blind(Asked):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from cyclopts import Parameter
 
@@ -31,6 +31,18 @@ _FIELDS = (
 )
 
 
+class _Known(NamedTuple):
+    """What workers are where no options say it; seconds, and rows a second."""
+
+    freshness: float
+    start: float
+    pause: float
+    own_rate: float
+
+
+_ASSUMED = _Known(120.0, 60.0, 3.0, 0.0)
+
+
 @Parameter(name="*")
 @dataclass
 class Workers:
@@ -40,12 +52,20 @@ class Workers:
     mean_workers: Annotated[
         float | None, Parameter(help="Instead: how many workers the mean of the arrivals keeps busy.")
     ] = None
-    freshness: Annotated[str, Parameter(help="The target, from commit to visible: 30s, 2m.")] = "2m"
-    start: Annotated[str, Parameter(help="From ordering a worker to its first result.")] = "60s"
-    pause: Annotated[str, Parameter(help="All stand still so long when one joins or leaves.")] = "3s"
+    freshness: Annotated[
+        str | None, Parameter(help="The target, from commit to visible: 30s. [default: 2m]")
+    ] = None
+    start: Annotated[
+        str | None, Parameter(help="From ordering a worker to its first result. [default: 60s]")
+    ] = None
+    pause: Annotated[
+        str | None, Parameter(help="All stand still so long when one joins or leaves. [default: 3s]")
+    ] = None
     min_workers: int = 0
     max_workers: int = 64
-    own_rate: Annotated[float, Parameter(help="Rows a second of the main process without workers.")] = 0.0
+    own_rate: Annotated[
+        float | None, Parameter(help="Rows a second of the main process without workers. [default: 0]")
+    ] = None
     apply_rate: Annotated[float | None, Parameter(help="Rows a second that apply takes at most.")] = None
     wrong_by: Annotated[
         float, Parameter(help="How much the policy takes a worker for too fast (0.3) or too slow (-0.3).")
@@ -70,7 +90,8 @@ def simulate(
 
     A file of arrivals has the columns timestamp,value: the start of an interval, and the rows in it. Without
     a file, the decisions that this project has journalled are replayed; rows are worker-seconds then, and a
-    worker does one a second.
+    worker does one a second. The strictest target, the start time and the main process's rate are those of
+    the last decision then, and nobody pauses, unless options say otherwise.
 
     With --json: mean_rate, seconds, bound_hours, policies (policy, worker_hours, ratio, minutes_over,
     p99_freshness, max_freshness, actions_per_day, price).
@@ -80,9 +101,9 @@ def simulate(
     arrivals
         A CSV file.
     """
-    every = read_csv(arrivals) if arrivals else _journalled(project)
+    every, known = (read_csv(arrivals), _ASSUMED) if arrivals else _journalled(project)
     history, judged = _split(every, learn)
-    plant = _plant(workers, judged, is_replay=arrivals is None)
+    plant = _plant(workers, judged, known, is_replay=arrivals is None)
     outcomes = compare(judged, history, plant, threshold=seconds_of("--threshold", threshold))
     if svg is not None:
         _write(svg, as_svg(judged, plant.mu, outcomes))
@@ -111,9 +132,14 @@ def seconds_of(option: str, text: str) -> float:
     return seconds
 
 
-def _journalled(project: Path) -> Arrivals:
+def _journalled(project: Path) -> tuple[Arrivals, _Known]:
     settings = load_project(project, secrets=False)
-    return arrivals_of(Journal(settings.state / FILE).read())
+    entries = list(Journal(settings.state / FILE).read())
+    arrivals, last = arrivals_of(entries), entries[-1].snapshot
+    loads = [load for load in last.loads if load.service_rate]
+    own = [(load.own_rate or 0.0) / (load.service_rate or 1.0) for load in loads]
+    slo = min((load.slo for load in loads), default=_ASSUMED.freshness)
+    return arrivals, _Known(slo, last.start_p95, 0.0, min(own, default=0.0))
 
 
 def _split(every: Arrivals, learn: str | None) -> tuple[Arrivals, Arrivals]:
@@ -128,7 +154,7 @@ def _split(every: Arrivals, learn: str | None) -> tuple[Arrivals, Arrivals]:
     return every.split(taught)
 
 
-def _plant(workers: Workers, judged: Arrivals, *, is_replay: bool) -> Plant:
+def _plant(workers: Workers, judged: Arrivals, known: _Known, *, is_replay: bool) -> Plant:
     if (workers.worker_rate is None) == (workers.mean_workers is None) and not is_replay:
         raise UserError(
             "How much a worker does is not clear.",
@@ -146,15 +172,19 @@ def _plant(workers: Workers, judged: Arrivals, *, is_replay: bool) -> Plant:
         raise UserError("--wrong-by is a share: 0.3 for a third too fast, -0.3 for as much too slow.")
     return Plant(
         mu=rate,
-        slo=_positive("--freshness", seconds_of("--freshness", workers.freshness)),
-        start=seconds_of("--start", workers.start),
-        pause=seconds_of("--pause", workers.pause),
-        own_rate=workers.own_rate,
+        slo=_positive("--freshness", _given("--freshness", workers.freshness, known.freshness)),
+        start=_given("--start", workers.start, known.start),
+        pause=_given("--pause", workers.pause, known.pause),
+        own_rate=known.own_rate if workers.own_rate is None else workers.own_rate,
         apply_rate=workers.apply_rate,
         believed=1 + workers.wrong_by,
         hours_per_day=workers.daily_hours,
         limits=Limits(workers.min_workers, workers.max_workers, price=workers.price),
     )
+
+
+def _given(option: str, text: str | None, known: float) -> float:
+    return known if text is None else seconds_of(option, text)
 
 
 def _positive(option: str, number: float) -> float:

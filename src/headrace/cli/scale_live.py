@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ from headrace.server import ask
 
 _ABSENT = timedelta(minutes=3)
 """Without an entry for so long the pipeline did not run: it writes one a minute."""
+_AHEAD = timedelta(minutes=1)
+"""By which the clock of whoever asks may be ahead."""
 _LOADS = {
     "load": "model",
     "target s": "slo",
@@ -129,7 +132,8 @@ def explain(
 ) -> None:
     """Say why there were so many workers at a moment: the decision in force then, and all that made it.
 
-    With --json: at, policy, snapshot (all inputs), decision (workers, code, figures, sentence).
+    With --json: at, policy, settings (of the policy), snapshot (all inputs), decision (workers, code,
+    figures, sentence), again (workers and code that this version decides from the same).
 
     Parameters
     ----------
@@ -138,13 +142,21 @@ def explain(
     """
     settings = load_project(project, secrets=False)
     now = datetime.now(UTC)
-    entry, when = _in_force(settings, moment(at, now) if at else now)
+    when = moment(at, now) if at else now
+    if when > now + _AHEAD:
+        raise UserError(f"{_time(when)} UTC is yet to come.", "Times are of UTC, unless they say otherwise.")
+    entry = _in_force(settings, when)
+    again = entry.policy.decide(entry.snapshot)
     if json:
-        print(json_of(as_object(entry)))
+        decided = {"workers": again.workers, "code": again.reason.code.value}
+        print(json_of({**as_object(entry), "again": decided}))
         return
     if when - entry.at > _ABSENT:
         print(f"The pipeline wrote nothing from {_time(entry.at)} to {_time(when)}: it was not running.")
     _print_entry(as_object(entry))
+    if again != entry.decision:
+        print(f"\nFrom the same inputs this version decides: {again.workers} workers, {again.reason.code}")
+        print(again.reason.sentence)
 
 
 def moment(text: str, now: datetime) -> datetime:
@@ -177,21 +189,20 @@ def _report(settings: Project) -> dict[str, Any]:
     }
 
 
-def _in_force(settings: Project, when: datetime) -> tuple[Entry, datetime]:
+def _in_force(settings: Project, when: datetime) -> Entry:
     """Return the last decision at or before a moment. Raises UserError where there is none."""
     found, first = None, None
     for entry in Journal(settings.state / FILE).read():
         first = first or entry.at
-        if entry.at > when:
-            break
-        found = entry
+        if entry.at <= when:  # a clock that was put back has later ones behind it
+            found = entry
     if found is None:
         words = f"The first that is journalled is of {_time(first)}." if first else "None is journalled."
         raise UserError(
             f"There is no decision of {_time(when)} or before. {words}",
             "`headrace scale history` lists them; a running pipeline makes them.",
         )
-    return found, when
+    return found
 
 
 def _changes(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -224,6 +235,8 @@ def _shown(value: object) -> object:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Decimal):  # so a running pipeline's answer is read
+        value = float(value)
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.3g}"
     return f"{value:,}" if isinstance(value, int) else value

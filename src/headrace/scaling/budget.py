@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +13,15 @@ logger = logging.getLogger("headrace.scaling")
 
 FILE = "scaling-budget.json"
 """Its name in the state folder."""
-_SAVE_EVERY = 60.0
+_SAVE_EVERY = 5.0
+"""Seconds of work that a crash forgets at most, of all workers, beside those since the last look."""
 
 
 class Budget:
     """Adds up what workers have worked on a UTC day, and keeps it in a file.
 
-    It is written once a minute and when it is closed: a crash gives away a minute of work at most.
+    It is written every few seconds while there are workers, so that not even a process that dies over and
+    over gives the day's hours away.
     """
 
     def __init__(self, path: Path, hours_per_day: float | None) -> None:
@@ -28,10 +31,13 @@ class Budget:
         self._hours = hours_per_day
         self._day, self._seconds = self._read()
         self._unsaved = 0.0
+        self._is_told = False
 
     def spend(self, workers: int, seconds: float, at: datetime) -> None:
         """Count so many workers for so many seconds before `at`."""
         self._turn(at)
+        if not workers:
+            return
         self._seconds += workers * seconds
         self._unsaved += seconds
         if self._unsaved >= _SAVE_EVERY:
@@ -52,10 +58,21 @@ class Budget:
         self._unsaved = 0.0
         new = self._path.with_name(self._path.name + ".new")
         try:
-            new.write_text(json.dumps({"day": self._day, "worker_seconds": round(self._seconds, 3)}))
+            with new.open("w") as file:
+                json.dump({"day": self._day, "worker_seconds": round(self._seconds, 3)}, file)
+                file.flush()
+                os.fsync(file.fileno())
             new.replace(self._path)
         except OSError as error:
-            logger.warning("%s cannot be written: %s", self._path, error.strerror)
+            if not self._is_told:
+                logger.warning(
+                    "%s cannot be written (%s): a restart forgets today's worker-hours",
+                    self._path,
+                    error.strerror,
+                )
+            self._is_told = True
+        else:
+            self._is_told = False
 
     def _turn(self, at: datetime) -> None:
         day = at.astimezone(UTC).date().isoformat()

@@ -16,9 +16,8 @@ from typing import Any, Protocol
 
 from headrace.scaling.budget import Budget
 from headrace.scaling.gain import GainWatch
-from headrace.scaling.journal import Entry, Journal, as_object
+from headrace.scaling.journal import Entry, Journal, JournalledPolicy, as_object
 from headrace.scaling.measure import Handing, Meter
-from headrace.scaling.policy import Policy
 from headrace.scaling.pool import PoolState, Service
 from headrace.scaling.rates import p95
 from headrace.scaling.snapshot import Limits, Load, Snapshot
@@ -55,8 +54,7 @@ class Workers(Protocol):
 
 
 class Unstaffed:
-    """No workers, for a project that wants none, or whose workers run elsewhere and follow `GET /scale`: what
-    is decided is remembered, and the main process does the work."""
+    """No workers, for a project that wants none: the main process does the work."""
 
     def __init__(self) -> None:
         self._desired = 0
@@ -87,7 +85,7 @@ class Controller:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: JournalledPolicy,
         limits: Limits,
         pool: Workers,
         meters: Sequence[Meter],
@@ -104,16 +102,19 @@ class Controller:
             for meter in meters:
                 meter.use(handing)
         self._gain, self._watch = GainWatch(), ScalingWatch()
+        self._rates: dict[str, float] = {}
         self._stepped = self._decided = clock.monotonic()
         self._busy: list[float] = []
         self._service: Mapping[str, Service] = {}
-        self._written: tuple[float, tuple[object, ...]] | None = None
+        self._written: tuple[float, Entry] | None = None
         self._last: Entry | None = None
         self._start = _ASSUMED_START
+        self._apply_waits = False
         self._recall()
 
-    def step(self) -> None:
-        """Look, and every few seconds decide."""
+    def step(self, *, apply_waits: bool = False) -> None:
+        """Look, and every few seconds decide; `apply_waits` as in a Snapshot."""
+        self._apply_waits = apply_waits
         at = self._clock.monotonic()
         state = self._pool.state()
         self._budget.spend(state.ready + state.starting, at - self._stepped, self._clock.now())
@@ -161,7 +162,7 @@ class Controller:
         if decision.workers != state.desired:
             logger.info("%d workers, before %d: %s", decision.workers, state.desired, decision.reason)
             self._pool.resize(decision.workers)
-        self._last = Entry(self._clock.now(), self._policy.name, snapshot, decision)
+        self._last = Entry(self._clock.now(), self._policy, snapshot, decision)
         self._write(at)
         self._watch.note(at, snapshot, decision)
 
@@ -169,9 +170,13 @@ class Controller:
         now = self._clock.now()
         elapsed = at - self._decided
         loads, age = self._loads(at)
-        work = sum(load.work_seconds for load in loads)
-        served = sum(meter.take_served() for meter in self._meters)
-        raises = self._gain.note(at, state.ready, served / elapsed if elapsed else 0.0, is_behind=work > 1.0)
+        shared = [load for load in loads if load.is_worth_a_worker]
+        work = sum(load.work_seconds for load in shared)
+        own = max(((load.own_rate or 0.0) / (load.service_rate or 1.0) for load in shared), default=0.0)
+        done = self._work_done(shared) / elapsed if elapsed else 0.0
+        raises = self._gain.note(at, state.ready, done, is_behind=work > 1.0, own=own)
+        if not self._gain.is_watching:
+            self._rates = {load.model: load.service_rate for load in shared if load.service_rate}
         rates = [rate for meter in self._meters if (rate := meter.apply_rate) is not None]
         self._start = p95(list(state.start_times)) or self._start
         busy = sum(self._busy) / len(self._busy) if self._busy else None
@@ -187,6 +192,7 @@ class Controller:
             parts=state.busy + max(state.queued, math.ceil(work / _PART_SECONDS)),
             figures_age=age,
             apply_rate=sum(rates) if rates else None,
+            apply_waits=self._apply_waits,
             prepared_parts=self._handing.prepared_parts() if self._handing else 0,
             raises_without_gain=raises,
             busy=busy,
@@ -206,19 +212,31 @@ class Controller:
             return loads, None
         return loads, max((at - (looked or 0.0) for _, looked in found), default=0.0)
 
+    def _work_done(self, loads: Sequence[Load]) -> float:
+        """Return the work-seconds of some loads that have been done since this was asked before.
+
+        From a raise on a row counts what it did before: of workers that take from each other each does less,
+        and all look busy.
+        """
+        for load in loads:
+            if rate := load.service_rate:
+                self._rates.setdefault(load.model, rate)
+        served = [each for meter in self._meters for each in meter.take_served().items()]
+        return sum(rows / self._rates[work] for work, rows in served if work in self._rates)
+
     def _write(self, at: float) -> None:
         """Journal the decision in force if it, or its reason, is another than before, or a minute is over."""
         if self._last is None:
             return
-        reason = self._last.decision.reason
-        what = (self._last.decision.workers, reason.code, reason.figures.get("what"))
-        if self._written and what == self._written[1] and at - self._written[0] < _JOURNAL_EVERY:
-            return
+        if self._written is not None:
+            when, before = self._written
+            if before is self._last or (at - when < _JOURNAL_EVERY and _gist(before) == _gist(self._last)):
+                return
         try:
             self._journal.append(self._last)
         except OSError as error:
             logger.warning("a scaling decision cannot be journalled: %s", error.strerror)
-        self._written = (at, what)
+        self._written = (at, self._last)
 
     def _recall(self) -> None:
         entry = self._journal.last()
@@ -228,6 +246,12 @@ class Controller:
         share = entry.snapshot.apply_rate if len(self._meters) == 1 else None
         for meter in self._meters:
             meter.recall(entry.snapshot.loads, share)
+
+
+def _gist(entry: Entry) -> tuple[object, ...]:
+    """Return what makes a decision another one than that before it."""
+    reason = entry.decision.reason
+    return entry.decision.workers, reason.code, reason.figures.get("what")
 
 
 def _is_active(load: Load) -> bool:

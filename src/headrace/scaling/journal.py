@@ -1,6 +1,6 @@
 """Every decision with all its inputs, one JSON object a line: decisions can be explained, and replayed.
 
-    {"at": "2026-11-29T14:05:00+00:00", "policy": "slo_band", "snapshot": {...},
+    {"at": "2026-11-29T14:05:00+00:00", "policy": "slo_band", "settings": {...}, "snapshot": {...},
      "decision": {"workers": 3, "code": "behind", "figures": {...}, "sentence": "..."}}
 
 The journal is kept for people and for `headrace scale simulate`; nothing depends on it to be right, so it is
@@ -12,26 +12,34 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from headrace.errors import UserError
 from headrace.scaling.arrivals import TICK, Arrivals
+from headrace.scaling.policy import Backlog, Schedule, SloBand, Static
 from headrace.scaling.snapshot import Code, Decision, Limits, Load, Reason, Snapshot
 
 FILE = "scaling.jsonl"
 """Its name in the state folder."""
 
 MAX_BYTES = 32 << 20
-"""At which the file becomes the one before: about nine days of decisions for one model, and two such
-files."""
+"""At which the file becomes the one before: three weeks of a decision a minute for one model, or half a day
+for sixty."""
 
+JournalledPolicy = SloBand | Backlog | Static | Schedule
+_POLICIES: Mapping[str, type[JournalledPolicy]] = {
+    "slo_band": SloBand,
+    "backlog": Backlog,
+    "static": Static,
+    "schedule": Schedule,
+}
 _LONGEST = 1 << 20
 """Bytes of a line: thousands of models."""
 _MAX_GAP = 300.0
@@ -40,10 +48,10 @@ _MAX_GAP = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One decision, when it was made, and by what."""
+    """One decision, when it was made, and by what: `policy.decide(snapshot)` decides it again."""
 
     at: datetime
-    policy: str
+    policy: JournalledPolicy
     snapshot: Snapshot
     decision: Decision
 
@@ -61,7 +69,8 @@ class Journal:
         """Write an entry; raises OSError where the disk does not take it."""
         line = json.dumps(as_object(entry), separators=(",", ":"), allow_nan=False) + "\n"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
+        with self._path.open("a+b") as file:
+            _cut_torn(file)
             file.write(line.encode())
             is_full = file.tell() >= self._max_bytes
         if is_full:
@@ -73,8 +82,14 @@ class Journal:
         A last line that is not finished, from a crash in its writing or one that is being written, is left
         out.
         """
-        for path in (self._before, self._path):
-            yield from (entry for entry in read_file(path, missing_ok=True) if not since or entry.at >= since)
+        with ExitStack() as stack:
+            files = [stack.enter_context(file) for file in self._open()]
+            for file in files:
+                for number, line in enumerate(file, 1):
+                    if line.endswith(b"\n") and line.strip():
+                        entry = _entry(Path(file.name), number, line)
+                        if not since or entry.at >= since:
+                            yield entry
 
     def last(self) -> Entry | None:
         """Return the newest decision; None where there is none, or its line is not one of ours."""
@@ -86,21 +101,35 @@ class Journal:
                     return _entry(path, 0, whole[-1])
         return None
 
+    def _open(self) -> list[BinaryIO]:
+        """Open what there is, the file before first. Both are open before the first is read, so that one
+        that is full meanwhile is read all the same; opened in this order, none is missed."""
+        files = list[BinaryIO]()
+        for path in (self._path, self._before):
+            try:
+                file = path.open("rb")
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                for each in files:
+                    each.close()
+                raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+            if files and os.path.sameopenfile(files[0].fileno(), file.fileno()):
+                file.close()  # it became the one before in between
+            else:
+                files.insert(0, file)
+        return files
 
-def read_file(path: Path, *, missing_ok: bool = False) -> Iterator[Entry]:
-    """Yield the entries of one file; see `Journal.read`."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.endswith(b"\n") and line.strip():
-                    yield _entry(path, number, line)
-    except FileNotFoundError as error:
-        if not missing_ok:
-            raise UserError(
-                f"{path} is not there.", "Decisions are journalled by a running pipeline."
-            ) from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+def _cut_torn(file: BinaryIO) -> None:
+    """Drop what a crash, or a full disk, has left of a line at the end: the next one would be part of it."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    if file.read() in (b"", b"\n"):
+        return
+    file.seek(max(0, end - _LONGEST))
+    tail = file.read()
+    file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
 
 
 def arrivals_of(entries: Iterable[Entry]) -> Arrivals:
@@ -138,12 +167,15 @@ def arrivals_of(entries: Iterable[Entry]) -> Arrivals:
 def as_object(entry: Entry) -> dict[str, Any]:
     """Return an entry as its line has it; of each load also the `work_seconds` that wait."""
     reason = entry.decision.reason
+    settings = asdict(entry.policy)
+    del settings["name"]
     snapshot = asdict(entry.snapshot)
     for told, load in zip(snapshot["loads"], entry.snapshot.loads, strict=True):
         told["work_seconds"] = round(load.work_seconds, 3) if load.service_rate else None
     return {
         "at": entry.at.astimezone(UTC).isoformat(),
-        "policy": entry.policy,
+        "policy": entry.policy.name,
+        "settings": settings,
         "snapshot": snapshot,
         "decision": {
             "workers": entry.decision.workers,
@@ -163,7 +195,7 @@ def _entry(path: Path, number: int, line: bytes) -> Entry:
         decision = found["decision"]
         return Entry(
             datetime.fromisoformat(found["at"]),
-            str(found["policy"]),
+            _policy(found["policy"], found.get("settings", {})),
             Snapshot(**_known(Snapshot, snapshot)),
             Decision(int(decision["workers"]), Reason(Code(decision["code"]), decision["figures"])),
         )
@@ -174,7 +206,13 @@ def _entry(path: Path, number: int, line: bytes) -> Entry:
         ) from error
 
 
-def _known(kind: type[Load | Limits | Snapshot], values: dict[str, Any]) -> dict[str, Any]:
+def _policy(name: str, settings: dict[str, Any]) -> JournalledPolicy:
+    kind = _POLICIES[name]
+    known = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return kind(**_known(kind, known))
+
+
+def _known(kind: type[Any], values: dict[str, Any]) -> dict[str, Any]:
     """Leave out what a later version may have written."""
     names = {field.name for field in fields(kind)}
     return {name: value for name, value in values.items() if name in names}

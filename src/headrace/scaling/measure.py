@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -89,7 +90,8 @@ class Stand(NamedTuple):
     """Where a model stands: what is staged of its table after `after` waits for it.
 
     Where all of a table is read once more, by a rebuild or for a copy, that is work of its own: `through` is
-    where it ends, None for what goes on for ever.
+    where it ends, None for what goes on for ever. `left` are the rows that wait, where that is known; None
+    where it is all of them.
     """
 
     model: str
@@ -97,6 +99,7 @@ class Stand(NamedTuple):
     after: Offset
     slo: float
     through: Offset | None = None
+    left: int | None = None
 
     @property
     def work(self) -> str:
@@ -132,6 +135,19 @@ class _Work:
         self.waiting: _Waiting | None = None
         self.is_worth: bool | None = None
 
+    def comparable(self) -> tuple[float | None, float | None]:
+        """Return how fast the main process and a worker are.
+
+        They run the same code. Where only one of them has had large pieces, its speed is that of both: the
+        other's, of small ones, would make a worker look many times slower or faster than it is.
+        """
+        own, worker = self.own, self.worker
+        if own.is_of_bulk and not worker.is_of_bulk:
+            return own.value, None
+        if worker.is_of_bulk and not own.is_of_bulk and own.value is not None:
+            return worker.value, worker.value
+        return own.value, worker.value
+
 
 class Meter:
     """Measures one source. Whatever prepares and applies calls from threads of its own; one thread looks."""
@@ -147,7 +163,7 @@ class Meter:
         self._looked: tuple[float, Offset] | None = None
         self._began: float | None = None
         self._loads: tuple[Load, ...] | None = None
-        self._served = 0.0
+        self._served = Counter[str]()
         self._handing: Handing | None = None
 
     def use(self, handing: Handing) -> None:
@@ -190,10 +206,12 @@ class Meter:
 
     @contextmanager
     def applying(
-        self, parts: Iterable[_Item], rows_of: Callable[[_Item], int], work: str = ""
+        self, parts: Iterable[_Item], counted: Callable[[_Item], tuple[str, int]], work: str = ""
     ) -> Generator[Iterator[_Item]]:
-        """Give parts to apply, and note how long it took for them, without its waiting for the next one. A
-        slice is of all models; what is applied of one by itself is named."""
+        """Give parts to apply, and note how long it took for them, without its waiting for the next one.
+
+        `counted` says what work a part is of, and how many rows of it. A slice is of all models; what is
+        applied of one by itself is named."""
         waited, rows = 0.0, 0
 
         def taken() -> Iterator[_Item]:
@@ -205,7 +223,10 @@ class Meter:
                 waited += time.monotonic() - began
                 if part is None:
                     return
-                rows += rows_of(part)
+                of, count = counted(part)
+                rows += count
+                with self._lock:
+                    self._served[of] += count
                 yield part
                 del part
 
@@ -226,13 +247,12 @@ class Meter:
         self._began = now if self._began is None else self._began
         before = self._looked
         elapsed = now - before[0] if before else 0.0
-        loads, served = [], 0.0
+        loads = []
         for stand in stands:
             end = staged if stand.through is None else min(staged, stand.through)
             with self._lock:
                 work = self._of(stand.work)
-            work.waiting, done = self._waiting(stand, work.waiting, end)
-            served += done
+            work.waiting = self._waiting(stand, work.waiting, end)
             if before and elapsed > 0:
                 arrived = self._arrived(stand, before[1], staged)
                 work.fast.add(arrived, elapsed)
@@ -243,7 +263,6 @@ class Meter:
                 loads.append(self._measured(work, stand, age, handed, now))
         with self._lock:
             self._looked = (now, staged)
-            self._served += served
             for gone in self._works.keys() - {stand.work for stand in stands}:
                 self._works[gone].waiting = None
             self._loads = tuple(loads) if now - self._began >= _WARM else None
@@ -268,10 +287,10 @@ class Meter:
         with self._lock:
             return self._of(work).is_worth is not False
 
-    def take_served(self) -> float:
-        """Return how many rows have been done since this was asked before."""
+    def take_served(self) -> Mapping[str, int]:
+        """Return how many rows of each work apply has taken since this was asked before."""
         with self._lock:
-            served, self._served = self._served, 0.0
+            served, self._served = self._served, Counter()
         return served
 
     def recall(self, loads: Iterable[Load], apply_rate: float | None) -> None:
@@ -289,8 +308,9 @@ class Meter:
     def _of(self, work: str) -> _Work:
         return self._works.setdefault(work, _Work())
 
-    def _waiting(self, stand: Stand, known: _Waiting | None, end: Offset) -> tuple[_Waiting, int]:
-        """Return what waits, and how many rows have been done since the look before."""
+    def _waiting(self, stand: Stand, known: _Waiting | None, end: Offset) -> _Waiting:
+        if stand.left is not None:
+            return _Waiting(stand.after, end, stand.left)
         kinds = STREAMED if stand.through is None else _COPIED
         if known is None or not known.after <= stand.after or not known.through <= end:
             rows, size = self._log.volume(stand.table, stand.after, end, kinds)
@@ -299,7 +319,9 @@ class Meter:
                 whole = self._staging.count(stand.table, stand.after, end)
                 size = int(size * whole / rows) if rows else 0
                 rows = whole
-            return _Waiting(stand.after, end, rows, size), 0
+            return _Waiting(stand.after, end, rows, size)
+        if (known.after, known.through) == (stand.after, end):
+            return known  # at rest nothing is asked of the log
         came, came_bytes = self._log.volume(stand.table, known.through, end, kinds)
         if stand.through is None:
             went, went_bytes = self._log.volume(stand.table, known.after, min(stand.after, end), kinds)
@@ -307,7 +329,7 @@ class Meter:
             went = self._staging.count(stand.table, known.after, min(stand.after, end))
             went_bytes = known.bytes * went // known.rows if known.rows else 0
         rows, size = known.rows + came - went, known.bytes + came_bytes - went_bytes
-        return _Waiting(stand.after, end, max(0, rows), max(0, size)), went
+        return _Waiting(stand.after, end, max(0, rows), max(0, size))
 
     def _arrived(self, stand: Stand, before: Offset, staged: Offset) -> int:
         if stand.through is not None or staged <= before:
@@ -326,11 +348,11 @@ class Meter:
     ) -> Load:
         fast, slow = work.fast.value or 0.0, work.slow.value or 0.0
         waiting = work.waiting or _Waiting(stand.after, stand.after)
-        own = work.own.value
+        own, worker = work.comparable()
         if handed is not None:
             own, work.handover = own or handed.own_rate, handed.handover_rate or work.handover
         apply = self._apply.value if stand.through is None else work.apply.value
-        costs = Costs(own, work.handover, work.cores, self._cores, apply)
+        costs = Costs(own, work.handover, work.cores, self._cores, apply, work.worker.value)
         work.is_worth = work.worth.judge(costs)
         return Load(
             model=stand.work,
@@ -340,7 +362,7 @@ class Meter:
             ewma_30s=fast,
             ewma_300s=slow,
             max_300s=work.peak.add(now, max(fast, slow)),
-            mu=work.worker.value,
+            mu=worker,
             own_rate=costs.own_rate,
             handover_rate=costs.handover_rate,
             backlog_bytes=waiting.bytes,

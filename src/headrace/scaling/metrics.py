@@ -20,9 +20,11 @@ _POOL = {
 }
 _SNAPSHOT = {
     "start_p95": ("start_seconds", "From a worker's start to its first result, 95th percentile."),
+    "starting_seconds": ("starting_seconds", "Since their start, of all workers that are starting together."),
     "parts": ("parts", "Parts that wait for a worker or are in the hands of one."),
     "figures_age": ("figures_age_seconds", "Age of the figures that were decided on."),
     "apply_rate": ("apply_rows_per_second", "What apply takes while it is busy."),
+    "apply_waits": ("apply_waits", "Whether apply cannot go on now, 0 or 1."),
     "prepared_parts": ("prepared_parts", "Prepared parts that wait for apply, at least."),
     "raises_without_gain": ("raises_without_gain", "Raises that have brought no more throughput."),
     "busy": ("busy_share", "Share of their time that ready workers were busy."),
@@ -31,12 +33,14 @@ _LIMITS = {
     "min_workers": ("min_workers", "The least that there may be."),
     "max_workers": ("max_workers", "The most that there may be."),
     "worker_hours_left": ("worker_hours_left", "Of this UTC day's budget."),
+    "price": ("worker_hour_price", "Of a worker-hour; 0 where it is not known."),
 }
 _LOAD = {
     "slo": ("freshness_target_seconds", "From commit to visible."),
     "backlog_rows": ("backlog_rows", "Rows that are staged and not applied."),
     "work_seconds": ("backlog_work_seconds", "What they take one worker."),
     "backlog_bytes": ("backlog_bytes", "Bytes of them in the log."),
+    "max_backlog_300s": ("backlog_rows_max", "The greatest backlog in the last 300 s."),
     "oldest_age": ("oldest_age_seconds", "Since the commit of the oldest change that is not applied."),
     "ewma_30s": ("arrival_rows_per_second_30s", "Arrivals, moving average over 30 s."),
     "ewma_300s": ("arrival_rows_per_second_300s", "Arrivals, moving average over 300 s."),

@@ -19,6 +19,8 @@ Basis = Literal["measured", "given", "assumed"]
 _ORDER: tuple[Basis, ...] = ("measured", "given", "assumed")
 _OWN_SHARE = 0.7
 _DAY = 86_400.0
+_NOTICED = 6.0
+"""Seconds until workers are ordered: what waits is looked at each second, and decided on every five."""
 _BURSTY = 1.6
 """Worker-hours over the lower bound on the most uneven of the traces in docs/scaling.md."""
 
@@ -57,6 +59,8 @@ class Figures:
     """The most workers that these figures were measured with; 0 where none were."""
     rate_seen: float = 0.0
     """The highest rate of arrivals that they were measured with."""
+    backlog_seen: float = 0.0
+    """The most rows that have waited meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,29 +106,35 @@ class Plan:
 
 
 def figures_of(entries: Iterable[Entry]) -> Figures:
-    """Return what a journal tells: the rates of workers, main process and apply, and the start time."""
-    workers, own, apply, starts = [], [], [], []
-    seen, rate_seen = 0, 0.0
+    """Return what a journal tells: the rates of workers, main process and apply, and the start time.
+
+    Where no worker has worked yet, what the main process does stands for one, which is an assumption.
+    """
+    workers, likely, own, apply, starts = (list[float]() for _ in range(5))
+    seen, rate_seen, backlog_seen = 0, 0.0, 0.0
     for entry in entries:
         snapshot = entry.snapshot
         loads = [load for load in snapshot.loads if load.service_rate]
         rows = sum(load.ewma_300s for load in loads)
         if work := sum(load.ewma_300s / (load.service_rate or 1.0) for load in loads):
-            workers.append(rows / work)
+            (workers if all(load.mu for load in loads) else likely).append(rows / work)
         if all(load.own_rate for load in loads) and rows:
             own.append(rows / sum(load.ewma_300s / (load.own_rate or 1.0) for load in loads))
         if snapshot.apply_rate:
             apply.append(snapshot.apply_rate)
-        starts.append(snapshot.start_p95)
         seen, rate_seen = max(seen, snapshot.ready), max(rate_seen, sum(load.max_300s for load in loads))
+        backlog_seen = max(backlog_seen, sum(load.backlog_rows for load in loads))
+        if seen:
+            starts.append(snapshot.start_p95)
     figures = Figures(
-        worker=_measured(workers),
+        worker=_measured(workers) or (Figure(median(likely), "assumed") if likely else None),
         own=_measured(own),
         apply=_measured(apply),
         workers_seen=seen,
         rate_seen=rate_seen,
+        backlog_seen=backlog_seen,
     )
-    return replace(figures, start=_measured(starts) or figures.start)
+    return replace(figures, start=_measured(starts[-1:]) or figures.start)
 
 
 def _measured(values: list[float]) -> Figure | None:
@@ -230,17 +240,19 @@ class _Planner:
         speed = min(workers * self._worker.value, most)
         own = min(figures.own.value, most) if figures.own else 0.0
         used = [self._worker, figures.start, *hops, *([figures.own] if figures.own else [])]
-        if own > rate and (own >= speed or backlog / (own - rate) <= figures.start.value):
+        start = _NOTICED + figures.start.value
+        if own > rate and (own >= speed or backlog / (own - rate) <= start):
             note = f"at {own:,.0f} rows/s, by the main process itself"
-            return self._answer(what, backlog / (own - rate), "seconds", *used, note=note, workers=0)
+            return self._answer(
+                what, backlog / (own - rate), "seconds", *used, note=note, workers=0, waiting=backlog
+            )
         if speed <= rate:
             note = f"never: {speed:,.0f} rows/s with {workers} workers"
             return self._answer(what, None, "seconds", *used, note=note, workers=workers)
-        # While workers start, the main process goes on by itself.
-        start = figures.start.value
+        # Until workers have started, the main process goes on by itself.
         seconds = start + (backlog - (own - rate) * start) / (speed - rate)
         note = f"at {speed:,.0f} rows/s with {workers} workers"
-        return self._answer(what, seconds, "seconds", *used, note=note, workers=workers)
+        return self._answer(what, seconds, "seconds", *used, note=note, workers=workers, waiting=backlog)
 
     def _answer(
         self,
@@ -250,6 +262,7 @@ class _Planner:
         *used: Figure,
         note: str = "",
         workers: int | None = None,
+        waiting: float = 0.0,
     ) -> Answer:
         """Return an answer that rests on the weakest of the figures used."""
         basis: str = max((figure.basis for figure in used), key=_ORDER.index)
@@ -260,6 +273,8 @@ class _Planner:
             beyond.append(f"{count} workers, {figures.workers_seen} measured")
         if figures.rate_seen and self._asked.rows_per_second > figures.rate_seen:
             beyond.append(f"{self._asked.rows_per_second:,.0f} rows/s, {figures.rate_seen:,.0f} measured")
+        if figures.backlog_seen and waiting > figures.backlog_seen:
+            beyond.append(f"{waiting:,.0f} rows that wait, {figures.backlog_seen:,.0f} measured")
         if beyond:
             basis += f"; extrapolated ({'; '.join(beyond)})"
         return Answer(what, value, unit, basis, note)

@@ -168,6 +168,7 @@ class SloBand:
         start = snapshot.start_p95
         # What will have been done by then: workers on their way count for what is left of the time.
         coming_work = (snapshot.ready or own) * start
+        hands = snapshot.ready or own or 1.0  # after hours of quiet, arrivals alone would tell of centuries
         coming_work += min(snapshot.starting_seconds, snapshot.starting * start)
         rate = peak = rise = backlog = workers = age = 0.0
         urgency, worst, is_low = -1.0, loads[0], True
@@ -184,11 +185,13 @@ class SloBand:
             left = max(0.0, backlog + (rate + rise / 2) * start - coming_work)
             excess = max(0.0, left - self.low * target * coming)
             workers = max(workers, coming + excess / (self.high * target))
-            # What is old although nothing waits to be prepared is none of a worker's business.
             is_old = load.oldest_age if load.backlog_rows else 0.0
-            will_be = max(is_old, left / coming if coming > 0 else load.slo if left else 0.0)
+            will_be = 0.0  # of what is old, but done by then, a worker ordered now would find nothing
+            if left:
+                wait = left / coming if coming > 0 else load.slo
+                will_be = max(is_old, min(wait, max(load.slo, left / hands)))
             if will_be / target > urgency:
-                age, urgency, worst = will_be, will_be / target, load
+                age, urgency, worst = max(is_old, will_be), will_be / target, load
             is_low = is_low and backlog <= self.low * target * rate
         return _Demand(rate, peak, backlog, workers, age, urgency, worst, is_low)
 
@@ -331,6 +334,8 @@ def _reason(code: Code, demand: _Demand, **figures: float) -> Reason:
 
 def _unfit(snapshot: Snapshot, stale_after: float) -> Reason | None:
     """Return why the figures are nothing to act on, None where they are."""
+    if snapshot.apply_waits:
+        return Reason(Code.APPLY_WAITS)
     age = snapshot.figures_age
     if age is None:
         return Reason(Code.FIGURES_MISSING, {"what": "backlog and arrivals"})
@@ -349,6 +354,8 @@ def _without_workers(snapshot: Snapshot) -> Reason:
     handover, own, apply = load.handover_rate, load.own_rate or 0.0, load.apply_rate
     if load.worth is False and apply is not None and apply < 1.25 * own:
         return Reason(Code.APPLY_IS_SLOWER, {"apply": apply, "own": own, "model": load.model})
+    if load.worth is False and load.mu is not None and load.mu < own / 2:
+        return Reason(Code.WORKERS_ARE_SLOWER, {"worker": load.mu, "own": own, "model": load.model})
     if load.worth is False and (handover is None or handover > 2 * own):
         return Reason(Code.CORES_ARE_BUSY, {"busy": load.busy_cores or 0.0, "model": load.model})
     return Reason(Code.NOT_WORTH_IT, {"handover": handover or 0.0, "own": own, "model": load.model})

@@ -9,6 +9,8 @@ _MEMORY = 60.0
 """Seconds of work after which a speed has forgotten most of what was before."""
 _BULK = 5_000
 """Rows of a piece from which on its own fixed cost does not matter."""
+_LONG = 1.0
+"""Seconds that a piece takes from which on it does not, either."""
 _ENOUGH = 0.05
 """Seconds of work in small pieces that make a speed."""
 
@@ -63,7 +65,8 @@ class Speed:
     def note(self, rows: float, seconds: float) -> None:
         """Take in that `rows` took `seconds`."""
         if rows > 0 and seconds > 0:
-            (self._bulk if rows >= _BULK else self._small).note(rows, seconds)
+            is_bulk = rows >= _BULK or seconds >= _LONG
+            (self._bulk if is_bulk else self._small).note(rows, seconds)
 
     def recall(self, value: float | None) -> None:
         """Take what an earlier process has measured for what it is, until this one has measured itself."""
@@ -73,6 +76,11 @@ class Speed:
     def value(self) -> float | None:
         """Rows a second; None until it is known."""
         return self._bulk.value or self._known or self._small.value
+
+    @property
+    def is_of_bulk(self) -> bool:
+        """Whether it is of large pieces that this process has seen."""
+        return self._bulk.value is not None
 
 
 class _Ratio:

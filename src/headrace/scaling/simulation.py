@@ -180,7 +180,13 @@ class _Simulation:
 
     def _decide(self, tick: int, backlog: float, age: float, served: float) -> Bounds | None:
         plant = self._plant
-        self._raises = self._gain.note(tick * TICK, self._ready, served / TICK, is_behind=backlog > 0)
+        self._raises = self._gain.note(
+            tick * TICK,
+            self._ready,
+            served / TICK / plant.mu,
+            is_behind=backlog > 0,
+            own=plant.own_rate / plant.mu,
+        )
         snapshot = self._snapshot(tick, backlog, age, served)
         workers = self._policy.decide(snapshot).workers
         change = workers - self._desired

@@ -102,6 +102,8 @@ class Snapshot:
     """Seconds since the figures were taken; None where there are none."""
     apply_rate: float | None = None
     """Rows per second that apply takes while it is busy with whole slices; None until it has been."""
+    apply_waits: bool = False
+    """Whether no source's apply can go on now, as while the destination is away."""
     prepared_parts: int = 0
     """Parts that are prepared and wait for apply."""
     raises_without_gain: int = 0
@@ -126,8 +128,10 @@ class Code(enum.StrEnum):
     NOT_WORTH_IT = "not_worth_it"
     CORES_ARE_BUSY = "cores_are_busy"
     APPLY_IS_SLOWER = "apply_is_slower"
+    WORKERS_ARE_SLOWER = "workers_are_slower"
     FEW_PARTS = "few_parts"
     APPLY_IS_THE_LIMIT = "apply_is_the_limit"
+    APPLY_WAITS = "apply_waits"
     NO_GAIN = "no_gain"
     BUDGET_SPENT = "budget_spent"
     SLO_INFEASIBLE = "SLO_INFEASIBLE"
@@ -154,11 +158,15 @@ _SENTENCES: Mapping[Code, str] = {
     "({own:.0f} rows/s): workers would not help.",
     Code.CORES_ARE_BUSY: "Preparing {model} in the main process keeps {busy:.1f} cores busy: workers would "
     "take from it what they add.",
+    Code.WORKERS_ARE_SLOWER: "A worker has prepared {worker:.0f} rows/s of {model}, the main process "
+    "{own:.0f}: as many as this machine has cores for would not be faster.",
     Code.APPLY_IS_SLOWER: "The main process prepares {model} ({own:.0f} rows/s) as fast as apply takes it "
     "({apply:.0f} rows/s): workers would not help.",
     Code.FEW_PARTS: "{wanted} workers would be needed, but there are {parts} parts for them to take.",
     Code.APPLY_IS_THE_LIMIT: "Apply is the limit: {prepared} prepared parts wait for it, and it takes "
     "what {useful} workers do. More of them would not help.",
+    Code.APPLY_WAITS: "Apply cannot go on, as while the destination is away: workers would have nothing to "
+    "do. Nothing is changed until it does.",
     Code.NO_GAIN: "{raises} raises have brought no more throughput: the source or the destination is the "
     "limit. Freshness is {age:.0f} s of {slo:.0f} s.",
     Code.BUDGET_SPENT: "{wanted} workers are needed; {left:.2f} worker-hours are left of today's budget "

@@ -1,4 +1,4 @@
-"""What people are told of scaling: where workers do not help, are not enough, or are too few for the target.
+"""What people are told of scaling: where workers do not start or help, or are too few for the target.
 
 Each lasts until it is over, and has to hold for a while before anybody is told, as has its end.
 """
@@ -27,6 +27,7 @@ class Finding(NamedTuple):
 _ENDS = {
     "target": "RESOLVED: the freshness target can be met again.",
     "cap": "RESOLVED: at max_workers the backlog no longer grows.",
+    "start": "RESOLVED: there are workers again.",
     "gain": "RESOLVED: workers are no longer held up by what they cannot help.",
     "budget": "RESOLVED: there are worker-hours left again.",
 }
@@ -71,6 +72,9 @@ class ScalingWatch:
             found.append(Finding("target", f"cannot meet the target. {sentence}"))
         if code is Code.BUDGET_SPENT:
             found.append(Finding("budget", f"has spent its budget. {sentence}"))
+        if snapshot.desired and not snapshot.ready:
+            words = f"has no worker, although there should be {snapshot.desired}: they do not start, or die."
+            found.append(Finding("start", words))
         if code is Code.NO_GAIN:
             found.append(Finding("gain", f"does not help. {sentence}"))
         grows = at - oldest[0] >= _GROWTH_OVER / 2 and backlog > max(1.0, oldest[1] * _GROWTH)

@@ -4,7 +4,7 @@ Three things bound what workers can bring. Apply: the main process prepares whil
 prepares faster than that, nothing waits for workers; so it is with plain SQL. Handing over: the main process
 has to describe a part and to take its result back, which for cheap work takes longer than the work. And the
 cores: where preparing in the main process keeps all of them busy already, a worker only takes from one what
-it gives to another.
+it gives to another. What workers have done, once they have, bounds it as well.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_BEGINS = 1.25
+_BEGINS = 1.4
 """So many times the throughput of the main process alone must be within reach for work to go to workers."""
-_ENDS = 1.1
+_ENDS = 1.15
 """And at least so many for it to stay with them."""
 
 
@@ -32,6 +32,8 @@ class Costs:
     """That there are."""
     apply_rate: float | None = None
     """Rows per second that apply takes."""
+    worker_rate: float | None = None
+    """Rows per useful second of one worker."""
 
 
 def reachable_gain(costs: Costs) -> float | None:
@@ -42,7 +44,8 @@ def reachable_gain(costs: Costs) -> float | None:
     apply = math.inf if costs.apply_rate is None else costs.apply_rate
     handover = math.inf if costs.handover_rate is None else costs.handover_rate
     most = costs.own_rate * costs.cores / max(1.0, costs.busy_cores)
-    return min(most, handover, apply) / min(costs.own_rate, apply)
+    workers = math.inf if costs.worker_rate is None else costs.worker_rate * costs.cores
+    return min(most, workers, handover, apply) / min(costs.own_rate, apply)
 
 
 class Worth:
