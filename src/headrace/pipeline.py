@@ -137,7 +137,8 @@ class Pipeline:
                 verbs: tuple[str, ...] = ("load", "apply", "pin")
             else:
                 verbs = ("capture", "load", "apply", "upkeep", "maintain")
-                self._guard(lane.config.name, self._watches[lane.config.name])
+                name = lane.config.name
+                self._begin(f"{name}.watch", partial(self._watches[name].run, self.stop))
             for verb in verbs:
                 self._start(lane, verb)
         self._begin("marts", self._step_marts)
@@ -387,11 +388,6 @@ class Pipeline:
         assert self._publisher is not None
         if not self._publisher.step():
             self.stop.wait(_POLL)
-
-    def _guard(self, name: str, watch: Watch) -> None:
-        """Start the thread that watches over a source."""
-        self._threads.append(threading.Thread(target=watch.run, args=(self.stop,), name=f"{name}.watch"))
-        self._threads[-1].start()
 
     def _keep(self, name: str, step: Callable[[], object]) -> None:
         """Repeat a step until the pipeline stops or the step fails for good."""

@@ -70,6 +70,7 @@ class Rebuilding:
         self._pieces: Iterator[tuple[pa.Table, Offset]] = iter(())
         self._next: tuple[Phase, Offset] | None = None
         self._selection: Selection | None = None
+        self._selected_for: Phase | None = None
         self._last: tuple[Phase, Offset, Offset, pa.Table | None] | None = None
 
     def find(self, phase: Phase, after: Offset, through: Offset) -> None:
@@ -81,7 +82,7 @@ class Rebuilding:
 
     def left(self, phase: Phase, after: Offset) -> int:
         """Return how many rows of a phase are still to be prepared, as far as they are found by now."""
-        return self._selection.left(after) if phase == "newest" and self._selection is not None else 0
+        return self._selection.left(after) if self._selection and self._selected_for == phase else 0
 
     def prepare(
         self, phase: Phase, after: Offset, through: Offset, model: RowModel | None = None
@@ -135,7 +136,7 @@ class Rebuilding:
         return made if keys is None else (only(prepared, keys) for prepared in made)
 
     def _begin(self, phase: Phase, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:
-        self._selection = self._selected(phase, after)
+        self._selection, self._selected_for = self._selected(phase, after), phase
         if self._selection is None:
             return iter([(self._staging.empty(self._model.table), through)])
         return self._selection.pieces(after, through)

@@ -217,6 +217,37 @@ def test_workers_that_are_killed_change_nothing_of_what_is_applied(
         each.lane.close()
 
 
+@pytest.mark.usefixtures("small")
+def test_workers_that_come_in_the_midst_of_a_large_slice_take_the_rest_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headrace.lane._SLICE_ROWS", 10_000)
+    shop = Busy(tmp_path, "m.py", PYTHON)
+    shop.fill(random.Random(3), 12)
+    pool = open_pool(tmp_path / "state", 1 << 30)
+    before: list[int] = []
+
+    def first(staging: DeltaStaging, model: RowModel, changes: pa.Table, newest: int) -> pa.Table:
+        before.append(changes.num_rows)
+        pool.resize(2)
+        until(lambda: pool.state().ready == 2)
+        return filled(staging, model, changes, newest)
+
+    monkeypatch.setattr("headrace.joining.filled", first)
+    monkeypatch.setattr("headrace.staging.delta._PIECE_ROWS", 200)
+    shop.lane.joiner.workers.use(Handover(pool))
+    try:
+        assert shop.lane.apply()
+        done = pool.service()["m"].rows
+    finally:
+        pool.close()
+    (read,) = shop.held()[2][0][:1]
+    assert len(before) == 1
+    assert read / 2 < done <= read - before[0]
+    assert shop.lane.meter.take_served()["m"] == read
+    shop.lane.close()
+
+
 @pytest.mark.parametrize(
     ("header", "kinds"),
     [('materialize = "history"', {"keys", "copy"}), ('key = ["id"]', {"newest", "older copy"})],
@@ -260,37 +291,6 @@ def test_a_table_that_is_copied_again_is_made_by_workers_as_without_them(
     assert with_workers[0]
     assert with_workers[1]
     assert with_workers == made(tmp_path / "without", None)
-
-
-@pytest.mark.usefixtures("small")
-def test_workers_that_come_in_the_midst_of_a_large_slice_take_the_rest_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("headrace.lane._SLICE_ROWS", 10_000)
-    shop = Busy(tmp_path, "m.py", PYTHON)
-    shop.fill(random.Random(3), 12)
-    pool = open_pool(tmp_path / "state", 1 << 30)
-    before: list[int] = []
-
-    def first(staging: DeltaStaging, model: RowModel, changes: pa.Table, newest: int) -> pa.Table:
-        before.append(changes.num_rows)
-        pool.resize(2)
-        until(lambda: pool.state().ready == 2)
-        return filled(staging, model, changes, newest)
-
-    monkeypatch.setattr("headrace.joining.filled", first)
-    monkeypatch.setattr("headrace.staging.delta._PIECE_ROWS", 200)
-    shop.lane.joiner.workers.use(Handover(pool))
-    try:
-        assert shop.lane.apply()
-        done = pool.service()["m"].rows
-    finally:
-        pool.close()
-    (read,) = shop.held()[2][0][:1]
-    assert len(before) == 1
-    assert read / 2 < done <= read - before[0]
-    assert shop.lane.meter.take_served()["m"] == read
-    shop.lane.close()
 
 
 class Idle:
