@@ -8,6 +8,7 @@ over the table, where an update brings an order back. A transaction changes 50 r
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import duckdb
@@ -60,25 +61,23 @@ def make(folder: Path, changes: int, keys: int, models: dict[str, str]) -> Lane:
     at = Position(0, 1, 0)
     for mark in (CopyMark("begin", SHAPE), CopyMark("chunk"), CopyMark("end", floor=1, ceiling=1)):
         lane.log.append([Entry("marker", TABLE, at, at, 1, 0, 1, mark.to_json().encode())])
-    group: list[Entry] = []
-    for entry in _entries(changes, keys):
-        group.append(entry)
-        if len(group) == _GROUP:
-            lane.log.append(group)
-            group = []
-            while lane.load():
-                pass
-    if group:
-        lane.log.append(group)
-    while lane.load():
-        pass
+    extend(lane, 0, changes, keys)
     return lane
 
 
-def _entries(changes: int, keys: int) -> Iterator[Entry]:
+def extend(lane: Lane, first: int, last: int, keys: int) -> None:
+    """Stage further changes: those from number `first` to before `last`."""
+    entries = _entries(first, last, keys)
+    while group := list(islice(entries, _GROUP)):
+        lane.log.append(group)
+        while lane.load():
+            pass
+
+
+def _entries(begin: int, end: int, keys: int) -> Iterator[Entry]:
     with duckdb.connect() as db:
-        for first in range(0, changes, _ENTRY):
-            last = min(first + _ENTRY, changes)
+        for first in range(begin, end, _ENTRY):
+            last = min(first + _ENTRY, end)
             query = _CHANGES.format(keys=keys, small=_SMALL, first=first, last=last)
             made = db.sql(query).to_arrow_table()
             texts = {name: made[name].cast(pa.string()) for name in made.column_names if name in COLUMNS}
@@ -86,6 +85,6 @@ def _entries(changes: int, keys: int) -> Iterator[Entry]:
                 made = made.set_column(made.schema.get_field_index(name), name, cells)
             (batch,) = made.combine_chunks().to_batches()
             ends = (batch.slice(0, 1).to_pylist()[0], batch.slice(len(batch) - 1, 1).to_pylist()[0])
-            begin, end = (Position(0, row["_commit"], row["_ordinal"]) for row in ends)
+            of = [Position(0, row["_commit"], row["_ordinal"]) for row in ends]
             at = ends[1]["_committed_at"]
-            yield Entry("rows", TABLE, begin, end, at, len(batch), 1, encode_rows(batch), (1, 1))
+            yield Entry("rows", TABLE, *of, at, len(batch), 1, encode_rows(batch), (1, 1))

@@ -95,7 +95,7 @@ def _staffed(folder: str, rebuilt: str | None = None) -> None:
     def scale() -> None:
         nonlocal most
         while not stop.is_set():
-            scaling.step(stop)
+            scaling.step(stop, ())
             most = max(most, scaling.report()["ready"])
 
     thread = threading.Thread(target=scale)

@@ -191,6 +191,9 @@ def test_where_workers_do_not_help_none_is_added() -> None:
     assert code_of(band.decide(burst(apply_rate=5 * MU))) == (5, Code.APPLY_IS_THE_LIMIT)
     assert code_of(band.decide(quiet(5, apply_rate=2 * MU))) == (2, Code.APPLY_IS_THE_LIMIT)
     assert band.decide(burst(apply_rate=40 * MU)).workers == 16
+    capped = band.decide(burst(apply_rate=8 * MU, limits=Limits(0, 7)))  # apply would bear one more
+    assert code_of(capped) == (7, Code.SLO_INFEASIBLE)
+    assert capped.reason.figures["wanted"] == 8
     assert code_of(band.decide(burst(parts=5))) == (5, Code.FEW_PARTS)
     assert code_of(band.decide(burst(limits=Limits(0, 16, worker_hours_left=0.4)))) == (4, Code.BUDGET_SPENT)
 

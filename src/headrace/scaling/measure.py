@@ -352,7 +352,7 @@ class Meter:
         if handed is not None:
             own, work.handover = own or handed.own_rate, handed.handover_rate or work.handover
         apply = self._apply.value if stand.through is None else work.apply.value
-        costs = Costs(own, work.handover, work.cores, self._cores, apply, work.worker.value)
+        costs = Costs(own, work.handover, work.cores, self._cores, apply, worker)
         work.is_worth = work.worth.judge(costs)
         return Load(
             model=stand.work,

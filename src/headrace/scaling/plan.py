@@ -19,8 +19,8 @@ Basis = Literal["measured", "given", "assumed"]
 _ORDER: tuple[Basis, ...] = ("measured", "given", "assumed")
 _OWN_SHARE = 0.7
 _DAY = 86_400.0
-_NOTICED = 6.0
-"""Seconds until workers are ordered: what waits is looked at each second, and decided on every five."""
+_NOTICED = 1.0
+"""Seconds until workers are ordered: with none, what waits is looked at and decided on each second."""
 _BURSTY = 1.6
 """Worker-hours over the lower bound on the most uneven of the traces in docs/scaling.md."""
 

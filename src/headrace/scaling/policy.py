@@ -139,7 +139,9 @@ class SloBand:
             wanted, reason = self._lowered(demand, current, own, loads)
         useful = _useful_workers(loads, snapshot.apply_rate)
         if useful is not None and wanted - useful >= max(1, self.deadband * current):
-            wanted, reason = useful, _apply_is_the_limit(snapshot, useful)
+            wanted = useful
+            if useful <= snapshot.limits.max_workers or reason.code is not Code.BEHIND:
+                reason = _apply_is_the_limit(snapshot, useful)
         return _limited(wanted, reason, snapshot)
 
     def bounds(self, snapshot: Snapshot) -> Bounds | None:
