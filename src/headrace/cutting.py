@@ -24,11 +24,13 @@ _UNEVEN = 1.5
 
 
 class Piece(NamedTuple):
-    """The changes in `(after, through]`, about so many rows."""
+    """The changes in `(after, through]`, or one stretch of them: about so many rows."""
 
     after: Offset
     through: Offset
     rows: int
+    stretch: tuple[int, int] | None = None
+    """Which one, from 0 on, of how many equal stretches of the rows; None for all of them."""
 
 
 def rows_for(rate: float | None) -> int:
@@ -40,8 +42,8 @@ def rows_for(rate: float | None) -> int:
 def cut(groups: Iterable[RowGroup], after: Offset, through: Offset, rows: int) -> list[Piece]:
     """Cut `(after, through]` into pieces of about so many rows, in order; none where there are no rows.
 
-    Between entries, which are never cut: a row group ends with one, and inside of it any offset is an end of
-    one or none.
+    Between entries: a row group ends with one, and inside of it any offset is an end of one or none. What
+    is too large then is for `stretched`.
     """
     pieces = list[Piece]()
     begin, held, size, last = after, 0, 0, after
@@ -51,6 +53,14 @@ def cut(groups: Iterable[RowGroup], after: Offset, through: Offset, rows: int) -
             begin, held, size = last, 0, 0
         held, size, last = held + group.rows, size + group.bytes, group.last
     return [*pieces, Piece(begin, through, held)] if held else pieces
+
+
+def stretched(piece: Piece, rows: int) -> list[Piece]:
+    """Cut a piece that has many times the rows that it should have, since one entry has, into stretches."""
+    count = round(piece.rows / rows) if piece.rows > _UNEVEN * rows else 1
+    if count == 1:
+        return [piece]
+    return [piece._replace(rows=piece.rows // count, stretch=(number, count)) for number in range(count)]
 
 
 def _evened(groups: Iterable[RowGroup], after: Offset, through: Offset, rows: int) -> Iterator[RowGroup]:

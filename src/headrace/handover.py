@@ -142,7 +142,7 @@ class Handover:
             parts = [
                 PartSpec(
                     kind, staged, sent, model_id, piece.after, piece.through, newest, self._pool.epoch,
-                    piece.rows, copy, chosen, shares,
+                    piece.rows, copy, chosen, piece.stretch, shares,
                 )
                 for piece, chosen in pieces()
             ]  # fmt: skip

@@ -11,9 +11,9 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from headrace.change import Copy, Offset
-from headrace.cutting import MOST_BYTES, Piece, cut
+from headrace.cutting import MOST_BYTES, Piece, cut, stretched
 from headrace.history import PIECE_ROWS, Selection
-from headrace.parts import PartKind, PartSpec, Shares, Staged
+from headrace.parts import PartKind, PartSpec, Shares, Staged, rows_of
 from headrace.prepared import Prepared
 from headrace.preparing import prepare_part
 from headrace.scaling.measure import building
@@ -136,9 +136,13 @@ class Hands:
         first = next(iter(self._staging.row_groups(model.table, after, through)), None)
         if first is not None:
             rows = min(rows, MOST_BYTES * first.rows // max(first.bytes, 1))
-        pieces, reached = selection.cut(after, through, max(rows, 1))
-        span = (after, reached)
-        return self._handover.parts(kind, self._staged, model, span, lambda: pieces, copy), reached
+        rows = max(rows, 1)
+        cut, reached = selection.cut(after, through, rows)
+
+        def pieces() -> Iterable[tuple[Piece, bytes]]:
+            return ((part, bits) for piece, bits in cut for part in stretched(piece, rows))
+
+        return self._handover.parts(kind, self._staged, model, (after, reached), pieces, copy), reached
 
     def expect(
         self, models: Sequence[RowModel], after: Offset, staged: Offset, max_bytes: int, max_rows: int
@@ -174,7 +178,8 @@ class Hands:
 
         def pieces() -> Iterable[tuple[Piece, None]]:
             groups = self._staging.row_groups(model.table, *span)
-            return ((piece, None) for piece in cut(groups, *span, rows))
+            pieces = cut(groups, *span, rows)
+            return ((part, None) for piece in pieces for part in stretched(piece, rows))
 
         return self._handover.parts(kind, self._staged, model, span, pieces, copy)
 
@@ -184,5 +189,5 @@ class Hands:
         if self._meter is not None:
             work = model.name if part.kind == "slice" else building(model.name)
             spent = (time.monotonic() - began, time.process_time() - used)
-            self._meter.prepared(work, prepared.counts.read, *spent)
+            self._meter.prepared(work, rows_of(part, prepared), *spent)
         return prepared

@@ -83,6 +83,8 @@ class PartSpec:
     """The copy that the model's table stands on, where that counts."""
     chosen: bytes | None = None
     """A bit for each row in `(after, through]`, the first in the lowest: whether it is of the part."""
+    stretch: tuple[int, int] | None = None
+    """Which one, from 0 on, of how many equal stretches of the rows in question; None for all of them."""
     shares: Shares | None = None
 
     @cached_property
@@ -99,6 +101,7 @@ class PartSpec:
                 self.newest,
                 self.copy,
                 self.chosen,
+                self.stretch,
                 self.shares,
             )
         )

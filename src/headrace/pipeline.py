@@ -10,7 +10,6 @@ stops that thread alone, with its reason, while the others go on.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -52,8 +51,6 @@ from headrace.stopping import Stopping
 from headrace.transform.folder import ModelFolder
 from headrace.upkeep import EVERY, Upkeep
 from headrace.upstream import PIN_EVERY, ReadingPlace
-
-logger = logging.getLogger("headrace.pipeline")
 
 _T = TypeVar("_T")
 
@@ -399,8 +396,7 @@ class Pipeline:
             try:
                 step()
             except BaseException as error:
-                if self._stopping.gives_up(error):
-                    logger.info("%s: %s", name, error)
+                if self._stopping.gives_up(name, error):
                     return
                 if verdict_of(error) is not Verdict.RETRY:
                     self._give_up(name, error)
@@ -486,9 +482,8 @@ class Pipeline:
                 self.stop.wait(_FIRST_PAUSE)
                 continue
             except InterruptedError as error:
-                if not self._stopping.gives_up(error):
+                if not self._stopping.gives_up(name, error):
                     raise
-                logger.info("%s: %s", name, error)
                 return None
             self._outages.works(name)
             return result

@@ -32,7 +32,7 @@ def prepare_part(
     with preparing(model.name):
         if part.copy is not None:
             return _beside_copy(staging, part, model, part.copy, progress)
-        read = staging.read(model.table, part.after, part.through)
+        read = _stretch(part, staging.read(model.table, part.after, part.through))
         return model.prepare(filled(staging, model, read, part.newest))
 
 
@@ -41,16 +41,27 @@ def _beside_copy(
 ) -> Prepared:
     """Return what becomes of a part that a copy counts for."""
     if part.kind == "copy":
-        return model.prepare(staging.read_copied(model.table, copy, part.after, part.through))
+        rows = staging.read_copied(model.table, copy, part.after, part.through)
+        return model.prepare(_stretch(part, rows))
     if part.kind == "beyond copy":
-        return of_missing(staging, model, copy, staging.read(model.table, part.after, part.through))
+        read = staging.read(model.table, part.after, part.through)
+        return of_missing(staging, model, copy, _stretch(part, read))
     if part.kind == "keys":
         assert part.shares is not None
         return of_keys(staging, model, copy, part.shares, part.after, progress)
-    changes = _chosen(staging, part, model)
+    changes = _stretch(part, _chosen(staging, part, model))
     if part.kind == "newest":
         return of_newest(staging, model, changes, part.newest)
     return of_older(staging, model, changes, part.newest, behind=copy if part.kind == "older" else None)
+
+
+def _stretch(part: PartSpec, rows: pa.Table) -> pa.Table:
+    """Return those of a span's rows that the part is about."""
+    if part.stretch is None:
+        return rows
+    number, count = part.stretch
+    begin, end = (rows.num_rows * n // count for n in (number, number + 1))
+    return rows.slice(begin, end - begin)
 
 
 def filled(staging: DeltaStaging, model: RowModel, changes: pa.Table, newest: Offset) -> pa.Table:

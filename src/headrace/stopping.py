@@ -31,6 +31,10 @@ class Stopping:
         elif now - self._seen > GRACE:
             raise InterruptedError("what was in hand is left to the next start")
 
-    def gives_up(self, error: BaseException) -> bool:
-        """Whether an error is that of `check`, or came of the end as it does: nothing is wrong then."""
-        return self._stop.is_set() and isinstance(error, InterruptedError)
+    def gives_up(self, name: str, error: BaseException) -> bool:
+        """Whether an error of thread `name` is that of `check`, or came of the end as it does: then nothing
+        is wrong, which is logged."""
+        if not self._stop.is_set() or not isinstance(error, InterruptedError):
+            return False
+        logger.info("%s: %s", name, error)
+        return True

@@ -201,12 +201,12 @@ def staffed(folder: Path, server: PostgresServer, text: str = PYTHON) -> LivePro
     return live
 
 
-def insert(live: LiveProject, deadly: int, captured: Callable[[], None]) -> None:
-    """Commit 12,000 rows, which become four entries of the log; of one of them processes of models die."""
-    for begin in range(1, 12_001, 3_000):
+def insert(live: LiveProject, each: int, deadly: int, captured: Callable[[], None]) -> None:
+    """Commit four times `each` rows, which become entries of the log; of one row processes of models die."""
+    for begin in range(1, 4 * each, each):
         live.sql(
             f"INSERT INTO t SELECT i, CASE i WHEN {deadly} THEN 1000000 ELSE 1 END "
-            f"FROM generate_series({begin}, {begin + 2_999}) i"
+            f"FROM generate_series({begin}, {begin + each - 1}) i"
         )
         captured()
 
@@ -216,7 +216,7 @@ def test_a_record_that_ends_workers_is_quarantined_alone_and_soon(
 ) -> None:
     monkeypatch.setattr("headrace.handover._BEGUN_WITHIN", 30.0)  # in this process it must not be tried
     monkeypatch.setattr("headrace.handover._TRICKLE", 0)
-    monkeypatch.setattr("headrace.cutting._FIRST_ROWS", 3_000)
+    monkeypatch.setattr("headrace.cutting._MOST_ROWS", 300)
     monkeypatch.setattr("headrace.scaling.measure.Meter.is_worth_a_worker", lambda *_: True)
     live = staffed(tmp_path, server)
     with running(live.project) as pipeline:
@@ -224,18 +224,18 @@ def test_a_record_that_ends_workers_is_quarantined_alone_and_soon(
         assert pool is not None
         until(lambda: pool.state().ready == 2)
         pids = set(pool.pids())
-        insert(live, 7_000, lambda: time.sleep(0.5))
+        insert(live, 300, 700, lambda: time.sleep(0.5))
         began = time.monotonic()
         until(
-            lambda: live.rows("SELECT count(*) FROM m") == live.rows("SELECT count(*) FROM p") == [(11_999,)]
+            lambda: live.rows("SELECT count(*) FROM m") == live.rows("SELECT count(*) FROM p") == [(1_199,)]
         )
-        assert time.monotonic() - began < 40
+        assert time.monotonic() - began < 30
         records = live.rows("SELECT model, key, reason FROM headrace.quarantine ORDER BY model")
-        assert records == [("m", "7000", "crash.signal"), ("p", "7000", "crash.exit")]
+        assert records == [("m", "700", "crash.signal"), ("p", "700", "crash.exit")]
         until(lambda: pool.state().ready == 2)
         assert pids.isdisjoint(pool.pids())
-        assert 0 < pool.service()["m"].all_rows < 12_000
-        assert pool.service()["p"].all_rows == 12_000
+        assert 0 < pool.service()["m"].all_rows < 1_200
+        assert pool.service()["p"].all_rows == 1_200
         # It is known now, to whoever has its history judged again in the pipeline's own process.
         assert json.loads(here("quarantine", "redrive", "--all", "--json", cwd=tmp_path).out)
     told = [record.getMessage() for record in caplog.records if record.name == "headrace.alert"]
@@ -246,7 +246,7 @@ def test_a_record_that_ends_workers_is_quarantined_alone_and_soon(
 
 def test_a_run_that_ends_has_a_backlog_done_by_workers(tmp_path: Path, server: PostgresServer) -> None:
     live = staffed(tmp_path, server, PYTHON.replace("0.0002", "0.0005"))
-    insert(live, 0, lambda: stage(live.project))
+    insert(live, 3_000, 0, lambda: stage(live.project))
     pipeline = Pipeline(live.project)
     pool = pipeline._scaling._pool
     assert pool is not None

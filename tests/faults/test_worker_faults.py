@@ -105,7 +105,7 @@ def test_a_pipeline_that_ends_while_workers_are_busy_takes_them_along_and_loses_
     killed = begin(project)
     until(lambda: are_busy(killed.pid))
     theirs = processes_of(killed.pid)
-    assert sum("headrace.worker" in command for command in theirs.values()) == 2
+    assert sum("headrace.worker" in command for command in theirs.values()) >= 2  # one may just fork
     (epoch,) = folder.iterdir()
     (epoch / "half.making").touch()
     killed.kill()

@@ -114,8 +114,8 @@ class Busy(Shop):
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (
-        ("cutting._LEAST_ROWS", 40),
-        ("cutting._MOST_ROWS", 40),
+        ("cutting._LEAST_ROWS", 25),  # an entry has 60
+        ("cutting._MOST_ROWS", 25),
         ("handover._TRICKLE", 0),
         ("handover._BEGUN_WITHIN", 0.5),
         ("history.PIECE_ROWS", 400),
@@ -143,7 +143,7 @@ def asked_for(pool: LocalPool) -> Iterator[set[str]]:
     kinds, submit = set[str](), pool.submit
 
     def noted(part: PartSpec) -> Future[Prepared]:
-        kinds.add(part.kind)
+        kinds.update({part.kind, "stretch"} if part.stretch else {part.kind})
         return submit(part)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -188,10 +188,11 @@ def test_workers_that_are_killed_change_nothing_of_what_is_applied(
     shutil.copytree(tmp_path / "with", tmp_path / "without")
     shop.reopen()
     with workers(shop.lane, tmp_path / "state", 2) as pool:
-        with killed(pool, chance, 1.0):
+        with killed(pool, chance, 1.0), asked_for(pool) as kinds:
             while shop.lane.apply():
                 pass
         assert pool.service()["m"].all_rows
+        assert kinds == {"slice", "stretch"}
         applied = shop.held()
         assert applied[0]
         assert applied[1]

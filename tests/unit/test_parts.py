@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.change import Column, Copy, Counts, Position, TableId, TableSchema
-from headrace.cutting import MOST_BYTES, Piece, cut, rows_for
+from headrace.cutting import MOST_BYTES, Piece, cut, rows_for, stretched
 from headrace.decisions import Decided, Decision, Decisions
-from headrace.parts import PartSpec, Staged, fingerprint
+from headrace.parts import PartSpec, Shares, Staged, fingerprint
 from headrace.prepared import Claims, Prepared, Reference, Refused, UniqueKey
 from headrace.prepared_file import Lease, NotTheOutcome, read_prepared, write_prepared
 from headrace.staging.table import RowGroup
@@ -51,6 +51,10 @@ def test_a_part_is_named_by_all_that_determines_its_outcome() -> None:
         spec(model, newest=10),
         spec(model, copy=Copy(1, 2, 0, at, at, ("id",))),
         spec(model, chosen=b"\x01"),
+        spec(model, stretch=(0, 2)),
+        spec(model, stretch=(1, 2)),
+        spec(model, shares=Shares(2, (5,))),
+        spec(model, shares=Shares(2, (6,))),
         replace(plain, kind="copy"),
         replace(plain, staged=Staged("shop", "other", "/a")),
     ]
@@ -183,6 +187,12 @@ def test_pieces_are_the_span_in_order_and_of_about_the_size(
         for piece in pieces:
             one_offset = sum(g.first <= piece.through and g.last > piece.after for g in inside) == 1
             assert piece.rows <= 1.5 * rows + 1 or one_offset
+
+
+def test_what_one_entry_has_too_much_of_is_cut_into_stretches() -> None:
+    piece = Piece(3, 4, 100)
+    assert stretched(piece, 70) == [piece]
+    assert stretched(piece, 33) == [Piece(3, 4, 33, (number, 3)) for number in range(3)]
 
 
 def test_a_part_takes_a_worker_some_seconds_and_is_bounded() -> None:
