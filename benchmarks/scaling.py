@@ -65,7 +65,7 @@ def orders(row: headrace.Row) -> Order:
 
 
 def run(*, quick: bool, case: str | None = None) -> dict[str, Any]:
-    burst, long, times = (200_000, 400_000, 1) if quick else (2_000_000, 10_000_000, 1)
+    burst, long, times = (200_000, 400_000, 1) if quick else (2_000_000, 10_000_000, 3)
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as temporary:
         cases = {
             name: _case(Path(temporary) / name, name, long if "rebuild" in name else burst, times)

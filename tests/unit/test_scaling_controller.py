@@ -258,6 +258,11 @@ def test_what_waits_and_arrives_is_counted_from_offsets(monkeypatch: pytest.Monk
     assert log.asked == asked  # nothing has moved
     applied(meter, "orders", 500)
     assert meter.take_served() == {"orders": 500}
+    assert meter.staged_rate is None  # so few say nothing of capture
+    for second, rows in enumerate((60_000, 50_000, 40_000, 0, 50_000, 10)):
+        log.arrive(ORDERS, rows)
+        meter.look(14.0 + second)
+    assert meter.staged_rate == pytest.approx(200_000 / 5)
     assert not meter.take_served()
 
 

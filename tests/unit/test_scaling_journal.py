@@ -153,14 +153,19 @@ def test_a_plan_is_arithmetic() -> None:
     # 1 s and take 10 to start, in which the main process does 110,000 rows more than come.
     expected = 11 + (72e6 - 110_000) / 130_000
     assert made["recovery after 1 h away"].value == pytest.approx(expected)
-    assert made["recovery after 3,000,000 rows at once"].value == pytest.approx(11 + 2.89e6 / 130_000)
+    # All that comes at once is staged first, in 15 s, and by then workers have started.
+    at_once = made["recovery after 3,000,000 rows at once"]
+    assert at_once.value == pytest.approx(15 + 3e6 / 130_000)
+    assert at_once.note == "at 150,000 rows/s with 3 workers, after 15 s until all is staged"
+    unknown = answers(plan(replace(ASKED, peak=6.0, burst=3e6), replace(KNOWN, capture=None, load=None)))
+    assert unknown["recovery after 3,000,000 rows at once"].value == pytest.approx(11 + 2.89e6 / 130_000)
 
 
 def test_a_trickle_needs_no_worker() -> None:
     made = plan(replace(ASKED, rows_per_second=5000.0, burst=200_000), KNOWN)
     small = answers(made)["recovery after 200,000 rows at once"]
-    assert small.value == 8  # less than a worker's start
-    assert small.note.endswith("by the main process itself")
+    assert small.value == 1 + 8  # staged, and then less than what is left of a worker's start
+    assert small.note.endswith("by the main process itself, after 1 s until all is staged")
     assert answers(made)["workers at the peak"].value == 0
     assert answers(made)["worker-hours"].value == 0
     assert made.warnings == ()
@@ -191,6 +196,11 @@ def test_figures_come_from_the_journal_and_what_goes_beyond_them_is_said() -> No
     assert figures.own == Figure(pytest.approx(2200 / 5), "measured")
     assert figures.apply == Figure(9000.0, "measured")
     assert figures.start == Figure(8.0, "measured")
+    assert figures.capture is None
+    staged = [
+        replace(entries[0], snapshot=replace(entries[0].snapshot, staged_rate=rate)) for rate in (2e5, 1e5)
+    ]
+    assert figures_of([*entries, *staged]).load == figures_of(staged).capture == Figure(2e5, "measured")
     made = answers(plan(replace(ASKED, rows_per_second=3000.0), figures))
     assert made["workers at the peak"].basis == (
         "measured; extrapolated (6 workers, 2 measured; 3,000 rows/s, 2,200 measured)"

@@ -44,6 +44,7 @@ _OTHERS = {
     "start_p95": "seconds from a worker's start to its first result",
     "parts": "parts for workers to take",
     "apply_rate": "rows/s that apply takes",
+    "staged_rate": "rows/s that have come to be staged at most",
     "prepared_parts": "prepared parts that wait for apply",
     "raises_without_gain": "raises in vain",
     "figures_age": "seconds since the figures were taken",

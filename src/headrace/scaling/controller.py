@@ -192,6 +192,7 @@ class Controller:
             parts=state.busy + max(state.queued, math.ceil(work / _PART_SECONDS)),
             figures_age=age,
             apply_rate=sum(rates) if rates else None,
+            staged_rate=max((meter.staged_rate for meter in self._meters if meter.staged_rate), default=None),
             apply_waits=self._apply_waits,
             prepared_parts=self._handing.prepared_parts() if self._handing else 0,
             raises_without_gain=raises,

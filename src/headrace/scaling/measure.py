@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -32,6 +32,10 @@ _COPIED: tuple[Kind, ...] = ("rows", "truncate", "undecodable", "copy")
 _WINDOW = 300.0
 _WARM = 1.0
 """Seconds of looking before what arrives is known."""
+_COMING = 5.0
+"""Seconds over which what comes to be staged is looked at."""
+_MANY = 100_000
+"""Rows within that time from on which they say how fast capture is: fewer say how much the source has."""
 _SURE = 5.0
 """Seconds of large pieces that say for certain how fast a worker is."""
 _REMEMBERED = 600.0
@@ -169,6 +173,8 @@ class Meter:
         self._began: float | None = None
         self._loads: tuple[Load, ...] | None = None
         self._served = Counter[str]()
+        self._came = deque[tuple[float, int]]()
+        self._staged_rate: float | None = None
         self._handing: Handing | None = None
 
     def use(self, handing: Handing) -> None:
@@ -267,6 +273,8 @@ class Meter:
             age = self._age(stand) if work.waiting.rows else 0.0
             with self._lock:
                 loads.append(self._measured(work, stand, age, handed, now))
+        if before and elapsed > 0:
+            self._note_what_came(elapsed, {stand.table for stand in stands}, before[1], staged)
         with self._lock:
             self._looked = (now, staged)
             for gone in self._works.keys() - {stand.work for stand in stands}:
@@ -287,6 +295,11 @@ class Meter:
         """Rows per second of apply alone; None until it has had a large slice."""
         with self._lock:
             return self._apply.value
+
+    @property
+    def staged_rate(self) -> float | None:
+        """Rows per second that have come to be staged at most; None until many have come at once."""
+        return self._staged_rate
 
     def is_worth_a_worker(self, work: str) -> bool:
         """Whether work is to go to workers, where there are any; so it is until it has been measured."""
@@ -341,6 +354,19 @@ class Meter:
         if stand.through is not None or staged <= before:
             return 0
         return self._log.volume(stand.table, before, staged, STREAMED)[0]
+
+    def _note_what_came(
+        self, elapsed: float, tables: Collection[TableId], before: Offset, staged: Offset
+    ) -> None:
+        came = 0
+        if staged > before:
+            came = sum(self._log.volume(table, before, staged, _COPIED)[0] for table in tables)
+        self._came.append((elapsed, came))
+        while sum(seconds for seconds, _ in self._came) - self._came[0][0] >= _COMING:
+            self._came.popleft()
+        seconds, rows = map(sum, zip(*self._came, strict=True))
+        if rows >= _MANY and seconds >= _COMING:
+            self._staged_rate = max(self._staged_rate or 0.0, rows / seconds)
 
     def _age(self, stand: Stand) -> float:
         """Return the age of the oldest change that waits; 0 where all of a table is made."""

@@ -24,6 +24,7 @@ _SNAPSHOT = {
     "parts": ("parts", "Parts that wait for a worker or are in the hands of one."),
     "figures_age": ("figures_age_seconds", "Age of the figures that were decided on."),
     "apply_rate": ("apply_rows_per_second", "What apply takes while it is busy."),
+    "staged_rate": ("staged_rows_per_second", "What capture and load have brought at most."),
     "apply_waits": ("apply_waits", "Whether apply cannot go on now, 0 or 1."),
     "prepared_parts": ("prepared_parts", "Prepared parts that wait for apply, at least."),
     "raises_without_gain": ("raises_without_gain", "Raises that have brought no more throughput."),

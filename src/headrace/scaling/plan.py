@@ -111,7 +111,7 @@ def figures_of(entries: Iterable[Entry]) -> Figures:
     Where no worker has worked yet, what the main process does stands for one, which is an assumption.
     """
     workers, likely, own, apply, starts = (list[float]() for _ in range(5))
-    seen, rate_seen, backlog_seen = 0, 0.0, 0.0
+    seen, rate_seen, backlog_seen, staged = 0, 0.0, 0.0, 0.0
     for entry in entries:
         snapshot = entry.snapshot
         loads = [load for load in snapshot.loads if load.service_rate]
@@ -122,6 +122,7 @@ def figures_of(entries: Iterable[Entry]) -> Figures:
             own.append(rows / sum(load.ewma_300s / (load.own_rate or 1.0) for load in loads))
         if snapshot.apply_rate:
             apply.append(snapshot.apply_rate)
+        staged = max(staged, snapshot.staged_rate or 0.0)
         seen, rate_seen = max(seen, snapshot.ready), max(rate_seen, sum(load.max_300s for load in loads))
         backlog_seen = max(backlog_seen, sum(load.backlog_rows for load in loads))
         if seen:
@@ -130,6 +131,8 @@ def figures_of(entries: Iterable[Entry]) -> Figures:
         worker=_measured(workers) or (Figure(median(likely), "assumed") if likely else None),
         own=_measured(own),
         apply=_measured(apply),
+        capture=Figure(staged, "measured") if staged else None,
+        load=Figure(staged, "measured") if staged else None,
         workers_seen=seen,
         rate_seen=rate_seen,
         backlog_seen=backlog_seen,
@@ -201,7 +204,8 @@ class _Planner:
         missed = asked.rows_per_second * asked.outage
         yield self._catch_up(f"recovery after {_time(asked.outage)} away", missed)
         if asked.burst:
-            yield self._catch_up(f"recovery after {asked.burst:,.0f} rows at once", asked.burst)
+            what = f"recovery after {asked.burst:,.0f} rows at once"
+            yield self._catch_up(what, asked.burst, asked.burst)
 
     def warnings(self) -> Iterator[str]:
         """Say what will not work, and what to do."""
@@ -229,8 +233,11 @@ class _Planner:
                 f"{max(1, self._mean)}."
             )
 
-    def _catch_up(self, what: str, backlog: float) -> Answer:
-        """Return how long a backlog takes: with workers, who have to start first, or without."""
+    def _catch_up(self, what: str, backlog: float, whole: float = 0.0) -> Answer:
+        """Return how long a backlog takes: with workers, who have to start first, or without.
+
+        Of `whole` rows in one transaction none is prepared before all are staged; workers start meanwhile.
+        """
         asked, figures = self._asked, self._figures
         rate = asked.rows_per_second
         useful = math.ceil((rate + backlog / (asked.freshness / 2)) / self._worker.value)
@@ -240,18 +247,20 @@ class _Planner:
         speed = min(workers * self._worker.value, most)
         own = min(figures.own.value, most) if figures.own else 0.0
         used = [self._worker, figures.start, *hops, *([figures.own] if figures.own else [])]
-        start = _NOTICED + figures.start.value
+        brought = [hop.value for hop in (figures.capture, figures.load) if hop]
+        coming = whole / min(brought) if brought else 0.0
+        start = max(0.0, _NOTICED + figures.start.value - coming)
+        after = f", after {coming:,.0f} s until all is staged" if coming else ""
         if own > rate and (own >= speed or backlog / (own - rate) <= start):
-            note = f"at {own:,.0f} rows/s, by the main process itself"
-            return self._answer(
-                what, backlog / (own - rate), "seconds", *used, note=note, workers=0, waiting=backlog
-            )
+            note = f"at {own:,.0f} rows/s, by the main process itself{after}"
+            seconds = coming + backlog / (own - rate)
+            return self._answer(what, seconds, "seconds", *used, note=note, workers=0, waiting=backlog)
         if speed <= rate:
             note = f"never: {speed:,.0f} rows/s with {workers} workers"
             return self._answer(what, None, "seconds", *used, note=note, workers=workers)
         # Until workers have started, the main process goes on by itself.
-        seconds = start + (backlog - (own - rate) * start) / (speed - rate)
-        note = f"at {speed:,.0f} rows/s with {workers} workers"
+        seconds = coming + start + (backlog - (own - rate) * start) / (speed - rate)
+        note = f"at {speed:,.0f} rows/s with {workers} workers{after}"
         return self._answer(what, seconds, "seconds", *used, note=note, workers=workers, waiting=backlog)
 
     def _answer(

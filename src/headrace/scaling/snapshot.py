@@ -102,6 +102,9 @@ class Snapshot:
     """Seconds since the figures were taken; None where there are none."""
     apply_rate: float | None = None
     """Rows per second that apply takes while it is busy with whole slices; None until it has been."""
+    staged_rate: float | None = None
+    """Rows per second that have come to be staged at most, of one source; None until many have come at once.
+    Capture and load can do as much."""
     apply_waits: bool = False
     """Whether no source's apply can go on now, as while the destination is away."""
     prepared_parts: int = 0
