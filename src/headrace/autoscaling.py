@@ -37,7 +37,7 @@ class Autoscaling:
         handover: Handover | None = None
         if self._pool is not None:
             self._pool.resize(_always(project.scale))  # before there is work, so that it is handed over
-            handover = Handover(self._pool, self._is_worth_a_worker, check)
+            handover = Handover(self._pool, self._is_worth_a_worker, check, self._rate_of)
             for lane in lanes:
                 lane.joiner.workers.use(handover)
         on_progress(check)
@@ -65,6 +65,9 @@ class Autoscaling:
 
     def _is_worth_a_worker(self, work: str) -> bool:
         return all(lane.meter.is_worth_a_worker(work) for lane in self._lanes)
+
+    def _rate_of(self, model: str) -> float | None:
+        return next((rate for lane in self._lanes if (rate := lane.meter.rate(model))), None)
 
     def report(self) -> dict[str, Any]:
         """See `Controller.report`."""

@@ -34,7 +34,10 @@ logger = logging.getLogger("headrace.workers")
 
 _WAITING = 2
 """Outcomes for each worker that wait for apply."""
-_BEGUN_WITHIN = 0.1  # seconds in which a worker that has nothing to do has taken a part
+_BEGUN_WITHIN = 2.0
+"""Seconds in which a worker has time for what is next, when each has parts of one. Sooner this process would
+only take its time from apply, for which outcomes wait meanwhile, and workers for these."""
+_LOOK_EVERY = 0.01
 _TRICKLE = 0.2  # seconds of work that are not worth the way
 _FORGOTTEN = 600.0  # seconds after which nobody takes a part any more
 _CHECK_EVERY = 1.0  # seconds of waiting for a worker
@@ -79,6 +82,13 @@ class _Given(NamedTuple):
     at: float
 
 
+class _Expected(NamedTuple):
+    """What will be taken of a kind, in order; and by model up to where it is taken by now."""
+
+    parts: Iterator[PartSpec]
+    taken: dict[str, Offset]
+
+
 class Handover:
     """What one pipeline has in the hands of its pool. For one thread of each source and kind at a time."""
 
@@ -87,17 +97,21 @@ class Handover:
         pool: Pool,
         worth: Callable[[str], bool] = lambda _: True,
         check: Callable[[], None] = lambda: None,
+        rate: Callable[[str], float | None] = lambda _: None,
     ) -> None:
-        """`worth` says whether work, as it is called where it is measured, is worth a worker. `check` is
-        called while an outcome is waited for, and ends that by raising."""
+        """`worth` says whether work, as it is called where it is measured, is worth a worker, and `rate` how
+        many rows of a model are done in a second, as far as it is known. `check` is called while an outcome
+        is waited for, and ends that by raising."""
         self._pool = pool
         self._worth = worth
         self._check = check
+        self._known_rate = rate
         self._rests_until = 0.0
         self._smaller: dict[str, int] = {}
         self._lock = threading.RLock()
         self._given: dict[str, _Given] = {}
-        self._expected: dict[tuple[str, PartKind], Iterator[PartSpec]] = {}
+        self._expected: dict[tuple[str, PartKind], _Expected] = {}
+        self._taking: dict[tuple[str, PartKind], Sequence[PartSpec]] = {}
         self._cuts: dict[tuple[str, PartKind, Copy | None, Offset, Offset], list[PartSpec]] = {}
         self._own: dict[str, _Rate] = {}
         self._giving: dict[str, _Rate] = {}
@@ -114,7 +128,8 @@ class Handover:
         """Return how many rows one part of a model should have, where no more than `of` are known at once:
         then every worker is to have one of them."""
         figures = self.figures(model.name)
-        wanted = rows_for(figures.mu or figures.own_rate) // self._smaller.get(model.name, 1)
+        rate = figures.mu or figures.own_rate or self._known_rate(model.name)
+        wanted = rows_for(rate) // self._smaller.get(model.name, 1)
         return wanted if of is None else min(wanted, of // max(self._pool.state().desired, 1) + 1)
 
     def parts(
@@ -158,12 +173,21 @@ class Handover:
         return not begun and len(parts) < 2 and rows < (rate or rows_for(None) / 2) * _TRICKLE
 
     def expect(self, source: str, kind: PartKind, parts: Iterator[PartSpec]) -> None:
-        """Have workers that would have nothing to do begin with what will follow of a kind in a source."""
+        """Have workers that would have nothing to do begin with what will be taken of a kind in a source, in
+        this order."""
         with self._lock:
-            self._expected[source, kind] = parts
+            self._expected[source, kind] = _Expected(parts, {})
 
-    def begin(self, parts: Iterable[PartSpec]) -> None:
-        """Have workers begin with parts that will be taken later, as far as there is room."""
+    def begin(self, parts: Sequence[PartSpec]) -> None:
+        """Have workers begin with parts that will be taken later, as far as there is room: what is taken now
+        comes first."""
+        with self._lock:
+            taken = tuple(self._taking.get(_key(parts[0]), ()))  # another thread takes from it
+            now = [part for part in taken if part.id not in self._given]
+        if not now:
+            self._give_all(parts)
+
+    def _give_all(self, parts: Iterable[PartSpec]) -> None:
         for part in parts:
             if not self._has_room():
                 return
@@ -174,6 +198,12 @@ class Handover:
         forgotten. Raises what `here` and `check` raise."""
         todo = deque(parts)
         self._forget_before(model, parts)
+        if not parts:
+            return
+        with self._lock:
+            self._taking[_key(parts[0])] = todo
+            if expected := self._expected.get(_key(parts[0])):
+                expected.taken[model.name] = parts[-1].through
         try:
             while todo:
                 self._hand_out(todo)
@@ -182,6 +212,8 @@ class Handover:
                 yield prepared
                 del prepared
         finally:
+            with self._lock:
+                self._taking.pop(_key(parts[0]), None)
             for part in todo:
                 self._drop(part.id)
 
@@ -224,12 +256,13 @@ class Handover:
 
     def _hand_out(self, todo: Sequence[PartSpec]) -> None:
         """Give what is next, then what will follow."""
-        self.begin(todo)
+        self._give_all(todo)
         with self._lock:
-            following = self._expected.get((todo[0].staged.source, todo[0].kind), iter(()))
+            expected = self._expected.get(_key(todo[0]))
         try:
-            while self._has_room() and (part := next(following, None)) is not None:
-                self._give(part)
+            while expected and self._has_room() and (part := next(expected.parts, None)) is not None:
+                if part.through > expected.taken.get(part.model.name, -1):
+                    self._give(part)
         except Exception as error:  # what is wrong is met when it is its turn
             logger.info("what follows is not handed over: %s", type(error).__name__)
 
@@ -247,7 +280,7 @@ class Handover:
         deaths = 0
         if given is not None:
             future = given.future
-            wait([future], _BEGUN_WITHIN if self._pool.state().ready else 0)
+            self._await_begin(future)
             try:
                 if future.done() or not future.cancel():
                     while wait([future], _CHECK_EVERY).not_done:
@@ -268,6 +301,15 @@ class Handover:
             model.attempts.blame(model.name, model.version, pc.unique(fatal["offset"]).to_pylist())
         self._rate(self._own, model.name).add(rows_of(part, prepared), time.perf_counter() - began)
         return prepared
+
+    def _await_begin(self, future: Future[Prepared]) -> None:
+        """Wait until a worker has a part, if there are workers that will have time for it soon."""
+        deadline = time.monotonic() + _BEGUN_WITHIN
+        while not (future.running() or future.done()) and self._pool.state().ready:
+            if time.monotonic() > deadline:
+                return
+            self._check()
+            time.sleep(_LOOK_EVERY)
 
     def _learn(self, model: RowModel, failed: PartFailed) -> None:
         """Hand over otherwise what would fail as this part has."""
@@ -308,6 +350,10 @@ class Handover:
             given = self._given.pop(id_, None)
         if given is not None:
             given.future.cancel()
+
+
+def _key(part: PartSpec) -> tuple[str, PartKind]:
+    return part.staged.source, part.kind
 
 
 def _is_behind(part: PartSpec, other: PartSpec) -> bool:

@@ -76,7 +76,7 @@ class Hands:
             span, piece = (number, number + 1), (Piece(number, number + 1, rows), None)
             return handover.parts("keys", self._staged, model, span, lambda: [piece], copy, shares)
 
-        following = chain.from_iterable(map(part, range(number + 1, shares.count)))
+        following = chain.from_iterable(map(part, range(number, shares.count)))
         handover.expect(self._staging.source, "keys", following)
         handover.begin(part(number))
         return handover.take(model, part(number), self._here)
@@ -104,7 +104,8 @@ class Hands:
                 parts, after = self._chosen_parts(kind, model, copy, selection, after, through)
                 yield from parts
 
-        handover.expect(self._staging.source, kind, following(reached))
+        # This piece too: the one before it may still be taken, and leave no room for all of it now.
+        handover.expect(self._staging.source, kind, following(after))
         handover.begin(parts)
         return reached, handover.take(model, parts, self._here)
 
@@ -145,25 +146,28 @@ class Hands:
         return self._handover.parts(kind, self._staged, model, (after, reached), pieces, copy), reached
 
     def expect(
-        self, models: Sequence[RowModel], after: Offset, staged: Offset, max_bytes: int, max_rows: int
+        self, models: Sequence[RowModel], span: tuple[Offset, Offset], max_bytes: int, max_rows: int
     ) -> None:
-        """Have workers that would have nothing to do begin with the slices that will follow `after`, as they
-        are cut for so many bytes and rows at most."""
+        """Have workers that would have nothing to do begin with what else there is in a slice that is taken
+        now, and with those that will follow, as they are cut for so many bytes and rows at most."""
         if self._handover is not None:
-            following = self._following(models, after, staged, max_bytes, max_rows)
+            following = self._following(models, span, max_bytes, max_rows)
             self._handover.expect(self._staged.source, "slice", following)
 
     def _following(
-        self, models: Sequence[RowModel], after: Offset, staged: Offset, max_bytes: int, max_rows: int
+        self, models: Sequence[RowModel], span: tuple[Offset, Offset], max_bytes: int, max_rows: int
     ) -> Iterator[PartSpec]:
         handover = self._handover
         assert handover is not None
-        # The last one would be cut otherwise when it is its turn, with more staged by then.
-        while (through := self._log.slice_end(after, staged, max_bytes, max_rows)) < staged:
+        (after, through), staged = span, self._staging.through()
+        while True:
             for model in models:
                 if handover.takes("slice", model, after, through):
                     yield from self._parts("slice", model, (after, through))
-            after = through
+            after, through = through, self._log.slice_end(through, staged, max_bytes, max_rows)
+            # The last one would be cut otherwise when it is its turn, with more staged by then.
+            if through >= staged:
+                return
 
     def _parts(
         self,

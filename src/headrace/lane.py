@@ -398,7 +398,7 @@ class Lane:
         position, committed_at = self.log.place(through)
         in_sync = {model.name for model in models if caught_up and self._is_of(model, position)}
         place = (self._mark(after), self._mark(through), position, committed_at)
-        self.joiner.workers.expect(models, through, self.staging.through(), _SLICE_BYTES, _SLICE_ROWS)
+        self.joiner.workers.expect(models, (after, through), _SLICE_BYTES, _SLICE_ROWS)
 
         def attempt(models: Sequence[RowModel], again: Again) -> Sequence[str]:
             self._breakers.begin()

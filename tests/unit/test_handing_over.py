@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,34 @@ def test_a_table_that_is_copied_again_is_made_by_workers_as_without_them(
     assert with_workers[0]
     assert with_workers[1]
     assert with_workers == made(tmp_path / "without", None)
+
+
+def test_what_follows_is_asked_for_in_its_order_though_it_is_said_while_what_is_before_is_taken() -> None:
+    pool = Idle(desired=1)
+    handover = Handover(pool)
+
+    def take(begin: int, count: int, model: RowModel = MODEL) -> Iterator[int]:
+        parts = cut(handover, begin, count, model)
+        return (made.counts.read for made in handover.take(model, parts, lambda part, _: outcome(part)))
+
+    # As a rebuild does: the next piece is handed over, as far as there is room, while one is taken.
+    first, second = cut(handover, 0, 4), cut(handover, 4, 4)
+    handover.expect("shop", "slice", iter([*first, *second]))
+    taking = take(0, 4)
+    assert next(taking) == 0
+    handover.expect("shop", "slice", iter([*second, *cut(handover, 8, 4)]))
+    handover.begin(second)
+    assert list(taking) == [1, 2, 3]
+    assert list(take(4, 4)) == [4, 5, 6, 7]
+    assert list(take(8, 4)) == [8, 9, 10, 11]
+    assert pool.afters() == list(range(12)), "each once, in their order"
+    # As a slice of several models: one after the other, each from where it is.
+    other = replace(MODEL, name="other")
+    handover.expect("shop", "slice", iter([*cut(handover, 12, 4), *cut(handover, 12, 4, other)]))
+    assert list(take(14, 2)) == [14, 15]  # what is before has been prepared here
+    assert list(take(12, 4, other)) == [12, 13, 14, 15]
+    assert pool.afters()[12:] == [14, 15, 12, 13, 14, 15]
+    assert handover.prepared_parts() == 0
 
 
 class Idle:

@@ -301,6 +301,12 @@ class Meter:
         """Rows per second that have come to be staged at most; None until many have come at once."""
         return self._staged_rate
 
+    def rate(self, work: str) -> float | None:
+        """Return the rows per second that a worker, or else the main process, does of some work."""
+        with self._lock:
+            own, worker = self._of(work).comparable()
+        return worker or own
+
     def is_worth_a_worker(self, work: str) -> bool:
         """Whether work is to go to workers, where there are any; so it is until it has been measured."""
         with self._lock:
