@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 from headrace.scaling.snapshot import Code, Decision, Limits, Load, Reason, Snapshot
+from headrace.scaling.worth import BEGINS
 
 __all__ = [
     "HOURS",
@@ -354,7 +355,7 @@ def _without_workers(snapshot: Snapshot) -> Reason:
         return Reason(Code.IDLE)
     load = max(snapshot.loads, key=attrgetter("backlog_rows"))
     handover, own, apply = load.handover_rate, load.own_rate or 0.0, load.apply_rate
-    if load.worth is False and apply is not None and apply < 1.25 * own:
+    if load.worth is False and apply is not None and apply < BEGINS * own:
         return Reason(Code.APPLY_IS_SLOWER, {"apply": apply, "own": own, "model": load.model})
     if load.worth is False and load.mu is not None and load.mu < own / 2:
         return Reason(Code.WORKERS_ARE_SLOWER, {"worker": load.mu, "own": own, "model": load.model})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_BEGINS = 1.4
+BEGINS = 1.4
 """So many times the throughput of the main process alone must be within reach for work to go to workers."""
 _ENDS = 1.15
 """And at least so many for it to stay with them."""
@@ -59,5 +59,5 @@ class Worth:
         is missing."""
         gain = reachable_gain(costs)
         if gain is not None:
-            self._is_worth = gain >= (_ENDS if self._is_worth else _BEGINS)
+            self._is_worth = gain >= (_ENDS if self._is_worth else BEGINS)
         return self._is_worth
