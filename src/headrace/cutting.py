@@ -67,6 +67,9 @@ def _evened(groups: Iterable[RowGroup], after: Offset, through: Offset, rows: in
     """Yield row groups as far as they are in `(after, through]`, large ones in shares of their offsets."""
     for group in groups:
         first, last = max(group.first, after + 1), min(group.last, through)
+        if first > last:
+            continue
+        after = last  # files that were merged meanwhile may tell of what is before again
         inside, whole = last - first + 1, group.last - group.first + 1
         left = max(group.rows * inside // whole, 1)
         bytes_ = group.bytes * inside // whole

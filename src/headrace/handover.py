@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,7 @@ _BEGUN_WITHIN = 2.0
 only take its time from apply, for which outcomes wait meanwhile, and workers for these."""
 _LOOK_EVERY = 0.01
 _TRICKLE = 0.2  # seconds of work that are not worth the way
-_FORGOTTEN = 600.0  # seconds after which nobody takes a part any more
+_FORGOTTEN = 120.0  # seconds after which nobody takes a part any more
 _CHECK_EVERY = 1.0  # seconds of waiting for a worker
 _REST = 30.0  # seconds without workers, after one that could not write what it had made
 _SMALLEST = 64
@@ -112,7 +112,7 @@ class Handover:
         self._given: dict[str, _Given] = {}
         self._expected: dict[tuple[str, PartKind], _Expected] = {}
         self._taking: dict[tuple[str, PartKind], Sequence[PartSpec]] = {}
-        self._cuts: dict[tuple[str, PartKind, Copy | None, Offset, Offset], list[PartSpec]] = {}
+        self._cuts: dict[tuple[str, PartKind, Copy | None, str, Offset, Offset], list[PartSpec]] = {}
         self._own: dict[str, _Rate] = {}
         self._giving: dict[str, _Rate] = {}
 
@@ -141,16 +141,17 @@ class Handover:
         pieces: Callable[[], Iterable[tuple[Piece, bytes | None]]],
         copy: Copy | None = None,
         shares: Shares | None = None,
+        selection: str = "",
     ) -> Sequence[PartSpec]:
         """Return the parts of a span, the same when it is asked for again before they are taken.
 
-        `pieces` cuts it, with bits for what is chosen of each piece, if it is. Raw is read back from where
-        both the span and the copy, where one counts, have ended.
+        `pieces` cuts it, with bits for what is chosen of each piece by the selection with this id, if any is.
+        Raw is read back from where both the span and the copy, where one counts, have ended.
         """
         sent = replace(model, attempts=None) if model.attempts is not None else model
         model_id = fingerprint(sent)
         newest = max(copy.end, span[1]) if copy else span[1]
-        key = (model_id, kind, copy, *span)
+        key = (model_id, kind, copy, selection, *span)
         with self._lock:
             if (known := self._cuts.get(key)) is not None:
                 return known
@@ -166,17 +167,33 @@ class Handover:
             return parts
 
     def is_trickle(self, model: RowModel, parts: Sequence[PartSpec]) -> bool:
-        """Whether parts are so little that this process has done them sooner than it has asked for them."""
+        """Whether parts are so little that this process has done them sooner than it has asked for them; then
+        nobody takes them."""
         rows, rate = sum(part.rows for part in parts), self._rate(self._own, model.name).value
         with self._lock:
             begun = any(part.id in self._given for part in parts)
-        return not begun and len(parts) < 2 and rows < (rate or rows_for(None) / 2) * _TRICKLE
+            if begun or len(parts) > 1 or rows >= (rate or rows_for(None) / 2) * _TRICKLE:
+                return False
+            for key in [key for key, cut in self._cuts.items() if cut is parts]:
+                del self._cuts[key]
+        return True
 
-    def expect(self, source: str, kind: PartKind, parts: Iterator[PartSpec]) -> None:
+    def expect(
+        self,
+        source: str,
+        kind: PartKind,
+        parts: Iterator[PartSpec],
+        models: Collection[str] | None = None,
+    ) -> None:
         """Have workers that would have nothing to do begin with what will be taken of a kind in a source, in
-        this order."""
+        this order. Where `models` are named, nobody will come for what others have of it."""
         with self._lock:
             self._expected[source, kind] = _Expected(parts, {})
+            if models is not None:
+                given = [part for part, _, _ in self._given.values() if _key(part) == (source, kind)]
+                for part in given:
+                    if part.model.name not in models:
+                        self._drop(part.id)
 
     def begin(self, parts: Sequence[PartSpec]) -> None:
         """Have workers begin with parts that will be taken later, as far as there is room: what is taken now
@@ -342,7 +359,7 @@ class Handover:
             ]
             for id_ in gone:
                 self._drop(id_)
-            for key in [key for key, cut in self._cuts.items() if cut and _is_behind(cut[-1], parts[-1])]:
+            for key in [key for key, cut in self._cuts.items() if _is_behind(cut[-1], parts[-1])]:
                 del self._cuts[key]
 
     def _drop(self, id_: str) -> None:

@@ -143,7 +143,9 @@ class Hands:
         def pieces() -> Iterable[tuple[Piece, bytes]]:
             return ((part, bits) for piece, bits in cut for part in stretched(piece, rows))
 
-        return self._handover.parts(kind, self._staged, model, (after, reached), pieces, copy), reached
+        span = (after, reached)
+        parts = self._handover.parts(kind, self._staged, model, span, pieces, copy, selection=selection.id)
+        return parts, reached
 
     def expect(
         self, models: Sequence[RowModel], span: tuple[Offset, Offset], max_bytes: int, max_rows: int
@@ -152,7 +154,8 @@ class Hands:
         now, and with those that will follow, as they are cut for so many bytes and rows at most."""
         if self._handover is not None:
             following = self._following(models, span, max_bytes, max_rows)
-            self._handover.expect(self._staged.source, "slice", following)
+            names = {model.name for model in models}
+            self._handover.expect(self._staged.source, "slice", following, names)
 
     def _following(
         self, models: Sequence[RowModel], span: tuple[Offset, Offset], max_bytes: int, max_rows: int

@@ -8,6 +8,7 @@ all changes of such keys are found the same way.
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,8 @@ class Selection:
         self._table = table
         self._spans = spans
         self._bits = pa.py_buffer(bits)
+        self.id = uuid.uuid4().hex
+        """Another for each finding: the same changes may be chosen otherwise."""
         self._cuts: dict[Offset, Cut] = {}
 
     def pieces(self, after: Offset, through: Offset) -> Iterator[tuple[pa.Table, Offset]]:

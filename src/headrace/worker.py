@@ -31,8 +31,9 @@ class Preparer:
 
     def prepare(self, part: PartSpec) -> Prepared:
         """Return the outcome of a part. Raises whatever is wrong with it."""
+        is_new = part.model_id not in self._models
         model = self._model(part)
-        staging = self._staging(part, model.table)
+        staging = self._staging(part, model.table, again=is_new)
         self._progress()
         return prepare_part(staging, part, model, self._progress)
 
@@ -47,14 +48,15 @@ class Preparer:
                 gone.python.close()
         return model
 
-    def _staging(self, part: PartSpec, table: TableId) -> DeltaStaging:
-        """Return the raw tables, with all that the part is to see of its own."""
+    def _staging(self, part: PartSpec, table: TableId, *, again: bool) -> DeltaStaging:
+        """Return the raw tables, with all that the part is to see of its own; looked at `again` for a model
+        that may read columns which have come since."""
         staging = self._stagings.get(part.staged)
         needed = max(part.through, part.newest)
         if staging is None:
             of = part.staged
             staging = self._stagings[of] = DeltaStaging(Path(of.root), of.source, of.log_id, read_only=True)
-        elif needed > self._seen.get((part.staged, table), 0):
+        elif again or needed > self._seen.get((part.staged, table), 0):
             staging.refresh([table])
         self._seen[part.staged, table] = max(needed, self._seen.get((part.staged, table), 0))
         return staging

@@ -294,6 +294,37 @@ def test_a_table_that_is_copied_again_is_made_by_workers_as_without_them(
     assert with_workers == made(tmp_path / "without", None)
 
 
+def test_what_is_chosen_otherwise_of_the_same_span_is_another_part_and_a_trickle_leaves_nothing() -> None:
+    handover = Handover(Idle(desired=1))
+
+    def chosen(selection: str, bits: bytes) -> Sequence[PartSpec]:
+        pieces = [(Piece(0, 9, 8), bits)]
+        staged = Staged("shop", "l", "")
+        return handover.parts("newest", staged, MODEL, (0, 9), lambda: pieces, selection=selection)
+
+    (first,) = chosen("a", b"\x01")
+    (second,) = chosen("b", b"\x02")
+    assert (first.chosen, second.chosen) == (b"\x01", b"\x02")
+    assert first.id != second.id
+    assert chosen("a", b"?") == [first], "as it was cut"
+    little = cut(handover, 0, 1)
+    assert cut(handover, 0, 1) is little
+    assert handover.is_trickle(MODEL, little)
+    assert cut(handover, 0, 1) is not little
+
+
+def test_what_a_model_that_has_gone_asked_for_takes_no_room() -> None:
+    pool = Idle(desired=1)
+    handover = Handover(pool)
+    gone = replace(MODEL, name="gone")
+    handover.begin(cut(handover, 0, 3, gone))
+    for after in range(3):
+        pool.finish(after)
+    assert handover.prepared_parts() == 3
+    handover.expect("shop", "slice", iter(()), {MODEL.name})
+    assert handover.prepared_parts() == 0
+
+
 def test_what_follows_is_asked_for_in_its_order_though_it_is_said_while_what_is_before_is_taken() -> None:
     pool = Idle(desired=1)
     handover = Handover(pool)

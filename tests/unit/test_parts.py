@@ -189,6 +189,20 @@ def test_pieces_are_the_span_in_order_and_of_about_the_size(
             assert piece.rows <= 1.5 * rows + 1 or one_offset
 
 
+def test_a_file_that_was_merged_with_those_before_it_is_cut_behind_them() -> None:
+    found = [
+        RowGroup(1, 10, 100, 1),
+        RowGroup(1, 10, 100, 1),
+        RowGroup(1, 60, 600, 6),
+        RowGroup(61, 70, 100, 1),
+    ]
+    pieces = cut(found, 0, 70, 100)
+    ends = [0, *(piece.through for piece in pieces)]
+    assert [piece.after for piece in pieces] == ends[:-1]
+    assert ends == sorted(set(ends))
+    assert sum(piece.rows for piece in pieces) == 700
+
+
 def test_what_one_entry_has_too_much_of_is_cut_into_stretches() -> None:
     piece = Piece(3, 4, 100)
     assert stretched(piece, 70) == [piece]

@@ -226,6 +226,23 @@ def test_the_main_process_and_workers_are_compared_on_pieces_of_a_size() -> None
     assert (load.own_rate, load.mu) == (1_000, 1_000)
 
 
+def test_a_row_of_another_table_keeps_nothing_from_being_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant = Plant(tmp_path)
+    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant.meter.prepared("orders", 10_000, 5.0, 0.1)
+    plant.meter.stand([Stand("orders", ORDERS, 0, 60.0), Stand("settings", SCORES, 0, 60.0)])
+    monkeypatch.setattr(plant.meter, "stand", lambda _: None)
+    plant.log.arrive(SCORES, 1)
+    plant.log.arrive(ORDERS, 3_000_000)
+    for _ in range(20):
+        plant.time.passed += 1
+        plant.controller.step()
+    assert plant.pool.ready > 0
+    assert plant.entries()[-1].decision.reason.code is not Code.FIGURES_MISSING
+
+
 def test_what_waits_and_arrives_is_counted_from_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     time = StoppedClock()
     monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: time.wall)
@@ -467,6 +484,11 @@ def test_people_are_told_of_what_lasts_once_and_of_its_end(caplog: pytest.LogCap
     for second in range(400, 500, 5):
         watch.note(second, snapshot(10, 2), in_vain)
     assert told(caplog)[4:] == [("gain", False)]
+    rebuild = ScalingWatch()  # what is made beside what people look at has no age
+    whole = replace(snapshot(60_000, 2).loads[0], model="orders (all of it)", oldest_age=0.0)
+    for second in range(0, 200, 5):
+        rebuild.note(second, replace(snapshot(60_000, 2), loads=(whole,)), decided)
+    assert len(told(caplog)) == 5
     nobody_wants_workers = ScalingWatch()
     for second in range(0, 200, 5):
         nobody_wants_workers.note(second, snapshot(60_000, 0, cap=0), decided)

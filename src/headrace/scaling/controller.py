@@ -33,6 +33,8 @@ _ASSUMED_START = 10.0
 """Seconds from a worker's start to its first result, until one has been seen."""
 _PART_SECONDS = 5.0
 """Of work in a part, where parts are not cut yet."""
+_FEW = 1_000
+"""Rows that wait, or come in a minute, of a load whose rate is not known: fewer are soon done, or tell it."""
 _RECALLED = 7 * 86_400.0
 """Seconds for which rates of an earlier process are taken for what they are."""
 
@@ -256,4 +258,5 @@ def _gist(entry: Entry) -> tuple[object, ...]:
 
 
 def _is_active(load: Load) -> bool:
-    return load.backlog_rows > 0 or load.max_300s > 0
+    """Whether a load has so much to do that nothing can be decided without its rate."""
+    return load.backlog_rows >= _FEW or load.ewma_30s >= _FEW / 60

@@ -68,7 +68,9 @@ class ScalingWatch:
         found = list[Finding]()
         if not cap:
             return found  # nobody wants workers
-        if code is Code.SLO_INFEASIBLE:
+        # All of a table, as of a rebuild, has no age: it is made beside what people look at.
+        is_late = any(load.oldest_age > load.slo / 2 for load in snapshot.loads)
+        if code is Code.SLO_INFEASIBLE and is_late:
             found.append(Finding("target", f"cannot meet the target. {sentence}"))
         if code is Code.BUDGET_SPENT:
             found.append(Finding("budget", f"has spent its budget. {sentence}"))
@@ -78,7 +80,6 @@ class ScalingWatch:
         if code is Code.NO_GAIN:
             found.append(Finding("gain", f"does not help. {sentence}"))
         grows = at - oldest[0] >= _GROWTH_OVER / 2 and backlog > max(1.0, oldest[1] * _GROWTH)
-        is_late = any(load.oldest_age > load.slo / 2 for load in snapshot.loads)
         if snapshot.ready >= cap and decision.workers >= cap and grows and is_late:
             words = (
                 f"is at its cap of {cap} workers and what waits still grows: {backlog:,.0f} s of work, "

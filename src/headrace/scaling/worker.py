@@ -122,9 +122,12 @@ def _do(request: Request, prepare: Callable[[PartSpec], Prepared], answers: Answ
         return
     try:
         write_prepared(request.path, prepared, request.lease)
-    except Exception as error:
-        what = (isinstance(error, OSError) and error.strerror) or type(error).__name__
+    except OSError as error:
+        what = error.strerror or type(error).__name__
         answers.say("unwritten", lease=request.lease, what=what)
+        return
+    except Exception as error:
+        answers.say("failed", lease=request.lease, what=type(error).__name__)
         return
     answers.say("done", lease=request.lease, rows=rows_of(part, prepared), seconds=time.monotonic() - began)
 

@@ -307,16 +307,18 @@ class RawTable:
             path = self.path / file.name
             if (kept := self._recent.get(path)) is not None:
                 yield RowGroup(file.first, file.last, file.rows, kept.nbytes)
+                after = file.last
                 continue
             try:
                 metadata = pq.read_metadata(path)
             except FileNotFoundError:
                 self._look_again(file)
-                waiting = self._waiting(file.first - 1, through, backwards=False)
+                waiting = self._waiting(after, through, backwards=False)
                 continue
             yield from (
                 group for group in _groups_in(metadata) if group.last > after and group.first <= through
             )
+            after = file.last
 
     def _waiting(self, after: Offset, through: Offset, backwards: bool) -> deque[DataFile]:
         files = self.overlapping(after, through)
