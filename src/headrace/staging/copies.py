@@ -56,8 +56,8 @@ class CopyHistory:
         return max((offset for offset in added if offset <= through), default=0)
 
     def between(self, table: TableId, after: Offset, through: Offset) -> bool:
-        """Whether copied rows may stand in `(after, through]`: each chunk ends with its marker, which may stand
-        behind the span."""
+        """Whether copied rows may stand in `(after, through]`: each chunk ends with its marker, which may
+        stand behind the span."""
         for offset, _, mark in self._marks.get(table, ()):
             if offset > after:
                 return offset <= through or mark.kind != "begin"
