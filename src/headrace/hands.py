@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from headrace.change import Copy, Offset
 from headrace.cutting import MOST_BYTES, Piece, cut, stretched
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from headrace.scaling.measure import Meter
     from headrace.staging.delta import DeltaStaging
     from headrace.transform.model import RowModel
+
+
+class Reading(NamedTuple):
+    """What is read of a model's history in one phase of a rebuild."""
+
+    kind: PartKind
+    model: RowModel
+    copy: Copy
+    selection: Selection
 
 
 class Hands:
@@ -82,26 +91,20 @@ class Hands:
         return handover.take(model, part(number), self._here)
 
     def chosen(
-        self,
-        kind: PartKind,
-        model: RowModel,
-        copy: Copy,
-        selection: Selection,
-        after: Offset,
-        through: Offset,
+        self, reading: Reading, after: Offset, through: Offset
     ) -> tuple[Offset, Iterator[Prepared]] | None:
         """Return the outcomes of the next piece of a selection in order, and the offset through which they
         have all come; None where nothing is handed over. Workers begin with it at once."""
-        handover = self._handover
+        handover, kind, model = self._handover, reading.kind, reading.model
         if handover is None or not handover.takes(kind, model, after, through):
             return None
-        parts, reached = self._chosen_parts(kind, model, copy, selection, after, through)
+        parts, reached = self._chosen_parts(reading, after, through)
         if not parts or handover.is_trickle(model, parts):
             return None
 
         def following(after: Offset) -> Iterator[PartSpec]:
             while after < through:
-                parts, after = self._chosen_parts(kind, model, copy, selection, after, through)
+                parts, after = self._chosen_parts(reading, after, through)
                 yield from parts
 
         # This piece too: the one before it may still be taken, and leave no room for all of it now.
@@ -109,30 +112,17 @@ class Hands:
         handover.begin(parts)
         return reached, handover.take(model, parts, self._here)
 
-    def again(
-        self,
-        kind: PartKind,
-        model: RowModel,
-        copy: Copy,
-        selection: Selection,
-        after: Offset,
-        through: Offset,
-    ) -> Iterator[Prepared]:
+    def again(self, reading: Reading, after: Offset, through: Offset) -> Iterator[Prepared]:
         """Return the outcomes of a piece that `chosen` has handed over, with changes refused since."""
         assert self._handover is not None
-        parts, _ = self._chosen_parts(kind, model, copy, selection, after, through)
-        return self._handover.take(model, parts, self._here)
+        parts, _ = self._chosen_parts(reading, after, through)
+        return self._handover.take(reading.model, parts, self._here)
 
     def _chosen_parts(
-        self,
-        kind: PartKind,
-        model: RowModel,
-        copy: Copy,
-        selection: Selection,
-        after: Offset,
-        through: Offset,
+        self, reading: Reading, after: Offset, through: Offset
     ) -> tuple[Sequence[PartSpec], Offset]:
         assert self._handover is not None
+        kind, model, copy, selection = reading
         rows = self._handover.rows_for(model, PIECE_ROWS)
         first = next(iter(self._staging.row_groups(model.table, after, through)), None)
         if first is not None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from headrace.change import Copy, Offset
-from headrace.hands import Hands
+from headrace.hands import Hands, Reading
 from headrace.history import History, Selection
 from headrace.join import Phase
 from headrace.prepared import Claims, Prepared
@@ -99,9 +99,7 @@ class Rebuilding:
                 return reached, [self._prepared(phase, changes, model)]
             assert self._workers is not None
             assert self._selection is not None
-            again = self._workers.again(
-                PHASES[PHASES.index(phase)], model, self._copy, self._selection, after, through
-            )
+            again = self._workers.again(self._reading(phase, model, self._selection), after, through)
             return reached, self._of_keys(phase, again)
         self.find(phase, after, through)
         self._next = None  # whatever fails from here on is read again
@@ -120,8 +118,8 @@ class Rebuilding:
         """Return what workers make of the next piece; None where it is made here."""
         if self._workers is None or self._selection is None:
             return None
-        kind = PHASES[PHASES.index(phase)]
-        handed = self._workers.chosen(kind, self._model, self._copy, self._selection, after, through)
+        reading = self._reading(phase, self._model, self._selection)
+        handed = self._workers.chosen(reading, after, through)
         if handed is None:
             return None
         reached, made = handed
@@ -129,6 +127,10 @@ class Rebuilding:
         self._last = (phase, after, reached, None)
         self._pieces = self._selection.pieces(reached, through)
         return reached, self._of_keys(phase, made)
+
+    def _reading(self, phase: Phase, model: RowModel, selection: Selection) -> Reading:
+        kind = PHASES[PHASES.index(phase)]  # a phase of a rebuild is a kind of part, too
+        return Reading(kind, model, self._copy, selection)
 
     def _of_keys(self, phase: Phase, made: Iterator[Prepared]) -> Iterator[Prepared]:
         """Yield what outcomes say of the keys that the phase is about."""
