@@ -361,11 +361,10 @@ class Joiner:
                 through, parts = reading.prepare(join.phase, join.offset, join.target, again)
                 is_first = join.phase == PHASES[0] and join.offset == _begin_of(copy, join.target)
                 aside = [*of_history(self._staging, model, copy, join.target)] if is_first else []
-                return through, [*parts, *aside] if isinstance(parts, list) else chain(parts, aside)
+                return through, _both(parts, aside)
             if join.phase == "keys":
                 aside = [] if join.offset else [*of_history(self._staging, model, copy, copy.end)]
-                mine = self._share(join, model, copy)
-                return join.offset + 1, [*mine, *aside] if isinstance(mine, list) else chain(mine, aside)
+                return join.offset + 1, _both(self._share(join, model, copy), aside)
             through = self._slice_end(join, model, copy, target)
             return through, self._prepared_slice(join, model, copy, through)
 
@@ -436,6 +435,11 @@ class Joiner:
 
     def _keep(self, join: Join) -> None:
         self._all()[join.model] = join
+
+
+def _both(made: Iterable[Prepared], aside: Sequence[Prepared]) -> Iterable[Prepared]:
+    """Return one behind the other: a list, if all is made already, so that it is known how long that took."""
+    return [*made, *aside] if isinstance(made, list) else chain(made, aside)
 
 
 def _begin_of(copy: Copy, target: Offset) -> Offset:
