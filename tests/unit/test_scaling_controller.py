@@ -7,12 +7,12 @@ import math
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -117,6 +117,21 @@ class Costly(NamedTuple):
     def figures(self, model: str) -> Costly:
         assert model == "orders"
         return self
+
+
+Planted = Callable[..., "Plant"]
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Planted:
+    """Make a plant by whose clock it is."""
+
+    def made(*given: Any, **named: Any) -> Plant:
+        plant = Plant(tmp_path, *given, **named)
+        monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+        return plant
+
+    return made
 
 
 def applied(meter: Meter, work: str, rows: int) -> None:
@@ -227,10 +242,9 @@ def test_the_main_process_and_workers_are_compared_on_pieces_of_a_size() -> None
 
 
 def test_a_row_of_another_table_keeps_nothing_from_being_decided(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant = Plant(tmp_path)
-    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant = planted()
     plant.meter.prepared("orders", 10_000, 5.0, 0.1)
     plant.meter.stand([Stand("orders", ORDERS, 0, 60.0), Stand("settings", SCORES, 0, 60.0)])
     monkeypatch.setattr(plant.meter, "stand", lambda _: None)
@@ -323,11 +337,8 @@ def test_work_is_worth_a_worker_where_it_is_dear_and_cores_are_idle() -> None:
     assert wavers.judge(replace(python, own_rate=None)) is True  # what is not known changes nothing
 
 
-def test_a_burst_brings_workers_and_its_end_sends_them_home(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant = Plant(tmp_path)
-    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+def test_a_burst_brings_workers_and_its_end_sends_them_home(planted: Planted) -> None:
+    plant = planted()
     for _ in range(8):
         plant.second(1_000)
     held = plant.entries()
@@ -359,12 +370,9 @@ def test_a_burst_brings_workers_and_its_end_sends_them_home(
 
 
 @pytest.mark.parametrize("cores", [8, 32])
-def test_workers_that_take_from_each_other_bring_no_gain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
-) -> None:
+def test_workers_that_take_from_each_other_bring_no_gain(planted: Planted, cores: int) -> None:
     """All are busy, and each as much slower as there are more of them."""
-    plant = Plant(tmp_path, cores=cores)
-    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant = planted(cores=cores)
     plant.meter.prepared("orders", 10_000, 5.0, 0.1)
     plant.cap = plant.own
     for _ in range(600):
@@ -381,10 +389,9 @@ def test_workers_that_take_from_each_other_bring_no_gain(
 
 
 def test_work_that_costs_more_to_hand_over_stays_in_the_main_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: Planted, tmp_path: Path
 ) -> None:
-    plant = Plant(tmp_path)
-    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant = planted()
     plant.meter.prepared("orders", 10_000, 5.0, 0.1)
     assert plant.meter.is_worth_a_worker("orders")  # until it has been measured
     plant.controller = plant.start(Costly())
@@ -403,11 +410,8 @@ def test_work_that_costs_more_to_hand_over_stays_in_the_main_process(
     assert "7.5 cores busy" in reason.sentence
 
 
-def test_rates_survive_a_restart_and_what_is_missing_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant = Plant(tmp_path)
-    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+def test_rates_survive_a_restart_and_what_is_missing_is_said(planted: Planted, tmp_path: Path) -> None:
+    plant = planted()
     plant.meter.prepared("orders", 10_000, 5.0, 0.1)
     plant.pool.done = Service(10_000, 1.0)
     for _ in range(70):
@@ -438,9 +442,8 @@ def test_a_budget_holds_over_restarts_and_begins_anew_each_day(tmp_path: Path) -
     assert Budget(path, 2.0).left(BEGIN) == 2.0
 
 
-def test_a_spent_budget_sends_workers_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant = Plant(tmp_path, Limits(0, 8), hours=0.5)
-    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+def test_a_spent_budget_sends_workers_home(planted: Planted) -> None:
+    plant = planted(Limits(0, 8), hours=0.5)
     plant.meter.prepared("orders", 10_000, 5.0, 0.1)
     plant.pool.done = Service(10_000, 1.0)
     for _ in range(900):
@@ -496,12 +499,11 @@ def test_people_are_told_of_what_lasts_once_and_of_its_end(caplog: pytest.LogCap
 
 
 def test_what_a_controller_sees_is_told_once_and_so_is_its_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    planted: Planted, caplog: pytest.LogCaptureFixture
 ) -> None:
     """More arrives than all workers do; then no worker starts; then the destination takes no more than the
     main process alone has done."""
-    plant = Plant(tmp_path, Limits(0, 2))
-    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+    plant = planted(Limits(0, 2))
     plant.meter.prepared("orders", 10_000, 5.0, 0.1)
     plant.pool.done = Service(10_000, 1.0)
     for _ in range(300):
@@ -530,11 +532,8 @@ def test_what_a_controller_sees_is_told_once_and_so_is_its_end(
     assert told(caplog)[7:] == [("gain", True)]
 
 
-def test_http_tells_how_many_workers_there_should_be_and_all_inputs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plant = Plant(tmp_path)
-    monkeypatch.setattr("headrace.scaling.measure.time.time", lambda: plant.time.wall)
+def test_http_tells_how_many_workers_there_should_be_and_all_inputs(planted: Planted) -> None:
+    plant = planted()
     endpoint = Endpoint(("127.0.0.1", 0), plant.controller.report)
     base = f"http://127.0.0.1:{endpoint.port}"
     try:
