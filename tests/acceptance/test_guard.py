@@ -79,10 +79,11 @@ def streaming(project: Project) -> Iterator[Pipeline]:
 
 
 def reader(project: Project) -> object:
+    """Who streams from the slot; whoever creates it holds it too, for a moment."""
     slot = project.sources[0].slot
     return value(
         project, f"SELECT pid FROM pg_stat_replication r JOIN pg_replication_slots s ON s.active_pid = r.pid "
-        f"WHERE s.slot_name = '{slot}'"
+        f"WHERE s.slot_name = '{slot}' AND r.state IN ('catchup', 'streaming')"
     )  # fmt: skip
 
 
