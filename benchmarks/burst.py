@@ -31,6 +31,7 @@ from scaling import PYTHON
 
 from headrace.config import load_project
 from headrace.errors import HeadraceError
+from headrace.scaling.worker import NAME
 from headrace.server import read
 
 _ROWS = """INSERT INTO orders SELECT i, i % 100000, (i % 9999999) / 100.0,
@@ -121,13 +122,22 @@ def _burst(rig: Rig, folder: Path, pid: int, first: int, last: int, *, kills: bo
 
 
 def _workers(pipeline: int) -> list[int]:
-    """Return the workers of a pipeline."""
+    """Return the workers of a pipeline, which are forked from a child of it."""
     found = []
-    for child in Path(f"/proc/{pipeline}/task").glob("*/children"):
-        for pid in map(int, child.read_text().split()):
+    for child in _children(pipeline):
+        for pid in _children(child):
             with suppress(OSError):
-                if b"headrace.worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if Path(f"/proc/{pid}/comm").read_text().rstrip() == NAME:
                     found.append(pid)
+    return found
+
+
+def _children(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
+    found = list[int]()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, path.read_text().split())
     return found
 
 

@@ -53,4 +53,4 @@ def opened(answers: Answers) -> Callable[[PartSpec], Prepared]:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]), opened)
+    serve(int(sys.argv[1]), opened)

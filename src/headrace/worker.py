@@ -1,4 +1,4 @@
-"""The process of a worker, run as `python -m headrace.worker SOCKET LIFE` by `headrace.scaling.local`."""
+"""What workers are forked from, run as `python -m headrace.worker SOCKET` by `headrace.scaling.local`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headrace.scaling.worker import Answers, serve
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.engine import engine
 from headrace.transform.model import RowModel
-from headrace.transform.python.process import on_progress
+from headrace.transform.python.process import keep_spare, on_progress
 
 _MOST_MODELS = 32
 
@@ -62,8 +62,8 @@ class Preparer:
         return staging
 
 
-def main(socket: int, life: int) -> None:
-    """Serve a pool until it is done."""
+def main(control: int) -> None:
+    """Be the workers that a pool asks for."""
     economise()
 
     def opened(answers: Answers) -> Callable[[PartSpec], Prepared]:
@@ -71,8 +71,8 @@ def main(socket: int, life: int) -> None:
         engine().execute("SET threads = 1")  # it is workers that there are several of
         return Preparer(answers.progress).prepare
 
-    serve(socket, life, opened)
+    serve(control, opened, keep_spare)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]))

@@ -152,9 +152,11 @@ def test_drained_workers_finish_what_they_have_and_at_rest_there_are_none(
     until(lambda: pool.state().busy == 1)
     pids, others = pool.pids(), [pool.submit(part(pool, "good", i, i + 1)) for i in range(3)]
     until(lambda: all(each.done() for each in others))
+    assert pool._forks is not None
+    pids.append(pool._forks.pid)
     pool.resize(0)
     assert numbers(waiting) == list(range(1, 10))
-    until(lambda: not pool.pids())
+    until(lambda: not pool.pids() and pool._forks is None)
     assert not any(map(is_alive, pids))
     state = pool.state()
     assert (state.ready, state.starting, state.starting_seconds) == (0, 0, 0)
@@ -169,6 +171,22 @@ def test_drained_workers_finish_what_they_have_and_at_rest_there_are_none(
     assert numbers(last) == list(range(1, 10))
     until(lambda: pool.state().ready == 1 and pool.pids() != [pid])
     assert not is_alive(pid)
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSTOP])
+def test_what_workers_are_forked_from_may_die_or_hang(opened: Open, by: signal.Signals) -> None:
+    pool = opened(1, patience=1.2)
+    until(lambda: pool.state().ready == 1)
+    (pid,), forks = pool.pids(), pool._forks
+    assert forks is not None
+    os.kill(forks.pid, by)
+    assert numbers(pool.submit(part(pool, "good"))) == list(range(1, 10))
+    assert pool.pids() == [pid]  # it goes on
+    pool.resize(2)
+    until(lambda: pool.state().ready == 2)
+    assert pid in pool.pids()
+    assert pool._forks is not forks
+    assert not is_alive(forks.pid)
 
 
 def test_a_begun_part_comes_back_when_nobody_is_left_to_do_it(opened: Open) -> None:

@@ -1,6 +1,7 @@
 """Workers as processes of this machine.
 
-A worker is a fresh interpreter, started when there are to be more and gone when there are to be fewer. What
+A worker is a fork of an interpreter that has imported all it needs, made when there are to be more workers
+and gone when there are to be fewer; at rest there is neither. What
 it makes is in files of the pool's folder, which holds those of this run alone. One that dies costs what it
 had in hand: another does that again, under a lease with the next attempt's number, and whatever comes of the
 lease before is refused. A part that workers die of goes back to who asked.
@@ -33,7 +34,7 @@ from headrace.prepared import Prepared
 from headrace.prepared_file import Lease, NotTheOutcome, read_prepared
 from headrace.scaling.pool import NoPlace, PartFailed, PoolState, Service, TooLarge
 from headrace.scaling.worker import Request
-from headrace.scaling.worker_process import WorkerProcess
+from headrace.scaling.worker_process import ForkServer, WorkerProcess
 
 logger = logging.getLogger("headrace.workers")
 
@@ -73,7 +74,7 @@ class LocalPool:
         patience: float = PATIENCE,
         max_deaths: int = MAX_DEATHS,
     ) -> None:
-        """`module` is run as a worker, and calls `headrace.scaling.worker.serve`, with no more than
+        """Workers are forked from `module`, which calls `headrace.scaling.worker.serve`, with no more than
         `environment`. The folder is this pool's alone; what is in it from another run goes.
 
         A worker may have `memory` bytes resident and no result or progress for `patience` seconds; a part
@@ -90,6 +91,7 @@ class LocalPool:
         self._max_deaths = max_deaths
         self._lock = threading.RLock()
         self._queue = deque[_Task]()
+        self._forks: ForkServer | None = None
         self._workers: list[WorkerProcess] = []
         self._held: dict[WorkerProcess, _Task] = {}
         self._desired = 0
@@ -149,7 +151,7 @@ class LocalPool:
     def pids(self) -> list[int]:
         """Return the processes that there are."""
         with self._lock:
-            return [each.pid for each in self._workers]
+            return [each.pid for each in self._workers if each.pid]
 
     def close(self) -> None:
         """See `Pool.close`."""
@@ -178,6 +180,7 @@ class LocalPool:
             tasks = [*self._held.values(), *self._queue]
             self._held.clear()
             self._queue.clear()
+            self._end_forks()
         for worker in workers:
             worker.end()
         for task in tasks:
@@ -199,6 +202,8 @@ class LocalPool:
                     return
                 self._let_go()
                 self._start_more()
+                if not self._workers and not self._desired:
+                    self._end_forks()
                 self._hand_out()
                 heard: dict[Any, WorkerProcess] = {each.connection: each for each in self._workers}
                 patience = _LOOK if self._workers or self._desired else None
@@ -229,12 +234,19 @@ class LocalPool:
         staying = sum(1 for each in self._workers if not each.leaving)
         while staying < self._desired and time.monotonic() >= self._not_before:
             try:
-                self._workers.append(WorkerProcess(self._module, self._environment))
+                self._forks = self._forks or ForkServer(self._module, self._environment)
+                self._workers.append(self._forks.fork())
             except OSError as error:
                 logger.warning("a worker cannot be started: %s", error.strerror)
+                self._end_forks()
                 self._back_off()
                 return
             staying += 1
+
+    def _end_forks(self) -> None:
+        if self._forks is not None:
+            self._forks.end()
+            self._forks = None
 
     def _back_off(self) -> None:
         self._not_before = time.monotonic() + self._pause
@@ -270,6 +282,8 @@ class LocalPool:
         if worker not in self._workers:
             return
         try:
+            if not worker.pid:
+                worker.meet()
             while worker in self._workers and worker.connection.poll():
                 self._hear(worker, json.loads(worker.connection.recv_bytes()))
         except (OSError, EOFError, ValueError):
@@ -354,8 +368,10 @@ class LocalPool:
     def _lose(self, worker: WorkerProcess, why: str) -> None:
         """End a worker that is of no use any more; its part goes to another, unless it has ended too many."""
         task = self._held.pop(worker, None)
-        if not worker.ready_at and worker.has_exited():
+        if not worker.ready_at:
             self._back_off()
+        if not worker.pid:
+            self._end_forks()  # it makes no workers
         self._bury(worker)
         if task is None:
             if not worker.leaving:

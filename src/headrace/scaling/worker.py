@@ -1,6 +1,9 @@
 """A worker's own side: a process that does one part after another, until it is told to leave.
 
-It takes pickled requests from its connection and answers in JSON, one object a message:
+It is a fork of a process that has imported what workers need and does nothing but fork: an import takes
+most of a second of a core, and a fork some milliseconds.
+
+A worker takes pickled requests from its connection and answers in JSON, one object a message:
 
     {"say": "ready"}   {"say": "progress"}   {"say": "leaving"}
     {"say": "done", "lease": [part, epoch, attempt], "rows": n, "seconds": s}
@@ -13,11 +16,14 @@ SIGTERM, or a request to leave, lets it finish what it has in hand. It ends at o
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import pickle
 import signal
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +32,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from headrace.lifeline import end_with
 from headrace.parts import PartSpec, rows_of
 from headrace.prepared import Prepared
 from headrace.prepared_file import Lease, write_prepared
@@ -49,6 +56,12 @@ class Request:
 
 LEAVE = None
 """The request to do nothing more."""
+
+NAME = "headrace-worker"
+"""What a worker's process is called."""
+
+PID = struct.Struct("=q")
+"""What a worker sends first, with a descriptor of its process."""
 
 
 class Answers:
@@ -83,17 +96,54 @@ class _Passing(logging.Handler):
             self._answers.say("log", name=record.name, level=record.levelno, text=record.getMessage())
 
 
-def serve(connection: int, life: int, opened: Callable[[Answers], Callable[[PartSpec], Prepared]]) -> None:
-    """Do parts until there is no more to do; `opened` makes what does them, and may take its time.
+def serve(
+    control: int,
+    opened: Callable[[Answers], Callable[[PartSpec], Prepared]],
+    born: Callable[[], None] = lambda: None,
+) -> None:
+    """Be a worker in each fork that is asked for, until nobody can ask any more. There must be no thread of
+    Python's by now.
 
-    `connection` and `life` are the descriptors of the socket to the pool, and of a pipe that ends with it.
+    `control` is the descriptor of a socket over which pairs of descriptors come: of a socket to the pool, and
+    of a pipe that ends with it. A worker first sends its process over the socket. `born` is called in it
+    before it has anything else, and `opened` makes what does parts, and may take its time.
     """
-    leaving = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: leaving.set())
-    threading.Thread(target=_end_with, args=(life,), daemon=True).start()
     with suppress(OSError):
         os.nice(_NICE)
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+    if (descriptors := _forked(socket.socket(fileno=control))) is not None:
+        born()
+        _work(*descriptors, opened)
+
+
+def _forked(control: socket.socket) -> tuple[int, int] | None:
+    """Return the descriptors that came for it in each fork, and None when there are to be no more."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    gc.freeze()  # what is never looked at again stays shared
+    while True:
+        _, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+        if not descriptors:
+            return None
+        if not os.fork():
+            control.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            connection, life = descriptors
+            return connection, life
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _work(connection: int, life: int, opened: Callable[[Answers], Callable[[PartSpec], Prepared]]) -> None:
+    leaving = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: leaving.set())
+    end_with(life)
+    os.setsid()
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(NAME)
+    with socket.socket(fileno=os.dup(connection)) as sending:
+        process = os.pidfd_open(os.getpid())
+        socket.send_fds(sending, [PID.pack(os.getpid())], [process])
+        os.close(process)
     pool = Connection(connection)
     answers = Answers(pool)
     own = logging.getLogger("headrace")
@@ -130,10 +180,3 @@ def _do(request: Request, prepare: Callable[[PartSpec], Prepared], answers: Answ
         answers.say("failed", lease=request.lease, what=type(error).__name__)
         return
     answers.say("done", lease=request.lease, rows=rows_of(part, prepared), seconds=time.monotonic() - began)
-
-
-def _end_with(life: int) -> None:
-    """End this process when the other end of a pipe is gone."""
-    with suppress(OSError):
-        os.read(life, 1)
-    os._exit(0)

@@ -1,8 +1,9 @@
-"""One worker as its pool sees it: a process, the socket to it, and what it has in hand."""
+"""Workers as their pool sees them: processes, the sockets to them, and what they have in hand."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -15,38 +16,71 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from headrace.prepared_file import Lease
-from headrace.scaling.worker import LEAVE
+from headrace.scaling.worker import LEAVE, PID
 
 _STUCK = 5  # seconds after which a message that goes or comes in half counts as a worker that is dead
-_EXITING = 0.2  # seconds between the end of its socket and its own
+_ENDING = 10_000  # milliseconds that the kernel may take to end a process
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class ForkServer:
+    """The process that workers are forked from: an interpreter with all that they import."""
+
+    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+        """Start a process that runs `module`, which calls `headrace.scaling.worker.serve`. Raises OSError."""
+        self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(_STUCK)
+        try:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
+                start_new_session=True, env=dict(environment),
+            )  # fmt: skip
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._popen.pid
+
+    def fork(self) -> WorkerProcess:
+        """Return a worker, which will tell when it is there. Raises OSError."""
+        ours, theirs = socket.socketpair()
+        life, held = os.pipe()
+        worker = WorkerProcess(ours, held)
+        try:
+            socket.send_fds(self._socket, [b"f"], [theirs.fileno(), life])
+        except BaseException:
+            worker.end()
+            raise
+        finally:
+            theirs.close()
+            os.close(life)
+        return worker
+
+    def end(self) -> None:
+        """End it. Workers that are there go on."""
+        self._socket.close()
+        self._popen.kill()
+        self._popen.wait()
 
 
 class WorkerProcess:
     """Times are of `time.monotonic`, 0 for what has not come yet."""
 
-    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
-        """Start a process that runs `module`. Raises OSError."""
-        ours, theirs = socket.socketpair()
+    def __init__(self, ours: socket.socket, life: int) -> None:
+        """The process has the other ends of the socket and of the pipe that `life` holds open."""
         for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", _STUCK, 0))
-        life, self._life = os.pipe()
         self.connection = Connection(ours.detach())
-        passed = (theirs.fileno(), life)
-        try:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *map(str, passed)],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=passed,
-                start_new_session=True, env=dict(environment),
-            )  # fmt: skip
-        except BaseException:
-            self.connection.close()
-            os.close(self._life)
-            raise
-        finally:
-            theirs.close()
-            os.close(life)
-        self.pid = self._popen.pid
+        self._life = life
+        self._process: int | None = None
+        self.pid = 0
+        """0 until it is there."""
         self.started_at = self.progressed_at = time.monotonic()
         self.ready_at = 0.0
         self.began_at = 0.0
@@ -55,6 +89,16 @@ class WorkerProcess:
         self.has_results = False
         self.knows = set[str]()
         """The ids of the models that it has had parts of."""
+
+    def meet(self) -> None:
+        """Take what it says first, when there is something to hear: which process it is. Raises OSError and
+        EOFError where it has died."""
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as heard:
+            said, descriptors, _, _ = socket.recv_fds(heard, PID.size, 1)
+        if not descriptors:
+            raise EOFError
+        (self._process,) = descriptors
+        (self.pid,) = PID.unpack(said)
 
     def begin(self, lease: Lease, now: float) -> None:
         """Note what it gets."""
@@ -74,18 +118,14 @@ class WorkerProcess:
         except (OSError, IndexError):
             return 0
 
-    def has_exited(self) -> bool:
-        """Whether it has ended by itself, and not by a signal."""
-        try:
-            return self._popen.wait(_EXITING) >= 0
-        except subprocess.TimeoutExpired:
-            return False
-
     def end(self) -> None:
         """End it at once, if it has not ended, and forget it."""
-        if self._popen.poll() is None:
+        if self._process is not None:
             with suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
-        self._popen.wait()
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            ended = select.poll()
+            ended.register(self._process, select.POLLIN)
+            ended.poll(_ENDING)
+            os.close(self._process)
         self.connection.close()
         os.close(self._life)

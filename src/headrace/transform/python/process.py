@@ -1,6 +1,6 @@
 """The caller's side of a worker: a process that runs one model's file, and dies alone.
 
-It is a fresh interpreter, not a fork of a process with threads; its environment has no more than an
+It is a fresh interpreter, or a fork of one that had no threads yet; its environment has no more than an
 interpreter needs, so no URL of a database; and its time zone and the order of its sets are the same
 wherever it runs.
 """
@@ -26,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.errors import ModelBroken
+from headrace.transform.python.spare import Spare
 from headrace.transform.python.wire import (
     AT_REST,
     NO_ROW,
@@ -59,6 +60,15 @@ def on_progress(listener: Callable[[], None] | None) -> None:
     of time. What it raises ends the work."""
     global _progressed  # noqa: PLW0603
     _progressed = listener
+
+
+_spare: Spare | None = None
+
+
+def keep_spare() -> None:
+    """Have a process ready for the first model, while this one has no threads yet. Raises OSError."""
+    global _spare  # noqa: PLW0603
+    _spare = Spare()
 
 
 def environment() -> dict[str, str]:
@@ -209,13 +219,7 @@ class _Process:
         self._connection = Connection(ours.detach())
         passed = (theirs.fileno(), life, shared)
         try:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-X", "faulthandler", "-m", "headrace.transform.python.worker",
-                 *map(str, passed)],
-                stdin=subprocess.DEVNULL, stdout=prints, stderr=prints, pass_fds=passed,
-                start_new_session=True,
-                env=environment(),
-            )  # fmt: skip
+            self._popen = _start(passed, prints)
         except BaseException:
             os.close(printed)
             self._connection.close()
@@ -279,7 +283,23 @@ class _Process:
         return Death("crash.exit", f"it ended its worker with exit code {code}", row)
 
 
-def _end(popen: subprocess.Popen[bytes], connection: Connection, life: int, relay: threading.Thread) -> None:
+def _start(passed: Sequence[int], prints: int) -> subprocess.Popen[bytes] | Spare:
+    """Return a process that answers requests and prints to `prints`."""
+    global _spare
+    spare, _spare = _spare, None
+    if spare is not None and spare.run(passed, prints):
+        return spare
+    return subprocess.Popen(
+        [sys.executable, "-P", "-X", "faulthandler", "-m", "headrace.transform.python.worker",
+         *map(str, passed)],
+        stdin=subprocess.DEVNULL, stdout=prints, stderr=prints, pass_fds=passed, start_new_session=True,
+        env=environment(),
+    )  # fmt: skip
+
+
+def _end(
+    popen: subprocess.Popen[bytes] | Spare, connection: Connection, life: int, relay: threading.Thread
+) -> None:
     """End a process with all that it has started."""
     if popen.poll() is None:
         try:
@@ -292,7 +312,7 @@ def _end(popen: subprocess.Popen[bytes], connection: Connection, life: int, rela
     relay.join(_ENDING)
 
 
-def _relay(name: str, printed: int, popen: subprocess.Popen[bytes]) -> None:
+def _relay(name: str, printed: int, popen: subprocess.Popen[bytes] | Spare) -> None:
     """Log what a model prints, line by line, until its process ends."""
     second, said = 0, 0
     with open(printed, "rb") as lines:

@@ -9,26 +9,30 @@ Arrow streams as its `tables` says. What the model prints goes where descriptors
 
 from __future__ import annotations
 
-import fcntl
 import json
 import linecache
 import os
 import resource
-import select
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 
+from headrace.lifeline import end_with
 from headrace.transform.python.function import Broken, Function, Made, find_function
 from headrace.transform.python.outputs import Unfit, name_of
 from headrace.transform.python.wire import OUT_OF_MEMORY, Progress, read_tables, send
+
+NAME = "headrace-model"
+"""What the process is called."""
 
 _MODELS = "models"
 _IDLE_SECONDS = 60.0
@@ -38,7 +42,9 @@ _IDLE_SECONDS = 60.0
 def main(arguments: Sequence[str]) -> None:
     """Answer requests until the caller closes the socket, or none comes for a while."""
     channel, life, shared = map(int, arguments)
-    _die_with(life)
+    end_with(life)
+    with suppress(OSError):
+        Path("/proc/self/comm").write_text(NAME)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold cells
     progress = Progress(shared)
     connection = Connection(channel)
@@ -147,21 +153,6 @@ def _where(error: BaseException, files: set[str]) -> str:
 
 
 # --------------------------------------------------------------------------------- the process
-
-
-def _die_with(life: int) -> None:
-    """Have the kernel end this process when the other end of a pipe is closed.
-
-    A signal whose default is to terminate needs neither the interpreter nor a thread of it: a loop in C that
-    never lets go of it ends, too. (PR_SET_PDEATHSIG follows the thread that started a process, and threads
-    of a pipeline come and go.)
-    """
-    fcntl.fcntl(life, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
-    poll = select.poll()
-    poll.register(life, select.POLLIN)
-    if poll.poll(0):  # it was closed before the signal was asked for
-        os._exit(0)
 
 
 def limit_memory(allowed: int) -> None:
