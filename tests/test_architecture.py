@@ -29,6 +29,7 @@ FLOORS = [
         "turns",
         "scrub",
         "definition",
+        "lifeline",
         "schema_policy",
         "scale_settings",
         "alarms",
