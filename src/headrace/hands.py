@@ -15,11 +15,11 @@ from headrace.cutting import MOST_BYTES, Piece, cut, stretched
 from headrace.history import PIECE_ROWS, Selection
 from headrace.parts import PartKind, PartSpec, Shares, Staged, rows_of
 from headrace.prepared import Prepared
-from headrace.preparing import prepare_part
+from headrace.preparing import Whole, prepare_part
 from headrace.scaling.measure import building
 
 if TYPE_CHECKING:
-    from headrace.handover import Handover
+    from headrace.handover import Handover, Here
     from headrace.protocols import LogIndex
     from headrace.scaling.measure import Meter
     from headrace.staging.delta import DeltaStaging
@@ -56,7 +56,7 @@ class Hands:
         if handover is None or not handover.takes("slice", model, after, through):
             return None
         parts = self._parts("slice", model, (after, through))
-        return None if handover.is_trickle(model, parts) else handover.take(model, parts, self._here)
+        return None if handover.is_trickle(model, parts) else handover.take(model, parts, self._here())
 
     def joining(
         self, kind: PartKind, model: RowModel, copy: Copy, after: Offset, through: Offset
@@ -71,7 +71,7 @@ class Hands:
         if not parts or handover.is_trickle(model, parts):  # of nothing there is an outcome, too
             return None
         handover.begin(parts)
-        return handover.take(model, parts, self._here)
+        return handover.take(model, parts, self._here())
 
     def share(self, model: RowModel, copy: Copy, shares: Shares, number: int) -> Iterator[Prepared] | None:
         """Return the outcome of one share of the keys of a whole history; None where nothing is handed over.
@@ -88,7 +88,7 @@ class Hands:
         following = chain.from_iterable(map(part, range(number, shares.count)))
         handover.expect(self._staging.source, "keys", following)
         handover.begin(part(number))
-        return handover.take(model, part(number), self._here)
+        return handover.take(model, part(number), self._here())
 
     def chosen(
         self, reading: Reading, after: Offset, through: Offset
@@ -110,13 +110,13 @@ class Hands:
         # This piece too: the one before it may still be taken, and leave no room for all of it now.
         handover.expect(self._staging.source, kind, following(after))
         handover.begin(parts)
-        return reached, handover.take(model, parts, self._here)
+        return reached, handover.take(model, parts, self._here())
 
     def again(self, reading: Reading, after: Offset, through: Offset) -> Iterator[Prepared]:
         """Return the outcomes of a piece that `chosen` has handed over, with changes refused since."""
         assert self._handover is not None
         parts, _ = self._chosen_parts(reading, after, through)
-        return self._handover.take(reading.model, parts, self._here)
+        return self._handover.take(reading.model, parts, self._here())
 
     def _chosen_parts(
         self, reading: Reading, after: Offset, through: Offset
@@ -180,11 +180,17 @@ class Hands:
 
         return self._handover.parts(kind, self._staged, model, span, pieces, copy)
 
-    def _here(self, part: PartSpec, model: RowModel) -> Prepared:
-        began, used = time.monotonic(), time.process_time()
-        prepared = prepare_part(self._staging, part, model)
-        if self._meter is not None:
-            work = model.name if part.kind == "slice" else building(model.name)
-            spent = (time.monotonic() - began, time.process_time() - used)
-            self._meter.prepared(work, rows_of(part, prepared), *spent)
-        return prepared
+    def _here(self) -> Here:
+        """Return what prepares parts here that no worker does, one after another."""
+        whole = Whole()
+
+        def here(part: PartSpec, model: RowModel) -> Prepared:
+            began, used = time.monotonic(), time.process_time()
+            prepared = prepare_part(self._staging, part, model, whole)
+            if self._meter is not None:
+                work = model.name if part.kind == "slice" else building(model.name)
+                spent = (time.monotonic() - began, time.process_time() - used)
+                self._meter.prepared(work, rows_of(part, prepared), *spent)
+            return prepared
+
+        return here

@@ -24,44 +24,63 @@ from headrace.transform.model import RowModel, preparing
 _NO_KEYS = pa.array([], pa.string())
 
 
-def prepare_part(
-    staging: DeltaStaging, part: PartSpec, model: RowModel, progress: Callable[[], None] = lambda: None
-) -> Prepared:
-    """Return what becomes of a part under its model; `progress` is called while much is read for it. Raises
-    ModelBroken."""
-    with preparing(model.name):
-        if part.copy is not None:
-            return _beside_copy(staging, part, model, part.copy, progress)
-        read = _stretch(part, staging.read(model.table, part.after, part.through))
-        return model.prepare(filled(staging, model, read, part.newest))
+class Whole:
+    """What the last part was a stretch of. The next one mostly is of the same, and reading that again for it
+    would take as long as preparing thousands of its rows."""
 
+    def __init__(self) -> None:
+        self._of: tuple[object, ...] = ()
+        self._rows: pa.Table | None = None
 
-def _beside_copy(
-    staging: DeltaStaging, part: PartSpec, model: RowModel, copy: Copy, progress: Callable[[], None]
-) -> Prepared:
-    """Return what becomes of a part that a copy counts for."""
-    if part.kind == "copy":
-        rows = staging.read_copied(model.table, copy, part.after, part.through)
-        return model.prepare(_stretch(part, rows))
-    if part.kind == "beyond copy":
-        read = staging.read(model.table, part.after, part.through)
-        return of_missing(staging, model, copy, _stretch(part, read))
-    if part.kind == "keys":
-        assert part.shares is not None
-        return of_keys(staging, model, copy, part.shares, part.after, progress)
-    changes = _stretch(part, _chosen(staging, part, model))
-    if part.kind == "newest":
-        return of_newest(staging, model, changes, part.newest)
-    return of_older(staging, model, changes, part.newest, behind=copy if part.kind == "older" else None)
-
-
-def _stretch(part: PartSpec, rows: pa.Table) -> pa.Table:
-    """Return those of a span's rows that the part is about."""
-    if part.stretch is None:
+    def rows_of(self, staging: DeltaStaging, part: PartSpec, model: RowModel) -> pa.Table:
+        """Return the rows that a part is about."""
+        of = (part.staged, part.model_id, part.kind, part.after, part.through, part.copy, part.chosen)
+        if self._rows is None or of != self._of:
+            self._rows = None  # lest there be both while the other is read
+            self._rows, self._of = _read(staging, part, model), of
+        number, count = part.stretch or (0, 1)
+        begin, end = (self._rows.num_rows * n // count for n in (number, number + 1))
+        rows = self._rows.slice(begin, end - begin)
+        if end == self._rows.num_rows:
+            self._rows = None  # stretches come in order
         return rows
-    number, count = part.stretch
-    begin, end = (rows.num_rows * n // count for n in (number, number + 1))
-    return rows.slice(begin, end - begin)
+
+
+def prepare_part(
+    staging: DeltaStaging,
+    part: PartSpec,
+    model: RowModel,
+    whole: Whole | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> Prepared:
+    """Return what becomes of a part under its model; `whole` may be that of the part before, and
+    `progress` is called while much is read. Raises ModelBroken."""
+    with preparing(model.name):
+        if part.kind == "keys":
+            assert part.copy is not None
+            assert part.shares is not None
+            return of_keys(staging, model, part.copy, part.shares, part.after, progress)
+        rows = (whole or Whole()).rows_of(staging, part, model)
+        if part.copy is None:
+            return model.prepare(filled(staging, model, rows, part.newest))
+        if part.kind == "copy":
+            return model.prepare(rows)
+        if part.kind == "beyond copy":
+            return of_missing(staging, model, part.copy, rows)
+        if part.kind == "newest":
+            return of_newest(staging, model, rows, part.newest)
+        behind = part.copy if part.kind == "older" else None
+        return of_older(staging, model, rows, part.newest, behind=behind)
+
+
+def _read(staging: DeltaStaging, part: PartSpec, model: RowModel) -> pa.Table:
+    """Return the rows of a part, or of all of which it is a stretch."""
+    if part.chosen is not None:
+        return _chosen(staging, part, model)
+    if part.kind == "copy":
+        assert part.copy is not None
+        return staging.read_copied(model.table, part.copy, part.after, part.through)
+    return staging.read(model.table, part.after, part.through)
 
 
 def filled(staging: DeltaStaging, model: RowModel, changes: pa.Table, newest: Offset) -> pa.Table:

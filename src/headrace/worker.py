@@ -10,7 +10,7 @@ from headrace.change import Offset, TableId
 from headrace.memory import economise
 from headrace.parts import PartSpec, Staged
 from headrace.prepared import Prepared
-from headrace.preparing import prepare_part
+from headrace.preparing import Whole, prepare_part
 from headrace.scaling.worker import Answers, serve
 from headrace.staging.delta import DeltaStaging
 from headrace.transform.engine import engine
@@ -25,6 +25,7 @@ class Preparer:
 
     def __init__(self, progress: Callable[[], None] = lambda: None) -> None:
         self._progress = progress
+        self._whole = Whole()
         self._stagings: dict[Staged, DeltaStaging] = {}
         self._seen: dict[tuple[Staged, TableId], Offset] = {}
         self._models: dict[str, RowModel] = {}
@@ -35,7 +36,7 @@ class Preparer:
         model = self._model(part)
         staging = self._staging(part, model.table, again=is_new)
         self._progress()
-        return prepare_part(staging, part, model, self._progress)
+        return prepare_part(staging, part, model, self._whole, self._progress)
 
     def _model(self, part: PartSpec) -> RowModel:
         """Return a part's model: the one that was here before, whose process may run, if it is the same."""

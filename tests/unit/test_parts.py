@@ -20,6 +20,7 @@ from headrace.decisions import Decided, Decision, Decisions
 from headrace.parts import PartSpec, Shares, Staged, fingerprint
 from headrace.prepared import Claims, Prepared, Reference, Refused, UniqueKey
 from headrace.prepared_file import Lease, NotTheOutcome, read_prepared, write_prepared
+from headrace.preparing import Whole
 from headrace.staging.table import RowGroup
 from headrace.steps import Steps
 from headrace.transform.fold import RECORD
@@ -207,6 +208,35 @@ def test_what_one_entry_has_too_much_of_is_cut_into_stretches() -> None:
     piece = Piece(3, 4, 100)
     assert stretched(piece, 70) == [piece]
     assert stretched(piece, 33) == [Piece(3, 4, 33, (number, 3)) for number in range(3)]
+
+
+def test_what_parts_are_stretches_of_is_read_once_and_held_no_longer() -> None:
+    reads = list[tuple[int, int]]()
+
+    class Raw:
+        def read(self, _: TableId, after: int, through: int) -> pa.Table:
+            reads.append((after, through))
+            return pa.table({"n": range(100 * after, 100 * after + 100)})
+
+    raw: Any = Raw()
+    whole, model = Whole(), mirror("shop", SHAPE)
+
+    def numbers(after: int, number: int, count: int, model: RowModel = model) -> list[int]:
+        part = spec(model, after=after, through=after + 1, stretch=(number, count) if count > 1 else None)
+        found: list[int] = whole.rows_of(raw, part, model)["n"].to_pylist()
+        return found
+
+    assert [n for i in range(3) for n in numbers(3, i, 3)] == list(range(300, 400))
+    assert reads == [(3, 4)]
+    assert whole._rows is None
+    assert numbers(5, 0, 1) == list(range(500, 600))
+    assert whole._rows is None
+    assert numbers(3, 1, 4) == list(range(325, 350))
+    assert numbers(3, 1, 4, replace(model, version="of a column that has come since")) == list(
+        range(325, 350)
+    )
+    assert numbers(4, 1, 4) == list(range(425, 450))
+    assert reads == [(3, 4), (5, 6), (3, 4), (3, 4), (4, 5)]
 
 
 def test_a_part_takes_a_worker_some_seconds_and_is_bounded() -> None:
