@@ -26,7 +26,7 @@ _NO_KEYS = pa.array([], pa.string())
 
 class Whole:
     """What the last part was a stretch of. The next one mostly is of the same, and reading that again for it
-    would take as long as preparing thousands of its rows."""
+    would take as long as preparing thousands of its rows. Held until the last stretch, or another part."""
 
     def __init__(self) -> None:
         self._of: tuple[object, ...] = ()
@@ -36,14 +36,18 @@ class Whole:
         """Return the rows that a part is about."""
         of = (part.staged, part.model_id, part.kind, part.after, part.through, part.copy, part.chosen)
         if self._rows is None or of != self._of:
-            self._rows = None  # lest there be both while the other is read
+            self.forget()  # lest there be both while the other is read
             self._rows, self._of = _read(staging, part, model), of
         number, count = part.stretch or (0, 1)
         begin, end = (self._rows.num_rows * n // count for n in (number, number + 1))
         rows = self._rows.slice(begin, end - begin)
         if end == self._rows.num_rows:
-            self._rows = None  # stretches come in order
+            self.forget()  # stretches come in order
         return rows
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self._rows = None
 
 
 def prepare_part(
@@ -59,6 +63,8 @@ def prepare_part(
         if part.kind == "keys":
             assert part.copy is not None
             assert part.shares is not None
+            if whole is not None:
+                whole.forget()
             return of_keys(staging, model, part.copy, part.shares, part.after, progress)
         rows = (whole or Whole()).rows_of(staging, part, model)
         if part.copy is None:
@@ -75,7 +81,7 @@ def prepare_part(
 
 def _read(staging: DeltaStaging, part: PartSpec, model: RowModel) -> pa.Table:
     """Return the rows of a part, or of all of which it is a stretch."""
-    if part.chosen is not None:
+    if part.kind in ("newest", "older copy", "older"):
         return _chosen(staging, part, model)
     if part.kind == "copy":
         assert part.copy is not None

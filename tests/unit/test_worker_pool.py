@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -29,6 +31,19 @@ from pipelines import until
 SHAPE = TableSchema(TableId("public", "t"), (Column("id", "bigint"),), ("id",))
 MODEL = mirror("shop", SHAPE)
 TESTS = Path(__file__).parents[1]
+
+REFUSED = """
+import errno, os, sys
+import headrace.worker
+
+def refused(*_):
+    raise OSError(errno.ENOSYS, "refused")
+
+os.pidfd_open = refused
+fork, begun = os.fork, [os.getpid()]
+os.fork = lambda: fork() if os.getpid() == begun[0] else refused()  # none of a worker's own
+headrace.worker.main(int(sys.argv[1]))
+"""
 
 Open = Callable[..., LocalPool]
 
@@ -182,11 +197,52 @@ def test_what_workers_are_forked_from_may_die_or_hang(opened: Open, by: signal.S
     os.kill(forks.pid, by)
     assert numbers(pool.submit(part(pool, "good"))) == list(range(1, 10))
     assert pool.pids() == [pid]  # it goes on
-    pool.resize(2)
-    until(lambda: pool.state().ready == 2)
+    pool.resize(6)
+    if by == signal.SIGKILL:
+        until(lambda: pool._forks not in (None, forks))
+        assert pool._forks is not None
+        os.kill(pool._forks.pid, by)  # five have been asked of it
+    until(lambda: pool.state().ready == 6, 20)
+    assert pool._pause < 4  # one doubling for all of them
     assert pid in pool.pids()
     assert pool._forks is not forks
     assert not is_alive(forks.pid)
+
+
+def test_nothing_is_left_where_the_pipeline_is_the_first_process_and_descriptors_are_refused(
+    tmp_path: Path,
+) -> None:
+    """The pipeline as the reaper of all that has no parent, and workers without pidfds and spares."""
+    program = f"""
+import ctypes, os, sys, time
+from pathlib import Path
+sys.path[:0] = {[str(TESTS), str(tmp_path)]!r}
+from headrace.scaling.local import LocalPool
+from headrace.transform.python.process import environment
+from pipelines import until
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+variables = environment() | {{"PYTHONPATH": os.pathsep.join(sys.path[:2])}}
+pool = LocalPool(Path({str(tmp_path)!r}) / "w", sys.argv[1], variables, patience=5)
+for _ in range(2):
+    pool.resize(3)
+    until(lambda: pool.state().ready == 3, 20)
+    pids = pool.pids()
+    pool.resize(0)
+    until(lambda: pool._forks is None, 20)
+    assert not any(os.path.exists(f"/proc/{{pid}}") for pid in pids)
+pool.close()
+try:
+    print("left", os.waitpid(-1, os.WNOHANG))
+except ChildProcessError:
+    print("none left")
+"""
+    (tmp_path / "refused_worker.py").write_text(REFUSED)
+    for module in ("headrace.worker", "odd_worker", "refused_worker"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, module],
+            capture_output=True, text=True, check=False, timeout=100,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (0, "none left\n"), done.stderr
 
 
 def test_a_begun_part_comes_back_when_nobody_is_left_to_do_it(opened: Open) -> None:

@@ -234,10 +234,12 @@ class LocalPool:
         staying = sum(1 for each in self._workers if not each.leaving)
         while staying < self._desired and time.monotonic() >= self._not_before:
             try:
+                if self._forks is not None and not self._forks.is_alive():
+                    self._end_forks()
                 self._forks = self._forks or ForkServer(self._module, self._environment)
                 self._workers.append(self._forks.fork())
             except OSError as error:
-                logger.warning("a worker cannot be started: %s", error.strerror)
+                logger.warning("a worker cannot be started: %s", error)
                 self._end_forks()
                 self._back_off()
                 return
@@ -249,6 +251,8 @@ class LocalPool:
             self._forks = None
 
     def _back_off(self) -> None:
+        if time.monotonic() < self._not_before:
+            return  # several came to nothing by one cause
         self._not_before = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
@@ -356,6 +360,8 @@ class LocalPool:
                     self._back_off()  # it may be too much from the start
                 self._lose(worker, f"it takes more than {self._memory >> 20} MiB of memory")
             elif has_work and now - worker.progressed_at > self._patience:
+                if not worker.pid and worker.forks is self._forks:
+                    self._end_forks()
                 self._lose(worker, f"it has got no further for {self._patience:g} s")
         for task in list(self._queue):
             if task.future.cancelled():
@@ -370,12 +376,11 @@ class LocalPool:
         task = self._held.pop(worker, None)
         if not worker.ready_at:
             self._back_off()
-        if not worker.pid:
-            self._end_forks()  # it makes no workers
         self._bury(worker)
         if task is None:
             if not worker.leaving:
-                logger.warning("worker %d is ended, or replaced: %s", worker.pid, why)
+                which = f"worker {worker.pid}" if worker.pid else "a worker that was starting"
+                logger.warning("%s is ended, or replaced: %s", which, why)
             return
         task.deaths += 1
         task.lost_at = time.monotonic()

@@ -16,6 +16,7 @@ SIGTERM, or a request to leave, lets it finish what it has in hand. It ends at o
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -42,6 +43,7 @@ logger = logging.getLogger("headrace.workers")
 _LOOK = 0.2  # seconds between two looks at whether SIGTERM has come
 _TELL_EVERY = 1.0  # seconds between two messages that work goes on
 _NICE = 5  # apply and capture go first: what they are late with nobody else can do
+_PR_SET_CHILD_SUBREAPER = 36
 _OOM_SCORE = "500"  # of two processes the kernel ends the one whose work is done again
 
 
@@ -106,44 +108,54 @@ def serve(
 
     `control` is the descriptor of a socket over which pairs of descriptors come: of a socket to the pool, and
     of a pipe that ends with it. A worker first sends its process over the socket. `born` is called in it
-    before it has anything else, and `opened` makes what does parts, and may take its time.
+    before it has threads, and `opened` makes what does parts, and may take its time.
     """
     with suppress(OSError):
         os.nice(_NICE)
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
     if (descriptors := _forked(socket.socket(fileno=control))) is not None:
+        connection, life = descriptors
+        end_with(life)
+        os.setsid()
         born()
-        _work(*descriptors, opened)
+        _work(connection, opened)
 
 
 def _forked(control: socket.socket) -> tuple[int, int] | None:
     """Return the descriptors that came for it in each fork, and None when there are to be no more."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    # Nobody waits for them, nor for what they leave behind, which would be a zombie where the pipeline is the
+    # first process of a container.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     gc.freeze()  # what is never looked at again stays shared
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 2)
         if not descriptors:
+            with suppress(ChildProcessError):
+                os.wait()  # which returns when all are gone, since they are not waited for
             return None
-        if not os.fork():
-            control.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            connection, life = descriptors
-            return connection, life
+        # A fork that is refused is a worker that is dead, as far as the pool can see.
+        with suppress(OSError):
+            if not os.fork():
+                control.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                connection, life = descriptors
+                return connection, life
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _work(connection: int, life: int, opened: Callable[[Answers], Callable[[PartSpec], Prepared]]) -> None:
+def _work(connection: int, opened: Callable[[Answers], Callable[[PartSpec], Prepared]]) -> None:
     leaving = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: leaving.set())
-    end_with(life)
-    os.setsid()
     with suppress(OSError):
         Path("/proc/self/comm").write_text(NAME)
     with socket.socket(fileno=os.dup(connection)) as sending:
-        process = os.pidfd_open(os.getpid())
-        socket.send_fds(sending, [PID.pack(os.getpid())], [process])
-        os.close(process)
+        processes = _itself()
+        socket.send_fds(sending, [PID.pack(os.getpid())], processes)
+        for process in processes:
+            os.close(process)
     pool = Connection(connection)
     answers = Answers(pool)
     own = logging.getLogger("headrace")
@@ -159,6 +171,14 @@ def _work(connection: int, life: int, opened: Callable[[Answers], Callable[[Part
                     break
                 _do(request, prepare, answers)
         answers.say("leaving")
+
+
+def _itself() -> list[int]:
+    """Return a descriptor of this process, if kernel and interpreter have such."""
+    try:
+        return [os.pidfd_open(os.getpid())]
+    except (OSError, AttributeError):
+        return []
 
 
 def _do(request: Request, prepare: Callable[[PartSpec], Prepared], answers: Answers) -> None:

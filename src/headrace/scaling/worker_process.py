@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import struct
@@ -19,7 +18,8 @@ from headrace.prepared_file import Lease
 from headrace.scaling.worker import LEAVE, PID
 
 _STUCK = 5  # seconds after which a message that goes or comes in half counts as a worker that is dead
-_ENDING = 10_000  # milliseconds that the kernel may take to end a process
+_ENDING = 10.0  # seconds that the kernel may take to end a process
+_LEAVING = 0.5  # seconds in which what workers have left behind is gone
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -47,11 +47,15 @@ class ForkServer:
         """Its process."""
         return self._popen.pid
 
+    def is_alive(self) -> bool:
+        """Whether it can still fork."""
+        return self._popen.poll() is None
+
     def fork(self) -> WorkerProcess:
         """Return a worker, which will tell when it is there. Raises OSError."""
         ours, theirs = socket.socketpair()
         life, held = os.pipe()
-        worker = WorkerProcess(ours, held)
+        worker = WorkerProcess(ours, held, self)
         try:
             socket.send_fds(self._socket, [b"f"], [theirs.fileno(), life])
         except BaseException:
@@ -63,17 +67,21 @@ class ForkServer:
         return worker
 
     def end(self) -> None:
-        """End it. Workers that are there go on."""
+        """End it, when there are no workers of it any more. Any that there are go on."""
         self._socket.close()
-        self._popen.kill()
-        self._popen.wait()
+        try:
+            self._popen.wait(_LEAVING)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
 
 
 class WorkerProcess:
     """Times are of `time.monotonic`, 0 for what has not come yet."""
 
-    def __init__(self, ours: socket.socket, life: int) -> None:
+    def __init__(self, ours: socket.socket, life: int, forks: ForkServer) -> None:
         """The process has the other ends of the socket and of the pipe that `life` holds open."""
+        self.forks = forks
         for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", _STUCK, 0))
         self.connection = Connection(ours.detach())
@@ -95,10 +103,10 @@ class WorkerProcess:
         EOFError where it has died."""
         with socket.socket(fileno=os.dup(self.connection.fileno())) as heard:
             said, descriptors, _, _ = socket.recv_fds(heard, PID.size, 1)
-        if not descriptors:
+        if len(said) < PID.size:
             raise EOFError
-        (self._process,) = descriptors
         (self.pid,) = PID.unpack(said)
+        self._process = next(iter(descriptors), None)
 
     def begin(self, lease: Lease, now: float) -> None:
         """Note what it gets."""
@@ -119,13 +127,13 @@ class WorkerProcess:
             return 0
 
     def end(self) -> None:
-        """End it at once, if it has not ended, and forget it."""
-        if self._process is not None:
-            with suppress(ProcessLookupError):
+        """End it at once, if it has not ended, and forget it. One that is not there yet ends when it is."""
+        if self._process is not None:  # one that was stopped ends by nothing else
+            with suppress(OSError):
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)
-            ended = select.poll()
-            ended.register(self._process, select.POLLIN)
-            ended.poll(_ENDING)
             os.close(self._process)
-        self.connection.close()
         os.close(self._life)
+        deadline = time.monotonic() + _ENDING
+        with self.connection, suppress(OSError, EOFError):
+            while self.pid and self.connection.poll(max(deadline - time.monotonic(), 0)):
+                self.connection.recv_bytes()  # what it still said, and then the end

@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -66,9 +67,10 @@ _spare: Spare | None = None
 
 
 def keep_spare() -> None:
-    """Have a process ready for the first model, while this one has no threads yet. Raises OSError."""
+    """Have a process ready for the first model, while this one has no threads yet."""
     global _spare  # noqa: PLW0603
-    _spare = Spare()
+    with suppress(OSError):  # then it gets one of its own when there is work
+        _spare = Spare()
 
 
 def environment() -> dict[str, str]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import weakref
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
 from headrace.transform.python.worker import main
+
+_LOOK = 0.01  # seconds between two looks at whether it has ended
 
 
 class Spare:
@@ -33,8 +34,6 @@ class Spare:
             _be_one(theirs)
             sys.exit()
         theirs.close()
-        self._process = os.pidfd_open(self.pid)
-        weakref.finalize(self, os.close, self._process)
         self._lock = threading.Lock()
         self._code: int | None = None
 
@@ -43,6 +42,8 @@ class Spare:
         with self._socket, suppress(OSError):
             socket.send_fds(self._socket, [b"r"], [*passed, prints])
             return True
+        self.kill()
+        self.wait()
         return False
 
     def poll(self) -> int | None:
@@ -55,18 +56,18 @@ class Spare:
 
     def wait(self, timeout: float | None = None) -> int:
         """Return its exit code when it has ended. Raises subprocess.TimeoutExpired."""
-        ended = select.poll()
-        ended.register(self._process, select.POLLIN)
-        if not ended.poll(None if timeout is None else timeout * 1000):
-            raise subprocess.TimeoutExpired("a model", timeout or 0)
-        code = self.poll()
-        assert code is not None
+        began = time.monotonic()
+        while (code := self.poll()) is None:
+            if timeout is not None and time.monotonic() - began > timeout:
+                raise subprocess.TimeoutExpired("a model", timeout)
+            time.sleep(_LOOK)
         return code
 
     def kill(self) -> None:
         """End it at once, if it has not ended."""
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._process, signal.SIGKILL)
+        with self._lock:
+            if self._code is None:  # as long as nobody has waited for it, its number is its own
+                os.kill(self.pid, signal.SIGKILL)
 
 
 def _be_one(control: socket.socket) -> None:

@@ -116,6 +116,8 @@ class _Helpers(MetaPathFinder, Loader):
 
 def _load(file: str, code: str, helpers: Mapping[str, str]) -> Function:
     """Run a model's file. Raises Unfit, naming file and line, for whatever it raises."""
+    for helper in helpers:  # whatever this process has imported by now
+        sys.modules.pop(helper, None)
     sys.meta_path.insert(0, _Helpers(helpers))
     name = file.rpartition("/")[2].partition(".")[0]
     module = ModuleType(f"{_MODELS}.{name}")  # not `json`, say, for models/json.py
