@@ -127,10 +127,12 @@ class Handover:
     def rows_for(self, model: RowModel, of: int | None = None) -> int:
         """Return how many rows one part of a model should have, where no more than `of` are known at once:
         then every worker is to have one of them."""
-        figures = self.figures(model.name)
-        rate = figures.mu or figures.own_rate or self._known_rate(model.name)
-        wanted = rows_for(rate) // self._smaller.get(model.name, 1)
+        wanted = rows_for(self._rate_of(model)) // self._smaller.get(model.name, 1)
         return wanted if of is None else min(wanted, of // max(self._pool.state().desired, 1) + 1)
+
+    def _rate_of(self, model: RowModel) -> float | None:
+        figures = self.figures(model.name)
+        return figures.mu or figures.own_rate or self._known_rate(model.name)
 
     def parts(
         self,
@@ -297,7 +299,7 @@ class Handover:
         deaths = 0
         if given is not None:
             future = given.future
-            self._await_begin(future)
+            self._await_begin(future, model)
             try:
                 if future.done() or not future.cancel():
                     while wait([future], _CHECK_EVERY).not_done:
@@ -319,11 +321,16 @@ class Handover:
         self._rate(self._own, model.name).add(rows_of(part, prepared), time.perf_counter() - began)
         return prepared
 
-    def _await_begin(self, future: Future[Prepared]) -> None:
-        """Wait until a worker has a part, if there are workers that will have time for it soon."""
-        deadline = time.monotonic() + _BEGUN_WITHIN
-        while not (future.running() or future.done()) and self._pool.state().ready:
-            if time.monotonic() > deadline:
+    def _await_begin(self, future: Future[Prepared], model: RowModel) -> None:
+        """Wait until a worker has a part, if there are workers that will have time for it soon.
+
+        Those that are starting count for a model of which nobody knows how long a part of it takes: minutes,
+        maybe, and what comes meanwhile would wait for this process.
+        """
+        deadline, is_known = time.monotonic() + _BEGUN_WITHIN, self._rate_of(model) is not None
+        while not (future.running() or future.done()):
+            state = self._pool.state()
+            if time.monotonic() > deadline or not (state.ready or (state.starting and not is_known)):
                 return
             self._check()
             time.sleep(_LOOK_EVERY)

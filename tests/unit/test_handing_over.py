@@ -358,9 +358,10 @@ class Idle:
 
     epoch = "e"
 
-    def __init__(self, desired: int) -> None:
+    def __init__(self, desired: int, starting: int = 0) -> None:
         self.asked: list[tuple[PartSpec, Future[Prepared]]] = []
         self.desired = desired
+        self.starting = starting
 
     def submit(self, part: PartSpec) -> Future[Prepared]:
         self.asked.append((part, Future()))
@@ -370,7 +371,7 @@ class Idle:
         self.desired = workers
 
     def state(self) -> PoolState:
-        return PoolState(self.desired, 0, self.desired, 0, 0, 0, ())
+        return PoolState(self.desired, 0, self.starting, 0, 0, 0, ())
 
     def service(self) -> Mapping[str, Service]:
         return {}
@@ -428,6 +429,21 @@ def test_outcomes_come_in_order_and_no_more_are_asked_for_than_workers_can_have(
     pool.finish(5)
     assert [each.counts.read for each in handover.take(MODEL, cut(handover, 4, 3), prepare)] == [4, 5, 6]
     assert pool.afters() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_workers_that_start_are_waited_for_while_nobody_knows_how_long_a_part_takes() -> None:
+    def first(rate: float | None, starting: int) -> int:
+        pool = Idle(desired=1, starting=starting)
+        handover = Handover(pool, rate=lambda _: rate)
+        begun = threading.Timer(0.3, lambda: pool.finish(0))
+        begun.start()
+        try:
+            taken = handover.take(MODEL, cut(handover, 0, 1), lambda part, _: outcome(part, by=1))
+            return next(taken).counts.warned
+        finally:
+            begun.cancel()
+
+    assert [first(None, 1), first(None, 0), first(1_000.0, 1)] == [0, 1, 1]
 
 
 def test_what_fails_is_met_here_and_what_nobody_takes_is_forgotten() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -26,6 +27,7 @@ from headrace.destinations.duckdb import DuckDBDestination
 from headrace.errors import ModelBroken, ModelError
 from headrace.payload import BEFORE, UNCHANGED
 from headrace.prepared import Prepared
+from headrace.transform import trial
 from headrace.transform.folder import ModelFolder
 from headrace.transform.model import RowModel, bind
 from headrace.transform.python import evaluate, process, worker
@@ -429,6 +431,27 @@ def test_what_ends_its_worker_is_put_aside_alone_and_all_else_is_applied(
     assert set(made.records["stage"].to_pylist()) == {"crash"}
     assert good(made) == {str(i + 1): value for i, value in enumerate(values) if i not in where}
     assert "m: printed print" in {record.getMessage() for record in caplog.records}
+
+
+@pytest.mark.parametrize(("types", "asked"), [(("string", "string"), [9]), (("string", "int32"), [4, 4, 1])])
+def test_what_is_made_of_suspect_changes_is_tried_at_once_if_it_is_of_one_kind(
+    bound, monkeypatch: pytest.MonkeyPatch, types: tuple[str, str], asked: list[int]
+) -> None:
+    model = bound(
+        f"""
+        @model(reads="raw.shop.t", key=["id"], contract=Out)
+        def f(batch: pa.RecordBatch) -> pa.RecordBatch:
+            type_ = {types!r}["5" in batch["v"].to_pylist()]
+            return pa.RecordBatch.from_pydict({{"id": batch["id"], "x": batch["v"].cast(type_)}})
+        """
+    )
+    tried, ends = list[int](), trial.trial
+    monkeypatch.setattr(evaluate, "_PART_ROWS", 4)
+    noted = lambda query, events: tried.append(len(events)) or ends(query, events)  # noqa: E731
+    monkeypatch.setattr(trial, "trial", noted)
+    made = replace(model, suspect=True).prepare(staged([str(i) for i in range(9)]))
+    assert good(made) == {str(i + 1): str(i) for i in range(9)}
+    assert tried == asked
 
 
 def test_an_innocent_row_is_not_blamed_for_the_memory_that_others_kept(bound) -> None:

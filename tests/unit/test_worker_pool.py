@@ -104,11 +104,19 @@ def test_workers_killed_at_random_lose_and_double_nothing(opened: Open) -> None:
 
 def test_a_part_that_workers_die_of_goes_back_and_others_do_not(opened: Open, tmp_path: Path) -> None:
     pool = opened(1, max_deaths=2)
-    deadly, once = pool.submit(part(pool, "die")), pool.submit(part(pool, f"once {tmp_path / 'tried'}"))
+    deadly, once = (
+        pool.submit(part(pool, f"die {signal.SIGABRT:d}")),
+        pool.submit(part(pool, f"once {tmp_path / 'tried'}")),
+    )
     failing, good = pool.submit(part(pool, "fail")), pool.submit(part(pool, "good"))
     with pytest.raises(PartFailed) as died:
         deadly.result(30)
     assert died.value.deaths == 2
+    assert "SIGABRT" in str(died.value)
+    with pytest.raises(PartFailed) as killed:  # as the kernel does, and others do to whatever has it
+        pool.submit(part(pool, f"die {signal.SIGKILL:d}")).result(30)
+    assert killed.value.deaths == 6
+    assert "SIGKILL" in str(killed.value)
     assert numbers(once) == list(range(1, 10))
     with pytest.raises(PartFailed, match="ValueError") as failed:
         failing.result(30)

@@ -17,6 +17,7 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -41,6 +42,9 @@ logger = logging.getLogger("headrace.workers")
 MEMORY = 2 << 30
 PATIENCE = 120.0
 MAX_DEATHS = 2
+_MAX_KILLS = 3
+"""So many times more often a worker may have been killed with a part than have died of it: no part sends a
+SIGKILL, but the kernel does where one takes all memory."""
 _LOOK = 0.2  # seconds between two looks at memory and progress
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until the next start, after workers that come to nothing
 _KEPT = 20
@@ -56,6 +60,9 @@ class _Task:
     future: Future[Prepared]
     attempt: int = 0
     deaths: int = 0
+    """Workers that had it when they died, or were ended by the pool."""
+    kills: int = 0
+    """Those of them that somebody else has killed."""
     lost_at: float = 0.0
     is_large: bool = False
     """Whether a worker took too much memory for it."""
@@ -77,8 +84,9 @@ class LocalPool:
         """Workers are forked from `module`, which calls `headrace.scaling.worker.serve`, with no more than
         `environment`. The folder is this pool's alone; what is in it from another run goes.
 
-        A worker may have `memory` bytes resident and no result or progress for `patience` seconds; a part
-        that `max_deaths` workers have died of fails. Raises OSError where the folder cannot be had.
+        A worker may have `memory` bytes resident and no result or progress for `patience` seconds. A part
+        that `max_deaths` workers have died of fails, or three times as many where each was killed. Raises
+        OSError where the folder cannot be had.
         """
         self.epoch = uuid.uuid4().hex
         shutil.rmtree(folder, ignore_errors=True)
@@ -270,7 +278,7 @@ class LocalPool:
             try:
                 worker.connection.send(Request(task.sent, lease, self._path(lease)))
             except OSError:
-                self._lose(worker, "it takes no part")
+                self._miss(worker)
 
     def _next(self) -> _Task | None:
         while self._queue:
@@ -291,7 +299,7 @@ class LocalPool:
             while worker in self._workers and worker.connection.poll():
                 self._hear(worker, json.loads(worker.connection.recv_bytes()))
         except (OSError, EOFError, ValueError):
-            self._lose(worker, "it has died")
+            self._miss(worker)
 
     def _hear(self, worker: WorkerProcess, message: Mapping[str, Any]) -> None:
         now = time.monotonic()
@@ -360,7 +368,7 @@ class LocalPool:
                     self._back_off()  # it may be too much from the start
                 self._lose(worker, f"it takes more than {self._memory >> 20} MiB of memory")
             elif has_work and now - worker.progressed_at > self._patience:
-                if not worker.pid and worker.forks is self._forks:
+                if not worker.pid and worker.is_of(self._forks):
                     self._end_forks()
                 self._lose(worker, f"it has got no further for {self._patience:g} s")
         for task in list(self._queue):
@@ -371,7 +379,18 @@ class LocalPool:
                 self._queue.remove(task)
                 _fail(task, "no other worker is there to take it")
 
-    def _lose(self, worker: WorkerProcess, why: str) -> None:
+    def _miss(self, worker: WorkerProcess) -> None:
+        """Lose a worker that has ended, and nobody has told it to."""
+        code = worker.exit_code()
+        if code is None:
+            how = "it has died"
+        elif code < 0:
+            how = f"it was ended by {signal.Signals(-code).name}"
+        else:
+            how = f"it has ended with exit code {code}"
+        self._lose(worker, how, killed=code in (None, -signal.SIGKILL))
+
+    def _lose(self, worker: WorkerProcess, why: str, *, killed: bool = False) -> None:
         """End a worker that is of no use any more; its part goes to another, unless it has ended too many."""
         task = self._held.pop(worker, None)
         if not worker.ready_at:
@@ -383,12 +402,14 @@ class LocalPool:
                 logger.warning("%s is ended, or replaced: %s", which, why)
             return
         task.deaths += 1
+        task.kills += killed
         task.lost_at = time.monotonic()
         logger.warning(
             "worker %d is replaced: %s (a part of model %s, attempt %d)",
             worker.pid, why, task.part.model.name, task.attempt,
         )  # fmt: skip
-        if task.deaths >= self._max_deaths:
+        most = self._max_deaths
+        if task.deaths - task.kills >= most or task.deaths >= most * _MAX_KILLS:
             _fail(task, why, TooLarge if task.is_large else PartFailed)
         else:
             self._queue.appendleft(task)

@@ -1,8 +1,5 @@
 """A worker's own side: a process that does one part after another, until it is told to leave.
 
-It is a fork of a process that has imported what workers need and does nothing but fork: an import takes
-most of a second of a core, and a fork some milliseconds.
-
 A worker takes pickled requests from its connection and answers in JSON, one object a message:
 
     {"say": "ready"}   {"say": "progress"}   {"say": "leaving"}
@@ -16,8 +13,6 @@ SIGTERM, or a request to leave, lets it finish what it has in hand. It ends at o
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import logging
 import os
@@ -37,13 +32,13 @@ from headrace.lifeline import end_with
 from headrace.parts import PartSpec, rows_of
 from headrace.prepared import Prepared
 from headrace.prepared_file import Lease, write_prepared
+from headrace.scaling.fork_server import forked
 
 logger = logging.getLogger("headrace.workers")
 
 _LOOK = 0.2  # seconds between two looks at whether SIGTERM has come
 _TELL_EVERY = 1.0  # seconds between two messages that work goes on
 _NICE = 5  # apply and capture go first: what they are late with nobody else can do
-_PR_SET_CHILD_SUBREAPER = 36
 _OOM_SCORE = "500"  # of two processes the kernel ends the one whose work is done again
 
 
@@ -103,47 +98,21 @@ def serve(
     opened: Callable[[Answers], Callable[[PartSpec], Prepared]],
     born: Callable[[], None] = lambda: None,
 ) -> None:
-    """Be a worker in each fork that is asked for, until nobody can ask any more. There must be no thread of
-    Python's by now.
+    """Be a worker in each fork that is asked for over `control`, until nobody can ask any more; see
+    `fork_server.forked`.
 
-    `control` is the descriptor of a socket over which pairs of descriptors come: of a socket to the pool, and
-    of a pipe that ends with it. A worker first sends its process over the socket. `born` is called in it
-    before it has threads, and `opened` makes what does parts, and may take its time.
+    A worker gets a socket to the pool, over which it first sends its process, and a pipe that ends with it.
+    `born` is called in it before it has threads, and `opened` makes what does parts, and may take its time.
     """
     with suppress(OSError):
         os.nice(_NICE)
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
-    if (descriptors := _forked(socket.socket(fileno=control))) is not None:
+    if (descriptors := forked(control)) is not None:
         connection, life = descriptors
         end_with(life)
         os.setsid()
         born()
         _work(connection, opened)
-
-
-def _forked(control: socket.socket) -> tuple[int, int] | None:
-    """Return the descriptors that came for it in each fork, and None when there are to be no more."""
-    # Nobody waits for them, nor for what they leave behind, which would be a zombie where the pipeline is the
-    # first process of a container.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    with suppress(AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    gc.freeze()  # what is never looked at again stays shared
-    while True:
-        _, descriptors, _, _ = socket.recv_fds(control, 1, 2)
-        if not descriptors:
-            with suppress(ChildProcessError):
-                os.wait()  # which returns when all are gone, since they are not waited for
-            return None
-        # A fork that is refused is a worker that is dead, as far as the pool can see.
-        with suppress(OSError):
-            if not os.fork():
-                control.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                connection, life = descriptors
-                return connection, life
-        for descriptor in descriptors:
-            os.close(descriptor)
 
 
 def _work(connection: int, opened: Callable[[Answers], Callable[[PartSpec], Prepared]]) -> None:

@@ -11,14 +11,16 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from headrace.prepared_file import Lease
+from headrace.scaling.fork_server import ENDED, KIND
 from headrace.scaling.worker import LEAVE, PID
 
 _STUCK = 5  # seconds after which a message that goes or comes in half counts as a worker that is dead
 _ENDING = 10.0  # seconds that the kernel may take to end a process
+_TELLING = 1.0  # seconds that its fork server may take to tell how a process has ended
 _LEAVING = 0.5  # seconds in which what workers have left behind is gone
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -28,8 +30,9 @@ class ForkServer:
 
     def __init__(self, module: str, environment: Mapping[str, str]) -> None:
         """Start a process that runs `module`, which calls `headrace.scaling.worker.serve`. Raises OSError."""
-        self._socket, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, KIND)
         self._socket.settimeout(_STUCK)
+        self._codes = dict[int, int | None]()
         try:
             self._popen = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno())],
@@ -66,6 +69,32 @@ class ForkServer:
             os.close(life)
         return worker
 
+    def expect(self, pid: int) -> None:
+        """Note with what exit code a worker will end."""
+        while self._hear(0):
+            pass  # of others, which may have had its number
+        self._codes[pid] = None
+
+    def exit_code(self, pid: int) -> int | None:
+        """Return with what a worker that has just ended did so; None where nothing tells."""
+        while self._codes.get(pid) is None and self._hear(_TELLING):
+            pass
+        return self._codes.get(pid)
+
+    def forget(self, pid: int) -> None:
+        """Expect no more of a worker."""
+        self._codes.pop(pid, None)
+
+    def _hear(self, seconds: float) -> bool:
+        """Hear of one that has ended, and return whether there was any."""
+        with suppress(OSError, ValueError):  # of a socket that is closed
+            if wait([self._socket], seconds) and (told := self._socket.recv(ENDED.size)):
+                pid, code = ENDED.unpack(told)
+                if pid in self._codes:
+                    self._codes[pid] = code
+                return True
+        return False
+
     def end(self) -> None:
         """End it, when there are no workers of it any more. Any that there are go on."""
         self._socket.close()
@@ -77,11 +106,11 @@ class ForkServer:
 
 
 class WorkerProcess:
-    """Times are of `time.monotonic`, 0 for what has not come yet."""
+    """What a fork server has forked. Times are of `time.monotonic`, 0 for what has not come yet."""
 
     def __init__(self, ours: socket.socket, life: int, forks: ForkServer) -> None:
         """The process has the other ends of the socket and of the pipe that `life` holds open."""
-        self.forks = forks
+        self._forks = forks
         for way in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             ours.setsockopt(socket.SOL_SOCKET, way, struct.pack("ll", _STUCK, 0))
         self.connection = Connection(ours.detach())
@@ -106,7 +135,16 @@ class WorkerProcess:
         if len(said) < PID.size:
             raise EOFError
         (self.pid,) = PID.unpack(said)
+        self._forks.expect(self.pid)
         self._process = next(iter(descriptors), None)
+
+    def is_of(self, forks: ForkServer | None) -> bool:
+        """Whether it was forked by this one."""
+        return self._forks is forks
+
+    def exit_code(self) -> int | None:
+        """Return with what it has ended by itself; None where nothing tells."""
+        return self._forks.exit_code(self.pid) if self.pid else None
 
     def begin(self, lease: Lease, now: float) -> None:
         """Note what it gets."""
@@ -137,3 +175,4 @@ class WorkerProcess:
         with self.connection, suppress(OSError, EOFError):
             while self.pid and self.connection.poll(max(deadline - time.monotonic(), 0)):
                 self.connection.recv_bytes()  # what it still said, and then the end
+        self._forks.forget(self.pid)

@@ -119,9 +119,12 @@ class PythonEvaluation(Evaluation):
         tables = list[pa.Table]()
         for made, faults in self._rows.made(events):
             self._faults |= faults
-            for table in made:
+            for table in () if self._model.suspect else made:
                 self.judge(table)
             tables += made
+        if self._model.suspect:
+            for table in _joined(tables):  # since each trial starts a process
+                self.judge(table)
         if not tables:
             self.judge(self._nothing())
         verdicts = self.verdicts()
@@ -156,6 +159,12 @@ class PythonEvaluation(Evaluation):
         nulls = {name: pa.nulls(0) for name in self._model.types()}
         own = {"_hr_n": pa.int64(), "_hr_k": pa.string(), "_committed_at": pa.int64(), KEPT: pa.bool_()}
         return pa.table(nulls | {name: pa.array([], type_) for name, type_ in own.items()})
+
+
+def _joined(tables: Sequence[pa.Table]) -> Sequence[pa.Table]:
+    """Return tables as one, if they have the same columns: those of a batch function may differ."""
+    is_same = tables and all(table.schema == tables[0].schema for table in tables)
+    return [pa.concat_tables(tables)] if is_same else tables
 
 
 def _carried(events: pa.Table, made: pa.Table) -> pa.Table:
