@@ -3,10 +3,10 @@
     python benchmarks/burst.py [--rows N] [--workers N] [--no-kills]
 
 The whole system: a Postgres server, `headrace run`, a model in Python, workers as they are decided on. First
-comes a burst that the pipeline measures itself on; then `headrace scale plan` is asked how long one of `rows`
-will take; then it comes, and the time from its commit until all of it is visible is compared with that.
-Prints one object: the plan's seconds and the real ones, the workers that were seen (how many, for how many
-seconds), how many were killed, and whether the table is what the source has.
+comes a burst that the pipeline measures itself on, its workers killed as well; then `headrace scale plan` is
+asked how long one of `rows` will take; then it comes, and the time from its commit until all of it is visible
+is compared with that. Prints one object: the plan's seconds and the real ones, the workers that were seen
+(how many, for how many seconds), how many were killed, and whether the table is what the source has.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> int:
 def _measure(rig: Rig, folder: Path, pid: int, asked: argparse.Namespace) -> dict[str, Any]:
     learnt = asked.rows // 3
     _until(folder, 0)
-    first = _burst(rig, folder, pid, 1, learnt, kills=False)
+    first = _burst(rig, folder, pid, 1, learnt, kills=not asked.no_kills)
     _until_no_worker(pid)
     planned = _plan(folder, asked)
     second = _burst(rig, folder, pid, learnt + 1, learnt + asked.rows, kills=not asked.no_kills)

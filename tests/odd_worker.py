@@ -32,6 +32,8 @@ def opened(answers: Answers) -> Callable[[PartSpec], Prepared]:
         what, _, more = part.model.name.partition(" ")
         if what == "sleep":
             time.sleep(float(more))
+        elif what == "later":  # but not in its first part
+            time.sleep(float(more) if part.after else 0)
         elif what == "slow":  # but it gets further
             for _ in range(int(more)):
                 time.sleep(0.3)

@@ -125,6 +125,19 @@ def test_a_part_that_workers_die_of_goes_back_and_others_do_not(opened: Open, tm
     assert numbers(good) == list(range(1, 10))
 
 
+def test_what_workers_lose_counts_for_how_fast_they_are(opened: Open) -> None:
+    pool = opened(1)
+    assert numbers(pool.submit(part(pool, "later 30"))) == list(range(1, 10))
+    pool.submit(part(pool, "later 30", 10, 12))
+    until(lambda: pool.state().busy == 1)
+    time.sleep(0.5)
+    os.kill(pool.pids()[0], signal.SIGKILL)
+    until(lambda: pool.service()["later 30"].seconds)
+    service = pool.service()["later 30"]
+    assert 0.5 <= service.seconds < 20
+    assert (service.first, service.rows) == (9, 0)
+
+
 def test_who_gets_no_further_or_takes_too_much_is_replaced_and_who_is_slow_is_not(opened: Open) -> None:
     pool = opened(3, patience=1.2, memory=300 << 20, max_deaths=1)
     until(lambda: pool.state().ready == 3)

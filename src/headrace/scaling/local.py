@@ -401,6 +401,10 @@ class LocalPool:
                 which = f"worker {worker.pid}" if worker.pid else "a worker that was starting"
                 logger.warning("%s is ended, or replaced: %s", which, why)
             return
+        if task.part.model_id in worker.knows:
+            known = self._service.get(task.part.model.name, Service())
+            lost = time.monotonic() - worker.began_at
+            self._service[task.part.model.name] = replace(known, seconds=known.seconds + lost)
         task.deaths += 1
         task.kills += killed
         task.lost_at = time.monotonic()

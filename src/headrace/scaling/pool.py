@@ -55,7 +55,7 @@ class Service:
     rows: int = 0
     """Of all parts but first ones."""
     seconds: float = 0.0
-    """Of their time in which they had these in hand."""
+    """Of their time in which they had these in hand, or others that came to nothing."""
     taking: float = 0.0
     """Seconds of the pool's own process for taking the outcomes of all."""
     first: int = 0
