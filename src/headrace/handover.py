@@ -55,7 +55,7 @@ class Figures:
     """What was measured of one model, in rows per second; None for what there was none of."""
 
     mu: float | None
-    """Per useful second of a worker."""
+    """Per second that a worker has a part in hand."""
     own_rate: float | None
     """Of this process preparing by itself."""
     handover_rate: float | None

@@ -43,7 +43,7 @@ class Figures:
     """
 
     worker: Figure | None = None
-    """Rows per useful second of one worker."""
+    """Rows per second that one worker has a part in hand."""
     own: Figure | None = None
     """Of the main process, while there are no workers."""
     capture: Figure | None = None

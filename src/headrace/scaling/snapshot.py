@@ -1,7 +1,7 @@
 """What a scaling decision is made of, and what it says.
 
-Backlogs and arrivals are compared in work-seconds: rows divided by the rows that a worker does in a useful
-second. So models of different weight add up, and an arrival rate is a number of workers.
+Backlogs and arrivals are compared in work-seconds: rows divided by the rows that a worker does in a second
+with a part in hand. So models of different weight add up, and an arrival rate is a number of workers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Load:
     max_300s: float
     """The greatest of the larger of both averages in the last 300 s."""
     mu: float | None
-    """Rows per useful second of a worker, its waiting left out."""
+    """Rows per second that a worker has a part in hand: its waiting is left out, and what it loses is not."""
     own_rate: float | None = None
     """Rows per second that the main process prepares by itself."""
     handover_rate: float | None = None

@@ -33,7 +33,7 @@ class Costs:
     apply_rate: float | None = None
     """Rows per second that apply takes."""
     worker_rate: float | None = None
-    """Rows per useful second of one worker."""
+    """Rows per second that one worker has a part in hand."""
 
 
 def reachable_gain(costs: Costs) -> float | None:
