@@ -55,7 +55,7 @@ class Figures:
     """What was measured of one model, in rows per second; None for what there was none of."""
 
     mu: float | None
-    """Per second that a worker has a part in hand."""
+    """Per second that a worker has a part in hand which comes to something."""
     own_rate: float | None
     """Of this process preparing by itself."""
     handover_rate: float | None
@@ -132,7 +132,7 @@ class Handover:
 
     def _rate_of(self, model: RowModel) -> float | None:
         figures = self.figures(model.name)
-        return figures.mu or figures.own_rate or self._known_rate(model.name)
+        return self._known_rate(model.name) or figures.mu or figures.own_rate
 
     def parts(
         self,

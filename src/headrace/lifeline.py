@@ -1,10 +1,11 @@
-"""Ending with another process, whatever that ends by."""
+"""The ends of processes: with another one, and by a signal."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import select
+import signal
 
 
 def end_with(life: int) -> None:
@@ -20,3 +21,11 @@ def end_with(life: int) -> None:
     poll.register(life, select.POLLIN)
     if poll.poll(0):  # it was closed before the signal was asked for
         os._exit(0)
+
+
+def signal_of(code: int) -> str:
+    """Return what the signal is called that ended a process with an exit code less than 0."""
+    try:
+        return signal.Signals(-code).name
+    except ValueError:  # one of those that have no name
+        return f"signal {-code}"

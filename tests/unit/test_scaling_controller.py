@@ -241,6 +241,34 @@ def test_the_main_process_and_workers_are_compared_on_pieces_of_a_size() -> None
     assert (load.own_rate, load.mu) == (1_000, 1_000)
 
 
+def test_workers_that_die_are_slow_for_as_long_as_they_do() -> None:
+    log = CountedLog(StoppedClock())
+    meter = Meter(log, log, cores=2)
+
+    def load() -> Load:
+        meter.stand([Stand("orders", ORDERS, 0, 60.0)])
+        for second in (0.0, 20.0):
+            meter.look(second)
+        (load,) = meter.loads() or ()
+        return load
+
+    meter.prepared("orders", 120_000, 1.0, 1.0)
+    meter.stand([Stand("orders", ORDERS, 0, 60.0)])
+    meter.look(0.0)
+    meter.worked("orders", 600_000, 6.0)
+    meter.lost("orders", 6.0, 6.0)
+    assert load().mu == meter.rate("orders") == pytest.approx(50_000, rel=0.02)
+    assert load().own_rate == 120_000
+    meter.lost("orders", 0.0, 120.0)  # one was stuck, which may be chance
+    assert load().mu == pytest.approx(10_000)
+    assert load().is_worth_a_worker is False
+    for _ in range(1_000):
+        meter.worked("orders", 20_000, 0.2)
+        meter.lost("orders", 0.2, 0.0)
+    assert load().mu == pytest.approx(100_000, rel=0.1)
+    assert load().own_rate == 120_000
+
+
 def test_a_row_of_another_table_keeps_nothing_from_being_decided(
     planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,7 +107,7 @@ class Controller:
         self._rates: dict[str, float] = {}
         self._stepped = self._decided = clock.monotonic()
         self._busy: list[float] = []
-        self._service = dict[str, Service]()
+        self._service: Mapping[str, Service] = {}
         self._written: tuple[float, Entry] | None = None
         self._last: Entry | None = None
         self._start = _ASSUMED_START
@@ -150,12 +150,13 @@ class Controller:
 
     def _take_service(self) -> None:
         """Tell the meters what workers have done since the step before."""
-        for model, done in self._pool.service().items():
+        service = self._pool.service()
+        for model, done in service.items():
             before = self._service.get(model, Service())
-            if (rows := done.rows - before.rows) > 0:
-                for meter in self._meters:
-                    meter.worked(model, rows, done.seconds - before.seconds)
-                self._service[model] = done
+            for meter in self._meters if done != before else ():
+                meter.worked(model, done.rows - before.rows, done.seconds - before.seconds)
+                meter.lost(model, done.kept - before.kept, done.lost - before.lost)
+        self._service = dict(service)
 
     def _decide(self, at: float, state: PoolState) -> None:
         snapshot = self._snapshot(at, state)

@@ -2,7 +2,7 @@
 
 An import takes most of a second of a core, and a fork some milliseconds. Over its socket, which keeps
 messages apart, come two descriptors for each worker that is wanted; a pid and an exit code go back for each
-process that has ended.
+that has ended.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import struct
+import time
 from contextlib import suppress
 
 KIND = socket.SOCK_SEQPACKET
@@ -22,11 +23,13 @@ ENDED = struct.Struct("=qq")
 """A pid and an exit code, less than 0 for a signal."""
 
 _PR_SET_CHILD_SUBREAPER = 36
+_LEAVING, _LOOK = 0.4, 0.01  # seconds
 
 
 def forked(control: int) -> tuple[int, int] | None:
     """Return the descriptors that came for it in each fork, and in the process itself None when nobody can
     ask any more. There must be no thread of Python's by now."""
+    workers = set[int]()
     with socket.socket(fileno=control) as pool, _Endings() as endings:
         gc.freeze()  # what is never looked at again stays shared
         asked = select.poll()
@@ -36,22 +39,29 @@ def forked(control: int) -> tuple[int, int] | None:
             ready = [descriptor for descriptor, _ in asked.poll()]
             if endings.fileno() in ready:
                 for pid, code in endings.collect():
-                    with suppress(OSError):  # nobody is there to be told
-                        pool.send(ENDED.pack(pid, code))
+                    if pid in workers:
+                        workers.remove(pid)
+                        with suppress(OSError):  # nobody is there to be told, or does not listen
+                            pool.send(ENDED.pack(pid, code), socket.MSG_DONTWAIT)
             if pool.fileno() not in ready:
                 continue
             if not (descriptors := _descriptors(pool)):
                 break
             # A fork that is refused is a worker that is dead, as far as the pool can see.
             with suppress(OSError):
-                if not os.fork():
+                if pid := os.fork():
+                    workers.add(pid)
+                else:
                     connection, life = descriptors
                     return connection, life
             for descriptor in descriptors:
                 os.close(descriptor)
+    # What workers have left behind is gone soon; what a model has for good is not waited for.
+    deadline = time.monotonic() + _LEAVING
     with suppress(ChildProcessError):
-        while True:
-            os.wait()
+        while time.monotonic() < deadline:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(_LOOK)
     return None
 
 

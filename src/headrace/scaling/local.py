@@ -30,6 +30,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from headrace.lifeline import signal_of
 from headrace.parts import PartSpec
 from headrace.prepared import Prepared
 from headrace.prepared_file import Lease, NotTheOutcome, read_prepared
@@ -188,9 +189,10 @@ class LocalPool:
             tasks = [*self._held.values(), *self._queue]
             self._held.clear()
             self._queue.clear()
-            self._end_forks()
         for worker in workers:
             worker.end()
+        with self._lock:
+            self._end_forks()
         for task in tasks:
             _fail(task, why)
 
@@ -248,7 +250,6 @@ class LocalPool:
                 self._workers.append(self._forks.fork())
             except OSError as error:
                 logger.warning("a worker cannot be started: %s", error)
-                self._end_forks()
                 self._back_off()
                 return
             staying += 1
@@ -354,7 +355,9 @@ class LocalPool:
         else:
             noted = replace(known, first=known.first + rows)
         worker.knows.add(part.model_id)
-        self._service[part.model.name] = replace(noted, taking=known.taking + taking)
+        self._service[part.model.name] = replace(
+            noted, taking=known.taking + taking, kept=known.kept + seconds
+        )
 
     def _watch(self) -> None:
         """End workers that take too much memory, or get no further."""
@@ -385,14 +388,14 @@ class LocalPool:
         if code is None:
             how = "it has died"
         elif code < 0:
-            how = f"it was ended by {signal.Signals(-code).name}"
+            how = f"it was ended by {signal_of(code)}"
         else:
             how = f"it has ended with exit code {code}"
         self._lose(worker, how, killed=code in (None, -signal.SIGKILL))
 
     def _lose(self, worker: WorkerProcess, why: str, *, killed: bool = False) -> None:
         """End a worker that is of no use any more; its part goes to another, unless it has ended too many."""
-        task = self._held.pop(worker, None)
+        task, now = self._held.pop(worker, None), time.monotonic()
         if not worker.ready_at:
             self._back_off()
         self._bury(worker)
@@ -401,19 +404,18 @@ class LocalPool:
                 which = f"worker {worker.pid}" if worker.pid else "a worker that was starting"
                 logger.warning("%s is ended, or replaced: %s", which, why)
             return
-        if task.part.model_id in worker.knows:
-            known = self._service.get(task.part.model.name, Service())
-            lost = time.monotonic() - worker.began_at
-            self._service[task.part.model.name] = replace(known, seconds=known.seconds + lost)
+        known = self._service.get(task.part.model.name, Service())
+        self._service[task.part.model.name] = replace(known, lost=known.lost + now - worker.began_at)
         task.deaths += 1
         task.kills += killed
-        task.lost_at = time.monotonic()
+        task.lost_at = now
         logger.warning(
             "worker %d is replaced: %s (a part of model %s, attempt %d)",
             worker.pid, why, task.part.model.name, task.attempt,
         )  # fmt: skip
         most = self._max_deaths
         if task.deaths - task.kills >= most or task.deaths >= most * _MAX_KILLS:
+            task.kills = 0  # be it the cause of them
             _fail(task, why, TooLarge if task.is_large else PartFailed)
         else:
             self._queue.appendleft(task)
@@ -430,4 +432,4 @@ class LocalPool:
 
 def _fail(task: _Task, why: str, kind: type[PartFailed] = PartFailed) -> None:
     if task.future.running() or task.future.set_running_or_notify_cancel():
-        task.future.set_exception(kind(why, task.deaths))
+        task.future.set_exception(kind(why, task.deaths - task.kills))

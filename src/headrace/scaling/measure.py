@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from headrace.change import Kind, Offset, TableId
 from headrace.scale_settings import cores as own_cores
-from headrace.scaling.rates import Greatest, MovingAverage, Speed
+from headrace.scaling.rates import Greatest, MovingAverage, Share, Speed
 from headrace.scaling.snapshot import Load
 from headrace.scaling.worth import Costs, Worth
 
@@ -135,6 +135,7 @@ class _Work:
 
     def __init__(self) -> None:
         self.own, self.worker, self.apply = Speed(), Speed(), Speed()
+        self.share = Share()  # of what workers do
         self.handover: float | None = None
         self.cores: float | None = None
         self.worth = Worth()
@@ -211,10 +212,19 @@ class Meter:
 
     def worked(self, model: str, rows: int, seconds: float) -> None:
         """Note that a worker has prepared rows of a model in `seconds`, without its waiting."""
+        if not rows:
+            return
         with self._lock:
             for work in (self._of(model), self._of(building(model))):  # it does the same with them
                 work.worker.note(rows, seconds)
                 work.worked_at = self.looked_at
+
+    def lost(self, model: str, kept: float, lost: float) -> None:
+        """Note for how many seconds workers had parts of a model in hand that came to something, and to
+        nothing."""
+        with self._lock:
+            for work in (self._of(model), self._of(building(model))):
+                work.share.note(kept, lost)
 
     @contextmanager
     def applying(
@@ -302,10 +312,12 @@ class Meter:
         return self._staged_rate
 
     def rate(self, work: str) -> float | None:
-        """Return the rows per second that a worker, or else the main process, does of some work."""
+        """Return the rows per second that a worker, what it loses counted, or else the main process, does of
+        some work."""
         with self._lock:
-            own, worker = self._of(work).comparable()
-        return worker or own
+            found = self._of(work)
+            own, worker = found.comparable()
+            return worker * found.share.value if worker else own
 
     def is_worth_a_worker(self, work: str) -> bool:
         """Whether work is to go to workers, where there are any; so it is until it has been measured."""
@@ -387,6 +399,8 @@ class Meter:
         fast, slow = work.fast.value or 0.0, work.slow.value or 0.0
         waiting = work.waiting or _Waiting(stand.after, stand.after)
         own, worker = work.comparable()
+        if worker is not None:
+            worker *= work.share.value
         if own is None and stand.through is not None:
             # All of a table is made by the same code as what arrives of it.
             alike = self._of(stand.model)

@@ -14,8 +14,8 @@ from headrace.prepared import Prepared
 class PartFailed(Exception):
     """A pool has no outcome of a part: who asked for it prepares it itself, and meets whatever is wrong.
 
-    `deaths` counts the workers that have died while they had it: from one on, some of its changes may end
-    whoever judges them.
+    `deaths` counts the workers that have died of it: from one on, some of its changes may end whoever judges
+    them.
     """
 
     def __init__(self, what: str, deaths: int = 0) -> None:
@@ -55,11 +55,15 @@ class Service:
     rows: int = 0
     """Of all parts but first ones."""
     seconds: float = 0.0
-    """Of their time in which they had these in hand, or others that came to nothing."""
+    """Of their time in which they had these in hand."""
     taking: float = 0.0
     """Seconds of the pool's own process for taking the outcomes of all."""
     first: int = 0
     """Rows of first parts: a worker has still to start what a model runs in."""
+    kept: float = 0.0
+    """Seconds of all parts."""
+    lost: float = 0.0
+    """Seconds with a part in hand that came to nothing, since the worker died of whatever."""
 
     @property
     def all_rows(self) -> int:

@@ -88,6 +88,23 @@ class Speed:
         return self._bulk.value is not None
 
 
+class Share:
+    """How much of some time came to something, of the last minute or so of it."""
+
+    def __init__(self) -> None:
+        self._kept = _Ratio(_ENOUGH)
+
+    def note(self, kept: float, lost: float) -> None:
+        """Take in seconds that did, and seconds that did not."""
+        if kept + lost > 0:
+            self._kept.note(kept, kept + lost)
+
+    @property
+    def value(self) -> float:
+        """From a tenth, since more may be chance, to 1; 1 until it is known."""
+        return max(self._kept.value or 0.1, 0.1) if self._kept.seconds else 1.0
+
+
 class _Ratio:
     def __init__(self, enough: float) -> None:
         self._enough = enough

@@ -21,7 +21,8 @@ from headrace.scaling.worker import LEAVE, PID
 _STUCK = 5  # seconds after which a message that goes or comes in half counts as a worker that is dead
 _ENDING = 10.0  # seconds that the kernel may take to end a process
 _TELLING = 1.0  # seconds that its fork server may take to tell how a process has ended
-_LEAVING = 0.5  # seconds in which what workers have left behind is gone
+_KEPT = 32  # endings of workers that are not known
+_LEAVING = 1.0  # seconds in which what workers have left behind is gone
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -33,6 +34,7 @@ class ForkServer:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, KIND)
         self._socket.settimeout(_STUCK)
         self._codes = dict[int, int | None]()
+        self._early = dict[int, int]()
         try:
             self._popen = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno())],
@@ -72,8 +74,8 @@ class ForkServer:
     def expect(self, pid: int) -> None:
         """Note with what exit code a worker will end."""
         while self._hear(0):
-            pass  # of others, which may have had its number
-        self._codes[pid] = None
+            pass
+        self._codes[pid] = self._early.pop(pid, None)
 
     def exit_code(self, pid: int) -> int | None:
         """Return with what a worker that has just ended did so; None where nothing tells."""
@@ -92,6 +94,10 @@ class ForkServer:
                 pid, code = ENDED.unpack(told)
                 if pid in self._codes:
                     self._codes[pid] = code
+                else:  # it was not met yet, or has left
+                    self._early[pid] = code
+                    if len(self._early) > _KEPT:
+                        del self._early[next(iter(self._early))]
                 return True
         return False
 

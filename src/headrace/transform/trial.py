@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -21,6 +20,7 @@ import duckdb
 import pyarrow as pa
 
 from headrace.errors import ModelBroken
+from headrace.lifeline import signal_of
 from headrace.transform.engine import engine
 from headrace.transform.python.process import environment
 from headrace.transform.python.wire import OUT_OF_MEMORY
@@ -102,7 +102,7 @@ def trial(query: str, events: pa.Table) -> Death | None:
     if code == OUT_OF_MEMORY:
         return "crash.memory", f"it needs more than {MEMORY >> 20} MiB"
     if code < 0:
-        return "crash.signal", f"its process was ended by {signal.Signals(-code).name}"
+        return "crash.signal", f"its process was ended by {signal_of(code)}"
     return None if code == 0 else ("crash.exit", f"its process ended with {code}")
 
 

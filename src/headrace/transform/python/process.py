@@ -27,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.errors import ModelBroken
+from headrace.lifeline import signal_of
 from headrace.transform.python.spare import Spare
 from headrace.transform.python.wire import (
     AT_REST,
@@ -281,7 +282,7 @@ class _Process:
         if code == OUT_OF_MEMORY:
             return Death("crash.memory", "it needs more memory than the model may take", row)
         if code < 0:
-            return Death("crash.signal", f"its worker was ended by {signal.Signals(-code).name}", row)
+            return Death("crash.signal", f"its worker was ended by {signal_of(code)}", row)
         return Death("crash.exit", f"it ended its worker with exit code {code}", row)
 
 
