@@ -27,7 +27,7 @@ from headrace.scaling.measure import Handing, Meter, Stand, building
 from headrace.scaling.metrics import exposition
 from headrace.scaling.policy import Code, Decision, Limits, Load, Reason, SloBand, Snapshot
 from headrace.scaling.pool import PoolState, Service
-from headrace.scaling.rates import Greatest, MovingAverage, Speed, p95
+from headrace.scaling.rates import Greatest, MovingAverage, Share, Speed, p95
 from headrace.scaling.watch import ScalingWatch
 from headrace.scaling.worth import Costs, Worth
 
@@ -239,6 +239,19 @@ def test_the_main_process_and_workers_are_compared_on_pieces_of_a_size() -> None
     meter.look(21.0)
     (load,) = meter.loads() or ()
     assert (load.own_rate, load.mu) == (1_000, 1_000)
+
+
+def test_a_moment_says_nothing_of_what_workers_lose() -> None:
+    share = Share()
+    assert share.value == 1
+    share.note(0.01, 0.0)
+    assert share.value == 1
+    share.note(0.0, 0.01)
+    assert share.value == 1
+    share.note(3.0, 1.0)
+    assert share.value == pytest.approx(0.75, abs=0.01)
+    share.note(0.0, 1_000.0)
+    assert share.value == pytest.approx(0.1)
 
 
 def test_workers_that_die_are_slow_for_as_long_as_they_do() -> None:

@@ -12,7 +12,8 @@ _BULK = 5_000
 _LONG = 1.0
 """Seconds that a piece takes from which on it does not, either."""
 _ENOUGH = 0.05
-"""Seconds of work in small pieces that make a speed."""
+"""Seconds of work in small pieces that make a speed, or of any that make a share."""
+_LEAST_SHARE = 0.1
 
 
 class MovingAverage:
@@ -101,8 +102,9 @@ class Share:
 
     @property
     def value(self) -> float:
-        """From a tenth, since more may be chance, to 1; 1 until it is known."""
-        return max(self._kept.value or 0.1, 0.1) if self._kept.seconds else 1.0
+        """From a tenth, since less may be chance, to 1; 1 until it is known."""
+        kept = self._kept.value
+        return 1.0 if kept is None else max(kept, _LEAST_SHARE)
 
 
 class _Ratio:
